@@ -1,0 +1,24 @@
+"""The methods, one file each. `from peft_lab.adapters import SVFitConfig` finds the file that defines it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from peft_lab import registry
+from peft_lab.errors import did_you_mean
+
+
+def _configs() -> dict[str, str]:
+    return {m.config: m.module for m in registry.methods().values() if m.config and m.kind != "peft"}
+
+
+def __getattr__(name: str) -> Any:
+    modules = _configs()
+    if name in modules:
+        return getattr(importlib.import_module(modules[name]), name)
+    raise AttributeError(f"module 'peft_lab.adapters' has no attribute {name!r}.{did_you_mean(name, modules)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_configs()])

@@ -1,0 +1,49 @@
+"""peft-lab: parameter-efficient fine-tuning methods as native peft tuners, trained by Trainer, compared honestly.
+
+`import peft_lab` makes every method known to peft. It does not import torch itself: if peft is already loaded the
+methods are registered at once, otherwise in the moment peft is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from peft_lab._activate import activate
+from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError
+from peft_lab.registry import methods
+
+if TYPE_CHECKING:
+    from peft_lab.inference import evaluate, predict
+    from peft_lab.task import tasks
+    from peft_lab.train import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterMismatchError",
+    "ConfigError",
+    "PeftLabError",
+    "TaskError",
+    "evaluate",
+    "methods",
+    "predict",
+    "tasks",
+    "train",
+]
+
+#: Public names whose modules import torch or datasets, resolved on first use.
+_LAZY = {"evaluate": "inference", "predict": "inference", "tasks": "task", "train": "train"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"peft_lab.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'peft_lab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+activate()

@@ -1,0 +1,103 @@
+"""Which base weights an adapter belongs to.
+
+An adapter records, per adapted module, the shape, dtype and sha256 of the base weight, and a few of its values. At
+load the hash decides; the values tell "other weights" from "the same weights in another dtype".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_lab.errors import AdapterMismatchError
+
+_PROBES = 8
+#: Largest relative difference between probes of one weight in two dtypes (bfloat16 keeps 8 bits of mantissa).
+_DTYPE_TOLERANCE = 2**-7
+
+
+def weight_hash(weight: Tensor) -> str:
+    """sha256 of the raw bytes of a tensor of any dtype and device."""
+    data = weight.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy()).hexdigest()
+
+
+def fingerprint(weight: Tensor) -> dict[str, Any]:
+    """Fingerprint of one base weight as plain values: `shape`, `dtype`, `sha256` and `probe` (8 evenly spaced values)."""
+    flat = weight.detach().reshape(-1)
+    index = torch.linspace(0, max(flat.numel() - 1, 0), min(_PROBES, flat.numel())).long().to(flat.device)
+    return {
+        "shape": list(weight.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "sha256": weight_hash(weight),
+        "probe": [round(v, 9) for v in flat[index].float().tolist()],
+    }
+
+
+def module_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
+    """`fingerprint`, remembered on the module until the weight changes; serving many adapters hashes each weight once."""
+    key = (id(weight), weight.data_ptr(), weight._version, weight.dtype)
+    known = module.__dict__.get("_peft_lab_fingerprint")
+    if known is None or known[0] != key:
+        known = (key, fingerprint(weight))
+        module.__dict__["_peft_lab_fingerprint"] = known
+    return known[1]
+
+
+def compare(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Say how two fingerprints relate: "same", "shape", "dtype" (same values in another dtype) or "weights"."""
+    if list(recorded.get("shape", ())) != list(found["shape"]):
+        return "shape"
+    if found["sha256"] == recorded.get("sha256"):
+        return "same"
+    if found["dtype"] == recorded.get("dtype"):
+        return "weights"
+    then, now = torch.tensor(recorded.get("probe") or [float("nan")]), torch.tensor(found["probe"])
+    scale = then.abs().max().clamp_min(1e-12)
+    close = then.shape == now.shape and bool(((then - now).abs() <= _DTYPE_TOLERANCE * scale).all())
+    return "dtype" if close else "weights"
+
+
+def check(
+    recorded: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any] | None], dtype_bound: bool
+) -> None:
+    """Compare all recorded fingerprints with those of the base weights found under the same module names.
+
+    Args:
+        recorded: module name -> fingerprint.
+        found: module name -> fingerprint, or None where the base has no such module.
+        dtype_bound: whether the same weights in another dtype are refused.
+
+    Raises:
+        AdapterMismatchError: naming the first module that differs, in what, and the mend.
+    """
+    missing = [name for name in recorded if found.get(name) is None]
+    if missing:
+        raise AdapterMismatchError(
+            f'The base has no module "{missing[0]}" ({len(missing)} of {len(recorded)} adapted modules are missing); '
+            "load the adapter on the model class and backbone it was trained on."
+        )
+    for name, entry in recorded.items():
+        now = found[name] or {}
+        verdict = compare(entry, now)
+        if verdict == "shape":
+            raise AdapterMismatchError(
+                f'Base weight "{name}" has shape {now["shape"]}, the adapter was trained on one of shape '
+                f"{list(entry.get('shape', ()))}; load it on the backbone it was trained on."
+            )
+        if verdict == "weights":
+            raise AdapterMismatchError(
+                f'Base weight "{name}" differs from the one the adapter was trained on (sha256 '
+                f"{now['sha256'][:12]}, expected {str(entry.get('sha256'))[:12]}); load it on the same "
+                "checkpoint and revision of the backbone."
+            )
+        if verdict == "dtype" and dtype_bound:
+            raise AdapterMismatchError(
+                f'Base weight "{name}" holds the same values in {now["dtype"]}, but the adapter was trained on '
+                f"{entry.get('dtype')}, and its bases would come out differently; load the backbone with "
+                f"dtype={entry.get('dtype')}, or save the adapter with save_bases=True."
+            )

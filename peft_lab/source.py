@@ -1,0 +1,87 @@
+"""Read facts out of Python source without importing it, so that listing and validating never pay for torch."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Field:
+    """A dataclass field as its source shows it: annotation as text, default if it is a literal, help text."""
+
+    name: str
+    annotation: str
+    default: Any = None
+    help: str = ""
+
+
+@lru_cache(maxsize=256)
+def parse(path: Path) -> ast.Module:
+    """Parse one source file; cached per path."""
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _literal(node: ast.AST | None) -> Any:
+    try:
+        return ast.literal_eval(node) if node is not None else None
+    except (ValueError, TypeError):
+        return None
+
+
+def module_call(path: Path, name: str) -> dict[str, Any] | None:
+    """Keyword arguments of the module-level `name = Something(key=literal, ...)`; None if there is no such line."""
+    for node in parse(path).body:
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+        ):
+            return {k.arg: ast.literal_eval(k.value) for k in node.value.keywords if k.arg}
+    return None
+
+
+def classes(path: Path) -> dict[str, ast.ClassDef]:
+    """All module-level classes of a file by name."""
+    return {node.name: node for node in parse(path).body if isinstance(node, ast.ClassDef)}
+
+
+def base_names(node: ast.ClassDef) -> list[str]:
+    """Names of the direct base classes, without their modules."""
+    return [b.id if isinstance(b, ast.Name) else b.attr for b in node.bases if isinstance(b, ast.Name | ast.Attribute)]
+
+
+def class_fields(node: ast.ClassDef) -> dict[str, Field]:
+    """The annotated fields in a class body, in order; inherited ones are not included."""
+    fields = {}
+    for line in node.body:
+        if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
+            continue
+        default, help_text = _literal(line.value), ""
+        if isinstance(line.value, ast.Call):
+            options = {k.arg: k.value for k in line.value.keywords}
+            default = _literal(options.get("default"))
+            metadata = options.get("metadata")
+            if isinstance(metadata, ast.Dict):
+                pairs = {_literal(k): v for k, v in zip(metadata.keys, metadata.values, strict=True)}
+                help_text = str(_literal(pairs.get("help")) or "")
+        fields[line.target.id] = Field(line.target.id, ast.unparse(line.annotation), default, help_text)
+    return fields
+
+
+def dataclass_fields(path: Path, class_name: str, elsewhere: dict[str, Path] | None = None) -> dict[str, Field]:
+    """Fields of a dataclass with those it inherits; `elsewhere` says in which file a base class stands."""
+    known = classes(path)
+    if class_name not in known:
+        return {}
+    node = known[class_name]
+    fields: dict[str, Field] = {}
+    for base in base_names(node):
+        where = path if base in known else (elsewhere or {}).get(base)
+        if where is not None:
+            fields.update(dataclass_fields(where, base, elsewhere))
+    fields.update(class_fields(node))
+    return fields

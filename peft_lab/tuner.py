@@ -1,0 +1,194 @@
+"""The shared tuner: peft's `BaseTuner` with targets by role, a base check and vectorised mixed batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+import peft_lab.roles as roles
+from peft_lab import fingerprint
+from peft_lab.config import AdapterConfig
+from peft_lab.errors import ConfigError
+from peft_lab.layer import AdapterLayer
+from peft_lab.registry import MethodInfo
+from peft_lab.rows import BASE
+
+#: What peft puts into `modules_to_save` for text classification, whatever the model's head is called.
+_PEFT_HEADS = ["classifier", "score"]
+
+
+class AdapterTuner(BaseTuner):
+    """Puts a method's layers into a model. `peft_lab.registry.register` derives one subclass per method."""
+
+    info: ClassVar[MethodInfo]
+    tuner_layer_cls: type[AdapterLayer]
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check name and base, put the adapter in, and remember which weights it is on."""
+        if adapter_name in self.prefix or adapter_name == BASE:
+            raise ConfigError(
+                f'Adapter name "{adapter_name}" cannot be used: it is part of the parameter prefix "{self.prefix}" '
+                "or reserved, and its weights would be lost at load; choose another name."
+            )
+        config = self.peft_config[adapter_name]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = {k: m for k, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.configs}
+        config.recorded_fingerprints = config.fingerprints or {
+            name: layer.fingerprint() for name, layer in layers.items() if not layer.get_base_layer().weight.is_meta
+        }
+
+    def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
+        loaded = peft_config.fingerprints is not None
+        layers = peft_config.layers_to_transform
+        if peft_config.target_modules is None:
+            peft_config.target_modules = roles.target_regex(self.model, self.info.roles, layers=layers)
+        elif isinstance(peft_config.target_modules, str) and layers is not None and not loaded:
+            raise ConfigError(
+                f"layers_to_transform={layers} does not go with the regex target_modules="
+                f"{peft_config.target_modules!r}: let the regex choose the blocks, or give names."
+            )
+        else:
+            peft_config.target_modules = roles.rename_targets(self.model, peft_config.target_modules)
+        if not loaded and peft_config.modules_to_save in (None, _PEFT_HEADS):
+            heads = roles.head_modules(self.model, peft_config.task_type)
+            peft_config.modules_to_save = sorted({*heads, *(peft_config.modules_to_save or [])}) or None
+        return peft_config
+
+    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+        # Before anything is injected, so that a refused adapter leaves the model as it was.
+        if not peft_config.fingerprints:
+            return
+        rename = roles.renamer(model)
+        recorded = {rename(name): entry for name, entry in peft_config.fingerprints.items()}
+        peft_config.fingerprints = recorded
+        found = {name: _find_fingerprint(model, name) for name in recorded}
+        offloaded = {name for name, entry in found.items() if entry == {}}
+        bound = self.info.can("dtype_bound") and not getattr(peft_config, "save_bases", False)
+        fingerprint.check({k: v for k, v in recorded.items() if k not in offloaded}, found, dtype_bound=bound)
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config)
+            return
+        if isinstance(target, BaseTunerLayer):
+            raise ConfigError(f'Module "{current_key}" already carries {type(target).__name__}; remove that one first.')
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ConfigError(f'Module "{current_key}" is read by nn.MultiheadAttention without being called.')
+        layer = self.tuner_layer_cls(target, current_key)
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        rename = roles.renamer(model)
+        renamed = {_rename_key(rename, key, cls.prefix): value for key, value in state_dict.items()}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+        _check_keys(model, cls.prefix, adapter_name, remapped)
+        return remapped
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if not self.info.can("mixed_batch"):
+            raise ConfigError(f'Method "{self.info.name}" does not serve rows of one batch with different adapters.')
+        if self.training:
+            raise ValueError("adapter_names is for inference; call model.eval() first.")
+        self._check_row_names(names)
+        beams = kwargs.get("num_beams") or 1
+        settings = getattr(self.model, "config", None)
+        encoder = self.model.get_encoder() if getattr(settings, "is_encoder_decoder", False) else None
+        inside = set(encoder.modules()) if encoder is not None else set()
+        handles = []
+        for module in self.modules():
+            if isinstance(module, AdapterLayer | AuxiliaryTrainingWrapper):
+                # Beam search repeats the rows of the decoder, not those of an encoder.
+                per_row = list(names) if module in inside else [name for name in names for _ in range(beams)]
+                hook = partial(_pass_names, adapter_names=per_row)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_row_names(self, names: Any) -> None:
+        unknown = sorted({*names} - {BASE} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+    def _check_merge_allowed(self) -> None:
+        if not self.info.can("merge"):
+            raise NotImplementedError(f'Method "{self.info.name}" cannot be merged into the base weights.')
+        super()._check_merge_allowed()
+
+
+def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _find_fingerprint(model: nn.Module, name: str) -> dict[str, Any] | None:
+    """Fingerprint of the base weight of a module by name; None if there is no such module, {} if it is on meta."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    if isinstance(module, AdapterLayer):
+        return module.fingerprint()
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return None
+    return {} if weight.is_meta else fingerprint.module_fingerprint(module, weight)
+
+
+def _rename_key(rename: Callable[[str], str], key: str, prefix: str) -> str:
+    head, mark, tail = key.rpartition(f".{prefix}")
+    if not mark:
+        return key
+    wrapper = "base_model.model." if head.startswith("base_model.model.") else ""
+    return wrapper + rename(head.removeprefix(wrapper)) + mark + tail
+
+
+def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Tensor]) -> None:
+    """An adapter file must hold exactly the adapter's parameters: peft itself only warns of what is missing."""
+    known = model.state_dict()
+    ours = {k for k in known if f".{prefix}" in k and k.endswith(f".{adapter}")}
+    given = {k for k in state if f".{prefix}" in k}
+    missing, extra = sorted(ours - given), sorted(given - ours)
+    if missing or extra:
+        what = f'lacks "{missing[0]}"' if missing else f'has an unknown entry "{extra[0]}"'
+        raise ConfigError(
+            f"The adapter file {what} ({len(missing)} missing, {len(extra)} unknown entries); it was cut short or "
+            "belongs to another model."
+        )
+    for key in ours:
+        if known[key].shape != state[key].shape:
+            raise ConfigError(
+                f'Adapter entry "{key}" has shape {list(state[key].shape)}, expected {list(known[key].shape)}.'
+            )
+        if not state[key].is_floating_point() or not bool(state[key].isfinite().all()):
+            warnings.warn(f'Adapter entry "{key}" holds values that are not finite floats.', stacklevel=2)

@@ -1,0 +1,70 @@
+"""What the property tests share: the registered methods, ways to move an adapter off its start, model outputs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from peft_lab import registry
+
+#: Every registered method with an adapter of its own; LoRA stands among them as the yardstick.
+METHODS = [name for name, info in registry.methods().items() if info.kind not in ("peft", "baseline")]
+#: Those built on peft-lab's shared layers.
+OWN = [name for name in METHODS if registry.method(name).module.startswith("peft_lab.")]
+
+
+def config(method: str, model: nn.Module | None = None, **fields: Any) -> Any:
+    """A method's config; text and list fields are taken as they are."""
+    return registry.make_config(method, fields, model=model)
+
+
+def adapt(method: str, model: nn.Module, seed: int = 0, **fields: Any) -> Any:
+    """A copy of `model` with a fresh adapter on it, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(model)
+    return get_peft_model(model, config(method, model, **fields)).eval()
+
+
+def adapter_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """The adapter's own parameters by name, without heads in `modules_to_save`."""
+    marks = (f".{adapter}.", f".{adapter}")
+    named = model.named_parameters()
+    return {n: p for n, p in named if (marks[0] in n or n.endswith(marks[1])) and "modules_to_save" not in n}
+
+
+def move(model: nn.Module, adapter: str = "default", scale: float = 0.3, seed: int = 1) -> nn.Module:
+    """Move an adapter's parameters off their start, so that it has an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model, adapter).values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(scale * noise.to(parameter))
+    return model
+
+
+@torch.no_grad()
+def output(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    """The model's main output tensor for given inputs, in evaluation mode, without gradients."""
+    model.eval()
+    return main_tensor(model(**inputs, **kwargs))
+
+
+def main_tensor(result: Any) -> Tensor:
+    """Logits where there are any, else the last hidden state."""
+    if isinstance(result, Tensor):
+        return result
+    for name in ("logits", "logits_per_image", "last_hidden_state"):
+        value = getattr(result, name, None)
+        if value is not None:
+            return value
+    raise TypeError(f"no known output in {type(result).__name__}")
+
+
+def equal_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models hold bit-equal state dicts."""
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
