@@ -43,9 +43,12 @@ class SSFConfig(AdapterConfig):
 
     init_std: float = field(
         default=0.02,
-        metadata={"help": "Scales start at N(1, std), shifts at N(0, std); 0 starts exactly at the base model."},
+        metadata={
+            "help": "Scales start at N(1, std), shifts at N(0, std); 0 starts exactly at the base model.",
+            "other": 0.0,
+        },
     )
-    shift: bool = field(default=True, metadata={"help": "Train shifts as well as scales."})
+    shift: bool = field(default=True, metadata={"help": "Train shifts as well as scales.", "other": False})
 
     def check(self) -> None:
         if not 0 <= self.init_std < 1:
@@ -79,10 +82,10 @@ class SSFLayer(FeatureLayer):
         like = next(iter(self.ssf_scale.values()))
         one, zero = torch.ones_like(like), torch.zeros_like(like)
         index = rows.index(out.shape[0], out.device)
-        scale = torch.stack([self.ssf_scale[n] if n in self.ssf_scale else one for n in rows.names])[index]
+        scale = torch.stack([self.ssf_scale.get(n, one) for n in rows.names])[index]
         shift = torch.zeros_like(scale)
         if len(self.ssf_shift):
-            shift = torch.stack([self.ssf_shift[n] if n in self.ssf_shift else zero for n in rows.names])[index]
+            shift = torch.stack([self.ssf_shift.get(n, zero) for n in rows.names])[index]
         return scale_shift(out, scale, shift, self.op.channel_dim)
 
     def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

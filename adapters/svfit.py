@@ -56,14 +56,21 @@ class SVFitConfig(AdapterConfig):
 
     rank: int | str = field(
         default="full",
-        metadata={"help": 'Singular values trained per module: an int, "full", or "energy:0.99" of the squared sum.'},
+        metadata={
+            "help": 'Singular values trained per module: an int, "full", or "energy:0.99" of the squared sum.',
+            "other": 3,
+        },
     )
     parametrization: Literal["additive", "relative"] = field(
-        default="additive", metadata={"help": "Train delta (additive), or s with delta = sigma * s (relative)."}
+        default="additive",
+        metadata={"help": "Train delta (additive), or s with delta = sigma * s (relative).", "other": "relative"},
     )
     save_bases: bool = field(
         default=False,
-        metadata={"help": "Store the singular bases in the adapter file instead of rebuilding them from the base."},
+        metadata={
+            "help": "Store the singular bases in the adapter file instead of rebuilding them from the base.",
+            "other": True,
+        },
     )
 
     def check(self) -> None:
@@ -137,9 +144,10 @@ class SVFitLayer(WeightLayer):
             return super().mixed_delta(x, rows)
         rank = max(self.svfit_delta[name].numel() for name in present)
         zero = self.svfit_delta[present[0]].new_zeros(rank)
-        deltas = [F.pad(d, (0, rank - d.numel())) for d in (self.delta(n) if n in present else zero for n in rows.names)]
+        deltas = (self.delta(name) if name in present else zero for name in rows.names)
+        padded = torch.stack([F.pad(delta, (0, rank - delta.numel())) for delta in deltas])
         assert self._shared is not None
-        return self._project(x, self._shared.head(rank), torch.stack(deltas)[rows.index(x.shape[0], x.device)])
+        return self._project(x, self._shared.head(rank), padded[rows.index(x.shape[0], x.device)])
 
     def _project(self, x: Tensor, bases: svd.Bases, delta: Tensor) -> Tensor:
         """U diag(delta) Vh x for this kind of op; `delta` is (r,) or one row per row of x, (batch, r)."""

@@ -26,7 +26,7 @@ class AdapterConfig(PeftConfig):
 
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Modules to adapt: names, one regex, or nothing for the method's roles in this model family."},
+        metadata={"help": "Modules to adapt: names, one regex, or nothing for the method's default roles."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules not to adapt: names or one regex."}

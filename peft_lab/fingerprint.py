@@ -27,7 +27,7 @@ def weight_hash(weight: Tensor) -> str:
 
 
 def fingerprint(weight: Tensor) -> dict[str, Any]:
-    """Fingerprint of one base weight as plain values: `shape`, `dtype`, `sha256` and `probe` (8 evenly spaced values)."""
+    """Fingerprint of one base weight as plain values: `shape`, `dtype`, `sha256`, `probe` (8 of its values)."""
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, max(flat.numel() - 1, 0), min(_PROBES, flat.numel())).long().to(flat.device)
     return {
@@ -39,7 +39,7 @@ def fingerprint(weight: Tensor) -> dict[str, Any]:
 
 
 def module_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
-    """`fingerprint`, remembered on the module until the weight changes; serving many adapters hashes each weight once."""
+    """`fingerprint`, remembered on the module until its weight changes: many adapters, one hash."""
     key = (id(weight), weight.data_ptr(), weight._version, weight.dtype)
     known = module.__dict__.get("_peft_lab_fingerprint")
     if known is None or known[0] != key:

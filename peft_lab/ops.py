@@ -86,7 +86,7 @@ def _recognise(module: nn.Module, weight: Tensor) -> Operation | None:
 
 
 def apply_matrix(module: nn.Module, op: Operation, x: Tensor, matrix: Tensor) -> Tensor:
-    """Run the base operation with another matrix (out, in) and no bias: what a delta of the weight adds to the output."""
+    """Run the base operation with another matrix (out, in) and no bias: what a delta adds to the output."""
     if op.kind == "embedding":
         return F.embedding(x, matrix) * embed_scale(module)
     if op.kind == "conv2d":

@@ -90,7 +90,7 @@ class MethodInfo:
 
 
 def methods() -> dict[str, MethodInfo]:
-    """Every method by name: ours, third parties', and each tuner of the installed peft. Imports neither torch nor peft."""
+    """Every method by name: ours, third parties', and each tuner of peft. Imports neither torch nor peft."""
     found = dict(_peft_tuners())
     for info in (*_builtin(), *_third_party()):
         clash = found.get(info.name)
@@ -105,7 +105,9 @@ def method(name: str) -> MethodInfo:
     known = methods()
     if name not in known:
         ours = ", ".join(n for n, info in known.items() if info.kind != "peft")
-        raise ConfigError(f'Unknown method "{name}".{did_you_mean(name, known)} Methods: {ours}, and peft\'s own tuners.')
+        raise ConfigError(
+            f'Unknown method "{name}".{did_you_mean(name, known)} Methods: {ours}, and the tuners of peft.'
+        )
     return known[name]
 
 
@@ -122,8 +124,10 @@ def config_fields(name: str) -> dict[str, source.Field]:
 
 #: Fields that peft or peft-lab fills in; a user never sets them as method arguments.
 _MACHINE_FIELDS = frozenset(
-    ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
-    + ("fingerprints", "requires", "runtime_config")
+    (
+        *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+        *("fingerprints", "requires", "runtime_config"),
+    )
 )
 
 
@@ -158,7 +162,7 @@ def make_config(name: str, args: Mapping[str, Any] | None = None, model: Any = N
     cls = config_class(name)
     check_method_args(name, args or {})
     values = {key: _plain(value) for key, value in (args or {}).items()}
-    known = {f for f in getattr(cls, "__dataclass_fields__", {})}
+    known = set(getattr(cls, "__dataclass_fields__", {}))
     values.update({k: v for k, v in common.items() if k in known and k not in values})
     if model is not None and method(name).module.startswith("peft."):
         values = {**_role_defaults(name, model, known), **values}
@@ -191,7 +195,12 @@ def register(info: MethodInfo, config_cls: type, layer_cls: type, model_cls: typ
     config_cls.peft_method_type = peft_type
     config_cls.info = info
     layer_cls.info = info
-    members = {"prefix": f"{info.name}_", "tuner_layer_cls": layer_cls, "info": info, "__module__": layer_cls.__module__}
+    members = {
+        "prefix": f"{info.name}_",
+        "tuner_layer_cls": layer_cls,
+        "info": info,
+        "__module__": layer_cls.__module__,
+    }
     tuner = type(config_cls.__name__.removesuffix("Config") + "Model", (model_cls or AdapterTuner,), members)
     register_peft_method(name=info.name, config_cls=config_cls, model_cls=tuner)
 
@@ -230,9 +239,12 @@ def _plain(value: Any) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(value)
+        read = yaml.safe_load(value)
     except yaml.YAMLError:
         return value
+    if isinstance(read, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read):
+        return float(read)  # YAML 1.1 takes 1e-3 for text
+    return read
 
 
 def _role_defaults(name: str, model: Any, known: set[str]) -> dict[str, Any]:

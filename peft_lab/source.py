@@ -60,6 +60,8 @@ def class_fields(node: ast.ClassDef) -> dict[str, Field]:
     for line in node.body:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
             continue
+        if "ClassVar" in ast.unparse(line.annotation):
+            continue
         default, help_text = _literal(line.value), ""
         if isinstance(line.value, ast.Call):
             options = {k.arg: k.value for k in line.value.keywords}

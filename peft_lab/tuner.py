@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -59,7 +58,7 @@ class AdapterTuner(BaseTuner):
         else:
             peft_config.target_modules = roles.rename_targets(self.model, peft_config.target_modules)
         if not loaded and peft_config.modules_to_save in (None, _PEFT_HEADS):
-            heads = roles.head_modules(self.model, peft_config.task_type)
+            heads = _heads(self.model, peft_config.task_type)
             peft_config.modules_to_save = sorted({*heads, *(peft_config.modules_to_save or [])}) or None
         return peft_config
 
@@ -147,6 +146,13 @@ class AdapterTuner(BaseTuner):
         super()._check_merge_allowed()
 
 
+def _heads(model: nn.Module, task_type: str | None) -> list[str]:
+    """Task heads by name, also where an earlier adapter has already wrapped them."""
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    found = roles.head_modules(model, task_type)
+    return [next((w for w in wrapped if head == w or head.startswith(f"{w}.")), head) for head in found]
+
+
 def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
     return args, {**kwargs, "adapter_names": adapter_names}
 
@@ -177,7 +183,10 @@ def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Te
     """An adapter file must hold exactly the adapter's parameters: peft itself only warns of what is missing."""
     known = model.state_dict()
     ours = {k for k in known if f".{prefix}" in k and k.endswith(f".{adapter}")}
-    given = {k for k in state if f".{prefix}" in k}
+    heads = [f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    resized = _embeddings(model)
+    embeddings = [f"{n}." for n, m in model.named_modules() if n and m in resized]
+    given = {k for k in state if not k.startswith((*heads, *embeddings)) or f".{prefix}" in k}
     missing, extra = sorted(ours - given), sorted(given - ours)
     if missing or extra:
         what = f'lacks "{missing[0]}"' if missing else f'has an unknown entry "{extra[0]}"'
@@ -185,10 +194,22 @@ def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Te
             f"The adapter file {what} ({len(missing)} missing, {len(extra)} unknown entries); it was cut short or "
             "belongs to another model."
         )
-    for key in ours:
+    for key in sorted(ours):
         if known[key].shape != state[key].shape:
             raise ConfigError(
                 f'Adapter entry "{key}" has shape {list(state[key].shape)}, expected {list(known[key].shape)}.'
             )
-        if not state[key].is_floating_point() or not bool(state[key].isfinite().all()):
-            warnings.warn(f'Adapter entry "{key}" holds values that are not finite floats.', stacklevel=2)
+    for key, value in state.items():
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise ConfigError(f'Adapter entry "{key}" holds values that are not finite numbers; train it again.')
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """Embedding layers, which peft itself adds to an adapter file when they were resized or adapted."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, name)())
+        except (AttributeError, NotImplementedError):  # transformers' answer of models without token embeddings
+            continue
+    return [module for module in found if module is not None]

@@ -1,0 +1,435 @@
+"""Properties of every registered method on tiny models of every family. A new method is tested by registering."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from backbones import TINY, VARIANTS, tiny_inputs
+from peft import (
+    AutoPeftModelForSequenceClassification,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from properties import (
+    METHODS,
+    OWN,
+    adapt,
+    adapter_parameters,
+    assert_close,
+    config,
+    equal_weights,
+    main_tensor,
+    move,
+    output,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from peft_lab import registry, roles
+from peft_lab.errors import ConfigError
+
+#: One of each shape of model: encoder, decoder, fused attention, encoder-decoder, vision transformer, two conv nets.
+MAIN = ["bert", "vit", "llama", "gpt2", "t5", "swin", "resnet", "efficientnet"]
+every = pytest.mark.parametrize("family", list(TINY))
+main = pytest.mark.parametrize("family", MAIN)
+own = pytest.mark.parametrize("method", OWN)
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {}
+
+
+@pytest.fixture
+def base(models, family):
+    if family not in models:
+        models[family] = (TINY.get(family) or VARIANTS[family])()
+    return models[family]
+
+
+@own
+@every
+@torch.no_grad()
+def test_life_of_an_adapter(base, method, family, tmp_path):
+    """Start, effect, disabling, saving, loading, merging and unmerging on one model."""
+    inputs = tiny_inputs(base)
+    # A frozen copy: nn.MultiheadAttention (SigLIP's pooling head) rounds otherwise where its weights require grad.
+    plain = output(copy.deepcopy(base).requires_grad_(False), inputs)
+    model = adapt(method, base)
+    assert torch.equal(output(model, inputs), plain) == registry.method(method).can("identity_start")
+    moved = output(move(model), inputs)
+    assert not torch.allclose(moved, plain, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(output(model, inputs), plain)
+    assert torch.equal(output(model, inputs), moved)
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(output(loaded, inputs), moved)
+    assert _all_equal(get_peft_model_state_dict(loaded), get_peft_model_state_dict(model))
+
+    model.merge_adapter()
+    assert_close(output(model, inputs), moved)
+    with model.disable_adapter():
+        assert torch.equal(output(model, inputs), plain)
+    model.unmerge_adapter()
+    assert torch.equal(output(model, inputs), moved)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(base)
+    assert_close(output(merged, inputs), moved)
+
+
+def _all_equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@methods
+@every
+def test_only_what_is_declared_trains(base, method, family):
+    if (method, family) == ("lora", "mobilenet_v2"):
+        pytest.skip("peft's LoRA layer hides the stride that MobileNetV2 reads to pad")
+    model = adapt(method, base).train()
+    heads = roles.head_modules(base)
+    assert set(model.peft_config["default"].modules_to_save or ()) == set(heads)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    own_names = set(adapter_parameters(model))
+    assert own_names
+    assert own_names <= trainable
+    assert all("modules_to_save.default" in n for n in trainable - own_names)
+    assert bool(trainable - own_names) == bool(heads)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # LoRA's A has no gradient before B has moved
+        optimizer.zero_grad()
+        main_tensor(model(**tiny_inputs(base))).square().mean().backward()
+        optimizer.step()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed <= trainable
+    # A pooled output does not depend on every op of the last block.
+    assert len(changed & own_names) >= 0.6 * len(own_names)
+
+
+@methods
+@every
+def test_declared_roles_are_the_ones_adapted(base, method, family):
+    model = adapt(method, base)
+    wanted = registry.method(method).roles
+    pattern = roles.target_regex(base, wanted)
+    assert model.peft_config["default"].target_modules == pattern
+    head = {n for h in roles.head_modules(base) for n, _ in base.named_modules() if n.startswith(h)}
+    assert not head & set(model.targeted_module_names)
+
+
+@methods
+@main
+def test_file_holds_exactly_the_adapter_and_the_head(base, method, family, tmp_path):
+    model = adapt(method, base)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    prefix = model.base_model.prefix
+    heads = tuple(f"base_model.model.{h}." for h in roles.head_modules(base))
+    assert len([k for k in state if f".{prefix}" in k]) == len(adapter_parameters(model))
+    assert all(f".{prefix}" in k or k.startswith(heads) for k in state)
+    assert sum(v.numel() for v in state.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+@own
+@main
+def test_every_way_to_load_gives_the_same(base, method, family, tmp_path):
+    inputs = tiny_inputs(base)
+    model = move(adapt(method, base))
+    expected = output(model, inputs)
+    base.save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = lambda: type(base).from_pretrained(tmp_path / "base")  # noqa: E731
+    lazy = PeftModel.from_pretrained(fresh(), tmp_path / "adapter", low_cpu_mem_usage=True)
+    assert _all_equal(get_peft_model_state_dict(lazy), get_peft_model_state_dict(model))
+    assert_close(output(lazy, inputs), expected, 1e-6)
+    native = fresh()
+    native.load_adapter(tmp_path / "adapter")
+    assert_close(output(native, inputs), expected, 1e-6)
+    assert_close(output(type(base).from_pretrained(tmp_path / "adapter"), inputs), expected, 1e-6)
+    renamed = PeftModel.from_pretrained(fresh(), tmp_path / "adapter", adapter_name="another")
+    assert_close(output(renamed, inputs), expected, 1e-6)
+
+
+@own
+def test_auto_peft_model(method, tmp_path):
+    base = TINY["bert"]()
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = move(get_peft_model(base, config(method, task_type="SEQ_CLS")))
+    expected = output(model, tiny_inputs(base))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3)
+    assert torch.equal(output(loaded, tiny_inputs(base)), expected)
+
+
+@own
+def test_transformers_own_adapter_methods(method, tmp_path):
+    base = TINY["vit"]()
+    inputs = tiny_inputs(base)
+    plain = output(base, inputs)
+    base.add_adapter(config(method), adapter_name="first")
+    base.add_adapter(config(method), adapter_name="second")
+    move(base, "first", seed=1), move(base, "second", seed=2)
+    base.set_adapter("first")
+    first = output(base, inputs)
+    base.set_adapter("second")
+    assert not torch.allclose(output(base, inputs), first, atol=1e-5)
+    base.set_adapter("first")
+    base.save_pretrained(tmp_path)
+    base.disable_adapters()
+    assert torch.equal(output(base, inputs), plain)
+    base.enable_adapters()
+    base.delete_adapter("second")
+    assert torch.equal(output(base, inputs), first)
+    again = TINY["vit"]()
+    again.load_adapter(tmp_path)
+    assert torch.equal(output(again, inputs), first)
+
+
+@own
+@main
+def test_several_adapters_on_one_model(base, method, family):
+    inputs = tiny_inputs(base)
+    model = adapt(method, base)
+    model.add_adapter("second", config(method))
+    move(model, "default", seed=1), move(model, "second", seed=2)
+    first = output(model, inputs)
+    model.set_adapter("second")
+    second = output(model, inputs)
+    assert not torch.allclose(first, second, atol=1e-5)
+    model.set_adapter("default")
+    assert torch.equal(output(model, inputs), first)
+    model.delete_adapter("default")
+    assert torch.equal(output(model, inputs), second)
+    with pytest.raises(ValueError, match="does not exist"):
+        model.delete_adapter("default")
+    with pytest.raises(ValueError, match="already exists"):
+        model.add_adapter("second", config(method))
+
+
+@own
+@main
+def test_mixed_batch_equals_each_row_alone(base, method, family):
+    names = ["second", "__base__", "default", "second"]
+    inputs = tiny_inputs(base, batch=4)
+    model = adapt(method, base)
+    model.add_adapter("second", config(method))
+    move(model, "default", seed=1), move(model, "second", seed=2)
+    mixed = output(model, inputs, adapter_names=names)
+    for row, name in enumerate(names):
+        one = {k: v[row : row + 1] for k, v in inputs.items()}
+        alone = output(model, one, adapter_names=[name])
+        assert_close(mixed[row : row + 1], alone, 5e-5)
+    model.set_adapter("second")
+    assert_close(mixed[[0, 3]], output(model, inputs)[[0, 3]], 5e-5)
+    with pytest.raises(ValueError, match="non-existing"):
+        output(model, inputs, adapter_names=["nobody"] * 4)
+    with pytest.raises(ValueError, match="eval"):
+        model.train()(**inputs, adapter_names=names)
+
+
+@own
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_one_adapter_a_row(base, method, family, beams):
+    inputs = {k: v for k, v in tiny_inputs(base, batch=3).items() if not k.startswith("decoder")}
+    model = adapt(method, base)
+    model.add_adapter("second", config(method))
+    move(model, "default", seed=1), move(model, "second", seed=2)
+    settings = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+    mixed = model.generate(**inputs, adapter_names=["second", "__base__", "default"], **settings)
+    model.set_adapter("second")
+    alone = model.generate(**inputs, **settings)
+    assert torch.equal(mixed[0, : alone.shape[1]], alone[0, : mixed.shape[1]])
+
+
+@own
+@main
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentrant):
+    if not base.supports_gradient_checkpointing:
+        pytest.skip(f"transformers has no gradient checkpointing for {family}")
+    inputs = tiny_inputs(base)
+    grads = []
+    for checkpointing in (False, True):
+        model = move(adapt(method, base)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            if reentrant and "input_ids" in inputs:
+                model.enable_input_require_grads()
+        main_tensor(model(**inputs)).square().mean().backward()
+        grads.append({n: p.grad for n, p in adapter_parameters(model).items()})
+    compared = 0
+    for name, grad in grads[0].items():
+        if grads[1][name] is None:
+            # Reentrant checkpointing of images: the first block's input needs no gradient, so peft's users get none.
+            assert reentrant
+            assert "pixel_values" in inputs
+            continue
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-6, rtol=1e-5)
+        compared += 1
+    assert compared or reentrant
+
+
+@own
+@main
+def test_bfloat16_base_with_float32_adapter(base, method, family):
+    model = adapt(method, copy.deepcopy(base).to(torch.bfloat16))
+    assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tiny_inputs(base).items()}
+    out = main_tensor(model.train()(**inputs))
+    assert out.dtype == torch.bfloat16
+    out.float().square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in adapter_parameters(model).values())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
+
+
+@own
+@main
+def test_autocast_keeps_gradients_finite(base, method, family):
+    model = adapt(method, base).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = main_tensor(model(**tiny_inputs(base))).float().square().mean()
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
+
+
+@own
+@pytest.mark.parametrize("family", ["bert", "vit", "llama"])
+def test_compiled_equals_eager(base, method, family):
+    inputs = tiny_inputs(base)
+    model = move(adapt(method, base))
+    expected = output(model, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_close(output(compiled, inputs), expected)
+    move(model, seed=7)
+    assert not torch.allclose(output(compiled, inputs), expected, atol=1e-4)
+    assert_close(output(compiled, inputs), output(model, inputs))
+
+
+FIELDS = [(m, f) for m in OWN for f in registry.config_class(m).__dataclass_fields__.values() if "other" in f.metadata]
+
+
+def test_every_own_field_names_a_value_to_try():
+    """A knob without a value to try it with would escape the next test."""
+    for method in OWN:
+        cls = registry.config_class(method)
+        inherited = set(cls.__mro__[1].__dataclass_fields__)
+        assert {f.name for m, f in FIELDS if m == method} == set(cls.__dataclass_fields__) - inherited
+
+
+@pytest.mark.parametrize(("method", "field"), FIELDS, ids=lambda value: getattr(value, "name", value))
+@torch.no_grad()
+def test_every_field_has_an_effect(method, field, tmp_path):
+    """On the trainable count, on the output of start or moved adapter, or on what the file holds."""
+    base = TINY["vit"]()
+    seen = []
+    for fields in ({}, {field.name: field.metadata["other"]}):
+        model = adapt(method, base, **fields)
+        start = output(model, tiny_inputs(base))
+        count = sum(p.numel() for p in adapter_parameters(model).values())
+        moved = output(move(model), tiny_inputs(base))
+        size = sum(v.numel() for v in get_peft_model_state_dict(model).values())
+        seen.append((count, size, start.tolist(), moved.tolist()))
+    assert seen[0] != seen[1]
+
+
+@own
+@pytest.mark.parametrize("family", ["vit", "llama", "t5"])
+def test_layers_to_transform_chooses_blocks(base, method, family):
+    model = adapt(method, base, layers_to_transform=[1])
+    targeted = model.targeted_module_names
+    assert targeted
+    assert {roles.layer_index(base, name) for name in targeted} == {1}
+    listed = adapt(method, base, layers_to_transform=1, target_modules=sorted({n.split(".")[-1] for n in targeted}))
+    assert {roles.layer_index(base, name) for name in listed.targeted_module_names} == {1}
+
+
+@own
+def test_regex_and_layers_do_not_contradict_in_silence(method):
+    with pytest.raises(ConfigError, match="regex"):
+        adapt(method, TINY["vit"](), layers_to_transform=[1], target_modules=r".*q_proj")
+
+
+@own
+@main
+def test_exclude_modules_leaves_out(base, method, family):
+    full = adapt(method, base).targeted_module_names
+    model = adapt(method, base, exclude_modules=[full[0]])
+    assert sorted(model.targeted_module_names) == sorted(set(full) - {full[0]})
+
+
+@own
+def test_modules_to_save_can_be_set_empty_or_otherwise(method, tmp_path):
+    base = TINY["vit"]()
+    assert adapt(method, base, modules_to_save=[]).peft_config["default"].modules_to_save == []
+    model = adapt(method, base, modules_to_save=["classifier", "layernorm"])
+    assert any("layernorm.modules_to_save" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+@own
+def test_adapters_named_in_the_old_way_load(method, tmp_path):
+    """Module names of transformers 4 in the config, the fingerprints and the file."""
+    base = TINY["vit"]()
+    targets = ["query", "value"]
+    model = move(adapt(method, base, target_modules=["q_proj", "v_proj"]))
+    expected = output(model, tiny_inputs(base))
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    values["target_modules"] = targets
+    values["fingerprints"] = {_old(k): v for k, v in values["fingerprints"].items()}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    from safetensors.torch import save_file
+
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({_old(k): v for k, v in load_file(path).items()}, path)
+    assert torch.equal(output(PeftModel.from_pretrained(base, tmp_path), tiny_inputs(base)), expected)
+
+
+def _old(name: str) -> str:
+    name = name.replace("vit.layers.", "vit.encoder.layer.")
+    return name.replace("attention.q_proj", "attention.attention.query").replace(
+        "attention.v_proj", "attention.attention.value"
+    )
+
+
+@own
+def test_same_seed_same_adapter(method):
+    base = TINY["vit"]()
+    one, two = adapt(method, base, seed=3), adapt(method, base, seed=3)
+    assert equal_weights(one, two)
+
+
+@own
+def test_nothing_is_trained_in_inference_mode(method, tmp_path):
+    base = TINY["vit"]()
+    adapt(method, base).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).peft_type == method.upper()
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert not [n for n, p in loaded.named_parameters() if p.requires_grad]
+    trainable = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    assert {n for n, p in trainable.named_parameters() if p.requires_grad} >= set(adapter_parameters(trainable))
+
+
+@own
+def test_model_status_names_the_method(method):
+    status = adapt(method, TINY["vit"]()).get_model_status()
+    assert status.peft_types == {"default": method.upper()}
+    assert status.requires_grad == {"default": True}
+    assert status.available_adapters == ["default"]
