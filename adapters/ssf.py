@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class SSFConfig(AdapterConfig):
 class SSFLayer(FeatureLayer):
     """An op with a trainable scale and shift behind it, both float32 (channels,)."""
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("ssf_scale", "ssf_shift")
+    adapter_layer_names = ("ssf_scale", "ssf_shift")
 
     def initial_values(self, adapter: str, config: SSFConfig) -> dict[str, Tensor]:
         values = {"ssf_scale": 1 + config.init_std * torch.randn(self.op.channels)}
@@ -92,7 +92,7 @@ class SSFLayer(FeatureLayer):
         scale, shift = self._values(adapter)
         scale = scale.detach().to(weight.dtype)
         if self.op.kind == "norm":
-            offset = norm_offset(self.get_base_layer())
+            offset = norm_offset(self.base_layer)
             weight = (weight + offset) * scale - offset
         else:
             weight = weight * scale.reshape(self.op.scale_shape(weight.dim()))

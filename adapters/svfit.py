@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +84,8 @@ class SVFitLayer(WeightLayer):
     on the same weight share them, and only with `save_bases` they are part of the state dict.
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("svfit_delta",)
-    other_param_names: ClassVar[tuple[str, ...]] = ("svfit_u", "svfit_s", "svfit_vh")
+    adapter_layer_names = ("svfit_delta",)
+    other_param_names = ("svfit_u", "svfit_s", "svfit_vh")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
@@ -151,7 +151,7 @@ class SVFitLayer(WeightLayer):
 
     def _project(self, x: Tensor, bases: svd.Bases, delta: Tensor) -> Tensor:
         """U diag(delta) Vh x for this kind of op; `delta` is (r,) or one row per row of x, (batch, r)."""
-        base, kind = self.get_base_layer(), self.op.kind
+        base, kind = self.base_layer, self.op.kind
         u, vh = bases.u.to(delta.dtype), bases.vh.to(delta.dtype)
         if kind == "conv2d" and base.groups > 1:
             return self._grouped(x, u, vh, delta)
@@ -169,7 +169,7 @@ class SVFitLayer(WeightLayer):
 
     def _grouped(self, x: Tensor, u: Tensor, vh: Tensor, delta: Tensor) -> Tensor:
         """Grouped convolutions mix no channels across groups, so the delta is applied as a weight."""
-        base = self.get_base_layer()
+        base = self.base_layer
         x = x.to(delta.dtype)
         if delta.dim() == 1:
             return base._conv_forward(x, ((u * delta) @ vh).reshape(base.weight.shape), None)
@@ -183,7 +183,7 @@ class SVFitLayer(WeightLayer):
         return out.reshape(x.shape[0], -1, *out.shape[2:])
 
     def _bases_of_weight(self, rank: int | str) -> svd.Bases:
-        weight = self._unmerged[0] if self._unmerged else self.get_base_layer().weight
+        weight = self._unmerged[0] if self._unmerged else self.base_layer.weight
         if weight.is_meta:
             raise RuntimeError("SVFit needs the base weights to build its bases; load the backbone before the adapter.")
         wanted = svd.parse_rank(rank)
@@ -202,7 +202,7 @@ class SVFitLayer(WeightLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         if self._shared is not None:
-            self._shared = self._shared.to(device if device is not None else self.get_base_layer().weight.device)
+            self._shared = self._shared.to(device if device is not None else self.base_layer.weight.device)
 
 
 register(METHOD, SVFitConfig, SVFitLayer)

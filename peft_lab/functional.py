@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -230,7 +231,7 @@ def recomputed(module: nn.Module, x: Tensor, scale: Tensor, shift: Tensor, chann
             return _folded(module, x, scale, shift, channel_dim)
         return scale_shift(module(x), scale, shift, channel_dim, keep="input")
     parts = _residual_parts(x)
-    if foldable and len(parts) == 1:
+    if foldable and (len(parts) == 1 or isinstance(module, _NormBase)):
         return _folded(module, x, scale, shift, channel_dim)
     return _Recomputed.apply(x, scale, shift, module, channel_dim, foldable, parts)
 
@@ -250,6 +251,8 @@ def _foldable(module: nn.Module, x: Tensor, scale: Tensor, channel_dim: int) -> 
     if type(module) not in _FOLDABLE_NORMS or hasattr(module, "_hf_hook") or _hooked(module):
         return False
     weight = module.weight
+    if isinstance(module, _NormBase) and module.bias is None:
+        return False
     if weight is None or scale.ndim != 1 or not (weight.dtype == scale.dtype == x.dtype):
         return False
     if torch.compiler.is_compiling() or weight.device != scale.device:
@@ -260,12 +263,13 @@ def _foldable(module: nn.Module, x: Tensor, scale: Tensor, channel_dim: int) -> 
 
 
 def _folded(module: nn.Module, x: Tensor, scale: Tensor, shift: Tensor, channel_dim: int) -> Tensor:
-    parameters = {"weight": module.weight * scale}
-    if module.bias is None:
-        y = torch.func.functional_call(module, parameters, (x,))
-        return y + _per_channel(shift, y, channel_dim)
-    parameters["bias"] = torch.addcmul(shift, module.bias, scale)
-    return torch.func.functional_call(module, parameters, (x,))
+    weight = module.weight * scale
+    bias = shift if module.bias is None else torch.addcmul(shift, module.bias, scale)
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, weight, bias, module.eps)
+    return torch.func.functional_call(module, {"weight": weight, "bias": bias}, (x,))  # updates its statistics, too
 
 
 class _Recomputed(torch.autograd.Function):
@@ -335,7 +339,7 @@ def _residual_recipe(node: Any) -> tuple[Callable[[], Tensor | None], ...]:
         if before is not None and isinstance(added, _ScaleShift._backward_cls):
             recipe = before.metadata.get(_RECIPE, ())
             if 0 < len(recipe) < _MAX_PARTS:
-                return (*recipe, lambda: added.kept)
+                return (*recipe, partial(getattr, added, "kept"))
     return ()
 
 

@@ -28,6 +28,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """
 
     info: ClassVar[MethodInfo]
+    base_layer: Any
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     # What a method supplies -------------------------------------------------------------------------------------
 
-    def initial_values(self, adapter: str, config: AdapterConfig) -> dict[str, Tensor]:
+    def initial_values(self, adapter: str, config: Any) -> dict[str, Tensor]:
         """Start values of an adapter's parameters by name; they are stored as float32."""
         raise NotImplementedError
 
@@ -102,7 +103,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.configs]
         if not names:
             return
-        base = self.get_base_layer()
+        base = self.base_layer
         bias = getattr(base, "bias", None)
         weight, new_bias = self._wide(base.weight), None if bias is None else self._wide(bias)
         for name in names:
@@ -120,7 +121,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Put the unmerged base weight back, bit for bit."""
         if self._unmerged is None:
             return
-        base = self.get_base_layer()
+        base = self.base_layer
         base.weight, bias = self._unmerged
         if hasattr(base, "bias"):
             base.bias = bias
@@ -129,8 +130,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def fingerprint(self) -> dict[str, Any]:
         """Fingerprint of the base weight without anything merged into it."""
-        weight = self._unmerged[0] if self._unmerged else self.get_base_layer().weight
-        return module_fingerprint(self.get_base_layer(), weight)
+        weight = self._unmerged[0] if self._unmerged else self.base_layer.weight
+        return module_fingerprint(self.base_layer, weight)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
@@ -139,7 +140,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # peft's own also casts to the base dtype; trainable parameters stay float32 here.
-        target = device if device is not None else self.get_base_layer().weight.device
+        target = device if device is not None else self.base_layer.weight.device
         for name in self.adapter_layer_names:
             values = getattr(self, name)
             if adapter_name in values and not values[adapter_name].is_meta:
@@ -178,7 +179,7 @@ class WeightLayer(AdapterLayer):
         """What the delta adds to the base output for input `x`."""
         matrix = self.delta_weight(adapter)
         x = x.to(matrix.dtype) if x.is_floating_point() else x
-        return apply_matrix(self.get_base_layer(), self.op, x, matrix)
+        return apply_matrix(self.base_layer, self.op, x, matrix)
 
     def mixed_delta(self, x: Tensor, rows: Rows) -> Tensor:
         """What the rows' own deltas add to the base output. This general form runs once per adapter."""
@@ -208,7 +209,7 @@ class WeightLayer(AdapterLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The delta in the layout of the base weight; peft's name for it, used by its conversion to LoRA."""
-        return self.op.weight(self.delta_weight(adapter), self.get_base_layer().weight.shape)
+        return self.op.weight(self.delta_weight(adapter), self.base_layer.weight.shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.op.kind in ("linear", "conv1d")

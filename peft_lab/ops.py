@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ def _recognise(module: nn.Module, weight: Tensor) -> Operation | None:
     return None
 
 
-def apply_matrix(module: nn.Module, op: Operation, x: Tensor, matrix: Tensor) -> Tensor:
+def apply_matrix(module: Any, op: Operation, x: Tensor, matrix: Tensor) -> Tensor:
     """Run the base operation with another matrix (out, in) and no bias: what a delta adds to the output."""
     if op.kind == "embedding":
         return F.embedding(x, matrix) * embed_scale(module)
@@ -94,12 +95,12 @@ def apply_matrix(module: nn.Module, op: Operation, x: Tensor, matrix: Tensor) ->
     return F.linear(x, matrix)
 
 
-def embed_scale(module: nn.Module) -> Tensor | float:
+def embed_scale(module: Any) -> Tensor | float:
     """The factor that scaled embeddings (Gemma 3, M2M) apply behind the look-up; 1.0 for plain ones."""
     return getattr(module, "embed_scale", 1.0)
 
 
-def norm_offset(module: nn.Module) -> float:
+def norm_offset(module: Any) -> float:
     """0.0 if a norm multiplies by its weight, 1.0 if by (1 + weight) as Gemma's does; found by running it.
 
     Raises:

@@ -42,6 +42,8 @@ KINDS = ("weight", "feature", "sequence", "input", "head", "baseline", "peft")
 #: Learning rates for peft's own tuners whose good range is far from LoRA's (peft's method_comparison, MetaMathQA).
 _PEFT_LEARNING_RATES = {"ia3": 5e-3, "c3a": 1e-1, "vera": 1e-2, "ln_tuning": 1e-2, "prompt_tuning": 1e-2, "oft": 1e-3}
 _DEFAULT_LEARNING_RATE = 1e-3
+#: Roles for peft's own tuners on families that peft has no targets for; query and value for all others.
+_PEFT_ROLES = {"ia3": ("attn.k", "attn.v", "mlp.down"), "ln_tuning": ("norm", "norm.final")}
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def make_config(name: str, args: Mapping[str, Any] | None = None, model: Any = N
         raise ConfigError(f'Method "{name}" refuses {values}: {error}') from error
 
 
-def register(info: MethodInfo, config_cls: type, layer_cls: type, model_cls: type | None = None) -> None:
+def register(info: MethodInfo, config_cls: Any, layer_cls: Any, model_cls: Any = None) -> None:
     """Make a method a native peft tuner under `info.name`.
 
     The tuner class is derived from `peft_lab.tuner.AdapterTuner` unless `model_cls` is given. After this
@@ -186,7 +188,8 @@ def register(info: MethodInfo, config_cls: type, layer_cls: type, model_cls: typ
 
     from peft_lab.tuner import AdapterTuner
 
-    present = PEFT_TYPE_TO_CONFIG_MAPPING.get(info.name.upper())
+    known: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    present = known.get(info.name.upper())
     if present is not None:
         if present.__module__ == config_cls.__module__:
             return
@@ -253,15 +256,15 @@ def _role_defaults(name: str, model: Any, known: set[str]) -> dict[str, Any]:
     from peft_lab import roles
 
     defaults: dict[str, Any] = {}
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(name.upper())
-    mapped = getattr(tuner, "target_module_mapping", None) or {}
+    tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    mapped = getattr(tuners.get(name.upper()), "target_module_mapping", None) or {}
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     info = method(name)
     if "target_modules" in known and (info.roles or model_type not in mapped):
-        wanted = info.roles or (("norm",) if name == "ln_tuning" else ("attn.q", "attn.v"))
+        wanted = info.roles or _PEFT_ROLES.get(name, ("attn.q", "attn.v"))
         defaults["target_modules"] = roles.target_regex(model, wanted)
         if "feedforward_modules" in known:
-            defaults["feedforward_modules"] = []
+            defaults["feedforward_modules"] = roles.target_regex(model, ("mlp.down",))
     if "modules_to_save" in known:
         defaults["modules_to_save"] = roles.head_modules(model) or None
     return defaults

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import peft_lab.roles as roles
 from peft_lab import fingerprint
-from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError
 from peft_lab.layer import AdapterLayer
 from peft_lab.registry import MethodInfo
@@ -29,7 +28,7 @@ class AdapterTuner(BaseTuner):
 
     info: ClassVar[MethodInfo]
     tuner_layer_cls: type[AdapterLayer]
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping = {}  # noqa: RUF012 - peft's own declaration; targets come from roles here
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check name and base, put the adapter in, and remember which weights it is on."""
@@ -38,14 +37,14 @@ class AdapterTuner(BaseTuner):
                 f'Adapter name "{adapter_name}" cannot be used: it is part of the parameter prefix "{self.prefix}" '
                 "or reserved, and its weights would be lost at load; choose another name."
             )
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = {k: m for k, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.configs}
         config.recorded_fingerprints = config.fingerprints or {
             name: layer.fingerprint() for name, layer in layers.items() if not layer.get_base_layer().weight.is_meta
         }
 
-    def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         loaded = peft_config.fingerprints is not None
         layers = peft_config.layers_to_transform
         if peft_config.target_modules is None:
@@ -62,7 +61,7 @@ class AdapterTuner(BaseTuner):
             peft_config.modules_to_save = sorted({*heads, *(peft_config.modules_to_save or [])}) or None
         return peft_config
 
-    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Before anything is injected, so that a refused adapter leaves the model as it was.
         if not peft_config.fingerprints:
             return
@@ -76,13 +75,14 @@ class AdapterTuner(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: AdapterConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        *,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config)
@@ -99,7 +99,7 @@ class AdapterTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         rename = roles.renamer(model)
         renamed = {_rename_key(rename, key, cls.prefix): value for key, value in state_dict.items()}

@@ -433,3 +433,13 @@ def test_model_status_names_the_method(method):
     assert status.peft_types == {"default": method.upper()}
     assert status.requires_grad == {"default": True}
     assert status.available_adapters == ["default"]
+
+
+@pytest.mark.parametrize("name", ["ia3", "ln_tuning", "vera", "oft", "loha", "hra"])
+@pytest.mark.parametrize("family", ["vit", "bert", "swin", "modernbert"])
+def test_tuners_of_peft_get_targets_and_the_head_by_role(base, name, family):
+    """Families that peft has no default targets for included."""
+    model = adapt(name, base)
+    assert model.targeted_module_names
+    assert set(model.peft_config["default"].modules_to_save) == set(roles.head_modules(base))
+    assert torch.isfinite(output(model, tiny_inputs(base))).all()
