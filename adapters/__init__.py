@@ -22,3 +22,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_configs()])
+
+
+__all__ = sorted(_configs())

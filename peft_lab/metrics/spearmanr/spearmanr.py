@@ -1,0 +1,30 @@
+"""Spearman's correlation coefficient (scipy's `spearmanr`)."""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+import numpy as np
+from scipy.stats import spearmanr
+
+
+class Spearmanr(evaluate.Metric):
+    """`compute(predictions, references)`, floats of shape (n,) -> `{"spearmanr": float}`.
+
+    The correlation with a constant is undefined; it counts as 0, so that a model that predicts one value is never best.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Spearman's rank correlation.",
+            citation="",
+            inputs_description="predictions, references: numbers, shape (n,).",
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
+            ),
+        )
+
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
+            return {"spearmanr": 0.0}
+        return {"spearmanr": float(spearmanr(references, predictions).statistic)}

@@ -1,0 +1,112 @@
+"""Prompt templates: plain column names in braces, filled from a row and never evaluated."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft_lab.errors import TaskError
+
+_FIELD = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a row becomes a prompt and the answer that the model shall learn.
+
+    A field is a column name in braces, `{question}`, or a path into a nested one, `{instances.0.output}`; a literal
+    brace is doubled.
+
+    Attributes:
+        prompt: what the model reads; no loss is taken on it.
+        answer: what the model learns to write after it.
+        reference: what a generated answer must equal for `exact_match`; `answer` if empty.
+        extract: regular expression whose only group is compared instead of the whole text, in answer and reference.
+        chat: put the prompt through the tokenizer's chat template as the user's turn.
+    """
+
+    prompt: str
+    answer: str
+    reference: str = ""
+    extract: str = ""
+    chat: bool = False
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template reads, in order of appearance."""
+        names = [name for text in (self.prompt, self.answer, self.reference) for name in fields(text)]
+        return tuple(dict.fromkeys(name.split(".")[0] for name in names))
+
+    def render(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """Prompt and answer of a row."""
+        return fill(self.prompt, row), fill(self.answer, row)
+
+    def target(self, row: Mapping[str, Any]) -> str:
+        """What a generated answer must equal.
+
+        Raises:
+            TaskError: `extract` does not match the row's own reference, so no model could ever be right.
+        """
+        text = fill(self.reference or self.answer, row)
+        if self.reference or not self.extract:
+            return normalise(text)
+        match = re.search(self.extract, text)
+        if match is None:
+            raise TaskError(f'Template: extract {self.extract!r} finds nothing in the reference "{text[:200]}".')
+        return normalise(match[1])
+
+    def found(self, text: str) -> str:
+        """The part of a generated text that is compared with `target`; empty if `extract` finds nothing."""
+        if not self.extract:
+            return normalise(text)
+        match = re.search(self.extract, text)
+        return normalise(match[1]) if match else ""
+
+
+def fields(text: str) -> list[str]:
+    """The field names of a template text.
+
+    Raises:
+        TaskError: unbalanced braces, or anything but a plain name in them (conversions, formats, attributes, calls).
+    """
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise TaskError(f'Template "{text[:80]}": {error}; write a literal brace twice.') from error
+    names = []
+    for _, name, form, conversion in parts:
+        if name is None:
+            continue
+        if not _FIELD.fullmatch(name) or form or conversion:
+            raise TaskError(f'Template "{text[:80]}": "{{{name}}}" must be a plain column name, like {{question}}.')
+        names.append(name)
+    return names
+
+
+def fill(text: str, row: Mapping[str, Any]) -> str:
+    """Put a row's values into a template text; a missing value becomes an empty string."""
+    parts = []
+    for literal, name, _, _ in string.Formatter().parse(text):
+        parts.append(literal)
+        if name is not None:
+            value = _value(row, name)
+            parts.append("" if value is None else str(value))
+    return "".join(parts)
+
+
+def normalise(text: str) -> str:
+    """The form in which answers are compared: trimmed, lower case, `1,234.00` as `1234`, no closing full stop."""
+    text = " ".join(text.split()).casefold().removesuffix(".")
+    return re.sub(r"(?<=\d)\.0+(?!\d)", "", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+
+
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    value: Any = row
+    for step in name.split("."):
+        try:
+            value = value[int(step)] if isinstance(value, list) else value[step]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise TaskError(f'Template: the row has nothing at "{{{name}}}".') from error
+    return value

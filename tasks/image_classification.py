@@ -1,0 +1,113 @@
+"""Image classification: one image to one of several labels."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peft_lab.errors import TaskError
+from peft_lab.kind import ClassificationKind, Record
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from peft_lab.task import Task
+
+logger = logging.getLogger("peft_lab")
+
+
+class ImageClassification(ClassificationKind):
+    """`image` -> `label`; AutoModelForImageClassification. Images are decoded and resized when they are used."""
+
+    name = "image_classification"
+    title = "one image -> label"
+    columns: ClassVar[Mapping[str, bool]] = {"image": True, "label": True}
+    settings = frozenset({"labels", "image_size"})
+    task_type = None
+    pipeline_tag = "image-classification"
+
+    def cast(self, rows: Dataset, task: Task) -> Dataset:
+        from datasets import Image, Value
+
+        feature = rows.features["image"]
+        if isinstance(feature, Value):
+            raise TaskError(
+                f'Task "{task.name}": the column "{task.columns["image"]}" holds {feature.dtype}, not images; '
+                "use the builder imagefolder for image files."
+            )
+        return rows.cast_column("image", Image(mode="RGB"))
+
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForImageClassification
+
+        return AutoModelForImageClassification
+
+    def load_processor(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> Any:
+        """The backbone's image processor; `image_size` replaces its size if the backbone takes any size."""
+        from transformers import AutoImageProcessor
+
+        # one backend on every machine: torchvision resizes to slightly different pixels
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path, backend="pil", **hub_kwargs)
+        if task.image_size is None:
+            return processor
+        if _has_fixed_grid(model_name_or_path, hub_kwargs):
+            logger.warning('"%s" has a fixed grid of patches and keeps its own image size.', model_name_or_path)
+            return processor
+        if hasattr(processor, "crop_pct"):
+            processor.size, processor.crop_pct = {"shortest_edge": task.image_size}, 1.0
+        else:
+            processor.size = {"height": task.image_size, "width": task.image_size}
+            processor.do_center_crop = False
+        return processor
+
+    def preprocess(self, rows: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
+        # both columns have names of the model's forward, so that Trainer leaves them in place for the transform
+        rows = rows.rename_columns({"image": "pixel_values", "label": "labels"})
+
+        def transform(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            if "pixel_values" in batch:
+                batch["pixel_values"] = processor(batch["pixel_values"], return_tensors="pt")["pixel_values"]
+            return batch
+
+        return rows.with_transform(transform)
+
+    def data_collator(self, processor: Any, model: Any) -> Any:
+        from transformers import DefaultDataCollator
+
+        return DefaultDataCollator()
+
+    def predict(
+        self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32
+    ) -> list[Record]:
+        """Label and score of each input: the path of an image file, or a PIL image."""
+
+        def encode(batch: Sequence[Any]) -> Any:
+            return processor([_open(value) for value in batch], return_tensors="pt")
+
+        return self.batches(model, list(inputs), encode, batch_size)
+
+
+def _open(value: Any) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    try:
+        with Image.open(value) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise TaskError(f'"{value}" cannot be read as an image: {error}.') from error
+
+
+def _has_fixed_grid(model_name_or_path: str, hub_kwargs: dict[str, Any]) -> bool:
+    """Whether the backbone refuses images of another size unless it is told to interpolate its positions."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    config = AutoConfig.from_pretrained(model_name_or_path, **hub_kwargs)
+    model_class = AutoModelForImageClassification._model_mapping[type(config)]
+    return "interpolate_pos_encoding" in inspect.signature(model_class.forward).parameters
+
+
+KIND = ImageClassification()

@@ -1,0 +1,130 @@
+"""The shipped `evaluate` modules: equal to scikit-learn and scipy, and loaded without a network."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as reference
+
+from peft_lab.errors import TaskError
+from peft_lab.metrics import METRICS, greater_is_better, load_metric, metric_path
+
+DRAW = np.random.default_rng(0)
+BINARY = DRAW.integers(0, 2, 200), DRAW.integers(0, 2, 200)
+CLASSES = DRAW.integers(0, 5, 200), DRAW.integers(0, 5, 200)
+NUMBERS = DRAW.normal(size=200), DRAW.normal(size=200)
+
+CASES = [
+    ("accuracy", CLASSES, lambda p, y: reference.accuracy_score(y, p)),
+    ("f1", CLASSES, lambda p, y: reference.f1_score(y, p, average="macro")),
+    ("f1", BINARY, lambda p, y: reference.f1_score(y, p)),
+    ("matthews_correlation", CLASSES, lambda p, y: reference.matthews_corrcoef(y, p)),
+    ("matthews_correlation", BINARY, lambda p, y: reference.matthews_corrcoef(y, p)),
+    ("pearsonr", NUMBERS, lambda p, y: np.corrcoef(p, y)[0, 1]),
+    ("spearmanr", NUMBERS, lambda p, y: np.corrcoef(stats.rankdata(p), stats.rankdata(y))[0, 1]),
+    ("exact_match", CLASSES, lambda p, y: np.mean(p == y)),
+]
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a shipped metric must not use the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize(("name", "data", "expected"), CASES)
+def test_a_shipped_metric_equals_its_reference(name: str, data: Any, expected: Any, no_network: None) -> None:
+    predictions, references = data
+    truth = expected(predictions, references)
+    if name == "exact_match":
+        predictions, references = [str(p) for p in predictions], [str(y) for y in references]
+    found = load_metric(name).compute(predictions=predictions, references=references)
+    assert found == {name: pytest.approx(truth, abs=1e-12)}
+    assert found[name] != pytest.approx(expected(data[0], data[0]), abs=0.05), "the case must be able to fail"
+
+
+def test_every_metric_has_a_case_or_a_test_of_its_own() -> None:
+    assert {name for name, _, _ in CASES} | {"perplexity"} == set(METRICS)
+    folders = {path.name for path in Path(load_metric.__code__.co_filename).parent.iterdir() if path.is_dir()}
+    assert set(METRICS) <= folders
+
+
+def test_perplexity_counts_every_token_the_same(no_network: None) -> None:
+    probabilities = DRAW.uniform(0.01, 1, 50)
+    found = load_metric("perplexity").compute(predictions=np.log(probabilities))
+    assert found["perplexity"] == pytest.approx(np.prod(probabilities) ** (-1 / 50))
+    uniform = load_metric("perplexity").compute(predictions=[np.log(1 / 7)] * 9)
+    assert uniform["perplexity"] == pytest.approx(7)
+
+
+def test_a_constant_prediction_has_no_correlation() -> None:
+    for name in ("pearsonr", "spearmanr"):
+        assert load_metric(name).compute(predictions=[1.0] * 5, references=[1, 2, 3, 4, 5]) == {name: 0.0}
+
+
+def test_macro_f1_over_given_labels_counts_absent_classes() -> None:
+    found = load_metric("f1").compute(predictions=[0, 1], references=[0, 1], average="macro", labels=[0, 1, 2])
+    assert found["f1"] == pytest.approx(2 / 3)
+
+
+def test_exact_match_can_ignore_case() -> None:
+    metric = load_metric("exact_match")
+    assert metric.compute(predictions=["Yes", "no"], references=["yes", "no"]) == {"exact_match": 0.5}
+    assert metric.compute(predictions=["Yes", "no"], references=["yes", "no"], ignore_case=True) == {"exact_match": 1.0}
+
+
+def test_a_metric_of_the_users_own(tmp_path: Path, no_network: None) -> None:
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "half.py").write_text(
+        "import datasets\nimport evaluate\n\n"
+        "class Half(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        whole = datasets.Value('int64')\n"
+        "        values = datasets.Features({'predictions': whole, 'references': whole})\n"
+        "        return evaluate.MetricInfo(description='', citation='', inputs_description='', features=values)\n\n"
+        "    def _compute(self, predictions, references):\n"
+        "        return {'half': 0.5}\n"
+    )
+    path = metric_path("./half", tmp_path)
+    assert path == metric_path("half/half.py", tmp_path) == tmp_path / "half" / "half.py"
+    assert load_metric(str(path)).compute(predictions=[1], references=[1]) == {"half": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("acuracy", 'Did you mean "accuracy"'),
+        ("rogue", 'Did you mean "rouge"'),
+        ("someone/metric", "What strangers keep on the Hub is not run"),
+        ("nowhere.py", "no metric file or folder"),
+    ],
+)
+def test_an_unknown_metric_is_refused(name: str, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        load_metric(name)
+
+
+def test_a_metric_of_evaluate_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import evaluate
+
+    def offline(name: str, **kwargs: Any) -> None:
+        raise FileNotFoundError(f"Couldn't find {name}\non the Hub")
+
+    monkeypatch.setattr(evaluate, "load", offline)
+    with pytest.raises(TaskError, match='Metric "rouge" cannot be loaded: Couldn\'t find rouge on the Hub'):
+        load_metric("rouge")
+
+
+def test_the_better_direction() -> None:
+    assert greater_is_better("eval_accuracy")
+    assert greater_is_better("my_own")
+    assert not greater_is_better("eval_perplexity")
+    assert not greater_is_better("loss")
