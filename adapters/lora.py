@@ -13,4 +13,5 @@ METHOD = MethodInfo(
     roles=("attn.q", "attn.v"),
     capabilities=("linear", "conv1d", "conv2d", "embedding", "merge", "mixed_batch", "identity_start"),
     learning_rate=1e-3,
+    budget=(1.0, 1.12),
 )

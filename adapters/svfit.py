@@ -43,6 +43,7 @@ METHOD = MethodInfo(
         "dtype_bound",
     ),
     learning_rate=2e-2,
+    budget=(1.22, 1.25),
 )
 
 

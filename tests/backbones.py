@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -162,6 +163,33 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "mbart": _model("MBartForSequenceClassification", max_position_embeddings=64, **_SEQ2SEQ),
     "bart": _model("BartForSequenceClassification", max_position_embeddings=64, **_SEQ2SEQ),
 }
+
+MODELS = {**TINY, **VARIANTS}
+
+
+@cache
+def tiny(name: str) -> PreTrainedModel:
+    """A model of `MODELS`, built once for all tests: only to look at."""
+    return MODELS[name]()
+
+
+def found(model: nn.Module, pattern: str) -> list[str]:
+    """Paths of the modules that peft would find with this regex."""
+    return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+
+
+def bare(model: PreTrainedModel) -> PreTrainedModel:
+    """The backbone inside a model with a head."""
+    return getattr(model, model.base_model_prefix)
+
+
+class Custom(nn.Module):
+    """A backbone with a head of one's own, under any names."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
 
 
 def tiny_inputs(model: PreTrainedModel, batch: int = 2, labels: bool = False) -> dict[str, Tensor]:

@@ -1,0 +1,57 @@
+"""Module names that transformers changed between versions, in both directions. Strings only."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+
+class Renames:
+    """A family's aliases (older fragment, newer fragment), applied to paths and to the ends of paths."""
+
+    def __init__(self, aliases: tuple[tuple[str, str], ...]) -> None:
+        self._forward = [(_fragment(old, new), new.replace("*", r"\1")) for old, new in aliases]
+        self._back = [(_fragment(new, old), old.replace("*", r"\1")) for old, new in aliases]
+        self._aliases = aliases
+
+    def new(self, path: str) -> str:
+        """A path in the table's names."""
+        return self._substitute(self._forward, path)
+
+    def old(self, path: str) -> str:
+        """A path in the older names."""
+        return self._substitute(self._back, path)
+
+    def short(self, name: str, back: bool = False) -> str:
+        """The end of a path, e.g. one leaf name, if only one alias ends with it."""
+        pairs = [(new, old) if back else (old, new) for old, new in self._aliases]
+        length = name.count(".") + 1
+        found = {_tail(to, length) for what, to in pairs if f".{what}".endswith(f".{name}")}
+        if len(found) != 1:
+            return name
+        (target,) = found
+        unique = sum(_tail(to, length) == target for _, to in pairs) == 1
+        return target if unique else name
+
+    @staticmethod
+    def _substitute(rules: list[tuple[re.Pattern[str], str]], path: str) -> str:
+        for pattern, replacement in rules:
+            path = pattern.sub(replacement, path)
+        return path
+
+
+def _tail(path: str, length: int) -> str:
+    return ".".join(path.split(".")[-length:])
+
+
+def _fragment(what: str, to: str) -> re.Pattern[str]:
+    """Finds `what` between dots; not where it already is the end of `to` (`layer.*` in `model.layer.*`)."""
+    before = to.removesuffix(f".{what}") if to.endswith(f".{what}") else ""
+    guard = rf"(?<!{re.escape(before)}\.)" if before else ""
+    return re.compile(rf"(?<![^.]){guard}{re.escape(what)}(?![^.])".replace(r"\*", r"(\d+|\*)"))
+
+
+@lru_cache(maxsize=256)
+def renames_of(aliases: tuple[tuple[str, str], ...]) -> Renames:
+    """The `Renames` of a family's aliases, compiled once."""
+    return Renames(aliases)
