@@ -137,18 +137,31 @@ class SVFitLayer(WeightLayer):
         weight = self.op.matrix(base.weight)
         return spectral_linear(x, weight, base.bias, bases.u, self.delta(adapters[0]), bases.vh)
 
-    def mixed_delta(self, x: Tensor, rows: Rows) -> Tensor:
-        present = [name for name in rows.names if name in self.configs]
-        if not present:
-            return torch.zeros((), device=x.device)
-        if any(name in self.svfit_u for name in present):
-            return super().mixed_delta(x, rows)
-        rank = max(self.svfit_delta[name].numel() for name in present)
-        zero = self.svfit_delta[present[0]].new_zeros(rank)
-        deltas = (self.delta(name) if name in present else zero for name in rows.names)
-        padded = torch.stack([F.pad(delta, (0, rank - delta.numel())) for delta in deltas])
+    def mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        per_row = self._per_row(x, rows)
+        if per_row is None:
+            return super().mixed(x, rows, *args, **kwargs)
         assert self._shared is not None
-        return self._project(x, self._shared.head(rank), padded[rows.index(x.shape[0], x.device)])
+        weight, bases = self.base_layer.weight, self._shared.head(per_row.shape[1])
+        linear = self.op.kind in ("linear", "conv1d")
+        if linear and bases.rank == min(weight.shape) and x.dtype == weight.dtype == torch.float32:
+            # The bases span the whole weight, so its own product is not needed beside theirs.
+            out = self._project(x, bases, per_row + bases.s)
+            return out if self.base_layer.bias is None else out + self.base_layer.bias
+        out = self.base_layer(x, *args, **kwargs)
+        return out + self._project(x, bases, per_row).to(out.dtype)
+
+    def _per_row(self, x: Tensor, rows: Rows) -> Tensor | None:
+        """Each row's change of the singular values (batch, r), zero without an adapter; None if bases differ."""
+        present = [name for name in rows.names if name in self.configs]
+        if not present or any(name in self.svfit_u for name in present):
+            return None
+        deltas = {name: self.delta(name) for name in present}
+        rank = max(delta.numel() for delta in deltas.values())
+        zero = self.svfit_delta[present[0]].new_zeros(rank)
+        padded = [deltas.get(name, zero) for name in rows.names]
+        padded = [F.pad(d, (0, rank - d.numel())) if d.numel() < rank else d for d in padded]
+        return torch.stack(padded)[rows.index(x.shape[0], x.device)]
 
     def _project(self, x: Tensor, bases: svd.Bases, delta: Tensor) -> Tensor:
         """U diag(delta) Vh x for this kind of op; `delta` is (r,) or one row per row of x, (batch, r)."""

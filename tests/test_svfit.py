@@ -188,3 +188,15 @@ def test_second_load_reads_the_cache(tmp_path, monkeypatch):
     get_peft_model(copy.deepcopy(base), SVFitConfig(rank=4, target_modules=["0"])).save_pretrained(tmp_path / "a")
     monkeypatch.setattr(svd, "_decompose", lambda *_: pytest.fail("the bases were computed again"))
     PeftModel.from_pretrained(base, tmp_path / "a")
+
+
+@torch.no_grad()
+def test_adapters_with_and_without_stored_bases_share_a_batch(toy):
+    ids = torch.randint(0, 13, (3, 5))
+    model = get_peft_model(toy, SVFitConfig(rank=4, target_modules=OPS, save_bases=True)).eval()
+    model.add_adapter("light", SVFitConfig(rank="full", target_modules=OPS))
+    _move(model)
+    mixed = model(ids, adapter_names=["light", "default", "__base__"])
+    for row, name in enumerate(["light", "default"]):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], model(ids)[row], atol=2e-5, rtol=2e-5)
