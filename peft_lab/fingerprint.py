@@ -23,7 +23,7 @@ _DTYPE_TOLERANCE = 2**-7
 def weight_hash(weight: Tensor) -> str:
     """sha256 of the raw bytes of a tensor of any dtype and device."""
     data = weight.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(data.numpy())).hexdigest()
+    return hashlib.sha256(data.numpy().data).hexdigest()
 
 
 def fingerprint(weight: Tensor) -> dict[str, Any]:

@@ -29,6 +29,7 @@ Plan = Literal["factored", "projected", "materialised"]
 
 # How much dividing by the scale may enlarge a rounding error of the output before the input is kept instead.
 _MAX_AMPLIFICATION = {torch.float64: 1e4, torch.float32: 1e2, torch.bfloat16: 4.0, torch.float16: 16.0}
+_WIDE_DTYPES = (torch.float32, torch.float64)
 _IN_PLACE = "the output was changed in place before backward; call it with keep='input' where the model does that."
 # Norms that apply `weight` and `bias` per channel as their last step, so that a scale and shift fold into them exactly.
 _FOLDABLE_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -228,11 +229,11 @@ def recomputed(module: nn.Module, x: Tensor, scale: Tensor, shift: Tensor, chann
         _check_channels(x, scale, shift, channel_dim)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not repeatable:
         if foldable:
-            return _folded(module, x, scale, shift, channel_dim)
+            return _folded(module, x, scale, shift)
         return scale_shift(module(x), scale, shift, channel_dim, keep="input")
     parts = _residual_parts(x)
     if foldable and (len(parts) == 1 or isinstance(module, _NormBase)):
-        return _folded(module, x, scale, shift, channel_dim)
+        return _folded(module, x, scale, shift)
     return _Recomputed.apply(x, scale, shift, module, channel_dim, foldable, parts)
 
 
@@ -246,7 +247,7 @@ def _repeatable(module: nn.Module) -> bool:
     return not (updates_statistics or _hooked(module) or any(p.requires_grad for p in module.parameters()))
 
 
-def _foldable(module: nn.Module, x: Tensor, scale: Tensor, channel_dim: int) -> bool:
+def _foldable(module: Any, x: Tensor, scale: Tensor, channel_dim: int) -> bool:
     """Exact types only, since a subclass may do anything; offloaded modules (accelerate) change weights when called."""
     if type(module) not in _FOLDABLE_NORMS or hasattr(module, "_hf_hook") or _hooked(module):
         return False
@@ -258,11 +259,11 @@ def _foldable(module: nn.Module, x: Tensor, scale: Tensor, channel_dim: int) -> 
     if torch.compiler.is_compiling() or weight.device != scale.device:
         return False
     if isinstance(module, nn.LayerNorm):
-        return weight.ndim == 1 and channel_dim % x.ndim == x.ndim - 1
+        return bool(weight.ndim == 1 and channel_dim % x.ndim == x.ndim - 1)
     return channel_dim % x.ndim == 1
 
 
-def _folded(module: nn.Module, x: Tensor, scale: Tensor, shift: Tensor, channel_dim: int) -> Tensor:
+def _folded(module: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     weight = module.weight * scale
     bias = shift if module.bias is None else torch.addcmul(shift, module.bias, scale)
     if isinstance(module, nn.LayerNorm):
@@ -289,7 +290,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.module, ctx.channel_dim, ctx.foldable = module, channel_dim, foldable
         ctx.save_for_backward(scale, shift, *(parts if len(parts) > 1 else (x,)))
         if foldable:
-            return _folded(module, x, scale, shift, channel_dim)
+            return _folded(module, x, scale, shift)
         y = module(x)
         _check_channels(y, scale, shift, channel_dim)
         return _affine(y, scale, shift, channel_dim)
@@ -302,45 +303,51 @@ class _Recomputed(torch.autograd.Function):
             x = x + part
         device, dtype, enabled = ctx.autocast
         needed = ctx.needs_input_grad[:3]
-        leaves = [t.detach().requires_grad_(need) for t, need in zip((x, scale, shift), needed, strict=True)]
+        x, scale, shift = (t.detach().requires_grad_(need) for t, need in zip((x, scale, shift), needed, strict=True))
         with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
             if ctx.foldable:
-                z = _folded(ctx.module, *leaves, ctx.channel_dim)
+                z = _folded(ctx.module, x, scale, shift)
             else:  # forward, not __call__: global hooks must see one call per step
-                z = _affine(ctx.module.forward(leaves[0]), *leaves[1:], ctx.channel_dim)
-        grads = iter(torch.autograd.grad(z, [leaf for leaf in leaves if leaf.requires_grad], grad))
+                z = _affine(ctx.module.forward(x), scale, shift, ctx.channel_dim)
+        grads = iter(torch.autograd.grad(z, [leaf for leaf in (x, scale, shift) if leaf.requires_grad], grad))
         return *(next(grads) if need else None for need in needed), None, None, None, None
 
 
-_RECIPE = "peft_lab.recipe"  # key in a graph node's metadata: how its value is a sum of kept tensors
 _MAX_PARTS = 5  # each part is one more addition in backward
+
+Recipe = tuple[Callable[[], "Tensor | None"], ...]
 
 
 def _residual_parts(x: Tensor) -> tuple[Tensor, ...]:
     """Tensors that the graph keeps anyway and that add up, from the left, to x; (x,) where none are known."""
-    node = x.grad_fn
+    node: Any = x.grad_fn
     if node is None or not _saved_is_kept():
         return (x,)
-    recipe = node.metadata.get(_RECIPE) or _residual_recipe(node)
-    parts = tuple(part() for part in recipe)
-    fits = all(p is not None and p.shape == x.shape and torch.promote_types(p.dtype, x.dtype) == x.dtype for p in parts)
-    if not parts or not fits or parts[0].dtype != x.dtype:
-        recipe, parts = (TensorWeakRef(x),), (x,)
-    node.metadata[_RECIPE] = recipe
+    key = _recipe_key(x.output_nr)
+    recipe: Recipe = node.metadata.get(key) or _residual_recipe(node)
+    parts = [part for part in (call() for call in recipe) if part is not None]
+    if not parts or len(parts) < len(recipe):
+        recipe, parts = (TensorWeakRef(x),), [x]
+    node.metadata[key] = recipe
     return tuple(part.detach() for part in parts)
 
 
-def _residual_recipe(node: Any) -> tuple[Callable[[], Tensor | None], ...]:
+def _residual_recipe(node: Any) -> Recipe:
     """For a plain sum of a value with a recipe and an output of scale_shift: the recipe and that output."""
     if node.name() != "AddBackward0" or node._saved_alpha != 1 or len(node.next_functions) != 2:
         return ()
-    (one, _), (other, _) = node.next_functions
-    for before, added in ((one, other), (other, one)):
+    one, other = node.next_functions
+    for (before, output_nr), (added, _) in ((one, other), (other, one)):
         if before is not None and isinstance(added, _ScaleShift._backward_cls):
-            recipe = before.metadata.get(_RECIPE, ())
+            recipe: Recipe = before.metadata.get(_recipe_key(output_nr), ())
             if 0 < len(recipe) < _MAX_PARTS:
                 return (*recipe, partial(getattr, added, "kept"))
     return ()
+
+
+def _recipe_key(output_nr: int) -> str:
+    """Where the metadata of a graph node says how that output of it is a sum of kept tensors."""
+    return f"peft_lab.recipe.{output_nr}"
 
 
 def _saved_is_kept() -> bool:
@@ -378,7 +385,7 @@ def spectral_flops(
     ============  =====================================  ==========================================================
 
     Where the delta cannot be added into W (``fusable`` false) a materialised delta costs 2NMK more in forward and again
-    for the input gradient, and there is no projected plan.
+    for the input gradient, and there is no projected plan; nor is there without training.
     """
     weight, down, up, build = (
         2 * tokens * in_features * out_features,
@@ -409,7 +416,9 @@ def spectral_plan(
 
     Kept for backward: factored N r; projected N r, and the M K of W' where that is less; materialised N M + M K.
     """
-    plans: tuple[Plan, ...] = ("factored", "projected", "materialised") if fusable else ("factored", "materialised")
+    plans: tuple[Plan, ...] = ("factored", "materialised")
+    if fusable and train:
+        plans = ("factored", "projected", "materialised")
     sizes = (tokens, in_features, out_features, rank)
     return min(
         plans, key=lambda plan: spectral_flops(plan, *sizes, fusable=fusable, train=train, input_grad=input_grad)
@@ -430,11 +439,7 @@ def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, d
 
     Source: SVFit (arXiv 2409.05926) for the parametrisation; the plans are ours.
     """
-    exact = weight.dtype == x.dtype == delta.dtype == u.dtype == vh.dtype and weight.dtype in (
-        torch.float32,
-        torch.float64,
-    )
-    if not exact or delta.ndim != 1 or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+    if not _fusable(x, weight, u, delta, vh):
         return F.linear(x, weight, bias) + spectral_delta(x, u, delta, vh)
     plan = _plan_for(x, u, delta, vh, fusable=True)
     if plan == "factored":
@@ -442,6 +447,33 @@ def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, d
     if plan == "projected":
         return _ProjectedLinear.apply(x, weight, bias, u, delta, vh)
     return F.linear(x, _compose(weight, u, delta, vh), bias)  # autograd's own backward is the cheapest here
+
+
+def spectral_conv2d(x: Tensor, conv: nn.Conv2d, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
+    """``conv(x)`` with ``U diag(delta) Vh`` added to its weight, seen as the matrix ``(out, in * height * width)``.
+
+    Factored (a convolution to r channels and a 1x1 one) or through ``W'``, by the same count as ``spectral_linear``, with
+    the positions of the output as tokens. Delta = 0 gives the bits of ``conv(x)``, and half precision is kept apart.
+
+    Args:
+        x: ``(B, C, H, W)``.
+        conv: a frozen convolution without groups, any padding mode.
+        u, delta, vh: as for ``spectral_linear``, ``vh`` of shape ``(r, in * height * width)``.
+
+    Raises:
+        ValueError: the convolution has groups, across which no channels mix.
+    """
+    if conv.groups != 1:
+        raise ValueError(f"spectral_conv2d needs a convolution without groups, not one of {conv.groups}.")
+    weight = conv.weight
+    if weight.is_contiguous() and _fusable(x, weight.flatten(1), u, delta, vh):
+        positions = x.shape[0] * math.prod(-(-side // step) for side, step in zip(x.shape[2:], conv.stride, strict=True))
+        if _plan_for(positions, x, u, delta, vh, fusable=True, projected=False) == "materialised":
+            composed = _compose(weight.flatten(1), u, delta, vh).view_as(weight)
+            return conv._conv_forward(x, composed, conv.bias)
+    hidden = conv._conv_forward(x, vh.to(x.dtype).reshape(-1, *weight.shape[1:]), None)
+    scaled = (hidden * delta.reshape(-1, delta.shape[-1], 1, 1)).to(x.dtype)
+    return conv(x) + F.conv2d(scaled, u.to(x.dtype)[:, :, None, None])
 
 
 def spectral_delta(x: Tensor, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
@@ -454,12 +486,31 @@ def spectral_delta(x: Tensor, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
     return F.linear(x, (u * delta).to(x.dtype) @ vh.to(x.dtype))
 
 
-def _plan_for(x: Tensor, u: Tensor, delta: Tensor, vh: Tensor, fusable: bool) -> Plan:
+def _fusable(x: Tensor, weight: Tensor, u: Tensor, delta: Tensor, vh: Tensor) -> bool:
+    """Whether U diag(delta) Vh may be added to W: nothing rounds away, W is frozen, and the sum can have W's layout."""
+    if weight.requires_grad or delta.ndim != 1 or torch.is_autocast_enabled(x.device.type):
+        return False
+    if not (weight.dtype == x.dtype == delta.dtype == u.dtype == vh.dtype and weight.dtype in _WIDE_DTYPES):
+        return False
+    return weight.is_contiguous() or weight.t().is_contiguous()
+
+
+def _plan_for(
+    x: Tensor, u: Tensor, delta: Tensor, vh: Tensor, fusable: bool, tokens: int | None = None, projected: bool = True
+) -> Plan:
+    """The plan for these tensors; one without the projected plan, which is no plain autograd, where that is barred."""
     rank, in_features = vh.shape
-    tokens = x.numel() // max(1, in_features)
+    tokens = x.numel() // max(1, in_features) if tokens is None else tokens
     train = torch.is_grad_enabled() and delta.requires_grad
-    plan = spectral_plan(tokens, in_features, u.shape[0], rank, fusable, train=train, input_grad=x.requires_grad)
-    return "factored" if plan == "projected" and torch.compiler.is_compiling() else plan
+    sizes = (tokens, in_features, u.shape[0], rank)
+    plan = spectral_plan(*sizes, fusable, train=train, input_grad=x.requires_grad)
+    if plan != "projected" or (projected and not torch.compiler.is_compiling()):
+        return plan
+    costs = {
+        plain: spectral_flops(plain, *sizes, fusable=fusable, train=train, input_grad=x.requires_grad)
+        for plain in ("factored", "materialised")
+    }
+    return "factored" if costs["factored"] <= costs["materialised"] else "materialised"
 
 
 def _keeps_weight(tokens: int, in_features: int, out_features: int, rank: int) -> bool:
@@ -504,7 +555,7 @@ class _FactoredDelta(torch.autograd.Function):
 
 def _compose(weight: Tensor, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
     """W + U diag(delta) Vh in W's own memory layout, so that a matrix product rounds as with W itself."""
-    if weight.is_contiguous() or not weight.t().is_contiguous():
+    if weight.is_contiguous():
         return torch.addmm(weight, u * delta, vh)
     return torch.addmm(weight.t(), vh.t() * delta, u.t()).t()
 
@@ -518,7 +569,8 @@ class _ProjectedLinear(torch.autograd.Function):
     ) -> Tensor:
         composed = _compose(weight, u, delta, vh)
         projected = F.linear(x, vh) if ctx.needs_input_grad[4] else None
-        ctx.composed = _keeps_weight(x.numel() // max(1, x.shape[-1]), *reversed(weight.shape), delta.shape[0])
+        tokens = x.numel() // max(1, x.shape[-1])
+        ctx.composed = _keeps_weight(tokens, weight.shape[1], weight.shape[0], delta.shape[0])
         ctx.save_for_backward(projected, composed if ctx.composed else weight, u, delta, vh)
         return F.linear(x, composed, bias)
 

@@ -81,7 +81,6 @@ class AdapterTuner(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        *,
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, self.tuner_layer_cls):

@@ -111,8 +111,9 @@ class CausalLM(Kind):
         perplexity, accuracy = load_metric("perplexity"), load_metric("accuracy")
 
         def compute(prediction: EvalPrediction) -> dict[str, float]:
-            predicted, log_probabilities = prediction.predictions
-            targets = prediction.label_ids[:, 1:]
+            outputs: Any = prediction.predictions
+            label_ids: Any = prediction.label_ids
+            (predicted, log_probabilities), targets = outputs, label_ids[:, 1:]
             kept = targets != IGNORED
             found: dict[str, float] = {}
             if "perplexity" in task.metrics:

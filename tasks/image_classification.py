@@ -106,7 +106,7 @@ def _has_fixed_grid(model_name_or_path: str, hub_kwargs: dict[str, Any]) -> bool
     from transformers import AutoConfig, AutoModelForImageClassification
 
     config = AutoConfig.from_pretrained(model_name_or_path, **hub_kwargs)
-    model_class = AutoModelForImageClassification._model_mapping[type(config)]
+    model_class: Any = AutoModelForImageClassification._model_mapping[type(config)]
     return "interpolate_pos_encoding" in inspect.signature(model_class.forward).parameters
 
 

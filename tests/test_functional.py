@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,6 +181,11 @@ class TestGuardOfDevices:
         layers[2][0].data[0] = 0
         assert forward() == [1.0, 2.0, float("inf")]
         assert calls == [3, 3]
+
+    def test_scales_made_anew_for_each_call_are_not_waited_for(self) -> None:
+        activations = SimpleNamespace(dtype=torch.float32, is_cuda=False)
+        fresh = SimpleNamespace(device=torch.device("xpu"), is_leaf=False, numel=lambda: 4)
+        assert not functional._ScaleGuard().invertible(activations, fresh, fresh)
 
     def test_scales_out_of_use_and_deleted_are_forgotten(self) -> None:
         guard = functional._ScaleGuard()

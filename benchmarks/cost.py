@@ -1,0 +1,232 @@
+"""Cost of one training step by method: FLOPs, kept activations, peak memory, time; and the two aims for SVFit.
+
+    python benchmarks/cost.py --output benchmarks/results/cost.md
+
+The step is forward, loss, backward and AdamW, in training mode, fp32. Methods are timed in turns, so that a machine
+that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import report  # first: it sets the environment
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from peft_lab.backbones import resolve_model
+from peft_lab.cost import Cost, count_flops, frozen_floor, measure_step, training_step
+from peft_lab.registry import make_config
+from peft_lab.roles import target_regex
+
+QUERY_VALUE = ("attn.q", "attn.v")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and a batch; ``build`` makes the same model each time."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[], dict[str, torch.Tensor]]
+
+
+def vit(batch: int, image: int = 224, patch: int = 16, **config: Any) -> Workload:
+    config = {"image_size": image, "patch_size": patch, "num_labels": 10, **config}
+    shape = f"{config.get('num_hidden_layers', 12)} layers of width {config.get('hidden_size', 768)}"
+    tokens = batch * ((image // patch) ** 2 + 1)
+    return Workload(
+        f"ViT, {shape}, random weights; {batch} images, {tokens:,} tokens",
+        lambda: ViTForImageClassification(ViTConfig(**config)),
+        lambda: images(batch, image),
+    )
+
+
+def bert(batch: int, length: int) -> Workload:
+    return Workload(
+        f"BERT-base size, random weights; {batch} x {length} tokens",
+        lambda: BertForSequenceClassification(BertConfig(num_labels=2)),
+        lambda: tokens(batch, length),
+    )
+
+
+def images(batch: int, size: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(batch, 3, size, size), "labels": torch.randint(0, 10, (batch,))}
+
+
+def tokens(batch: int, length: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(1000, 30000, (batch, length)), "labels": torch.randint(0, 2, (batch,))}
+
+
+WORKLOADS: dict[str, Workload] = {
+    "vit-b": vit(4),
+    "bert-base": bert(8, 128),
+    "minilm": Workload(
+        "MiniLM-L6, pretrained; 32 x 32 tokens",
+        lambda: AutoModelForSequenceClassification.from_pretrained(resolve_model("minilm"), num_labels=2),
+        lambda: tokens(32, 32),
+    ),
+    "efficientnet-lite0": Workload(
+        "EfficientNet-Lite0, pretrained; 16 images of 128 x 128",
+        lambda: AutoModelForImageClassification.from_pretrained(resolve_model("efficientnet-lite0")),
+        lambda: images(16, 128),
+    ),
+}
+
+METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
+    "full fine-tuning": None,
+    "frozen floor": None,
+    "LoRA r=8 (peft)": ("lora", {"r": 8}),
+    "SVFit r=8": ("svfit", {"rank": 8}),
+    "SVFit r=64": ("svfit", {"rank": 64}),
+    "SVFit full rank": ("svfit", {"rank": "full"}),
+    "SSF": ("ssf", {}),
+}
+
+
+def adapted(model: nn.Module, name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model with a method on it; LoRA and SVFit on the same modules, no head trained."""
+    if name != "ssf":
+        arguments = {**arguments, "target_modules": target_regex(model, QUERY_VALUE)}
+    config: PeftConfig = make_config(name, arguments, model)
+    config.modules_to_save = None
+    return get_peft_model(model, config)
+
+
+def prepare(workload: Workload, method: str, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = workload.build().train()
+    if METHODS[method] is not None:
+        model = adapted(model, *METHODS[method])
+        for parameter_name, parameter in model.named_parameters():
+            if ".modules_to_save." in parameter_name:
+                parameter.requires_grad_(False)
+    return model.to(device).train()
+
+
+@dataclass
+class Entry:
+    """One method on one workload."""
+
+    cost: Cost
+    trainable: int
+    resident: int
+    times: list[float]
+    step: Callable[[], None]
+
+
+def measure(workload: Workload, method: str, device: str) -> Entry:
+    model = prepare(workload, method, device)
+    batch = {key: value.to(device) for key, value in workload.batch().items()}
+    if method == "frozen floor":
+        context = frozen_floor(model)
+        context.__enter__()  # for as long as this process measures it
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6) if trained else None
+    cost = measure_step(model, batch, optimizer=optimizer, repeats=1)
+    states = [] if optimizer is None else [v for s in optimizer.state.values() for v in s.values()]
+    held = [*model.parameters(), *model.buffers(), *states]
+    resident = sum(
+        tensor.nbytes for tensor in {id(tensor): tensor for tensor in held if torch.is_tensor(tensor)}.values()
+    )
+    trainable = sum(parameter.numel() for parameter in trained)
+    return Entry(cost, trainable, resident, [], training_step(model, batch, optimizer=optimizer))
+
+
+def compare(workload: Workload, repeats: int, device: str) -> str:
+    entries = {method: measure(workload, method, device) for method in METHODS}
+    for _ in range(repeats):
+        for entry in entries.values():
+            entry.times.append(report.timed(entry.step, device))
+    full, floor, lora = (entries[name] for name in ("full fine-tuning", "frozen floor", "LoRA r=8 (peft)"))
+    header = ["method", "trainable", "GFLOPs", "/ full", "/ floor", "/ LoRA"]
+    header += ["kept MiB", "/ full", "/ floor", "/ LoRA", "peak MiB", "/ full", "/ LoRA", "ms", "/ full", "/ LoRA"]
+    rows = []
+    for method, entry in entries.items():
+        flops = [entry.cost.flops / other.cost.flops for other in (full, floor, lora)]
+        kept = [entry.cost.saved_bytes / other.cost.saved_bytes for other in (full, floor, lora)]
+        peak, peaks = (each := peak_of(entry)), [each / peak_of(other) for other in (full, lora)]
+        times = [seconds(entry) / seconds(other) for other in (full, lora)]
+        row = [method, f"{entry.trainable:,}", f"{entry.cost.flops / 1e9:.2f}", *(f"{value:.3f}" for value in flops)]
+        row += [f"{entry.cost.saved_bytes / MIB:.1f}", *(f"{value:.3f}" for value in kept)]
+        row += [f"{peak / MIB:.0f}", *(f"{value:.2f}" for value in peaks)]
+        rows.append([*row, f"{1e3 * seconds(entry):.0f}", *(f"{value:.2f}" for value in times)])
+    return f"## {workload.title}\n\n{report.table(header, rows)}"
+
+
+def peak_of(entry: Entry) -> int:
+    return entry.resident + entry.cost.peak_bytes
+
+
+def seconds(entry: Entry) -> float:
+    return min(entry.times)
+
+
+SMALL = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
+AIMS = [(vit(41), 1.10), (bert(64, 128), 1.10), (vit(8, 32, 4, **SMALL), 1.22)]
+
+
+def counted(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """FLOPs of a step on tensors without values: the shapes decide."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return count_flops(training_step(model, {key: mode.from_tensor(value) for key, value in batch.items()}))
+
+
+def aims() -> str:
+    rows = []
+    for workload, aim in AIMS:
+        torch.manual_seed(0)
+        model, batch = workload.build().train(), workload.batch()
+        with frozen_floor(model):
+            floor = counted(model, batch)
+        flops = counted(adapted(model, "svfit", {"rank": "full"}), batch)
+        row = [workload.title, f"{floor / 1e9:,.1f}", f"{flops / 1e9:,.1f}", f"{flops / floor:.4f}", f"{aim:.2f}"]
+        rows.append(row)
+    header = ["model", "floor GFLOPs", "SVFit GFLOPs", "/ floor", "aim"]
+    return f"## SVFit at full rank on query and value\n\n{report.table(header, rows)}"
+
+
+ABOUT = """\
+One step: forward, loss, backward, AdamW; fp32, training mode with the dropout of each model's configuration. *Frozen
+floor*: nothing is trained, and gradient flows through all layers down to the first embedding, as it must for an adapter
+on that; adapters that start later can be below it. LoRA and SVFit adapt query and value (in EfficientNet the pointwise
+convolutions), SSF every op; heads are frozen, except in full fine-tuning. *FLOPs* are those of products, convolutions
+and attention. *Kept* is what autograd holds between forward and backward, each storage once, without parameters,
+buffers, frozen bases and the batch. *Peak* is weights, buffers, optimiser state and the most that tensors held at one
+time during the step. *ms* is the best of {repeats} steps, the methods in turns: CPU time of one thread, or wall time on
+a GPU."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--skip_aims", action="store_true")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    parts = ["# Cost of a training step", report.environment(arguments.device)]
+    parts.append(ABOUT.format(repeats=arguments.repeats))
+    parts += [compare(WORKLOADS[name], arguments.repeats, arguments.device) for name in arguments.workloads]
+    if not arguments.skip_aims:
+        parts.append(aims())
+    report.publish("\n\n".join(parts), arguments.output)
+
+
+if __name__ == "__main__":
+    main()

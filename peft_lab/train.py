@@ -1,0 +1,426 @@
+"""One run: task + backbone + method + training arguments -> `Trainer` -> a folder with the adapter and its metrics.
+
+The module is callable: `peft_lab.train(...)` works also after this module was imported under the same name.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import sys
+import time
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psutil
+import torch
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_determinism, set_seed
+
+from peft_lab import registry, roles, run_folder
+from peft_lab.backbones import resolve_model
+from peft_lab.card import write_card
+from peft_lab.data import Splits, load_splits, subset
+from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
+from peft_lab.metrics import METRICS
+from peft_lab.registry import MethodInfo
+from peft_lab.run_config import RunConfig, load_run
+from peft_lab.task import kind as task_kind
+from peft_lab.task import load_task
+from peft_lab.trainer import LabTrainer, PeakMemory, last_complete_checkpoint, remove_checkpoints
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peft_lab.task_schema import Task
+
+logger = logging.getLogger("peft_lab")
+
+_T = TypeVar("_T")
+
+#: Trainer's own measurements of an evaluation, which say nothing about the model.
+_TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+
+_PACKAGES = ("peft-lab", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy")
+
+
+@dataclass
+class TrainResult:
+    """What `train` returns.
+
+    Attributes:
+        output_dir: folder with the adapter, its processor, metrics, labels and card.
+        metrics: the content of metrics.json.
+        model: the trained model, adapter included.
+        trainer: the Trainer that was used; None if the run had been finished before.
+        is_main_process: False on all but the first process of a distributed run.
+    """
+
+    output_dir: Path
+    metrics: dict[str, Any]
+    model: PreTrainedModel | PeftModel
+    trainer: LabTrainer | None = None
+    is_main_process: bool = True
+
+
+def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, **options: Any) -> TrainResult:
+    """Train an adapter or a baseline, evaluate it, and save everything.
+
+    A run that was interrupted is continued from its last complete checkpoint; one that is finished is not repeated.
+
+    Args:
+        config: a `RunConfig`, a mapping, or a YAML or JSON file; None if everything is in `options`.
+        options: fields of `RunConfig` and flags of `TrainingArguments`; they override `config`.
+
+    Raises:
+        ConfigError, TaskError, AdapterMismatchError: what is wrong, before anything is written.
+    """
+    config = _as_config(config, options)
+    info = config.check()
+    task = load_task(config.task)
+    state = run_folder.check_output_dir(config)
+    folder = Path(config.output_dir).expanduser()
+    arguments = training_arguments(config, info)
+    _check_best_metric(arguments, task)
+    if state == "finished":
+        from peft_lab.inference import load
+
+        logger.warning('The run in "%s" is finished; pass --overwrite_output_dir to repeat it.', config.output_dir)
+        return TrainResult(folder, run_folder.read_metrics(folder), load(folder).model)
+    return _Run(config, info, task, arguments, folder).execute()
+
+
+def _as_config(config: Any, options: Mapping[str, Any]) -> RunConfig:
+    if config is None:
+        return RunConfig.from_mapping(options, "the arguments of train()")
+    if isinstance(config, str | Path):
+        return load_run(config, options)
+    values = config.to_dict() if isinstance(config, RunConfig) else dict(config)
+    return RunConfig.from_mapping({**values, **options}, "the arguments of train()")
+
+
+def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments:
+    """The run's `TrainingArguments`: its own flags over our defaults over Trainer's.
+
+    Raises:
+        ConfigError: Trainer refuses a value.
+    """
+    flags = dict(config.training_arguments)
+    flags.setdefault("learning_rate", info.learning_rate)
+    flags.setdefault("report_to", "none")
+    flags.setdefault("restore_callback_states_from_checkpoint", True)  # else early stopping forgets its count at resume
+    flags.setdefault("remove_unused_columns", False)  # the collator reads what the kind's preprocessing made
+    flags.setdefault("label_names", ["labels"])
+    flags.pop("do_train", None)
+    if config.early_stopping_patience is not None:
+        strategy = flags.setdefault("eval_strategy", "epoch")
+        flags.setdefault("save_strategy", strategy)
+        flags.setdefault("load_best_model_at_end", True)
+        for steps in ("save_steps", "eval_steps"):
+            other = "eval_steps" if steps == "save_steps" else "save_steps"
+            if other in flags:
+                flags.setdefault(steps, flags[other])
+        flags.setdefault("metric_for_best_model", "loss")
+    flags.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    if not torch.cuda.is_available() and (flags.get("bf16") or flags.get("bf16_full_eval")):
+        flags.setdefault("use_cpu", not torch.backends.mps.is_available())  # Trainer wants bf16 on CPU spelt out
+    if flags.get("gradient_checkpointing") or flags.get("activation_checkpointing"):
+        flags.setdefault("ddp_find_unused_parameters", False)  # as Trainer does for a model without an adapter
+    return _refusing(TrainingArguments, output_dir=config.output_dir, **flags)
+
+
+def _check_best_metric(arguments: TrainingArguments, task: Task) -> None:
+    """Refuse a metric for the best model that no evaluation will give; Trainer finds out after the first one."""
+    name = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    known = ["loss", *(Path(metric).stem for metric in task.metrics)]
+    if name not in known and all(metric in METRICS for metric in task.metrics):
+        raise ConfigError(
+            f'metric_for_best_model "{name}" is not measured on task "{task.name}".{did_you_mean(name, known)} '
+            f"Known: {', '.join(known)}."
+        )
+
+
+def _refusing(build: Callable[..., _T], **values: Any) -> _T:
+    """Call `build`; what Trainer refuses becomes a `ConfigError` of one sentence."""
+    try:
+        return build(**values)
+    except PeftLabError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"Training arguments are refused: {' '.join(str(error).split())}") from error
+
+
+class _Run:
+    """The steps of one run, in order; each reads what the ones before it have set."""
+
+    def __init__(
+        self, config: RunConfig, info: MethodInfo, task: Task, arguments: TrainingArguments, folder: Path
+    ) -> None:
+        self.config, self.info, self.task, self.arguments, self.folder = config, info, task, arguments, folder
+        self.kind = task_kind(task.kind)
+        self.start = time.perf_counter()
+        self.process = PartialState()
+
+    def execute(self) -> TrainResult:
+        checkpoint = self._checkpoint()
+        self._load()
+        self._build_trainer()
+        self._claim_folder(checkpoint)
+        with PeakMemory() as memory:
+            started = time.perf_counter()
+            self.trainer.train(checkpoint)
+            seconds = time.perf_counter() - started
+        scores = self._evaluate()
+        self.trainer.save_model(str(self.folder), _internal_call=True)
+        self.metrics = self._measured(scores, memory, seconds, checkpoint)
+        if self.process.is_main_process:
+            self._write()
+        self.process.wait_for_everyone()
+        if self.arguments.push_to_hub:
+            self.trainer.push_to_hub()
+        return TrainResult(self.folder, self.metrics, self.model, self.trainer, self.process.is_main_process)
+
+    def _checkpoint(self) -> str | None:
+        """The checkpoint to start from: the one asked for, else the last complete one of this run."""
+        asked = self.arguments.resume_from_checkpoint
+        word = str(asked).lower()
+        own = None
+        if not self.config.overwrite_output_dir:
+            own = last_complete_checkpoint(self.folder, self.process.num_processes)
+        if asked is None or word == "true":
+            if asked is not None and own is None:
+                raise ConfigError(f'There is no complete checkpoint in "{self.config.output_dir}" to resume from.')
+            return own
+        if word == "false":
+            if own is not None:
+                raise ConfigError(
+                    f'"{self.config.output_dir}" holds checkpoints; to start afresh pass --overwrite_output_dir.'
+                )
+            return None
+        if not (Path(asked) / "trainer_state.json").is_file():
+            raise ConfigError(f'"{asked}" is not a checkpoint folder of Trainer: it has no trainer_state.json.')
+        return str(asked)
+
+    def _load(self) -> None:
+        seed = self.arguments.seed
+        if self.arguments.full_determinism:
+            enable_full_determinism(seed)
+        else:
+            set_seed(seed)
+        wants_test = self.config.training_arguments.get("do_predict") is not False
+        has_test = "test" in self.task.splits or self.task.test_fraction > 0
+        with self.process.main_process_first():
+            self.splits: Splits = load_splits(self.task, test=wants_test and has_test)
+        self.labels = self.splits.labels
+        self.processor, base = load_base(
+            self.kind,
+            self.task,
+            self.labels,
+            self.config.model_name_or_path,
+            self.config.model_revision,
+            self.config.dtype,
+        )
+        self.head_modules = roles.head_modules(base)
+        set_seed(seed)  # the backbone's own random draws must not shift the adapter's
+        self.model = adapt(base, self.info, self.config.method_args, self.kind.task_type)
+        limits = (self.config.max_train_samples, self.config.max_eval_samples, self.config.max_test_samples)
+        parts = (self.splits.train, self.splits.validation, self.splits.test)
+        named = zip(("train", "validation", "test"), parts, limits, strict=True)
+        self.raw = {name: subset(rows, limit) for name, rows, limit in named if rows is not None}
+        with self.process.main_process_first():
+            self.rows = {
+                name: self.kind.preprocess(rows, self.processor, self.task, self.model)
+                for name, rows in self.raw.items()
+            }
+
+    def _build_trainer(self) -> None:
+        patience = self.config.early_stopping_patience
+        self.trainer = _refusing(
+            LabTrainer,
+            model=self.model,
+            args=self.arguments,
+            train_dataset=self.rows["train"],
+            eval_dataset=self.rows["validation"],
+            processing_class=self.processor,
+            data_collator=self.kind.data_collator(self.processor, self.model),
+            compute_metrics=self.kind.compute_metrics(self.task, self.labels),
+            preprocess_logits_for_metrics=self.kind.preprocess_logits_for_metrics,
+            callbacks=[EarlyStoppingCallback(patience)] if patience is not None else [],
+            head_learning_rate=self.config.head_learning_rate,
+            head_modules=self.head_modules,
+            write_card=self._card,
+        )
+
+    def _claim_folder(self, checkpoint: str | None) -> None:
+        """From here on the folder belongs to this run: everything that could be refused has been."""
+        if self.process.is_main_process:
+            if self.config.overwrite_output_dir:
+                run_folder.remove_run(self.folder)
+            inside = checkpoint if checkpoint and Path(checkpoint).parent.samefile(self.folder) else None
+            remove_checkpoints(self.folder, after=inside)
+            run_folder.write_run(self.config, self.folder)
+        self.process.wait_for_everyone()
+
+    def _evaluate(self) -> dict[str, dict[str, Any]]:
+        """Scores on the validation rows and then, once, on the test rows."""
+        self.trainer.remove_callback(EarlyStoppingCallback)  # it would look for the validation metric in the test's
+        wanted = {"validation": "eval", "test": "test"}
+        if self.config.training_arguments.get("do_eval") is False:
+            del wanted["validation"]
+        found_scores = {}
+        for split, prefix in wanted.items():
+            if split in self.rows:
+                found = self.trainer.evaluate(self.rows[split], metric_key_prefix=prefix)
+                written = self.kind.generation_metrics(
+                    self.model, self.processor, self.raw[split], self.task, self.arguments.per_device_eval_batch_size
+                )
+                found_scores[split] = scores(found, f"{prefix}_") | written
+        return found_scores
+
+    def _measured(
+        self, scores: dict[str, Any], memory: PeakMemory, seconds: float, checkpoint: str | None
+    ) -> dict[str, Any]:
+        trainable, total = count_parameters(self.model)
+        peft_config = self.model.active_peft_config.to_dict() if isinstance(self.model, PeftModel) else {}
+        return {
+            "run": self.config.to_dict() | {"hub_token": None},
+            "metrics": scores,
+            "main_metric": self.task.main_metric,
+            "learning_rate": self.arguments.learning_rate,
+            "seed": self.arguments.seed,
+            "global_step": self.trainer.state.global_step,
+            "epoch": self.trainer.state.epoch,
+            "resumed_from": Path(checkpoint).name if checkpoint else None,
+            "best_checkpoint": Path(self.trainer.state.best_model_checkpoint or "").name or None,
+            "parameters": {"trainable": trainable, "total": total},
+            "adapter_bytes": run_folder.weights_bytes(self.folder),
+            "peak_memory_bytes": memory.peak,
+            "memory_before_training_bytes": memory.before,
+            "train_seconds": seconds,
+            "wall_seconds": time.perf_counter() - self.start,
+            "data": {
+                "task": self.task.name,
+                "version": self.task.version,
+                "labels": _outputs(self.task, self.labels),
+                "fingerprint": self.splits.fingerprint,
+                "fingerprints": self.splits.fingerprints,
+                "rows": {name: len(rows) for name, rows in self.rows.items()},
+            },
+            "method_config": {key: value for key, value in peft_config.items() if key != "fingerprints"},
+            "processes": self.process.num_processes,
+            "versions": versions(),
+            "device": device_name(),
+        }
+
+    def _write(self) -> None:
+        if self.labels:
+            run_folder.write_labels(self.folder, list(self.labels))
+        origin = self.task.origin
+        if origin is not None and self.config.task != self.task.name:
+            (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
+        self._card()
+        run_folder.write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
+
+    def _card(self) -> None:
+        write_card(self.folder, self.metrics, self.info, self.task)
+
+
+def load_base(
+    kind: Any, task: Task, labels: Any, name: str, revision: str | None = None, dtype: str | None = None
+) -> tuple[Any, PreTrainedModel]:
+    """Processor and model of a backbone for a task.
+
+    Raises:
+        ConfigError: there is no such backbone, or it does not fit the kind of task.
+    """
+    path = resolve_model(name)
+    hub: dict[str, Any] = {"revision": revision} if revision else {}
+    try:
+        processor = kind.load_processor(path, task, **hub)
+        model = kind.load_model(path, task, labels, **hub, **({"dtype": dtype} if dtype else {}))
+    except PeftLabError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(_why_not(name, kind, error)) from error
+    return processor, model
+
+
+def _why_not(name: str, kind: Any, error: Exception) -> str:
+    from peft_lab.backbones import BACKBONES
+
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f'Backbone "{name}" cannot be loaded for kind "{kind.name}".{did_you_mean(name, BACKBONES)} {first}'
+
+
+def adapt(
+    model: PreTrainedModel, info: MethodInfo, args: Mapping[str, Any], task_type: str | None = None
+) -> PreTrainedModel | PeftModel:
+    """Put a method on a model, or for a baseline choose which of the model's own weights are trained.
+
+    A baseline trains the modules that play its `roles`, or everything if it names none.
+
+    Raises:
+        ConfigError: nothing would be trained.
+    """
+    if info.kind != "baseline":
+        config = registry.make_config(info.name, args, model=model, task_type=task_type)
+        try:
+            return get_peft_model(model, config)
+        except PeftLabError:
+            raise
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ConfigError(
+                f'Method "{info.name}" with {dict(args)} does not fit this model: {" ".join(str(error).split())}'
+            ) from error
+    if info.roles:
+        model.requires_grad_(False)
+        paths = [path for role in info.roles for path in roles.modules_by_role(model, role)]
+        for path in paths:
+            model.get_submodule(path).requires_grad_(True)
+        if not paths:
+            raise ConfigError(f'Baseline "{info.name}" finds no {" or ".join(info.roles)} in {type(model).__name__}.')
+    return model
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and total parameters; what peft keeps twice (a saved head and its original) counts twice."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor architecture and the number of cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {psutil.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def _outputs(task: Task, labels: Any) -> int | None:
+    """Number of outputs of the head: one per label, one for regression, None without a head of the task's."""
+    return len(labels) if labels else 1 if task.problem_type == "regression" else None
+
+
+def scores(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """An evaluation of Trainer without its prefix and its timings."""
+    named = {key.removeprefix(prefix): value for key, value in values.items()}
+    return {key: value for key, value in named.items() if key not in _TIMINGS}
+
+
+class _Callable(types.ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> TrainResult:
+        """`train`, when `peft_lab.train` is this module."""
+        return train(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
