@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peft_lab import svd
 from peft_lab.config import AdapterConfig
-from peft_lab.functional import spectral_linear
+from peft_lab.functional import spectral_conv2d, spectral_linear
 from peft_lab.layer import WeightLayer
 from peft_lab.ops import embed_scale
 from peft_lab.registry import MethodInfo, register
@@ -130,12 +130,14 @@ class SVFitLayer(WeightLayer):
         return self._project(x, self.bases(adapter), self.delta(adapter))
 
     def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        base = self.base_layer
-        if self.op.kind not in ("linear", "conv1d") or len(adapters) > 1:
+        base, kind = self.base_layer, self.op.kind
+        plain_conv = kind == "conv2d" and base.groups == 1
+        if len(adapters) > 1 or not (plain_conv or kind in ("linear", "conv1d")):
             return super().adapted(x, adapters, *args, **kwargs)
-        bases = self.bases(adapters[0])
-        weight = self.op.matrix(base.weight)
-        return spectral_linear(x, weight, base.bias, bases.u, self.delta(adapters[0]), bases.vh)
+        bases, delta = self.bases(adapters[0]), self.delta(adapters[0])
+        if plain_conv:
+            return spectral_conv2d(x, base, bases.u, delta, bases.vh)
+        return spectral_linear(x, self.op.matrix(base.weight), base.bias, bases.u, delta, bases.vh)
 
     def mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
         per_row = self._per_row(x, rows)

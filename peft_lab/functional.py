@@ -3,7 +3,7 @@
 ``scale_shift``       ``y * scale + shift`` that keeps its output, which the next op keeps anyway, instead of ``y``.
 ``recomputed``        ``norm(x) * scale + shift`` that keeps only the norm's own input.
 ``spectral_linear``   ``x Wᵀ + b + ((x Vhᵀ) * delta) Uᵀ`` by the cheapest of three plans.
-``spectral_delta``    the same without the base.
+``spectral_conv2d``   the same for a convolution; ``spectral_delta`` for a Linear, without the base.
 
 All of them equal the plain expression, in value and in first derivatives, and fall back to it under ``torch.compile``,
 whose own partitioner chooses what to keep. Second derivatives are refused with an error rather than given wrongly.
@@ -11,6 +11,7 @@ whose own partitioner chooses what to keep. Second derivatives are refused with 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-__all__ = ["recomputed", "scale_shift", "spectral_delta", "spectral_flops", "spectral_linear", "spectral_plan"]
+__all__ = [
+    "recomputed",
+    "scale_shift",
+    "spectral_conv2d",
+    "spectral_delta",
+    "spectral_flops",
+    "spectral_linear",
+    "spectral_plan",
+]
 
 Plan = Literal["factored", "projected", "materialised"]
 
@@ -411,13 +420,16 @@ def spectral_plan(
     *,
     train: bool = True,
     input_grad: bool = True,
+    plain: bool = False,
 ) -> Plan:
     """The plan with the fewest FLOPs (see :func:`spectral_flops`); of equals the one that keeps least.
+
+    ``plain`` leaves out the projected plan, which needs a backward of its own.
 
     Kept for backward: factored N r; projected N r, and the M K of W' where that is less; materialised N M + M K.
     """
     plans: tuple[Plan, ...] = ("factored", "materialised")
-    if fusable and train:
+    if fusable and train and not plain:
         plans = ("factored", "projected", "materialised")
     sizes = (tokens, in_features, out_features, rank)
     return min(
@@ -441,7 +453,7 @@ def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, d
     """
     if not _fusable(x, weight, u, delta, vh):
         return F.linear(x, weight, bias) + spectral_delta(x, u, delta, vh)
-    plan = _plan_for(x, u, delta, vh, fusable=True)
+    plan = _plan_for(_rows(x), x, u, delta, vh, fusable=True)
     if plan == "factored":
         return F.linear(x, weight, bias) + _factored(x, u, delta, vh)
     if plan == "projected":
@@ -452,8 +464,8 @@ def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, d
 def spectral_conv2d(x: Tensor, conv: nn.Conv2d, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
     """``conv(x)`` with ``U diag(delta) Vh`` added to its weight, seen as the matrix ``(out, in * height * width)``.
 
-    Factored (a convolution to r channels and a 1x1 one) or through ``W'``, by the same count as ``spectral_linear``, with
-    the positions of the output as tokens. Delta = 0 gives the bits of ``conv(x)``, and half precision is kept apart.
+    Factored (a convolution to r channels and a 1x1 one) or through ``W'``, by the count of ``spectral_linear`` with the
+    positions of the output as tokens. Delta = 0 gives the bits of ``conv(x)``, and half precision is kept apart.
 
     Args:
         x: ``(B, C, H, W)``.
@@ -467,8 +479,10 @@ def spectral_conv2d(x: Tensor, conv: nn.Conv2d, u: Tensor, delta: Tensor, vh: Te
         raise ValueError(f"spectral_conv2d needs a convolution without groups, not one of {conv.groups}.")
     weight = conv.weight
     if weight.is_contiguous() and _fusable(x, weight.flatten(1), u, delta, vh):
-        positions = x.shape[0] * math.prod(-(-side // step) for side, step in zip(x.shape[2:], conv.stride, strict=True))
-        if _plan_for(positions, x, u, delta, vh, fusable=True, projected=False) == "materialised":
+        positions = x.shape[0] * math.prod(
+            -(-side // step) for side, step in zip(x.shape[2:], conv.stride, strict=True)
+        )
+        if _plan_for(positions, x, u, delta, vh, fusable=True, plain=True) == "materialised":
             composed = _compose(weight.flatten(1), u, delta, vh).view_as(weight)
             return conv._conv_forward(x, composed, conv.bias)
     hidden = conv._conv_forward(x, vh.to(x.dtype).reshape(-1, *weight.shape[1:]), None)
@@ -481,7 +495,7 @@ def spectral_delta(x: Tensor, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
 
     Computed in the dtype of x (or of autocast); products with delta in the wider of the two dtypes.
     """
-    if delta.ndim != 1 or _plan_for(x, u, delta, vh, fusable=False) == "factored":
+    if delta.ndim != 1 or _plan_for(_rows(x), x, u, delta, vh, fusable=False) == "factored":
         return _factored(x, u, delta, vh)
     return F.linear(x, (u * delta).to(x.dtype) @ vh.to(x.dtype))
 
@@ -496,21 +510,15 @@ def _fusable(x: Tensor, weight: Tensor, u: Tensor, delta: Tensor, vh: Tensor) ->
 
 
 def _plan_for(
-    x: Tensor, u: Tensor, delta: Tensor, vh: Tensor, fusable: bool, tokens: int | None = None, projected: bool = True
+    tokens: int, x: Tensor, u: Tensor, delta: Tensor, vh: Tensor, *, fusable: bool, plain: bool = False
 ) -> Plan:
-    """The plan for these tensors; one without the projected plan, which is no plain autograd, where that is barred."""
-    rank, in_features = vh.shape
-    tokens = x.numel() // max(1, in_features) if tokens is None else tokens
-    train = torch.is_grad_enabled() and delta.requires_grad
-    sizes = (tokens, in_features, u.shape[0], rank)
-    plan = spectral_plan(*sizes, fusable, train=train, input_grad=x.requires_grad)
-    if plan != "projected" or (projected and not torch.compiler.is_compiling()):
-        return plan
-    costs = {
-        plain: spectral_flops(plain, *sizes, fusable=fusable, train=train, input_grad=x.requires_grad)
-        for plain in ("factored", "materialised")
-    }
-    return "factored" if costs["factored"] <= costs["materialised"] else "materialised"
+    train, plain = torch.is_grad_enabled() and delta.requires_grad, plain or torch.compiler.is_compiling()
+    sizes = (tokens, vh.shape[1], u.shape[0], vh.shape[0])
+    return spectral_plan(*sizes, fusable, train=train, input_grad=x.requires_grad, plain=plain)
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1])
 
 
 def _keeps_weight(tokens: int, in_features: int, out_features: int, rank: int) -> bool:
@@ -569,8 +577,7 @@ class _ProjectedLinear(torch.autograd.Function):
     ) -> Tensor:
         composed = _compose(weight, u, delta, vh)
         projected = F.linear(x, vh) if ctx.needs_input_grad[4] else None
-        tokens = x.numel() // max(1, x.shape[-1])
-        ctx.composed = _keeps_weight(tokens, weight.shape[1], weight.shape[0], delta.shape[0])
+        ctx.composed = _keeps_weight(_rows(x), weight.shape[1], weight.shape[0], delta.shape[0])
         ctx.save_for_backward(projected, composed if ctx.composed else weight, u, delta, vh)
         return F.linear(x, composed, bias)
 

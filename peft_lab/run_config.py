@@ -312,7 +312,8 @@ def argument_parser() -> argparse.ArgumentParser:
     trainer = parser.add_argument_group("flags of transformers.TrainingArguments")
     for name, spec_ in training_argument_fields().items():
         if name != "output_dir" and name not in _REFUSED:
-            _add(trainer, name, spec_.annotation, spec_.help, several="list" in spec_.annotation)
+            text = spec_.help + (" By default the method's own." if name == "learning_rate" else "")
+            _add(trainer, name, spec_.annotation, text, several="list" in spec_.annotation)
     _add(trainer, "do_train", "bool", "Accepted for habit: this command always trains.", several=False)
     return parser
 

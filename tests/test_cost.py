@@ -111,6 +111,19 @@ def test_attention_counts_forward_and_backward() -> None:
     assert both >= (2 + 4) * product
 
 
+@pytest.mark.parametrize(("kind", "groups"), [(nn.Conv2d, 1), (nn.Conv2d, 4), (nn.ConvTranspose2d, 1)])
+def test_convolutions_cost_the_same_three_times(kind: type[nn.Conv2d], groups: int) -> None:
+    conv = kind(8, 12, 3, stride=2, groups=groups, bias=False)
+    x = torch.randn(5, 8, 9, 9)
+    forward = count_flops(lambda: conv(x))
+    positions = 5 * (16 if kind is nn.Conv2d else 81)
+    assert forward == 2 * positions * 9 * 8 * 12 // groups
+    assert count_flops(lambda: conv(x).sum().backward()) == 2 * forward
+    assert count_flops(lambda: conv(x.requires_grad_()).sum().backward()) == 3 * forward
+    conv.requires_grad_(False)
+    assert count_flops(lambda: conv(x).sum().backward()) == 2 * forward
+
+
 def test_peak_memory_sees_what_is_freed_again() -> None:
     def run() -> None:
         for _ in range(3):

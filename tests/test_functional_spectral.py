@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functional_checks import assert_same, gradients, kept_bytes, projection
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_lab import functional
+from peft_lab.cost import count_flops
 from peft_lab.functional import (
+    spectral_conv2d,
     spectral_delta,
     spectral_flops,
     spectral_linear,
@@ -218,6 +220,59 @@ def test_a_trainable_weight_gets_its_gradient(case: tuple[int, int, int, int]) -
     tensors = spectral_case(*case)
     tensors["weight"].requires_grad_()
     assert_same(gradients(spectral_linear, *tensors.values()), gradients(plain_spectral, *tensors.values()))
+
+
+def convolution(**options: Any) -> nn.Conv2d:
+    return nn.Conv2d(6, 8, 3, **options).double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stride": 2, "padding": 1}, {"padding": "same", "bias": False}, {"padding": 1, "padding_mode": "reflect"}],
+)
+@pytest.mark.parametrize("frozen_input", [False, True])
+def test_spectral_conv2d_equals_the_plain_expression(rank: int, options: dict[str, Any], frozen_input: bool) -> None:
+    conv = convolution(**options)
+    u, _, vh = torch.linalg.svd(conv.weight.flatten(1), full_matrices=False)
+    u, vh = u[:, :rank], vh[:rank]
+    x = torch.randn(4, 6, 10, 9, dtype=torch.float64, requires_grad=not frozen_input)
+    delta = torch.randn(rank, dtype=torch.float64, requires_grad=True)
+
+    def naive(x: Tensor, delta: Tensor) -> Tensor:
+        weight = conv.weight + (u @ delta.diag() @ vh).view_as(conv.weight)
+        return conv._conv_forward(x, weight, conv.bias)
+
+    assert_same(gradients(lambda x, d: spectral_conv2d(x, conv, u, d, vh), x, delta), gradients(naive, x, delta))
+    zero = torch.zeros(rank, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(spectral_conv2d(x, conv, u, zero, vh), conv(x))
+    with torch.no_grad():
+        torch.testing.assert_close(spectral_conv2d(x, conv, u, delta, vh), naive(x, delta))
+
+
+def test_spectral_conv2d_takes_the_cheaper_plan() -> None:
+    conv, x = convolution(), torch.randn(4, 6, 20, 20, dtype=torch.float64, requires_grad=True)
+    u, _, vh = torch.linalg.svd(conv.weight.flatten(1), full_matrices=False)
+    base = count_flops(lambda: conv(x).sum().backward())
+    for rank in (1, 8):
+        delta = torch.zeros(rank, dtype=torch.float64, requires_grad=True)
+        step = count_flops(
+            lambda delta=delta: spectral_conv2d(x, conv, u[:, : len(delta)], delta, vh[: len(delta)]).sum().backward()
+        )
+        assert step < base * (1.2 if rank == 1 else 1.6)
+
+
+def test_spectral_conv2d_per_row_in_half_and_with_groups() -> None:
+    conv = convolution().float()
+    u, _, vh = torch.linalg.svd(conv.weight.flatten(1), full_matrices=False)
+    x, deltas = torch.randn(3, 6, 9, 9), torch.randn(3, 8)
+    together = spectral_conv2d(x, conv, u, deltas, vh)
+    torch.testing.assert_close(together[1:2], spectral_conv2d(x[1:2], conv, u, deltas[1], vh), rtol=1e-4, atol=1e-5)
+    half = spectral_conv2d(x.bfloat16(), conv.bfloat16(), u, deltas, vh)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), together, rtol=0.1, atol=0.1)
+    with pytest.raises(ValueError, match="groups"):
+        spectral_conv2d(x, nn.Conv2d(6, 6, 3, groups=2), u, deltas, vh)
 
 
 def test_one_delta_per_row() -> None:
