@@ -187,7 +187,7 @@ def test_second_load_reads_the_cache(tmp_path, monkeypatch):
     base = nn.Sequential(nn.Linear(160, 140))
     get_peft_model(copy.deepcopy(base), SVFitConfig(rank=4, target_modules=["0"])).save_pretrained(tmp_path / "a")
     monkeypatch.setattr(svd, "_decompose", lambda *_: pytest.fail("the bases were computed again"))
-    PeftModel.from_pretrained(base, tmp_path / "a")
+    assert PeftModel.from_pretrained(base, tmp_path / "a").peft_config["default"].rank == 4
 
 
 @torch.no_grad()
