@@ -16,7 +16,7 @@ from peft_lab.registry import methods
 if TYPE_CHECKING:
     from peft_lab.inference import evaluate, predict
     from peft_lab.task import tasks
-    from peft_lab.train import train
+    from peft_lab.training import train
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 #: Public names whose modules import torch or datasets, resolved on first use.
-_LAZY = {"evaluate": "inference", "predict": "inference", "tasks": "task", "train": "train"}
+_LAZY = {"evaluate": "inference", "predict": "inference", "tasks": "task", "train": "training"}
 
 
 def __getattr__(name: str) -> Any:

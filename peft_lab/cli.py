@@ -117,7 +117,7 @@ def train(context: typer.Context) -> None:
     file, overrides = run_config.parse_arguments(context.args)
     config = run_config.load_run(file, overrides)
     _check(config)
-    from peft_lab.train import train as run_training
+    from peft_lab.training import train as run_training
 
     result = run_training(config)
     if result.is_main_process:

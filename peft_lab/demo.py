@@ -148,7 +148,7 @@ def _context() -> Any:
     # Threads that wait for one another should sleep: on a busy machine spinning costs more than it saves.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_lab.train"])
+    context.set_forkserver_preload(["peft_lab.training"])
     return context
 
 
@@ -173,7 +173,7 @@ def _train(options: dict[str, Any]) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    from peft_lab.train import train
+    from peft_lab.training import train
 
     return train(options).metrics
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from transformers.trainer_utils import TrainOutput
 #: Normalisation layers that keep running statistics.
 _RUNNING_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
+#: Trainer's own measurements of an evaluation, which say nothing about the model.
+_TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+
 
 class LabTrainer(Trainer):
     """Trainer for adapters and baselines. Everything not named here is `transformers.Trainer`'s own.
@@ -31,7 +34,6 @@ class LabTrainer(Trainer):
     - The gradient of a batch is the same however it is divided into accumulation steps and processes, also for the
       many heads that take `num_items_in_batch` and ignore it.
     - A checkpoint of a finished training is recognised, so that resuming from it trains no further step.
-
     - No pickle is written beside the weights, and README.md is the run's own card.
 
     Args:
@@ -248,3 +250,9 @@ class PeakMemory:
     @staticmethod
     def _resident() -> int:
         return psutil.Process().memory_info().rss
+
+
+def scores(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """An evaluation of Trainer without its prefix and its timings."""
+    named = {key.removeprefix(prefix): value for key, value in values.items()}
+    return {key: value for key, value in named.items() if key not in _TIMINGS}

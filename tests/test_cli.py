@@ -101,7 +101,7 @@ def run_main(arguments, monkeypatch, capsys) -> tuple[int, str]:
     from peft_lab import cli
 
     monkeypatch.setattr(sys, "argv", ["peft-lab", *arguments])
-    monkeypatch.setitem(sys.modules, "peft_lab.train", None)
+    monkeypatch.setitem(sys.modules, "peft_lab.training", None)
     monkeypatch.setitem(sys.modules, "peft_lab.inference", None)
     with pytest.raises(SystemExit) as leaving:
         cli.main()

@@ -24,7 +24,7 @@ from tiny_runs import (
     weights,
 )
 
-from peft_lab.train import train
+from peft_lab.training import train
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
 
@@ -46,7 +46,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_runs", "peft_lab.train"])
+    context.set_forkserver_preload(["tiny_runs", "peft_lab.training"])
     return context
 
 

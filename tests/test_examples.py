@@ -89,7 +89,7 @@ def test_a_third_partys_method_is_found_trained_loaded_and_merged(installed, pla
     good = options(place["task"], place["backbone"], tmp_path / "out", method="rankone", method_args={"scale": 2.0})
     script = (
         "import torch, peft_lab\n"
-        "from peft_lab.inference import load\n"
+        "from peft_lab.loading import load\n"
         f"peft_lab.train({good | {'max_steps': 40}!r})\n"
         f"model = load({good['output_dir']!r}).model\n"
         "x = {'input_ids': torch.tensor([[2, 4, 14, 3]])}\n"

@@ -18,8 +18,9 @@ from tiny_runs import make_backbone, make_task, options, same_weights, train_and
 import peft_lab
 from peft_lab import registry, run_folder
 from peft_lab.errors import ConfigError, PeftLabError
-from peft_lab.inference import evaluate, load, merge, predict
-from peft_lab.train import train
+from peft_lab.inference import evaluate, merge, predict
+from peft_lab.loading import load
+from peft_lab.training import train
 
 X = {"input_ids": torch.tensor([[2, 4, 14, 3], [2, 17, 5, 3]]), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
 
@@ -104,9 +105,7 @@ def test_another_seed_gives_other_weights_on_the_same_data(finished, tmp_path):
     assert other.metrics["data"]["fingerprints"] == finished.metrics["data"]["fingerprints"]
 
 
-def test_peft_lab_train_can_be_called_again_and_again(place, tmp_path):
-    assert callable(peft_lab.train)
-    assert callable(peft_lab.train)
+def test_train_says_what_is_missing(place):
     with pytest.raises(ConfigError, match="Missing in"):
         peft_lab.train(task=str(place["task"]))
 
@@ -215,7 +214,7 @@ def test_the_default_learning_rate_is_the_methods_own(place, tmp_path):
 
 
 def test_do_predict_false_leaves_the_test_rows_alone(place, tmp_path, monkeypatch):
-    from peft_lab import train as module
+    from peft_lab import training as module
 
     asked = []
     original = module.load_splits
@@ -291,7 +290,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(changes, answer,
 def server():
     """A process that has imported everything and forks one child per run: a killed child takes nothing with it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_runs", "peft_lab.train"])
+    context.set_forkserver_preload(["tiny_runs", "peft_lab.training"])
     return context
 
 

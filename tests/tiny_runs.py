@@ -138,8 +138,8 @@ def train_and_die(values: dict[str, Any], where: str, count: int) -> None:
     """Train, and kill this process the `count`-th time that the Trainer's method `where` is called."""
     import signal
 
-    from peft_lab.train import train
     from peft_lab.trainer import LabTrainer
+    from peft_lab.training import train
 
     original, calls = getattr(LabTrainer, where), 0
 
@@ -161,7 +161,7 @@ def train_as_rank(values: dict[str, Any], rank: int, port: int, kill: tuple[str,
     )
     if kill is not None:
         train_and_die(values, *kill)
-    from peft_lab.train import train
+    from peft_lab.training import train
 
     train(values)
 

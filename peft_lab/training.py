@@ -1,39 +1,31 @@
-"""One run: task + backbone + method + training arguments -> `Trainer` -> a folder with the adapter and its metrics.
-
-The module is callable: `peft_lab.train(...)` works also after this module was imported under the same name.
-"""
+"""One run: task + backbone + method + training arguments -> `Trainer` -> a folder with the adapter and its metrics."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import platform
-import sys
 import time
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import psutil
 import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model
-from torch import nn
+from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_determinism, set_seed
 
-from peft_lab import registry, roles, run_folder
-from peft_lab.backbones import resolve_model
+from peft_lab import roles, run_folder
 from peft_lab.card import write_card
 from peft_lab.data import Splits, load_splits, subset
+from peft_lab.environment import device_name, versions
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
+from peft_lab.loading import adapt, count_parameters, load, load_base
 from peft_lab.metrics import METRICS
 from peft_lab.registry import MethodInfo
 from peft_lab.run_config import RunConfig, load_run
 from peft_lab.task import kind as task_kind
 from peft_lab.task import load_task
-from peft_lab.trainer import LabTrainer, PeakMemory, last_complete_checkpoint, remove_checkpoints
+from peft_lab.trainer import LabTrainer, PeakMemory, last_complete_checkpoint, remove_checkpoints, scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,11 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("peft_lab")
 
 _T = TypeVar("_T")
-
-#: Trainer's own measurements of an evaluation, which say nothing about the model.
-_TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
-
-_PACKAGES = ("peft-lab", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy")
 
 
 @dataclass
@@ -89,8 +76,6 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
     arguments = training_arguments(config, info)
     _check_best_metric(arguments, task)
     if state == "finished":
-        from peft_lab.inference import load
-
         logger.warning('The run in "%s" is finished; pass --overwrite_output_dir to repeat it.', config.output_dir)
         return TrainResult(folder, run_folder.read_metrics(folder), load(folder).model)
     return _Run(config, info, task, arguments, folder).execute()
@@ -331,96 +316,6 @@ class _Run:
         write_card(self.folder, self.metrics, self.info, self.task)
 
 
-def load_base(
-    kind: Any, task: Task, labels: Any, name: str, revision: str | None = None, dtype: str | None = None
-) -> tuple[Any, PreTrainedModel]:
-    """Processor and model of a backbone for a task.
-
-    Raises:
-        ConfigError: there is no such backbone, or it does not fit the kind of task.
-    """
-    path = resolve_model(name)
-    hub: dict[str, Any] = {"revision": revision} if revision else {}
-    try:
-        processor = kind.load_processor(path, task, **hub)
-        model = kind.load_model(path, task, labels, **hub, **({"dtype": dtype} if dtype else {}))
-    except PeftLabError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(_why_not(name, kind, error)) from error
-    return processor, model
-
-
-def _why_not(name: str, kind: Any, error: Exception) -> str:
-    from peft_lab.backbones import BACKBONES
-
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f'Backbone "{name}" cannot be loaded for kind "{kind.name}".{did_you_mean(name, BACKBONES)} {first}'
-
-
-def adapt(
-    model: PreTrainedModel, info: MethodInfo, args: Mapping[str, Any], task_type: str | None = None
-) -> PreTrainedModel | PeftModel:
-    """Put a method on a model, or for a baseline choose which of the model's own weights are trained.
-
-    A baseline trains the modules that play its `roles`, or everything if it names none.
-
-    Raises:
-        ConfigError: nothing would be trained.
-    """
-    if info.kind != "baseline":
-        config = registry.make_config(info.name, args, model=model, task_type=task_type)
-        try:
-            return get_peft_model(model, config)
-        except PeftLabError:
-            raise
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise ConfigError(
-                f'Method "{info.name}" with {dict(args)} does not fit this model: {" ".join(str(error).split())}'
-            ) from error
-    if info.roles:
-        model.requires_grad_(False)
-        paths = [path for role in info.roles for path in roles.modules_by_role(model, role)]
-        for path in paths:
-            model.get_submodule(path).requires_grad_(True)
-        if not paths:
-            raise ConfigError(f'Baseline "{info.name}" finds no {" or ".join(info.roles)} in {type(model).__name__}.')
-    return model
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and total parameters; what peft keeps twice (a saved head and its original) counts twice."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def device_name() -> str:
-    """The GPU's name, or the processor architecture and the number of cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {psutil.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
 def _outputs(task: Task, labels: Any) -> int | None:
     """Number of outputs of the head: one per label, one for regression, None without a head of the task's."""
     return len(labels) if labels else 1 if task.problem_type == "regression" else None
-
-
-def scores(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """An evaluation of Trainer without its prefix and its timings."""
-    named = {key.removeprefix(prefix): value for key, value in values.items()}
-    return {key: value for key, value in named.items() if key not in _TIMINGS}
-
-
-class _Callable(types.ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> TrainResult:
-        """`train`, when `peft_lab.train` is this module."""
-        return train(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
