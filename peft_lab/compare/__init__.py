@@ -1,0 +1,1 @@
+"""Comparing methods: many runs under one budget, their results, statistics and report."""
