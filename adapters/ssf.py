@@ -6,8 +6,9 @@ bias (RMSNorm) get a scale only: a shift there is a constant that the next linea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class SSFLayer(FeatureLayer):
     """An op with a trainable scale and shift behind it, both float32 (channels,)."""
 
     adapter_layer_names = ("ssf_scale", "ssf_shift")
+    row_fields = MappingProxyType({"ssf_scale": 1.0, "ssf_shift": 0.0})
 
     def initial_values(self, adapter: str, config: SSFConfig) -> dict[str, Tensor]:
         values = {"ssf_scale": 1 + config.init_std * torch.randn(self.op.channels)}
@@ -83,11 +85,14 @@ class SSFLayer(FeatureLayer):
         like = next(iter(self.ssf_scale.values()))
         one, zero = torch.ones_like(like), torch.zeros_like(like)
         index = rows.index(out.shape[0], out.device)
-        scale = torch.stack([self.ssf_scale.get(n, one) for n in rows.names])[index]
-        shift = torch.zeros_like(scale)
+        values = {"ssf_scale": torch.stack([self.ssf_scale.get(n, one) for n in rows.names])[index]}
         if len(self.ssf_shift):
-            shift = torch.stack([self.ssf_shift.get(n, zero) for n in rows.names])[index]
-        return scale_shift(out, scale, shift, self.op.channel_dim)
+            values["ssf_shift"] = torch.stack([self.ssf_shift.get(n, zero) for n in rows.names])[index]
+        return self.rows_transform(values, out)
+
+    def rows_transform(self, values: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        scale, shift = values["ssf_scale"], values.get("ssf_shift")
+        return scale_shift(out, scale, torch.zeros_like(scale) if shift is None else shift, self.op.channel_dim)
 
     def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale, shift = self._values(adapter)

@@ -8,8 +8,9 @@ the model begins bit-exactly as the base and weight decay pulls towards the pret
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from peft_lab import svd
 from peft_lab.config import AdapterConfig
+from peft_lab.errors import ConfigError
 from peft_lab.functional import spectral_conv2d, spectral_linear
 from peft_lab.layer import WeightLayer
 from peft_lab.ops import embed_scale
@@ -87,6 +89,7 @@ class SVFitLayer(WeightLayer):
 
     adapter_layer_names = ("svfit_delta",)
     other_param_names = ("svfit_u", "svfit_s", "svfit_vh")
+    row_fields = MappingProxyType({"svfit_delta": 0.0})
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
@@ -143,15 +146,39 @@ class SVFitLayer(WeightLayer):
         per_row = self._per_row(x, rows)
         if per_row is None:
             return super().mixed(x, rows, *args, **kwargs)
+        return self.rows_output(x, {"svfit_delta": per_row}, None, *args, **kwargs)
+
+    def row_shapes(self, config: SVFitConfig) -> dict[str, tuple[int, ...]]:
+        if config.save_bases:
+            raise ConfigError(
+                "An SVFit adapter saved with save_bases=True has bases of its own and shares none with other rows; "
+                "load it with PeftModel."
+            )
+        return super().row_shapes(config)
+
+    def row_values(self, values: Mapping[str, Tensor], config: SVFitConfig) -> dict[str, Tensor]:
         assert self._shared is not None
-        weight, bases = self.base_layer.weight, self._shared.head(per_row.shape[1])
+        value = values["svfit_delta"]
+        relative = config.parametrization == "relative"
+        return {"svfit_delta": value * self._shared.head(value.numel()).s.to(value) if relative else value}
+
+    def rows_output(
+        self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        assert self._shared is not None
+        delta, base = values["svfit_delta"], self.base_layer
+        bases, weight = self._shared.head(delta.shape[1]), base.weight
         linear = self.op.kind in ("linear", "conv1d")
-        if linear and bases.rank == min(weight.shape) and x.dtype == weight.dtype == torch.float32:
+        if out is None and linear and bases.rank == min(weight.shape) and x.dtype == weight.dtype == torch.float32:
             # The bases span the whole weight, so its own product is not needed beside theirs.
-            out = self._project(x, bases, per_row + bases.s)
-            return out if self.base_layer.bias is None else out + self.base_layer.bias
-        out = self.base_layer(x, *args, **kwargs)
-        return out + self._project(x, bases, per_row).to(out.dtype)
+            out = self._project(x, bases, delta + bases.s)
+            return out if base.bias is None else out + base.bias
+        return super().rows_output(x, values, out, *args, **kwargs)
+
+    def rows_delta(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        assert self._shared is not None
+        delta = values["svfit_delta"]
+        return self._project(x, self._shared.head(delta.shape[1]), delta)
 
     def _per_row(self, x: Tensor, rows: Rows) -> Tensor | None:
         """Each row's change of the singular values (batch, r), zero without an adapter; None if bases differ."""

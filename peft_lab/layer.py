@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """
 
     info: ClassVar[MethodInfo]
+    #: The adapter's tensors that a row of a batch has of its own, each with the number that changes nothing; a method
+    #: that names them supplies `rows_delta` or `rows_transform`, and `peft_lab.load_many` serves it.
+    row_fields: ClassVar[Mapping[str, float]] = {}
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
@@ -64,7 +67,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Base weight and bias with one adapter merged in, in float32 or wider."""
         raise NotImplementedError
 
+    def rows_output(
+        self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The output where each row has its own `row_fields`; see `peft_lab.rows.RowLayer`."""
+        raise NotImplementedError
+
     # What is the same for all -----------------------------------------------------------------------------------
+
+    def row_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Shapes of an adapter's tensors in its file, by name."""
+        return {name: tuple(value.shape) for name, value in self.initial_values("", config).items()}
+
+    def row_values(self, values: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The tensors of an adapter's file as `row_fields`."""
+        return dict(values)
 
     def update_layer(self, adapter: str, config: AdapterConfig) -> None:
         """Add an adapter to this layer."""
@@ -193,6 +210,16 @@ class WeightLayer(AdapterLayer):
             out = out.index_add(0, index, part)
         return torch.zeros((), device=x.device) if out is None else out
 
+    def rows_delta(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """What each row's `row_fields`, (rows, *shape), add to the base output."""
+        raise NotImplementedError
+
+    def rows_output(
+        self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        out = self.base_layer(x, *args, **kwargs) if out is None else out
+        return out + self.rows_delta(x, values).to(out.dtype)
+
     def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         out = self.base_layer(x, *args, **kwargs)
         for name in adapters:
@@ -228,6 +255,15 @@ class FeatureLayer(AdapterLayer):
     def transform_rows(self, rows: Rows, out: Tensor) -> Tensor:
         """The op's output changed by each row's own adapter."""
         raise NotImplementedError
+
+    def rows_transform(self, values: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        """The op's output changed by each row's `row_fields`, (rows, *shape)."""
+        raise NotImplementedError
+
+    def rows_output(
+        self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        return self.rows_transform(values, self.base_layer(x, *args, **kwargs) if out is None else out)
 
     def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         out = self.base_layer(x, *args, **kwargs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,3 +58,41 @@ class Rows:
     def of_adapter(self, name: str, size: int, device: torch.device) -> Tensor:
         """Row numbers, int64, that use one adapter."""
         return (self.index(size, device) == self._positions[name]).nonzero(as_tuple=True)[0]
+
+
+class RowLayer(Protocol):
+    """What a method supplies at one module so that each row of a batch has its own adapter, without a loop over them.
+
+    Made with the base module and its path. `peft_lab.layer` has it for methods of one's own; for a tuner of peft the
+    method's file names such a class as `ROWS`.
+
+    Attributes:
+        row_fields: names of an adapter's tensors, each with the number that changes nothing. Smaller tensors are padded
+            with it, and so are rows of other adapters.
+    """
+
+    row_fields: Mapping[str, float]
+
+    def row_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Shapes of an adapter's tensors here, by their names in the adapter's file.
+
+        Raises:
+            ConfigError: an adapter of this configuration cannot be served by row, with the reason.
+        """
+        ...
+
+    def row_values(self, values: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The tensors of the file as the fields of a row."""
+        ...
+
+    def rows_output(
+        self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The module's output.
+
+        Args:
+            x: input of the base module, further arguments behind it.
+            values: field -> (rows of x, *shape); a field that no row has may be absent.
+            out: what other methods made of the module's output so far; None if the base has not run yet.
+        """
+        ...
