@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from peft_lab.errors import TaskError, did_you_mean
 from peft_lab.task import data_files, kind
 from peft_lab.task_schema import QUOTING, Task
@@ -83,6 +85,22 @@ def subset(rows: Dataset, count: int | None, seed: int = 0) -> Dataset:
     if count is None or count >= len(rows):
         return rows
     return rows.shuffle(seed=seed).select(range(count))
+
+
+def per_class(rows: Dataset, count: int, seed: int) -> Dataset:
+    """`count` rows of each class (all of a class that has fewer), drawn by `seed`, in random order.
+
+    Raises:
+        TaskError: the rows have no classes.
+    """
+    from datasets import ClassLabel
+
+    if not isinstance(rows.features.get("label"), ClassLabel):
+        raise TaskError("examples_per_class needs a classification task: these rows have no classes.")
+    shuffled = rows.shuffle(seed=seed)
+    labels = np.asarray(shuffled["label"][:])
+    chosen = np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)])
+    return shuffled.select(np.sort(chosen))
 
 
 def fingerprint(rows: Dataset) -> str:

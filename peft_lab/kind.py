@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_lab.errors import TaskError
+from peft_lab.items import Items
 from peft_lab.metrics import load_metric
 
 if TYPE_CHECKING:
@@ -82,11 +83,22 @@ class Kind:
         """`Trainer`'s function from predictions to the task's metrics, by name."""
         raise NotImplementedError
 
+    def items(self, prediction: EvalPrediction) -> Items | None:
+        """What was found for each row of an evaluation; None for a kind that has nothing to say of single rows."""
+        return None
+
+    def generation_items(
+        self, model: Any, processor: Any, rows: Dataset, task: Task, batch_size: int = 16
+    ) -> dict[str, list[float]]:
+        """Metrics that need the model to write text, for each row; `rows` are not preprocessed. Mostly empty."""
+        return {}
+
     def generation_metrics(
         self, model: Any, processor: Any, rows: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, float]:
-        """Metrics that need the model to write text; `rows` are not preprocessed. Empty for most tasks."""
-        return {}
+        """The means of `generation_items`."""
+        found = self.generation_items(model, processor, rows, task, batch_size)
+        return {name: sum(values) / len(values) for name, values in found.items()}
 
     def predict(self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32) -> list[Any]:
         """Answers to raw inputs, in order."""
@@ -145,6 +157,18 @@ class ClassificationKind(Kind):
             return found
 
         return compute
+
+    def items(self, prediction: EvalPrediction) -> Items:
+        import numpy as np
+        from scipy.special import softmax
+
+        logits = prediction.predictions
+        logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float32)
+        references: Any = prediction.label_ids
+        if logits.shape[-1] == 1:
+            return Items("regression", {"reference": references.squeeze(), "prediction": logits.squeeze(-1)})
+        columns = {"reference": references, "prediction": logits.argmax(-1), "confidence": softmax(logits, -1).max(-1)}
+        return Items("classification", columns)
 
     def records(self, logits: Any, model: Any) -> list[Record]:
         """Logits (n, labels) as one record a row; a regression's score is the value itself."""

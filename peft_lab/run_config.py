@@ -54,8 +54,16 @@ class RunConfig:
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many examples, drawn with a fixed seed."}
     )
+    examples_per_class: int | None = field(
+        default=None,
+        metadata={"help": "Train on this many examples of each class, drawn with the run's seed (classification)."},
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "The same for the validation split."})
     max_test_samples: int | None = field(default=None, metadata={"help": "The same for the test split."})
+    max_seconds: float | None = field(
+        default=None,
+        metadata={"help": "Train for this time of steps; without max_steps or num_train_epochs, for all of it."},
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations without a better one, and keep the best (off by default)."},
@@ -114,10 +122,13 @@ class RunConfig:
             raise ConfigError(
                 f'dtype "{self.dtype}" must be one of {", ".join(DTYPES)}.{did_you_mean(self.dtype, DTYPES)}'
             )
-        for name in ("max_train_samples", "max_eval_samples", "max_test_samples", "early_stopping_patience"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}; leave it out for no limit.")
+        self._check_time()
+        if self.examples_per_class is not None and self.max_train_samples is not None:
+            raise ConfigError("examples_per_class and max_train_samples both choose the examples; give one of them.")
         if self.head_learning_rate is not None and self.head_learning_rate <= 0:
             raise ConfigError(f"head_learning_rate must be positive, got {self.head_learning_rate}.")
         for name, mend in _REFUSED.items():
@@ -126,6 +137,17 @@ class RunConfig:
         if Path(self.output_dir).expanduser().is_file():
             raise ConfigError(f'output_dir "{self.output_dir}" is a file; name a folder.')
         return info
+
+    def _check_time(self) -> None:
+        if self.max_seconds is None:
+            return
+        if self.max_seconds <= 0:
+            raise ConfigError(f"max_seconds must be positive, got {self.max_seconds}; leave it out for no limit.")
+        schedule = str(self.training_arguments.get("lr_scheduler_type", "linear"))
+        if schedule not in ("linear", "constant"):
+            raise ConfigError(f'lr_scheduler_type "{schedule}" counts steps; with max_seconds use linear or constant.')
+        if (self.training_arguments.get("warmup_steps") or 0) >= 1:
+            raise ConfigError("warmup_steps must be a part of the time, such as 0.1, if max_seconds is given.")
 
     def to_dict(self) -> dict[str, Any]:
         """Flat plain values that `from_mapping` reads back; unset options are left out."""
@@ -142,6 +164,11 @@ class RunConfig:
             if name not in _NO_INFLUENCE and not name.startswith(_NO_INFLUENCE_BEGINNINGS)
         }
 
+
+_COUNTS = (
+    *("max_train_samples", "max_eval_samples", "max_test_samples", "examples_per_class"),
+    "early_stopping_patience",
+)
 
 #: Options that change where or how a run is written, not what it computes; and the beginnings of such names.
 _NO_INFLUENCE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_total_limit", "report_to")

@@ -6,6 +6,7 @@ tokenizer or image processor files               as transformers writes them
 labels.json    class index -> name               run.yaml     the options; `peft-lab train run.yaml` repeats the run
 metrics.json   what was measured, and on what    README.md    the model card
 task.yaml      a copy of your own task file      checkpoint-*  Trainer's checkpoints
+items.csv      what was found for each test row  trainer_state.json  Trainer's log of losses and evaluations
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.items import ITEMS
 from peft_lab.run_config import DTYPES, RunConfig, dump_yaml, read_run_file
 
 RUN, METRICS, LABELS, TASK, CARD = "run.yaml", "metrics.json", "labels.json", "task.yaml", "README.md"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HISTORY = "trainer_state.json"
 MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
 
 #: What `remove_run` removes: a run that follows may write a different set of files.
-_OF_A_RUN = (RUN, METRICS, LABELS, TASK, CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, "model*.safetensors*")
+_OF_A_RUN = (
+    *(RUN, METRICS, LABELS, TASK, CARD, ITEMS, HISTORY),
+    *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, "model*.safetensors*"),
+)
 
 
 def check_output_dir(config: RunConfig) -> Literal["new", "started", "finished"]:

@@ -71,6 +71,8 @@ class Task:
         metrics: names or paths, the first one chooses the best checkpoint.
         validation_fraction, test_fraction: share of train to carve where the source has no such split.
         split_seed: seed of that carving, the same for every run.
+        shifted: another task (name, or path beside the YAML file) with the same labels, whose test rows are scored too.
+        control: another task (likewise) on which a comparison measures what training made the model forget.
         image_size: size for backbones that take any; one with a fixed grid of patches keeps its own.
         origin: the YAML file, None for a task built from a mapping.
     """
@@ -96,6 +98,8 @@ class Task:
     licence: str = ""
     citation: str = ""
     homepage: str = ""
+    shifted: str = ""
+    control: str = ""
     origin: Path | None = None
 
     @property
@@ -144,6 +148,8 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "licence": (str,),
     "citation": (str,),
     "homepage": (str,),
+    "shifted": (str,),
+    "control": (str,),
     **_SETTINGS,
 }
 _TEMPLATE_KEYS: dict[str, tuple[type, ...]] = {
@@ -162,6 +168,12 @@ _TYPE_NAMES = {
     dict: "a mapping",
     type(None): "empty",
 }
+
+
+def check_classes(task: Task) -> None:
+    """Raise `TaskError` if a task has no classes to draw `examples_per_class` of."""
+    if "label" not in task.columns or task.problem_type == "regression":
+        raise TaskError(f'examples_per_class needs a classification task; "{task.name}" has no classes.')
 
 
 @lru_cache(maxsize=1)

@@ -18,6 +18,8 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from peft_lab.timing import StepTimer, factor
+
 #: Normalisation layers that keep running statistics.
 _RUNNING_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -40,6 +42,7 @@ class LabTrainer(Trainer):
         head_learning_rate: learning rate of the parameters below `head_modules`, if it is to differ.
         head_modules: module paths of the task head, as they were before the adapter was put on.
         write_card: writes README.md into the output folder; called before a push.
+        max_seconds: end training after this time of steps; the learning rate then falls to 0 over time, not steps.
     """
 
     model: Any
@@ -50,10 +53,12 @@ class LabTrainer(Trainer):
         head_learning_rate: float | None = None,
         head_modules: Sequence[str] = (),
         write_card: Callable[[], None] | None = None,
+        max_seconds: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.write_card = write_card
+        self.add_callback(StepTimer(max_seconds))
         self.head_learning_rate = head_learning_rate
         self.head_modules = tuple(head_modules)
         self._frozen_norms: list[nn.Module] | None = None
@@ -78,6 +83,21 @@ class LabTrainer(Trainer):
                 group["params"] = [p for p in group["params"] if id(p) not in head]
                 optimizer.add_param_group({**group, "params": of_head, "lr": self.head_learning_rate})
         return optimizer
+
+    @property
+    def timer(self) -> StepTimer:
+        """The clock of the training steps; a resume puts another one in its place."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, StepTimer))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Create the schedule of the learning rate: over time if that is what ends the training."""
+        if self.lr_scheduler is None and self.timer.max_seconds and self.args.lr_scheduler_type == "linear":
+            warm_up = self.args.warmup_steps  # a part of the whole, as `training.training_arguments` has made sure
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda _: factor(self.timer.progress, warm_up)
+            )
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from peft import PeftModel
@@ -16,25 +17,30 @@ from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_d
 
 from peft_lab import roles, run_folder
 from peft_lab.card import write_card
-from peft_lab.data import Splits, load_splits, subset
+from peft_lab.data import Splits, load_splits, per_class, subset
 from peft_lab.environment import device_name, versions
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
+from peft_lab.items import Items, write_items
 from peft_lab.loading import adapt, count_parameters, load, load_base
 from peft_lab.metrics import METRICS
 from peft_lab.registry import MethodInfo
 from peft_lab.run_config import RunConfig, load_run
 from peft_lab.task import kind as task_kind
 from peft_lab.task import load_task
+from peft_lab.task_schema import check_classes
 from peft_lab.trainer import LabTrainer, PeakMemory, last_complete_checkpoint, remove_checkpoints, scores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import EvalPrediction, PreTrainedModel
 
     from peft_lab.task_schema import Task
 
 logger = logging.getLogger("peft_lab")
 
 _T = TypeVar("_T")
+
+#: Steps of a training that only the time ends.
+_WITHOUT_END = 10_000_000
 
 
 @dataclass
@@ -71,6 +77,8 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
     config = _as_config(config, options)
     info = config.check()
     task = load_task(config.task)
+    if config.examples_per_class is not None:
+        check_classes(task)
     state = run_folder.check_output_dir(config)
     folder = Path(config.output_dir).expanduser()
     arguments = training_arguments(config, info)
@@ -103,6 +111,8 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
     flags.setdefault("remove_unused_columns", False)  # the collator reads what the kind's preprocessing made
     flags.setdefault("label_names", ["labels"])
     flags.pop("do_train", None)
+    if config.max_seconds is not None and flags.keys().isdisjoint({"max_steps", "num_train_epochs"}):
+        flags["max_steps"] = _WITHOUT_END
     if config.early_stopping_patience is not None:
         strategy = flags.setdefault("eval_strategy", "epoch")
         flags.setdefault("save_strategy", strategy)
@@ -151,6 +161,7 @@ class _Run:
         self.kind = task_kind(task.kind)
         self.start = time.perf_counter()
         self.process = PartialState()
+        self.items: Items | None = None  # of the split that was evaluated last, which is test if there is one
 
     def execute(self) -> TrainResult:
         checkpoint = self._checkpoint()
@@ -218,6 +229,8 @@ class _Run:
         parts = (self.splits.train, self.splits.validation, self.splits.test)
         named = zip(("train", "validation", "test"), parts, limits, strict=True)
         self.raw = {name: subset(rows, limit) for name, rows, limit in named if rows is not None}
+        if self.config.examples_per_class is not None:
+            self.raw["train"] = per_class(self.raw["train"], self.config.examples_per_class, seed)
         with self.process.main_process_first():
             self.rows = {
                 name: self.kind.preprocess(rows, self.processor, self.task, self.model)
@@ -234,13 +247,23 @@ class _Run:
             eval_dataset=self.rows["validation"],
             processing_class=self.processor,
             data_collator=self.kind.data_collator(self.processor, self.model),
-            compute_metrics=self.kind.compute_metrics(self.task, self.labels),
+            compute_metrics=self._keeping_items(self.kind.compute_metrics(self.task, self.labels)),
             preprocess_logits_for_metrics=self.kind.preprocess_logits_for_metrics,
             callbacks=[EarlyStoppingCallback(patience)] if patience is not None else [],
             head_learning_rate=self.config.head_learning_rate,
             head_modules=self.head_modules,
             write_card=self._card,
+            max_seconds=self.config.max_seconds,
         )
+
+    def _keeping_items(self, compute: Callable[[EvalPrediction], dict[str, float]]) -> Callable[..., dict[str, float]]:
+        """`compute`, which also keeps what was found for each row: no split is evaluated twice for that."""
+
+        def keep(prediction: EvalPrediction) -> dict[str, float]:
+            self.items = self.kind.items(prediction)
+            return compute(prediction)
+
+        return keep
 
     def _claim_folder(self, checkpoint: str | None) -> None:
         """From here on the folder belongs to this run: everything that could be refused has been."""
@@ -262,10 +285,13 @@ class _Run:
         for split, prefix in wanted.items():
             if split in self.rows:
                 found = self.trainer.evaluate(self.rows[split], metric_key_prefix=prefix)
-                written = self.kind.generation_metrics(
+                written = self.kind.generation_items(
                     self.model, self.processor, self.raw[split], self.task, self.arguments.per_device_eval_batch_size
                 )
-                found_scores[split] = scores(found, f"{prefix}_") | written
+                means = {name: float(np.mean(values)) for name, values in written.items()}
+                found_scores[split] = scores(found, f"{prefix}_") | means
+                if self.items is not None:
+                    self.items.columns.update({name: np.asarray(values) for name, values in written.items()})
         return found_scores
 
     def _measured(
@@ -287,7 +313,8 @@ class _Run:
             "adapter_bytes": run_folder.weights_bytes(self.folder),
             "peak_memory_bytes": memory.peak,
             "memory_before_training_bytes": memory.before,
-            "train_seconds": seconds,
+            "train_seconds": seconds + self.trainer.timer.earlier,
+            "step_seconds": self.trainer.timer.step_seconds,
             "wall_seconds": time.perf_counter() - self.start,
             "data": {
                 "task": self.task.name,
@@ -310,6 +337,9 @@ class _Run:
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
         self._card()
+        self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
+        if self.items is not None and "test" in self.metrics["metrics"]:
+            write_items(self.folder, self.items)
         run_folder.write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
 
     def _card(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.errors import TaskError
+from peft_lab.items import Items
 from peft_lab.kind import Kind, length_limit
 from peft_lab.metrics import load_metric
 from peft_lab.template import Template, fields, fill
@@ -125,17 +126,29 @@ class CausalLM(Kind):
 
         return compute
 
-    def generation_metrics(
+    def items(self, prediction: EvalPrediction) -> Items:
+        outputs: Any = prediction.predictions
+        label_ids: Any = prediction.label_ids
+        (predicted, log_probabilities), targets = outputs, label_ids[:, 1:]
+        kept = targets != IGNORED
+        columns = {
+            "loss": -(log_probabilities * kept).sum(-1),
+            "tokens": kept.sum(-1),
+            "hits": ((predicted == targets) & kept).sum(-1),
+        }
+        return Items(self.name, columns)
+
+    def generation_items(
         self, model: Any, processor: Any, rows: Dataset, task: Task, batch_size: int = 16
-    ) -> dict[str, float]:
+    ) -> dict[str, list[float]]:
         if "exact_match" not in task.metrics:
             return {}
         template = _template(task)
         plain = list(rows)
         written = self.predict(model, processor, plain, task, batch_size)
-        return load_metric("exact_match").compute(
-            predictions=[template.found(text) for text in written], references=[template.target(row) for row in plain]
-        )
+        metric = load_metric("exact_match")
+        pairs = zip([template.found(text) for text in written], [template.target(row) for row in plain], strict=True)
+        return {"exact_match": [metric.compute(predictions=[p], references=[r])["exact_match"] for p, r in pairs]}
 
     def predict(self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32) -> list[str]:
         """What the model writes, greedily: inputs are mappings of the template's columns, or texts if it has one."""

@@ -6,22 +6,20 @@ metrics.json and, for a run that was scored on the test rows, items.csv. Imports
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 
 from peft_lab.errors import ConfigError
+from peft_lab.items import ITEMS, Items, read_item_file
+from peft_lab.metrics import greater_is_better
 
-if TYPE_CHECKING:
-    import numpy as np
-
-RESULTS, STUDY, ITEMS, RUNS = "results.jsonl", "study.yaml", "items.csv", "runs"
+RESULTS, STUDY, RUNS = "results.jsonl", "study.yaml", "runs"
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,11 @@ class Record:
         """Name of the task's first metric ("" for a failed run)."""
         return self.metrics.get("main_metric", "")
 
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether more of the main metric is better."""
+        return greater_is_better(self.main_metric)
+
     def score(self, split: str = "test") -> float | None:
         """The main metric on a split; None if it was not taken there."""
         value = self.metrics.get("metrics", {}).get(split, {}).get(self.main_metric)
@@ -127,36 +130,6 @@ class Record:
     def steps(self) -> int:
         """Training steps of the run, 0 if it failed."""
         return int(self.metrics.get("global_step") or 0)
-
-
-#: Metrics of which less is better; of all others more is.
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-
-
-@dataclass(frozen=True)
-class Items:
-    """What was found for each scored test row, in the order of the rows.
-
-    Attributes:
-        kind: "classification" (columns reference, prediction: class indices; confidence: probability of the predicted
-            class), "regression" (reference, prediction: values) or "causal_lm" (loss: sum of the negative
-            log-probabilities of the answer's tokens, tokens: their number, hits: tokens predicted right, and
-            exact_match: 0 or 1, if that is a metric of the task).
-        columns: name -> array with one number for each row.
-    """
-
-    kind: str
-    columns: dict[str, np.ndarray]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), ()))
-
-    @property
-    def correct(self) -> np.ndarray | None:
-        """1.0 where a classifier is right (or a written answer matches), else 0.0; None for what is not right or wrong."""
-        if self.kind == "classification":
-            return (self.columns["reference"] == self.columns["prediction"]).astype(float)
-        return self.columns.get("exact_match")
 
 
 def read_results(folder: str | Path) -> list[Record]:
@@ -226,18 +199,6 @@ def _cut_torn_line(path: Path) -> bool:
         return position < end
 
 
-def write_items(folder: str | Path, kind: str, columns: Mapping[str, Iterable[Any]]) -> None:
-    """Write items.csv into a run's folder: a column each, after one that numbers the rows; the kind is in the head."""
-    path = Path(folder) / ITEMS
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([f"{kind}:row", *columns])
-        for row, values in enumerate(zip(*columns.values(), strict=True)):
-            writer.writerow([row, *(f"{value:.9g}" if isinstance(value, float) else value for value in values)])
-    os.replace(partial, path)
-
-
 def read_items(folder: str | Path, record: Record) -> Items:
     """The items of a record's test rows.
 
@@ -245,23 +206,6 @@ def read_items(folder: str | Path, record: Record) -> Items:
         ConfigError: the run was not scored on the test rows, or its folder is gone.
     """
     return read_item_file(Path(folder) / record.folder / ITEMS)
-
-
-def read_item_file(path: Path) -> Items:
-    """The items in one items.csv; raises `ConfigError` if it is missing or not one."""
-    import numpy as np
-
-    if not path.is_file():
-        raise ConfigError(f'There is no "{path}": that run was not scored on the test rows.')
-    with path.open(encoding="utf-8", newline="") as file:
-        head = next(csv.reader(file), [""])
-        kind, colon, _ = head[0].partition(":")
-        if not colon:
-            raise ConfigError(f'"{path}" is not a file of items: its first column must be "KIND:row".')
-        values = np.loadtxt(file, delimiter=",", ndmin=2, usecols=range(1, len(head)))
-    if not len(values):
-        values = np.empty((0, len(head) - 1))
-    return Items(kind, dict(zip(head[1:], values.T, strict=True)))
 
 
 @dataclass(frozen=True)
