@@ -23,7 +23,7 @@ from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError
 from peft_lab.functional import spectral_conv2d, spectral_linear
 from peft_lab.layer import WeightLayer
-from peft_lab.ops import embed_scale
+from peft_lab.ops import conv2d_rows, embed_scale
 from peft_lab.registry import MethodInfo, register
 from peft_lab.rows import Rows
 
@@ -216,14 +216,8 @@ class SVFitLayer(WeightLayer):
         x = x.to(delta.dtype)
         if delta.dim() == 1:
             return base._conv_forward(x, ((u * delta) @ vh).reshape(base.weight.shape), None)
-        # Rows with their own weights become groups of one long image of batch * channels.
-        weight = ((u * delta[:, None, :]) @ vh).reshape(-1, *base.weight.shape[1:])
-        padding = base.padding
-        if base.padding_mode != "zeros":
-            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
-        folded = x.reshape(1, -1, *x.shape[2:])
-        out = F.conv2d(folded, weight, None, base.stride, padding, base.dilation, base.groups * x.shape[0])
-        return out.reshape(x.shape[0], -1, *out.shape[2:])
+        weight = ((u * delta[:, None, :]) @ vh).reshape(-1, *base.weight.shape)
+        return conv2d_rows(base, x, weight)
 
     def _bases_of_weight(self, rank: int | str) -> svd.Bases:
         weight = self._unmerged[0] if self._unmerged else self.base_layer.weight

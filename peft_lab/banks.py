@@ -116,7 +116,8 @@ class Bank:
         return bank._moved(live) if self.rows.shape[0] - live > max(1, live) // _SLACK else bank
 
     def _moved(self, live: int) -> Bank:
-        rows = self.rows.new_empty(live + live // _SLACK, self.layout.width)
+        with torch.inference_mode(False):  # a caller's inference mode must not make them read-only for later callers
+            rows = self.rows.new_empty(live + live // _SLACK, self.layout.width)
         slots = torch.tensor(list(self.slots.values()), dtype=torch.long, device=rows.device)
         torch.index_select(self.rows, 0, slots, out=rows[: len(self.slots)])
         return Bank(self.layout, rows, {name: i for i, name in enumerate(self.slots)}, len(self.slots))

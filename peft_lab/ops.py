@@ -95,6 +95,17 @@ def apply_matrix(module: Any, op: Operation, x: Tensor, matrix: Tensor) -> Tenso
     return F.linear(x, matrix)
 
 
+def conv2d_rows(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Run a convolution without its bias where each row of x (batch, ...) has its own weight (batch, out, ...)."""
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+    # Rows with their own weights are groups of one long image of batch * channels.
+    folded, groups = x.reshape(1, -1, *x.shape[2:]), module.groups * x.shape[0]
+    out = F.conv2d(folded, weight.flatten(0, 1), None, module.stride, padding, module.dilation, groups)
+    return out.reshape(x.shape[0], -1, *out.shape[2:])
+
+
 def embed_scale(module: Any) -> Tensor | float:
     """The factor that scaled embeddings (Gemma 3, M2M) apply behind the look-up; 1.0 for plain ones."""
     return getattr(module, "embed_scale", 1.0)
