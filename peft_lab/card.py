@@ -1,14 +1,16 @@
-"""The model card: README.md of a run's folder, filled with what was measured."""
+"""The model card: README.md of a run's folder or of a repository, filled with what was measured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from peft_lab import run_folder
+from peft_lab.backbones import BACKBONES, is_local, public_name
 from peft_lab.task import kind as task_kind
 
 if TYPE_CHECKING:
@@ -16,75 +18,219 @@ if TYPE_CHECKING:
     from peft_lab.registry import MethodInfo
     from peft_lab.task_schema import Task
 
+#: Metrics that are a share of right answers, so that their interval follows from the number of rows.
+_SHARES = ("accuracy", "exact_match")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model as a card names it.
+
+    Attributes:
+        name: a Hub id, a short name of peft-lab, or the last part of a path that has no other name.
+        on_hub: whether `name` is a Hub id.
+        revision: commit, branch or tag on the Hub, if it is known.
+    """
+
+    name: str
+    on_hub: bool = False
+    revision: str | None = None
+
 
 def write_card(folder: Path, metrics: Mapping[str, Any], info: MethodInfo, task: Task) -> None:
     """Write README.md from the content of metrics.json."""
     (folder / run_folder.CARD).write_text(card_text(folder.name, metrics, info, task), encoding="utf-8")
 
 
-def card_text(name: str, metrics: Mapping[str, Any], info: MethodInfo, task: Task) -> str:
-    """The card as Markdown with the Hub's YAML head. A local path is never given as the base model."""
+def card_text(
+    name: str, metrics: Mapping[str, Any], info: MethodInfo, task: Task, base: Base | None = None, repo: str = ""
+) -> str:
+    """The card as Markdown with the Hub's YAML head. A local path is never given as the base model.
+
+    Args:
+        name: title of the card.
+        metrics: content of metrics.json.
+        info, task: the method and the task of the run.
+        base: how to name the base model; by default what its name in the run tells.
+        repo: Hub id that the lines of code load from; by default they load from the folder `name`.
+    """
     run, kind = metrics["run"], task_kind(task.kind)
-    base = public_name(run["model_name_or_path"])
+    base = base or base_of(metrics)
     adapter = info.kind != "baseline"
     head = ModelCardData(
         library_name="peft" if adapter else "transformers",
-        base_model=base if "/" in base else None,
+        base_model=base.name if base.on_hub else None,
         pipeline_tag=kind.pipeline_tag or None,
-        tags=[f"base_model:adapter:{base}"] * ("/" in base and adapter) + ["transformers", "peft-lab", info.name],
+        tags=_tags(base, info),
+        datasets=[task.data.path] if task.data.path else None,
+        metrics=[Path(metric).stem for metric in task.metrics],
+        model_name=name,
+        eval_results=eval_results(metrics, task, kind),
     )
+    code = usage(repo or name, info, kind, metrics["data"]["labels"], by_path=repo == "" or base.on_hub)
     parts = [
         f"---\n{head.to_yaml()}\n---",
         f"# {name}",
-        f"{_what(info, adapter)} of `{base}` on {_task(task)}, trained with peft-lab "
-        f"{metrics['versions']['peft-lab']}.",
+        f"{_what(info, metrics)} of `{base.name}`{_at(base)} for {task.kind.replace('_', ' ')} on {_task(task)}, "
+        f"trained with peft-lab {metrics['versions']['peft-lab']}.",
         "## Use",
-        f"```python\n{usage(name, info, kind, metrics['data']['labels'])}\n```",
+        f"```python\n{code}\n```",
         "## Results",
         _table(("split", "metric", "value"), _scores(metrics["metrics"])),
+        *_interval(metrics, task),
+        *_converted(metrics),
         _table(("measured", "value"), _measured(metrics)),
         "## Training",
-        _table(("option", "value"), _options(run, task)),
+        _table(("option", "value"), _options(run, task, base)),
         f"Data: {_task(task)}, version {task.version}, fingerprint `{metrics['data']['fingerprint']}`, "
         + ", ".join(f"{count:,} {split} rows" for split, count in metrics["data"]["rows"].items())
         + ". The test rows were used once, at the end.",
         "Versions: " + ", ".join(f"{package} {version}" for package, version in metrics["versions"].items()) + ".",
         "## Licence",
-        f"The weights here follow the terms of the base model `{base}` (see its own card) and of the data "
+        f"The weights here follow the terms of the base model `{base.name}` (see its own card) and of the data "
         f"({task.licence or 'no licence is stated for it'}).",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def usage(folder: str, info: MethodInfo, kind: Kind, labels: int | None) -> str:
+def plain_card(name: str, config: Mapping[str, Any], info: MethodInfo, base: Base, size: int) -> str:
+    """The card of an adapter that peft-lab did not train: what its adapter_config.json says, and nothing else.
+
+    Args:
+        name: Hub id of the repository.
+        config: content of adapter_config.json.
+        info: the method.
+        base: the base model.
+        size: bytes of the adapter file.
+    """
+    auto = _AUTO.get(config.get("task_type") or "", "AutoPeftModel")
+    head = ModelCardData(
+        library_name="peft", base_model=base.name if base.on_hub else None, tags=_tags(base, info), model_name=name
+    )
+    targets = config.get("target_modules")
+    kept = config.get("modules_to_save") or []
+    parts = [
+        f"---\n{head.to_yaml()}\n---",
+        f"# {name.rpartition('/')[2]}",
+        f"{_what(info, {})} of `{base.name}`{_at(base)}. Its data and its scores are not recorded.",
+        "## Use",
+        f"```python\n{_ours(info)}from peft import {auto}\nmodel = {auto}.from_pretrained({name!r})\n```",
+        "## Adapter",
+        _table(
+            ("field", "value"),
+            [
+                ("method", f"`{info.name}`"),
+                ("target modules", f"`{targets}`"),
+                ("modules trained in full", f"`{kept}`"),
+                ("file size", f"{size / 1024:,.0f} KB"),
+                ("written by peft", str(config.get("peft_version") or "not recorded")),
+            ],
+        ),
+        "## Licence",
+        f"The weights here follow the terms of the base model `{base.name}`; see its own card.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+#: peft's classes that load a base with its head, by task type.
+_AUTO = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+
+
+def usage(folder: str, info: MethodInfo, kind: Kind, labels: int | None, by_path: bool = True) -> str:
     """The lines that load what a run saved with transformers' or peft's own classes.
 
     Args:
-        folder: where the run was saved.
+        folder: where the run was saved, or its Hub id.
         labels: number of classes, which the base model must be told of; None for generation.
+        by_path: whether peft can find the base by the name in adapter_config.json; else peft-lab has to.
     """
     auto = kind.auto_class().__name__
     if info.kind == "baseline":
         return f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{folder}")'
+    if not by_path:
+        return f'from peft_lab.loading import load\nmodel = load("{folder}").model'
     options = "" if labels is None else f", num_labels={labels}"
     if kind.task_type is None:
         # peft loads the class that the base was; a head for other labels is replaced by the saved one
         auto, options = "AutoModel", options + (", ignore_mismatched_sizes=True" if labels is not None else "")
     auto = auto.replace("AutoModel", "AutoPeftModel")
-    ours = "" if info.module.startswith("peft.") else "import peft_lab  # makes the method known to peft\n"
-    return f'{ours}from peft import {auto}\nmodel = {auto}.from_pretrained("{folder}"{options})'
+    return f'{_ours(info)}from peft import {auto}\nmodel = {auto}.from_pretrained("{folder}"{options})'
 
 
-def public_name(model: str) -> str:
-    """The name of a backbone for a card: a Hub id or short name as it is, of a local path the last part only."""
-    if Path(model).expanduser().exists() or model.startswith((".", "/", "~")) or "\\" in model:
-        return Path(model).expanduser().resolve().name
-    return model
+def base_of(metrics: Mapping[str, Any]) -> Base:
+    """The base model of a run by the name in its options; of a folder without a public name the last part only."""
+    named = metrics["run"]["model_name_or_path"]
+    public = public_name(named)
+    name = public or Path(named).expanduser().resolve().name
+    revision = metrics.get("base_revision") or metrics["run"].get("model_revision")
+    on_hub = public is not None and public not in BACKBONES
+    return Base(name, on_hub, revision if on_hub and not is_local(named) else None)
 
 
-def _what(info: MethodInfo, adapter: bool) -> str:
+def eval_results(metrics: Mapping[str, Any], task: Task, kind: Kind) -> list[EvalResult]:
+    """The task's metrics on every split as entries of the card's `model-index`."""
+    return [
+        EvalResult(
+            task_type=kind.pipeline_tag or task.kind,
+            dataset_type=task.data.path or task.name,
+            dataset_name=task.title or task.name,
+            dataset_config=task.data.name or None,
+            dataset_revision=task.data.revision or None,
+            dataset_split=task.splits.get(split, split),
+            metric_type=name,
+            metric_value=value,
+            metric_name=f"{name} ({split})",
+        )
+        for split, values in metrics["metrics"].items()
+        for name, value in values.items()
+        if name != "loss"
+    ]
+
+
+def eval_entries(metrics: Mapping[str, Any], info: MethodInfo, task: Task) -> list[EvalResultEntry]:
+    """The main metric on the test rows as an entry of `.eval_results`; empty for data that is not on the Hub."""
+    value = metrics["metrics"].get("test", {}).get(metrics["main_metric"])
+    if value is None or not task.data.path:
+        return []
+    rows = metrics["data"]["rows"].get("test")
+    return [
+        EvalResultEntry(
+            dataset_id=task.data.path,
+            task_id=task.data.name or "default",
+            dataset_revision=task.data.revision or None,
+            value=value,
+            notes=f"{metrics['main_metric']} on {rows} rows of split {task.splits.get('test', 'test')}; {info.title}, "
+            f"seed {metrics['seed']}, peft-lab {metrics['versions']['peft-lab']}",
+        )
+    ]
+
+
+def _tags(base: Base, info: MethodInfo) -> list[str]:
+    relation = [f"base_model:adapter:{base.name}"] if base.on_hub and info.kind != "baseline" else []
+    return [*relation, "transformers", "peft-lab", info.name]
+
+
+def _ours(info: MethodInfo) -> str:
+    return "" if info.module.startswith("peft.") else "import peft_lab  # makes the method known to peft\n"
+
+
+def _what(info: MethodInfo, metrics: Mapping[str, Any]) -> str:
     paper = f" ([arXiv:{info.paper}](https://arxiv.org/abs/{info.paper}))" if info.paper[:1].isdigit() else ""
-    return f"A {info.title} adapter{paper}" if adapter else f"{info.title}{paper}"
+    origin = metrics.get("lora_export")
+    if origin:
+        return f"A LoRA adapter, converted from a {origin['title']} adapter,"
+    return f"A {info.title} adapter{paper}" if info.kind != "baseline" else f"{info.title}{paper}"
+
+
+def _at(base: Base) -> str:
+    return f" (revision `{base.revision}`)" if base.revision else ""
 
 
 def _task(task: Task) -> str:
@@ -100,11 +246,45 @@ def _scores(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
     ]
 
 
-def _options(run: Mapping[str, Any], task: Task) -> list[tuple[str, str]]:
+def _interval(metrics: Mapping[str, Any], task: Task) -> list[str]:
+    """One sentence with the binomial interval of a test score that is a share of right answers."""
+    name, rows = metrics["main_metric"], metrics["data"]["rows"].get("test")
+    share = metrics["metrics"].get("test", {}).get(name)
+    if name not in _SHARES or name not in task.metrics or not rows or share is None:
+        return []
+    from scipy.stats import binomtest
+
+    right = round(share * rows)
+    low, high = binomtest(right, rows).proportion_ci(0.95, method="wilson")
+    return [
+        f"{right:,} of {rows:,} test rows are right: {name} {share:.4f}, 95 % binomial interval (Wilson) "
+        f"{low:.4f} to {high:.4f}. It covers the choice of the test rows, not that of the seed: this is one run."
+    ]
+
+
+def _converted(metrics: Mapping[str, Any]) -> list[str]:
+    origin = metrics.get("lora_export")
+    if not origin:
+        return []
+    return [
+        f"The scores were measured before the conversion. Ranks go up to {origin['rank']}; the weight deltas differ "
+        f"from the original ones by at most {origin['max_relative_error']:.1e} (relative, Frobenius norm)."
+    ]
+
+
+def _options(run: Mapping[str, Any], task: Task, base: Base) -> list[tuple[str, str]]:
     """The run's options without anything that names a path of this machine."""
-    public = {**run, "task": task.name, "model_name_or_path": public_name(run["model_name_or_path"])}
-    local = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "hub_token", "run_name", "project")
-    return [(key, f"`{value}`") for key, value in public.items() if value is not None and key not in local]
+    public = {**run, "task": task.name, "model_name_or_path": base.name}
+    return [(key, f"`{value}`") for key, value in public.items() if value is not None and key not in LOCAL_OPTIONS]
+
+
+#: Options of a run that belong to the machine it ran on, or that are secret.
+LOCAL_OPTIONS = frozenset(
+    (
+        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "run_name", "project"),
+        *("hub_token", "hub_model_id", "push_to_hub", "hub_private_repo", "hub_revision", "hub_strategy"),
+    )
+)
 
 
 def _measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

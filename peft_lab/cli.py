@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from peft_lab import cli_share
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
 
 if TYPE_CHECKING:
@@ -214,6 +215,9 @@ def demo(
     from peft_lab.demo import demo as run_demo
 
     run_demo(output_dir, seeds=seeds, tasks=task, methods=method, max_steps=max_steps)
+
+
+cli_share.register(app)
 
 
 def _check(config: Any) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_lab import registry, roles, run_folder
-from peft_lab.backbones import BACKBONES, resolve_model
+from peft_lab.backbones import BACKBONES, reachable_name, resolve_model
 from peft_lab.data import load_splits
 from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError, did_you_mean
 from peft_lab.registry import MethodInfo
@@ -158,7 +158,7 @@ def base_of(folder: Path, run: dict[str, str]) -> str:
     )
     if not named:
         raise ConfigError(f'"{folder}" does not name its base; pass model_name_or_path.')
-    return str(named)
+    return reachable_name(str(named))
 
 
 def trained_task(folder: Path, run: dict[str, str], task: str | Task | None = None) -> Task:

@@ -5,6 +5,7 @@ config.json, model.safetensors                   instead of these for a baseline
 tokenizer or image processor files               as transformers writes them
 labels.json    class index -> name               run.yaml     the options; `peft-lab train run.yaml` repeats the run
 metrics.json   what was measured, and on what    README.md    the model card
+base_fingerprint.json   which base weights an adapter of peft's own tuners belongs to
 task.yaml      a copy of your own task file      checkpoint-*  Trainer's checkpoints
 items.csv      what was found for each test row  trainer_state.json  Trainer's log of losses and evaluations
 """
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from peft_lab import guard
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.items import ITEMS
 from peft_lab.run_config import DTYPES, RunConfig, dump_yaml, read_run_file
@@ -26,6 +28,8 @@ RUN, METRICS, LABELS, TASK, CARD = "run.yaml", "metrics.json", "labels.json", "t
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HISTORY = "trainer_state.json"
 MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
+#: Which base weights an adapter of peft's own tuners belongs to; ours hold that in their config.
+BASE_RECORD = "base_fingerprint.json"
 
 #: What `remove_run` removes: a run that follows may write a different set of files.
 _OF_A_RUN = (
@@ -88,7 +92,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is not a JSON mapping.
     """
-    return _read_json(folder / METRICS)
+    return guard.read_json(folder / METRICS)
 
 
 def read_origin(folder: Path) -> dict[str, str]:
@@ -112,7 +116,7 @@ def read_labels(folder: Path) -> list[str] | None:
     Raises:
         ConfigError: the file is not the label map that `write_labels` wrote.
     """
-    id2label = _read_json(folder / LABELS).get("id2label")
+    id2label = guard.read_json(folder / LABELS).get("id2label")
     if id2label is None:
         return None
     if not isinstance(id2label, dict) or sorted(id2label) != sorted(str(i) for i in range(len(id2label))):
@@ -171,19 +175,8 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.yaml"]))
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.yaml", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f'There is no folder "{name}", and the Hub gave no adapter of that name: {reason}') from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f'"{path}" is not readable JSON: {error}') from error
-    if not isinstance(values, dict):
-        raise ConfigError(f'"{path}" must hold a JSON mapping.')
-    return values

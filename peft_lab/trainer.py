@@ -8,7 +8,7 @@ import re
 import shutil
 import threading
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from peft_lab.share import hub
 from peft_lab.timing import StepTimer, factor
 
 #: Normalisation layers that keep running statistics.
@@ -36,12 +37,11 @@ class LabTrainer(Trainer):
     - The gradient of a batch is the same however it is divided into accumulation steps and processes, also for the
       many heads that take `num_items_in_batch` and ignore it.
     - A checkpoint of a finished training is recognised, so that resuming from it trains no further step.
-    - No pickle is written beside the weights, and README.md is the run's own card.
+    - No pickle is written beside the weights. A push uploads what `peft-lab push` does, when the run is over.
 
     Args:
         head_learning_rate: learning rate of the parameters below `head_modules`, if it is to differ.
         head_modules: module paths of the task head, as they were before the adapter was put on.
-        write_card: writes README.md into the output folder; called before a push.
         max_seconds: end training after this time of steps; the learning rate then falls to 0 over time, not steps.
     """
 
@@ -52,12 +52,10 @@ class LabTrainer(Trainer):
         *args: Any,
         head_learning_rate: float | None = None,
         head_modules: Sequence[str] = (),
-        write_card: Callable[[], None] | None = None,
         max_seconds: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.write_card = write_card
         self.add_callback(StepTimer(max_seconds))
         self.head_learning_rate = head_learning_rate
         self.head_modules = tuple(head_modules)
@@ -147,10 +145,39 @@ class LabTrainer(Trainer):
             return self._restore(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the run's own card; Trainer calls this just before an upload, after peft has written its template."""
-        if self.write_card is not None and self.is_world_process_zero():
-            self.write_card()
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make sure of the repository before training starts: a push that would be refused is refused now."""
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        wanted = self.args.hub_private_repo if private is None else private
+        self.hub_model_id = hub.create_repository(name, wanted is not False, token or self.args.hub_token)
+        self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """Upload the run's folder as `peft-lab push` does, always waiting for it; return the address of the commit."""
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        if not self.is_world_process_zero():
+            return None
+        wanted = self.args.hub_private_repo if private is None else private
+        return hub.push(
+            str(self.args.output_dir),
+            str(self.hub_model_id),
+            wanted is not False,
+            revision=revision or self.args.hub_revision,
+            token=token,
+            commit_message=commit_message,
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

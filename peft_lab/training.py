@@ -110,6 +110,12 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
     flags.setdefault("restore_callback_states_from_checkpoint", True)  # else early stopping forgets its count at resume
     flags.setdefault("remove_unused_columns", False)  # the collator reads what the kind's preprocessing made
     flags.setdefault("label_names", ["labels"])
+    flags.setdefault("hub_private_repo", True)
+    flags.setdefault("hub_strategy", "end")
+    if flags["hub_strategy"] != "end":
+        raise ConfigError(
+            f'hub_strategy "{flags["hub_strategy"]}" would upload checkpoints; only "end" (the finished run) can be.'
+        )
     flags.pop("do_train", None)
     if config.max_seconds is not None and flags.keys().isdisjoint({"max_steps", "num_train_epochs"}):
         flags["max_steps"] = _WITHOUT_END
@@ -252,7 +258,6 @@ class _Run:
             callbacks=[EarlyStoppingCallback(patience)] if patience is not None else [],
             head_learning_rate=self.config.head_learning_rate,
             head_modules=self.head_modules,
-            write_card=self._card,
             max_seconds=self.config.max_seconds,
         )
 
@@ -309,6 +314,7 @@ class _Run:
             "epoch": self.trainer.state.epoch,
             "resumed_from": Path(checkpoint).name if checkpoint else None,
             "best_checkpoint": Path(self.trainer.state.best_model_checkpoint or "").name or None,
+            "base_revision": getattr(self.model.config, "_commit_hash", None),
             "parameters": {"trainable": trainable, "total": total},
             "adapter_bytes": run_folder.weights_bytes(self.folder),
             "peak_memory_bytes": memory.peak,

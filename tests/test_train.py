@@ -7,12 +7,9 @@ import math
 import multiprocessing
 import shutil
 import signal
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from tiny_runs import make_backbone, make_task, options, same_weights, train_and_die, weights
 
 import peft_lab
@@ -63,33 +60,6 @@ def test_the_output_folder_holds_all_that_is_promised(finished):
     assert set(metrics["metrics"]["test"]) == {"loss", "accuracy"}
     assert metrics["method_config"]["peft_type"] == "LORA"
     assert all("secret-token" not in path.read_text() for path in folder.glob("*.[jmy]*"))
-
-
-def test_the_card_is_filled_and_names_no_local_path(finished, place):
-    text = (finished.output_dir / "README.md").read_text()
-    head = yaml.safe_load(text.split("---")[1])
-    assert head["library_name"] == "peft"
-    assert head["pipeline_tag"] == "text-classification"
-    assert "lora" in head["tags"]
-    assert "More Information Needed" not in text
-    assert str(place["task"].parent) not in text
-    assert str(finished.output_dir.parent) not in text
-    assert f"{finished.metrics['metrics']['test']['accuracy']:.4f}" in text
-    assert "CC0-1.0" in text
-
-
-@pytest.mark.parametrize("method", ["lora", "svfit", "ssf", "head"])
-def test_the_lines_of_the_card_load_what_was_trained(method, place, tmp_path, monkeypatch):
-    result = train(options(place["task"], place["backbone"], tmp_path / "out", method=method))
-    lines = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len(lines.strip().splitlines()) <= 3
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(lines, names)
-    with torch.no_grad():
-        expected = result.model.eval()(**X).logits
-        assert torch.equal(names["model"].eval()(**X).logits, expected)
-        assert torch.equal(load(tmp_path / "out").model(**X).logits, expected)
 
 
 def test_a_run_file_that_was_written_repeats_the_run_bit_for_bit(finished, tmp_path):
@@ -158,30 +128,6 @@ def test_a_folder_with_a_strange_origin_is_refused(run, finished, tmp_path):
     (tmp_path / "copy" / "task.yaml").unlink()
     with pytest.raises(PeftLabError):
         load(tmp_path / "copy")
-
-
-def test_a_push_uploads_the_runs_own_card_and_no_secret(place, tmp_path, monkeypatch):
-    """The Hub is a stand-in that keeps what the folder held when it was uploaded."""
-    uploads = []
-
-    class Hub:
-        def create_repo(self, name, **kwargs):
-            return SimpleNamespace(repo_id=f"someone/{name}")
-
-        def upload_folder(self, folder_path, **kwargs):
-            files = {p.name: p.read_bytes() for p in Path(folder_path).iterdir() if p.is_file()}
-            uploads.append((kwargs["repo_id"], files))
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
-    values = options(place["task"], place["backbone"], tmp_path / "out", push_to_hub=True, hub_token="secret-token")
-    train(values | {"save_strategy": "no"})
-    (repo, files) = uploads[-1]
-    assert repo == "someone/out"
-    assert b"library_name: peft" in files["README.md"]
-    assert b"More Information Needed" not in files["README.md"]
-    assert {"adapter_model.safetensors", "metrics.json"} <= set(files)
-    assert "training_args.bin" not in files
-    assert not [name for name, content in files.items() if b"secret-token" in content]
 
 
 def test_a_baseline_cannot_be_merged(place, tmp_path):
