@@ -1,0 +1,349 @@
+"""The report of a comparison: report.html, report.md, results.csv and plots/, from results.jsonl alone."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from peft_lab.compare import figures, tables
+from peft_lab.compare.findings import join, metric_title, words
+from peft_lab.compare.overall import over_tasks
+from peft_lab.compare.results import Record, read_items, read_results, search_budgets
+from peft_lab.compare.statistics import Cell, rank_arms
+from peft_lab.run_config import dump_yaml
+
+HTML, MARKDOWN, CSV, PLOTS = "report.html", "report.md", "results.csv", "plots"
+
+#: Below these, the report warns.
+FEW_SEEDS, FEW_VALIDATION_ROWS = 3, 200
+
+METHOD = (
+    "A mean is over seeds. Its 95 % interval accounts for two sources of chance: another seed, and other test rows of "
+    "the same kind. The variance of the seeds' scores over the number of seeds and the variance over the test rows "
+    "(by the jackknife for metrics that are not means of rows) are added; the quantile is that of a mixture of t "
+    "distributions with the degrees of freedom of each source, which at 3 seeds makes the seeds' part 4.3 standard "
+    "errors wide.",
+    "Two arms are compared on the same seeds and the same test rows, difference by difference. The variance between "
+    "seeds is pooled over the arms of a table, and an arm that varies more than the others is charged for it. The "
+    "p-values are two-sided and adjusted by Holm's method for all pairs of arms in a table, at a familywise level of "
+    "5 %. An arm is called better only if this test separates it.",
+    "The mean over tasks is over these tasks, not over tasks in general. Learning rates and other tuned arguments were "
+    "chosen on validation rows; the test rows were scored by the final runs alone.",
+)
+
+
+@dataclass
+class Section:
+    """What the report says of one task and backbone."""
+
+    anchor: str
+    title: str
+    words: str
+    table: tables.Table | None
+    front: str = ""
+    pictures: list[figures.Picture] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """The runs of one arm on one task and backbone, with the anchor that numbers link to."""
+
+    anchor: str
+    task: str
+    backbone: str
+    arm: str
+    runs: tuple[RunLine, ...]
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """One run in the list of runs; `link` is its folder as a relative address, "" if it left none."""
+
+    record: Record
+    score: str
+    validation: str
+    options: str
+    link: str
+    files: tuple[str, ...]
+
+
+@dataclass
+class Report:
+    """Everything that the page and the Markdown file show."""
+
+    title: str
+    summary: str
+    warnings: list[str]
+    sections: list[Section]
+    overall: Section | None
+    budget: str
+    tuning: tables.Table | None
+    groups: list[RunGroup]
+    failed: list[RunLine]
+    facts: list[tuple[str, str]]
+    data: tables.Table | None
+    method: tuple[str, ...] = METHOD
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.html (one file that needs no network), report.md, results.csv and plots/*.png into a comparison.
+
+    Runs that failed or are missing are named in it. Without matplotlib there are no plots, and the report says so.
+
+    Args:
+        folder: the output folder of a comparison, finished or not.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ConfigError: the folder holds no results.jsonl, or a broken one.
+    """
+    folder = Path(folder)
+    records = read_results(folder)
+    report = build(folder, records)
+    (folder / CSV).write_text(tables.results_csv(records), encoding="utf-8")
+    (folder / MARKDOWN).write_text(as_markdown(report), encoding="utf-8")
+    page = folder / HTML
+    page.write_text(as_html(report), encoding="utf-8")
+    return page
+
+
+def build(folder: Path, records: Sequence[Record]) -> Report:
+    """Work out what the report says, and draw its plots into the folder."""
+    cells = rank_arms(records, partial(read_items, folder))
+    plots = importlib.util.find_spec("matplotlib") is not None
+    order = figures.colour_order(cells, records)
+    anchors = _anchors(cells)
+    sections = [
+        _section(folder, anchor, cell, records, order, plots) for anchor, cell in zip(anchors, cells, strict=True)
+    ]
+    mean = over_tasks(cells)
+    lines = [_line(folder, record) for record in records]
+    return Report(
+        title=", ".join(dict.fromkeys(record.study for record in records)) or "Comparison",
+        summary=_summary(records),
+        warnings=[*_warnings(records, cells), *([] if plots else [NO_PLOTS])],
+        sections=sections,
+        overall=_overall(folder, mean, cells, plots) if mean else None,
+        budget=_budget(records),
+        tuning=tables.tuning(records),
+        groups=_groups(lines),
+        failed=[line for line in lines if not line.record.ok],
+        facts=_facts(records),
+        data=_data(records),
+    )
+
+
+NO_PLOTS = "There are no plots: matplotlib is not installed (pip install 'peft-lab[plots]')."
+
+
+def _anchors(cells: Sequence[Cell]) -> list[str]:
+    """A name for each cell that can stand in an address and a file name; numbered where two would be the same."""
+    found: list[str] = []
+    for cell in cells:
+        name = slug(f"{cell.task}-{cell.backbone}")
+        found.append(f"{name}-{len(found)}" if name in found else name)
+    return found
+
+
+def _section(
+    folder: Path, anchor: str, cell: Cell, records: Sequence[Record], order: Sequence[str], plots: bool
+) -> Section:
+    labels, costs = figures.front_of_all(cell)
+    front = ""
+    if labels:
+        front = (
+            f"By the means, no other arm is at least as good in {metric_title(cell.metric)}, {join(costs)} together "
+            f"as {join(labels)}."
+        )
+    section = Section(anchor, f"{cell.task}, {cell.backbone}", words(cell), tables.headline(cell), front)
+    if plots:
+        mine = [record for record in records if (record.task, record.backbone) == (cell.task, cell.backbone)]
+        for plan in figures.of_cell(cell, mine, order):
+            section.pictures.append(figures.draw(plan, folder / PLOTS, anchor))
+    return section
+
+
+def _overall(folder: Path, mean: Cell, cells: Sequence[Cell], plots: bool) -> Section:
+    text = words(mean)
+    left_out = [cell.task for cell in cells if not all(cell.arm(arm.label) for arm in mean.arms)]
+    if "," in mean.metric:
+        text += f" The mean is over different metrics ({metric_title(mean.metric)})."
+    if left_out:
+        text += f" {join(left_out)} counts in neither mean nor rank."
+    section = Section("all-tasks", "All tasks", text, tables.overall(mean, cells))
+    if plots:
+        plan = figures.Plan("intervals", f"{figures.INTERVALS}.", partial(figures.plots.forest, mean))
+        section.pictures.append(figures.draw(plan, folder / PLOTS, "all-tasks"))
+    return section
+
+
+def _summary(records: Sequence[Record]) -> str:
+    if not records:
+        return "No run has ended yet."
+    counts = [
+        _count(len({record.arm for record in records}), "arm"),
+        _count(len({(record.task, record.backbone) for record in records}), "task"),
+        _count(len({record.seed for record in records if record.stage == "final"}), "seed"),
+    ]
+    failed = sum(not record.ok for record in records)
+    ended = max(record.finished for record in records)[:16].replace("T", " ")
+    return f"{', '.join(counts)}; {_count(len(records), 'run')}, {failed or 'none'} failed. Last run ended {ended} UTC."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _warnings(records: Sequence[Record], cells: Sequence[Cell]) -> list[str]:
+    found = []
+    if not cells:
+        found.append("No final run has ended yet: there is no score on test rows to report.")
+    few = [cell for cell in cells if cell.arms and len(cell.seeds) < FEW_SEEDS]
+    if few:
+        names = join([f"{cell.task} ({_count(len(cell.seeds), 'seed')})" for cell in few])
+        found.append(f"Fewer than {FEW_SEEDS} seeds on {names}: intervals are wide or leave out the seed.")
+    partial_cells = [cell for cell in cells if any(arm.missing for arm in cell.arms) or cell.without_score]
+    if partial_cells:
+        names = join([cell.task for cell in partial_cells])
+        found.append(f"Not every arm has every seed on {names}; the arms concerned are named there.")
+    small = _few_validation_rows(records)
+    if small:
+        names = join([f"{task} ({rows})" for task, rows in small.items()])
+        found.append(
+            f"Fewer than {FEW_VALIDATION_ROWS} validation rows on {names}: the choice of learning rate is noisy."
+        )
+    if overlapping(records):
+        found.append("Runs shared the machine with one another, so their times are not comparable.")
+    return found
+
+
+def _few_validation_rows(records: Iterable[Record]) -> dict[str, int]:
+    rows = {}
+    for record in records:
+        count = record.metrics.get("data", {}).get("rows", {}).get("validation")
+        if count is not None and count < FEW_VALIDATION_ROWS:
+            rows[record.task] = count
+    return rows
+
+
+def overlapping(records: Iterable[Record]) -> bool:
+    """Whether two runs were under way at the same time."""
+    spans = sorted((record.started, record.finished) for record in records if record.started and record.finished)
+    return any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))
+
+
+def _budget(records: Sequence[Record]) -> str:
+    spent = search_budgets(records)
+    if not spent:
+        return "Nothing was searched: every arm ran with the learning rate it was given."
+    unequal = []
+    for task, backbone in dict.fromkeys((one.task, one.backbone) for one in spent):
+        mine = [one for one in spent if (one.task, one.backbone) == (task, backbone)]
+        if len({(one.trials, one.runs) for one in mine}) > 1:
+            unequal.append(f"{task}, {backbone}")
+    if unequal:
+        return (
+            f"The tuning budgets differ between the arms on {'; '.join(unequal)}: see the table before comparing them."
+        )
+    return "On each task, every arm was tuned with the same number of candidates and runs."
+
+
+def _groups(lines: Sequence[RunLine]) -> list[RunGroup]:
+    found: dict[tuple[str, str, str], list[RunLine]] = {}
+    for line in lines:
+        found.setdefault((line.record.task, line.record.backbone, line.record.arm), []).append(line)
+    return [
+        RunGroup(f"runs-{number}", *key, tuple(sorted(runs, key=lambda run: (run.record.stage, run.record.seed))))
+        for number, (key, runs) in enumerate(found.items(), 1)
+    ]
+
+
+def _line(folder: Path, record: Record) -> RunLine:
+    scores = [record.score(split) if record.ok else None for split in ("test", "validation")]
+    shown = ["-" if score is None else f"{score:.4f}" for score in scores]
+    inside = bool(record.folder) and (folder / record.folder).resolve().is_relative_to(folder.resolve())
+    files = ("metrics.json", "run.yaml") if inside else ()
+    present = tuple(name for name in files if (folder / record.folder / name).is_file())
+    # "./" and quoting: whatever the record names, the link stays a relative path
+    link = f"./{quote(record.folder)}" if inside else ""
+    return RunLine(record, shown[0], shown[1], dump_yaml(record.options) if record.options else "", link, present)
+
+
+def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """What the runs were made with; several values where runs differ."""
+    versions: dict[str, dict[str, None]] = {}
+    for record in records:
+        for name, version in {**record.environment.get("versions", {}), **record.metrics.get("versions", {})}.items():
+            versions.setdefault(str(name), {})[str(version)] = None
+    facts = [("versions", ", ".join(f"{name} {'/'.join(found)}" for name, found in versions.items()))]
+    for name in ("device", "threads", "platform", "commit"):
+        found = dict.fromkeys(str(record.environment[name]) for record in records if record.environment.get(name))
+        facts.append((name, "; ".join(found)))
+    seeds = sorted({record.seed for record in records if record.stage == "final"})
+    facts.append(("seeds of the final runs", ", ".join(map(str, seeds))))
+    return [(name, value) for name, value in facts if value]
+
+
+def _data(records: Iterable[Record]) -> tables.Table | None:
+    found: dict[tuple[str, ...], None] = {}
+    for record in records:
+        data: dict[str, Any] = record.metrics.get("data", {})
+        if data:
+            rows = ", ".join(f"{count:,} {split}" for split, count in data.get("rows", {}).items())
+            found[record.task, str(data.get("version", "")), rows, str(data.get("fingerprint", ""))] = None
+    columns = tuple(tables.Column(title, numeric=False) for title in ("task", "version", "rows", "fingerprint"))
+    rows_ = tuple(tuple(tables.Entry(value, value) for value in values) for values in found)
+    return tables.Table("Data", columns, rows_) if rows_ else None
+
+
+def slug(text: str) -> str:
+    """A text as part of a file name or an anchor."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
+
+
+def as_html(report: Report) -> str:
+    """The page; everything that comes from records is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    anchors = {(group.task, group.backbone, group.arm): group.anchor for group in report.groups}
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return environment.get_template("report.html.jinja").render(report=report, anchors=anchors, now=now)
+
+
+def as_markdown(report: Report) -> str:
+    """The same words and tables as Markdown."""
+    text = tables.markdown_text
+    parts = [f"# {text(report.title)}", text(report.summary)]
+    if report.warnings:
+        parts.append("\n".join(f"- **Note:** {text(warning)}" for warning in report.warnings))
+    for section in [*report.sections, *([report.overall] if report.overall else [])]:
+        parts += [f"## {text(section.title)}", text(section.words)]
+        parts += [tables.markdown(section.table)] if section.table else []
+        parts += [text(section.front)] if section.front else []
+    parts += ["## Tuning", text(report.budget)]
+    parts += [tables.markdown(report.tuning)] if report.tuning else []
+    if report.failed:
+        parts.append("## Failed runs")
+        parts.append("\n".join(f"- {text(_failure(line.record))}" for line in report.failed))
+    parts += ["## How it was measured", *map(text, report.method)]
+    parts.append("\n".join(f"- {text(name)}: {text(value)}" for name, value in report.facts))
+    parts += [tables.markdown(report.data)] if report.data else []
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _failure(record: Record) -> str:
+    where = f"{record.arm} on {record.task}, {record.backbone}, {record.stage} run, seed {record.seed}"
+    return f"{where}, learning rate {record.learning_rate:g}: {record.error}"

@@ -1,0 +1,239 @@
+"""The tables of a report, as plain values that the HTML page, the Markdown file and the CSV file write out."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peft_lab.compare.findings import interval_text, metric_title, number
+from peft_lab.compare.overall import average_ranks
+from peft_lab.compare.results import MEASURES, Record, search_budgets
+from peft_lab.compare.statistics import Arm, Cell
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its head, whether it holds numbers, and a longer word for what it holds."""
+
+    title: str
+    numeric: bool = True
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One field of a table.
+
+    Attributes:
+        text: what is shown.
+        sort: what rows are sorted by; None sorts last.
+        group: the runs behind it, (task, backbone, arm).
+        strong: shown in bold.
+    """
+
+    text: str
+    sort: float | str | None = None
+    group: tuple[str, str, str] | None = None
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a caption."""
+
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+
+
+#: Measure -> short head, unit that it is divided by, decimals.
+_SHOWN: dict[str, tuple[str, float, int]] = {
+    "trainable_parameters": ("trainable parameters", 1, 0),
+    "adapter_bytes": ("adapter KB", 1024, 0),
+    "peak_memory_bytes": ("peak memory MB", 2**20, 0),
+    "step_seconds": ("step ms", 1e-3, 1),
+    "step_flops": ("step GFLOPs", 1e9, 2),
+    "saved_bytes": ("saved activations MB", 2**20, 1),
+    "ece": ("calibration error", 1, 3),
+    "shifted_score": ("score on shifted rows", 1, 3),
+    "forgetting": ("forgetting", 1, 3),
+}
+#: The measures that are costs, against which scores are drawn.
+COSTS = ("trainable_parameters", "peak_memory_bytes", "step_seconds", "adapter_bytes")
+_MISSING = Entry("-")
+
+
+def measured(records: Iterable[Record], name: str) -> float | None:
+    """The mean of a measure over runs, None if none of them has it."""
+    found = [float(value) for record in records if (value := record.measures.get(name)) is not None]
+    return float(np.mean(found)) if found and np.isfinite(found).all() else None
+
+
+def measure_head(name: str) -> str:
+    """The short head of a measure, with its unit."""
+    return _SHOWN[name][0]
+
+
+def scaled(name: str, value: float) -> float:
+    """A measure in the unit that its head names."""
+    return value / _SHOWN[name][1]
+
+
+def headline(cell: Cell) -> Table:
+    """The arms of a cell: score with interval, distance to the best, costs, and what else was measured."""
+    shown = [name for name in _SHOWN if any(measured(arm.records, name) is not None for arm in cell.arms)]
+    columns = [
+        Column("arm", numeric=False),
+        Column(metric_title(cell.metric), help="mean over seeds on the test rows, with the 95 % interval"),
+        Column("less than the best", help="the best mean less this one on shared seeds, with the 95 % interval"),
+        Column("p (Holm)", help="probability of such a difference between equal arms, adjusted for all pairs"),
+        Column("seeds"),
+        *(Column(_SHOWN[name][0], help=MEASURES[name].title) for name in shown),
+        Column("learning rate", help="chosen on the validation rows"),
+    ]
+    rows = []
+    for arm in cell.arms:
+        group = (cell.task, cell.backbone, arm.label)
+        first = Entry(arm.label, arm.label, group, strong=arm.versus_top is None)
+        rates = sorted({record.learning_rate for record in arm.records})
+        rate = Entry(", ".join(f"{rate:g}" for rate in rates), rates[0], group)
+        measures = [_measure(arm, name, group) for name in shown]
+        rows.append((first, *_score_entries(cell, arm, group), *measures, rate))
+    for label, runs in cell.without_score.items():
+        group = (cell.task, cell.backbone, label)
+        failed = Entry(f"failed ({len(runs)} of {len(runs)} runs)", None, group)
+        rows.append((Entry(label, label, group), failed, *[_MISSING] * (len(columns) - 2)))
+    return Table(f"{cell.task}, {cell.backbone}", tuple(columns), tuple(rows))
+
+
+def _score_entries(cell: Cell, arm: Arm, group: tuple[str, str, str]) -> tuple[Entry, ...]:
+    score = Entry(interval_text(arm.score), arm.score.value, group, strong=arm.versus_top is None)
+    if arm.versus_top is None:
+        versus = (Entry("best mean", 0.0), Entry("-"))
+    else:
+        difference, p = arm.versus_top.difference, arm.versus_top.p_adjusted
+        sign = 1 if cell.higher_is_better else -1
+        gap = difference if sign > 0 else difference.negated()
+        shown = interval_text(gap) if np.isfinite(gap.value) else "-"
+        p_text = "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+        versus = (Entry(shown, gap.value, group), Entry(p_text, p, group))
+    count = len(arm.by_seed)
+    seeds = f"{count} of {count + len(arm.missing)}" if arm.missing else str(count)
+    return score, *versus, Entry(seeds, count, group)
+
+
+def _measure(arm: Arm, name: str, group: tuple[str, str, str]) -> Entry:
+    value = measured(arm.records, name)
+    if value is None:
+        return _MISSING
+    _, unit, decimals = _SHOWN[name]
+    return Entry(f"{value / unit:,.{decimals}f}", value, group)
+
+
+def overall(mean: Cell, cells: Sequence[Cell]) -> Table:
+    """The arms over all tasks: mean score with interval, average rank, and the score on each task."""
+    ranks = average_ranks(cells)
+    columns = [
+        Column("arm", numeric=False),
+        Column(f"mean over tasks of {metric_title(mean.metric)}", help="with the 95 % interval"),
+        Column("average rank", help="1 is best"),
+        *(Column(f"{cell.task}, {cell.backbone}", help=metric_title(cell.metric)) for cell in cells),
+    ]
+    rows = []
+    for arm in mean.arms:
+        strong = arm.versus_top is None
+        entries = [Entry(arm.label, arm.label, strong=strong)]
+        entries.append(Entry(interval_text(arm.score), arm.score.value, strong=strong))
+        rank = ranks.get(arm.label)
+        entries.append(_MISSING if rank is None else Entry(f"{rank:.2f}", rank))
+        for cell in cells:
+            found = cell.arm(arm.label)
+            group = (cell.task, cell.backbone, arm.label)
+            entries.append(Entry(number(found.score.value), found.score.value, group) if found else _MISSING)
+        rows.append(tuple(entries))
+    return Table("All tasks", tuple(columns), tuple(rows))
+
+
+def tuning(records: Sequence[Record]) -> Table | None:
+    """What the search of each arm cost and chose; None if nothing was searched."""
+    spent = search_budgets(records)
+    columns = (
+        *(Column(title, numeric=False) for title in ("task", "backbone", "arm")),
+        *(Column("candidates"), Column("runs"), Column("training steps")),
+        Column("learning rate chosen"),
+        Column("learning rates tried", numeric=False),
+    )
+    rows = []
+    for one in spent:
+        group = (one.task, one.backbone, one.arm)
+        mine = [record for record in records if (record.task, record.backbone, record.arm) == group]
+        tried = sorted({record.learning_rate for record in mine if record.stage == "search"})
+        chosen = sorted({record.learning_rate for record in mine if record.stage == "final"})
+        edge = " (edge)" if len(tried) > 1 and any(rate in (tried[0], tried[-1]) for rate in chosen) else ""
+        picked = Entry(", ".join(f"{rate:g}" for rate in chosen) + edge, chosen[0], group) if chosen else _MISSING
+        rows.append(
+            (
+                *(Entry(name, name) for name in (one.task, one.backbone)),
+                Entry(one.arm, one.arm, group),
+                *(Entry(f"{count:,}", count, group) for count in (one.trials, one.runs, one.steps)),
+                picked,
+                Entry(", ".join(f"{rate:g}" for rate in tried), tried[0] if tried else None, group),
+            )
+        )
+    return Table("What the search of each arm cost and chose", columns, tuple(rows)) if rows else None
+
+
+def markdown(table: Table) -> str:
+    """A table in Markdown."""
+    head = "| " + " | ".join(markdown_text(column.title) for column in table.columns) + " |"
+    rule = "|" + "|".join(" -: " if column.numeric else " - " for column in table.columns) + "|"
+    lines = []
+    for row in table.rows:
+        texts = [markdown_text(entry.text) for entry in row]
+        bold = [f"**{text}**" if entry.strong else text for entry, text in zip(row, texts, strict=True)]
+        lines.append("| " + " | ".join(bold) + " |")
+    return "\n".join([head, rule, *lines])
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is: no HTML, links, emphasis or table bars of its own."""
+    return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
+def results_csv(records: Sequence[Record]) -> str:
+    """All runs with their scores and measures, one line each."""
+    scores = _columns({f"{split}_{name}" for split, name, _ in _scores(record)} for record in records)
+    measures = _columns(record.measures for record in records)
+    tuned = _columns(record.tuned for record in records)
+    fixed = ("id", "study", "stage", "arm", "method", "task", "backbone", "seed", "learning_rate", "round", "status")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*fixed, *(f"tuned_{name}" for name in tuned), *scores, *measures, "folder", "error"])
+    for record in records:
+        found = {f"{split}_{name}": value for split, name, value in _scores(record)}
+        values = [getattr(record, name) for name in fixed]
+        values += [record.tuned.get(name, "") for name in tuned] + [found.get(name, "") for name in scores]
+        values += [record.measures.get(name, "") for name in measures] + [record.folder, record.error]
+        writer.writerow([_csv_text(value) for value in values])
+    return buffer.getvalue()
+
+
+def _scores(record: Record) -> list[tuple[str, str, Any]]:
+    splits: Mapping[str, Mapping[str, Any]] = record.metrics.get("metrics", {})
+    return [(split, name, value) for split, values in splits.items() for name, value in values.items()]
+
+
+def _columns(names: Iterable[Iterable[str]]) -> list[str]:
+    return sorted({name for group in names for name in group})
+
+
+def _csv_text(value: Any) -> Any:
+    """A value that a spreadsheet does not take for a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
