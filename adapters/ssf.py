@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError
-from peft_lab.functional import recomputed, scale_shift
+from peft_lab.functional import recomputed, scale_shift, scale_shift_
 from peft_lab.layer import FeatureLayer
 from peft_lab.ops import norm_offset
 from peft_lab.registry import MethodInfo, register
@@ -62,6 +62,7 @@ class SSFLayer(FeatureLayer):
 
     adapter_layer_names = ("ssf_scale", "ssf_shift")
     row_fields = MappingProxyType({"ssf_scale": 1.0, "ssf_shift": 0.0})
+    per_channel = row_fields
 
     def initial_values(self, adapter: str, config: SSFConfig) -> dict[str, Tensor]:
         values = {"ssf_scale": 1 + config.init_std * torch.randn(self.op.channels)}
@@ -92,7 +93,8 @@ class SSFLayer(FeatureLayer):
 
     def rows_transform(self, values: Mapping[str, Tensor], out: Tensor) -> Tensor:
         scale, shift = values["ssf_scale"], values.get("ssf_shift")
-        return scale_shift(out, scale, torch.zeros_like(scale) if shift is None else shift, self.op.channel_dim)
+        shift = torch.zeros_like(scale) if shift is None else shift
+        return scale_shift_(out, scale, shift, self.op.channel_dim)
 
     def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale, shift = self._values(adapter)

@@ -27,6 +27,7 @@ from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 __all__ = [
     "recomputed",
     "scale_shift",
+    "scale_shift_",
     "spectral_conv2d",
     "spectral_delta",
     "spectral_flops",
@@ -78,6 +79,19 @@ def scale_shift(
         return _affine(y, scale, shift, channel_dim)
     keep_output = keep == "output" and _scale_guard.invertible(y, scale, shift)
     return _ScaleShift.apply(y, scale, shift, channel_dim, keep_output)
+
+
+def scale_shift_(y: Tensor, scale: Tensor, shift: Tensor, channel_dim: int = -1) -> Tensor:
+    """``scale_shift`` that may write its result over ``y``, where no gradient needs it: without a second large tensor.
+
+    Args and errors as for :func:`scale_shift`. The result is what is returned, whether in ``y`` or not.
+    """
+    grad = torch.is_grad_enabled() and (y.requires_grad or scale.requires_grad or shift.requires_grad)
+    if grad or y.dtype != torch.promote_types(y.dtype, scale.dtype) or torch.compiler.is_compiling():
+        return scale_shift(y, scale, shift, channel_dim)
+    _check_channels(y, scale, shift, channel_dim)
+    shift, scale = _per_channel(shift, y, channel_dim), _per_channel(scale, y, channel_dim)
+    return torch.addcmul(shift, y, scale, out=y)
 
 
 class _ScaleShift(torch.autograd.Function):
