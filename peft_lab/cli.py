@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from peft_lab import cli_share
+from peft_lab import cli_compare, cli_share
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
 
 if TYPE_CHECKING:
@@ -89,12 +89,18 @@ def tasks() -> None:
 
 
 @app.command()
-def validate(file: Annotated[str, typer.Argument(help="A task YAML or a run YAML.", show_default=False)]) -> None:
-    """Check a task file or a run file without loading a model or data."""
+def validate(file: Annotated[str, typer.Argument(help="A task, run or study YAML.", show_default=False)]) -> None:
+    """Check a task, run or study file without loading a model or data."""
     from peft_lab import run_config
+    from peft_lab.compare.study import is_study
     from peft_lab.task import validate_task
 
     values = run_config.read_run_file(file)
+    if is_study(values):
+        from peft_lab.cli_compare import show_study
+
+        _out().print(f"[green]ok[/] {_escape(show_study(values, file))}")
+        return
     if "kind" in values or ("data" in values and "method" not in values):
         task = validate_task(file)
         _out().print(f'[green]ok[/] task "{task.name}" ({task.kind}), metrics: {", ".join(task.metrics)}')
@@ -218,6 +224,7 @@ def demo(
 
 
 cli_share.register(app)
+cli_compare.register(app)
 
 
 def _check(config: Any) -> None:

@@ -6,8 +6,6 @@ says nothing about the run before it.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from rich.table import Table
 
 from peft_lab import registry
 from peft_lab.errors import PeftLabError, check_keys
+from peft_lab.processes import forkserver, quiet
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def demo(
     picked = list(methods or known)
     check_keys(picked, known, "the methods of the demo")
     console, start = Console(highlight=False), time.perf_counter()
-    context = _context()
+    context = forkserver("peft_lab.training")
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in chosen:
         results[task] = {method: [] for method in picked}
@@ -142,16 +141,6 @@ def _options(task: str, method: str, seed: int, folder: Path, max_steps: int | N
     }
 
 
-def _context() -> Any:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    # Threads that wait for one another should sleep: on a busy machine spinning costs more than it saves.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft_lab.training"])
-    return context
-
-
 def _in_process(context: Any, options: dict[str, Any]) -> dict[str, Any]:
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         try:
@@ -163,17 +152,9 @@ def _in_process(context: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def _train(options: dict[str, Any]) -> dict[str, Any]:
     """One run, in its own process; what loading the well-known backbones has to say is left out."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     from peft_lab.training import train
+
+    quiet()
 
     return train(options).metrics
 

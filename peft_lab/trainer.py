@@ -72,15 +72,17 @@ class LabTrainer(Trainer):
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
         if not fresh or self.head_learning_rate is None:
             return optimizer
-        optimized: nn.Module = model if model is not None else self.model
-        named = optimized.named_parameters()
-        head = {id(p) for n, p in named if any(f".{path}." in f".{n}" for path in self.head_modules)}
+        head = {id(parameter) for parameter in self.head_parameters(model if model is not None else self.model)}
         for group in list(optimizer.param_groups):
             of_head = [p for p in group["params"] if id(p) in head]
             if of_head:
                 group["params"] = [p for p in group["params"] if id(p) not in head]
                 optimizer.add_param_group({**group, "params": of_head, "lr": self.head_learning_rate})
         return optimizer
+
+    def head_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters of the task head, also where peft keeps a copy of it to train."""
+        return [p for n, p in model.named_parameters() if any(f".{path}." in f".{n}" for path in self.head_modules)]
 
     @property
     def timer(self) -> StepTimer:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -157,6 +159,18 @@ def _refusing(build: Callable[..., _T], **values: Any) -> _T:
         raise ConfigError(f"Training arguments are refused: {' '.join(str(error).split())}") from error
 
 
+@contextmanager
+def prepare(options: Mapping[str, Any]) -> Iterator[LabTrainer]:
+    """The Trainer of a run as it stands before its first step; nothing is trained, and nothing stays on the disk."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = _as_config(None, {**options, "output_dir": scratch})
+        info, task = config.check(), load_task(config.task)
+        run = _Run(config, info, task, training_arguments(config, info), Path(scratch))
+        run._load()
+        run._build_trainer()
+        yield run.trainer
+
+
 class _Run:
     """The steps of one run, in order; each reads what the ones before it have set."""
 
@@ -303,6 +317,8 @@ class _Run:
         self, scores: dict[str, Any], memory: PeakMemory, seconds: float, checkpoint: str | None
     ) -> dict[str, Any]:
         trainable, total = count_parameters(self.model)
+        head = {id(p) for p in self.trainer.head_parameters(self.model)}
+        adapter = sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
         peft_config = self.model.active_peft_config.to_dict() if isinstance(self.model, PeftModel) else {}
         return {
             "run": self.config.to_dict() | {"hub_token": None},
@@ -315,7 +331,7 @@ class _Run:
             "resumed_from": Path(checkpoint).name if checkpoint else None,
             "best_checkpoint": Path(self.trainer.state.best_model_checkpoint or "").name or None,
             "base_revision": getattr(self.model.config, "_commit_hash", None),
-            "parameters": {"trainable": trainable, "total": total},
+            "parameters": {"trainable": trainable, "adapter": adapter, "total": total},
             "adapter_bytes": run_folder.weights_bytes(self.folder),
             "peak_memory_bytes": memory.peak,
             "memory_before_training_bytes": memory.before,

@@ -19,7 +19,7 @@ from peft_lab.errors import ConfigError
 from peft_lab.items import ITEMS, Items, read_item_file
 from peft_lab.metrics import greater_is_better
 
-RESULTS, STUDY, RUNS = "results.jsonl", "study.yaml", "runs"
+RESULTS, STUDY, COMPARISON, RUNS = "results.jsonl", "study.yaml", "comparison.json", "runs"
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ class Record:
 def read_results(folder: str | Path) -> list[Record]:
     """The records of a comparison in the order they were first written; a run that was repeated counts with its last.
 
-    A line that a killed process left half written at the end of the file is passed over.
+    Runs that the study no longer has are left out, where comparison.json says which it has. A line that a killed
+    process left half written at the end of the file is passed over.
 
     Raises:
         ConfigError: there is no results.jsonl, or a line in it is not a record.
@@ -143,12 +144,40 @@ def read_results(folder: str | Path) -> list[Record]:
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise ConfigError(f'"{folder}" holds no {RESULTS}; name the output_dir of a comparison.')
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    found: dict[str, Record] = {}
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        record = _record(line, f'line {number} of "{path}"')
-        found[record.id] = record
-    return list(found.values())
+    journal = Journal(folder)
+    journal.read()
+    included = Path(folder) / COMPARISON
+    if not included.is_file():
+        return list(journal.records.values())
+    ids = set(json.loads(included.read_text(encoding="utf-8"))["runs"])
+    return [record for record in journal.records.values() if record.id in ids]
+
+
+class Journal:
+    """results.jsonl, read as it grows.
+
+    Attributes:
+        records: id -> record, the last one of each.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._path = Path(folder) / RESULTS
+        self._position = self._lines = 0
+        self.records: dict[str, Record] = {}
+
+    def read(self) -> None:
+        """Take in the lines that were added since the last time; one that is not complete is left for the next."""
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._position += len(line)
+                self._lines += 1
+                record = _record(line.decode("utf-8", errors="replace"), f'line {self._lines} of "{self._path}"')
+                self.records[record.id] = record
 
 
 def _record(line: str, where: str) -> Record:
