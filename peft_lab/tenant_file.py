@@ -89,21 +89,22 @@ def read_adapter(adapter: str | Path) -> AdapterFile:
     return AdapterFile(registry.method(str(config.peft_type.value).lower()), config, values, others)
 
 
-def row_layer_class(file: AdapterFile) -> type[RowLayer]:
+def row_layer_class(method: str) -> type[RowLayer]:
     """The class that serves a method by row.
 
     Raises:
         ConfigError: the method has none.
     """
-    layer: Any = getattr(PEFT_TYPE_TO_TUNER_MAPPING[file.config.peft_type], "tuner_layer_cls", None)
+    tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    layer = getattr(tuners[method.upper()], "tuner_layer_cls", None)
     if getattr(layer, "row_fields", None):
         return layer
-    described = f"peft_lab.adapters.{file.info.name}"
+    described = f"peft_lab.adapters.{method}"
     rows = getattr(importlib.import_module(described), "ROWS", None) if importlib.util.find_spec(described) else None
     if rows is None:
         raise ConfigError(
-            f'Method "{file.info.name}" cannot serve many adapters in one batch without a loop over them; load its '
-            "adapters with PeftModel.load_adapter and pass adapter_names."
+            f'Method "{method}" cannot serve many adapters in one batch without a loop over them; load its adapters '
+            "with PeftModel.load_adapter and pass adapter_names."
         )
     return rows
 

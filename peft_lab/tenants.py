@@ -157,7 +157,7 @@ class Tenants:
             raise ConfigError(f'An adapter cannot be called {name!r}: names are text, and "{BASE}" means no adapter.')
         self._check_free(name)
         file = read_adapter(adapter)
-        row_layer_class(file)
+        row_layer_class(file.info.name)
         with self._lock, torch.no_grad():
             self._check_free(name)
             parts = {file.info.name: self._values(file), HEADS: self._heads(file)}
@@ -243,7 +243,7 @@ class Tenants:
         rows: dict[str, dict[str, Tensor]] = {}
         kind = file.kind()
         for path, tensors in values.items():
-            layer: Any = self._layer(path, file.info.name, row_layer_class(file))
+            layer: Any = self._layer(path, file.info.name, row_layer_class(file.info.name))
             key = (path, kind)
             if key not in self._shapes:
                 self._shapes[key] = layer.row_shapes(file.config)
