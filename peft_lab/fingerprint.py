@@ -7,7 +7,10 @@ load the hash decides; the values tell "other weights" from "the same weights in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,7 +18,9 @@ from torch import Tensor, nn
 
 from peft_lab.errors import AdapterMismatchError
 
+_LOG = logging.getLogger("peft_lab")
 _PROBES = 8
+_ANY_BASE: ContextVar[bool] = ContextVar("any_base", default=False)
 #: Largest relative difference between probes of one weight in two dtypes (bfloat16 keeps 8 bits of mantissa).
 _DTYPE_TOLERANCE = 2**-7
 
@@ -62,6 +67,16 @@ def compare(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return "dtype" if close else "weights"
 
 
+@contextmanager
+def any_base(allowed: bool = True) -> Iterator[None]:
+    """Inside, `check` reports other weights as a warning instead of refusing them; their shapes must still fit."""
+    token = _ANY_BASE.set(allowed)
+    try:
+        yield
+    finally:
+        _ANY_BASE.reset(token)
+
+
 def check(
     recorded: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any] | None], dtype_bound: bool
 ) -> None:
@@ -81,6 +96,7 @@ def check(
             f'The base has no module "{missing[0]}" ({len(missing)} of {len(recorded)} adapted modules are missing); '
             "load the adapter on the model class and backbone it was trained on."
         )
+    other = []
     for name, entry in recorded.items():
         now = found[name] or {}
         verdict = compare(entry, now)
@@ -89,15 +105,28 @@ def check(
                 f'Base weight "{name}" has shape {now["shape"]}, the adapter was trained on one of shape '
                 f"{list(entry.get('shape', ()))}; load it on the backbone it was trained on."
             )
-        if verdict == "weights":
-            raise AdapterMismatchError(
-                f'Base weight "{name}" differs from the one the adapter was trained on (sha256 '
-                f"{now['sha256'][:12]}, expected {str(entry.get('sha256'))[:12]}); load it on the same "
-                "checkpoint and revision of the backbone."
-            )
-        if verdict == "dtype" and dtype_bound:
-            raise AdapterMismatchError(
-                f'Base weight "{name}" holds the same values in {now["dtype"]}, but the adapter was trained on '
-                f"{entry.get('dtype')}, and its bases would come out differently; load the backbone with "
-                f"dtype={entry.get('dtype')}, or save the adapter with save_bases=True."
-            )
+        if verdict == "weights" or (verdict == "dtype" and dtype_bound):
+            other.append(name)
+            if not _ANY_BASE.get():
+                raise AdapterMismatchError(_difference(verdict, name, entry, now))
+    if other:
+        _LOG.warning(
+            "The base differs from the one the adapter was trained on in %d of %d adapted modules; its answers may be "
+            "worthless.",
+            len(other),
+            len(recorded),
+        )
+
+
+def _difference(verdict: str, name: str, entry: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if verdict == "weights":
+        return (
+            f'Base weight "{name}" differs from the one the adapter was trained on (sha256 {now["sha256"][:12]}, '
+            f"expected {str(entry.get('sha256'))[:12]}); load it on the same checkpoint and revision of the backbone, "
+            "or pass --allow_other_base (allow_other_base=True)."
+        )
+    return (
+        f'Base weight "{name}" holds the same values in {now["dtype"]}, but the adapter was trained on '
+        f"{entry.get('dtype')}, and its bases would come out differently; load the backbone with "
+        f"dtype={entry.get('dtype')}, or save the adapter with save_bases=True."
+    )

@@ -31,6 +31,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     #: The adapter's tensors that a row of a batch has of its own, each with the number that changes nothing; a method
     #: that names them supplies `rows_delta` or `rows_transform`, and `peft_lab.load_many` serves it.
     row_fields: ClassVar[Mapping[str, float]] = {}
+    #: Those with one value per output channel, likewise; if all are, an adapter can move in and out of a fused layer.
+    per_channel: ClassVar[Mapping[str, float]] = {}
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:

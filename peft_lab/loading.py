@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 
-from peft_lab import registry, roles, run_folder
+from peft_lab import fingerprint, guard, peft_config, portable, registry, roles, run_folder
 from peft_lab.backbones import BACKBONES, reachable_name, resolve_model
+from peft_lab.config import AdapterConfig
 from peft_lab.data import load_splits
 from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError, did_you_mean
 from peft_lab.registry import MethodInfo
 from peft_lab.task import kind as task_kind
-from peft_lab.task import load_task
+from peft_lab.task import load_task, tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +112,13 @@ class Loaded:
 
 
 def load(
-    adapter: str | Path, task: str | Task | None = None, model_name_or_path: str | None = None, dtype: str | None = None
+    adapter: str | Path,
+    task: str | Task | None = None,
+    model_name_or_path: str | None = None,
+    dtype: str | None = None,
+    *,
+    allow_other_base: bool = False,
+    revision: str | None = None,
 ) -> Loaded:
     """Load an adapter on its base, with the head, the labels and the processor it was trained with.
 
@@ -117,24 +127,124 @@ def load(
         task: the task whose kind and labels apply, if the folder does not say it.
         model_name_or_path: the base to load instead of the one that was trained on.
         dtype: dtype of the base; the one of the training by default.
+        allow_other_base: warn instead of refusing where the base's weights differ from those trained on.
+        revision: branch, tag or commit of the adapter on the Hub.
 
     Raises:
-        ConfigError: no such adapter or base, or the task is not known.
+        ConfigError: no such adapter or base, the task is not known, or a file of the folder is not what it should be.
         AdapterMismatchError: the adapter does not fit this base.
     """
-    folder = run_folder.find_adapter(adapter)
-    run = run_folder.read_origin(folder)
-    found = trained_task(folder, run, task)
+    folder = run_folder.find_adapter(adapter, revision)
+    run, download = run_folder.read_origin(folder), run_folder.is_download(adapter)
+    found = trained_task(folder, run, task, download)
     kind, labels = task_kind(found.kind), run_folder.read_labels(folder)
     if labels is None:
         labels = list(found.labels) or _labels_of_data(found)
     dtype = dtype or run.get("dtype")
     revision = run.get("model_revision") if model_name_or_path is None else None
-    base = model_name_or_path or base_of(folder, run)
+    base = model_name_or_path or base_of(folder, run, download)
     processor, bare = load_base(kind, found, labels, base, revision, dtype)
-    adapted = (folder / run_folder.ADAPTER_CONFIG).is_file()
-    model = _put_on(bare, folder, base) if adapted else bare
+    model: Any = bare
+    if (folder / run_folder.ADAPTER_CONFIG).is_file():
+        model = load_adapter(bare, folder, allow_other_base=allow_other_base)
     return Loaded(model.eval(), processor, found, kind, labels, folder)
+
+
+def load_adapter(
+    model: Any,
+    adapter: str | Path,
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    allow_other_base: bool = False,
+    revision: str | None = None,
+) -> PeftModel:
+    """Put a saved adapter of any method on a model, under whatever names the model has its modules.
+
+    Does what `PeftModel.from_pretrained` does, and more: every file is checked before it is read, modules are found
+    under the names of other versions and with or without a head, the base is compared with the one trained on, and
+    the file must hold exactly the adapter.
+
+    Args:
+        model: the base, or a `PeftModel` that gets one more adapter.
+        adapter: folder or Hub id.
+        adapter_name, is_trainable: as in peft.
+        allow_other_base: warn instead of refusing where the base's weights differ from those trained on.
+        revision: branch, tag or commit of the adapter on the Hub.
+
+    Raises:
+        ConfigError: a file is not what it should be.
+        AdapterMismatchError: the adapter does not fit this base.
+    """
+    folder = run_folder.find_adapter(adapter, revision)
+    weights = folder / run_folder.ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ConfigError(f'"{folder}" is no adapter: it has no {run_folder.ADAPTER_WEIGHTS}.')
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    guard.check_size(weights, 4 * sum(p.numel() * p.element_size() for p in base.parameters()) + _SPARE_BYTES)
+    guard.read_header(weights)
+    with tempfile.TemporaryDirectory() as scratch, fingerprint.any_base(allow_other_base):
+        try:
+            return _put_on(model, base, folder, Path(scratch), adapter_name, is_trainable)
+        except PeftLabError:
+            raise
+        except _OF_PEFT as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            shown = next((line for line in lines if "size mismatch" in line), lines[0])
+            raise AdapterMismatchError(
+                f'The adapter in "{folder}" does not fit {type(base).__name__}: {shown}'
+            ) from error
+
+
+#: An adapter's file may be larger than its base by this much: heads, embeddings of new tokens.
+_SPARE_BYTES = 2**26
+#: What peft, torch and safetensors raise about an adapter that does not fit.
+_OF_PEFT = (
+    *(RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError, AssertionError),
+    *(ArithmeticError, OSError, ImportError, SafetensorError),
+)
+
+
+def _put_on(model: Any, base: Any, folder: Path, scratch: Path, adapter_name: str, is_trainable: bool) -> PeftModel:
+    config = peft_config.read_config(folder)
+    peft_config.check_sizes(config, max((size for p in base.parameters() for size in p.shape), default=1))
+    own = isinstance(config, AdapterConfig)
+    source = folder if own else portable.adapt_folder(folder, base, scratch)
+    if source != folder:
+        config = peft_config.read_config(source)
+    if not own:
+        portable.check_record(base, source)
+    options: dict[str, Any] = {"is_trainable": is_trainable}
+    if not own and not config.is_prompt_learning:
+        # Nothing is allocated for what the config asks before it is known to be in the file.
+        options["low_cpu_mem_usage"] = True
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(source), adapter_name, **options)
+    else:
+        model = PeftModel.from_pretrained(model, str(source), adapter_name, config=config, **options)
+    if not own:
+        _check_complete(model, guard.read_header(source / run_folder.ADAPTER_WEIGHTS), adapter_name)
+    return model
+
+
+def _base_name(base: Any) -> str:
+    return getattr(base, "name_or_path", "") or type(base).__name__
+
+
+def _check_complete(model: PeftModel, header: Mapping[str, Any], adapter_name: str) -> None:
+    """peft only warns of entries that a file lacks, and says nothing of those that it ignores."""
+    wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    missing, extra = sorted({*wanted} - {*header}), sorted({*header} - {*wanted})
+    extra = [key for key in extra if "embed" not in key or "lora" in key]  # resized embeddings come along
+    if missing or extra:
+        what = f'lacks "{missing[0]}"' if missing else f'has an unknown entry "{extra[0]}"'
+        raise ConfigError(
+            f"The adapter file {what} ({len(missing)} missing, {len(extra)} unknown entries); it was cut short or "
+            "belongs to another model."
+        )
+    for key, value in wanted.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ConfigError(f'Adapter entry "{key}" holds values that are not finite numbers; train it again.')
 
 
 def _labels_of_data(task: Task) -> list[str] | None:
@@ -144,25 +254,38 @@ def _labels_of_data(task: Task) -> list[str] | None:
     return list(load_splits(task).labels or ()) or None
 
 
-def base_of(folder: Path, run: dict[str, str]) -> str:
+def base_of(folder: Path, run: dict[str, str], download: bool = False) -> str:
     """The base that an adapter's folder names: that of its run, else that of its adapter_config.json.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: it names none, or a download names a folder of this machine.
     """
-    config_file = folder / run_folder.ADAPTER_CONFIG
-    if not config_file.is_file():
+    if not (folder / run_folder.ADAPTER_CONFIG).is_file():
         return str(folder)
-    named = run.get("model_name_or_path") or json.loads(config_file.read_text(encoding="utf-8")).get(
+    named = run.get("model_name_or_path") or guard.read_json(folder / run_folder.ADAPTER_CONFIG).get(
         "base_model_name_or_path"
     )
-    if not named:
+    if not named or not isinstance(named, str):
         raise ConfigError(f'"{folder}" does not name its base; pass model_name_or_path.')
-    return reachable_name(str(named))
+    named = reachable_name(named)
+    if download and not _is_public(named):
+        raise ConfigError(
+            f'The download names "{named}" as its base, which is not a name on the Hub; pass --model_name_or_path with '
+            "a base that you trust."
+        )
+    return named
 
 
-def trained_task(folder: Path, run: dict[str, str], task: str | Task | None = None) -> Task:
-    """The task asked for, else the one of the run: by its name or file, else by the copy in the folder.
+def _is_public(name: str) -> bool:
+    """Whether a name can only mean a backbone of ours or one on the Hub."""
+    return name in BACKBONES or (bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists())
+
+
+def trained_task(folder: Path, run: dict[str, str], task: str | Task | None = None, download: bool = False) -> Task:
+    """The task asked for, else the one of the run: a built-in one by its name, else the copy in the folder.
+
+    A task file of your own is followed to where it was at training time if it still is what the folder has a copy of,
+    so that its data are found beside it. Otherwise the copy is taken, and reads only data in the folder itself.
 
     Raises:
         ConfigError: neither is there.
@@ -170,23 +293,30 @@ def trained_task(folder: Path, run: dict[str, str], task: str | Task | None = No
     if task is not None:
         return load_task(task)
     named, copy = run.get("task"), folder / run_folder.TASK
-    if named:
-        try:
-            return load_task(named)
-        except TaskError:
-            if not copy.is_file():
-                raise
+    if named and named in tasks():
+        return load_task(named)
     if copy.is_file():
-        return load_task(copy)
+        guard.check_size(copy, guard.MAX_JSON_BYTES)
+        if named and not download and _same_file(Path(named), copy):
+            return load_task(Path(named))
+        return _confined(load_task(copy))
+    if named:
+        raise TaskError(f'Unknown task "{named}".{did_you_mean(named, tasks())} Name one with --task.')
     raise ConfigError(f'"{folder}" does not say which task it was trained on; name one.')
 
 
-def _put_on(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
-    try:
-        return PeftModel.from_pretrained(model, str(folder))
-    except PeftLabError:
-        raise
-    except (RuntimeError, ValueError, KeyError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        shown = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
-        raise AdapterMismatchError(f'The adapter in "{folder}" does not fit base "{base}": {shown}') from error
+def _same_file(path: Path, copy: Path) -> bool:
+    return path.is_file() and path.stat().st_size == copy.stat().st_size and path.read_bytes() == copy.read_bytes()
+
+
+def _confined(task: Task) -> Task:
+    """The task without data files that lie outside its folder: a folder that came from elsewhere must not open them."""
+    names = [name for group in task.data.files.values() for name in group]
+    inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts and "$" not in name for name in names)
+    code = next(
+        (metric for metric in task.metrics if metric.endswith(".py") or "/" in metric or os.sep in metric), None
+    )
+    if code is not None:
+        raise TaskError(f'The task file beside the adapter names a metric to run, "{code}"; name a task with --task.')
+    files = task.data.files if inside else {split: (f"{split} data of {task.name}",) for split in task.data.files}
+    return replace(task, data=replace(task.data, files=files))

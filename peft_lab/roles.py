@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ __all__ = [
     "head_modules",
     "layer_index",
     "modules_by_role",
+    "places",
     "rename_old",
     "rename_targets",
     "renamer",
@@ -36,6 +38,8 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger("peft_lab")
+#: Roles of single modules, narrow ones first: cross-attention has the roles of all attention too.
+_NARROW = sorted(set(ROLES) - {"linear", "op", "head"}, key=lambda role: not role.startswith("cross."))
 _PEFT = "base_model.model."
 #: Heads that peft itself adds to `modules_to_save`, in full, for these task types.
 _PEFT_HEADS = {
@@ -98,6 +102,34 @@ def modules_by_role(model: nn.Module, role: str) -> list[str]:
         re.compile(part) for t in _towers(model) if (part := _regex(model, t, list(t.family.paths(role)), None))
     ]
     return [name for name, _ in model.named_modules() if any(p.fullmatch(name) for p in patterns)]
+
+
+def places(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Where each module with a role stands, whatever it is called: what finds it again under other names.
+
+    Returns:
+        path -> `role` (its narrowest one), `layer` (index of its block, None outside) and `nth` (its number among the
+        modules of that role and block, in the model's order).
+    """
+    model = _unwrap(model)
+    names = [name for name, _ in model.named_modules()]
+    found: dict[str, dict[str, Any]] = {}
+    for tower in _towers(model):
+        numbers = {block: tower.numbers(model, block) for block in tower.family.blocks}
+        for role in _NARROW if tower.known else ("linear",):
+            part = _regex(model, tower, list(tower.family.paths(role)), None)
+            matches = re.compile(part).fullmatch if part else lambda name: None
+            for name in names:
+                if name not in found and matches(name):
+                    own = [(n, every) for b, every in numbers.items() if (n := tower.block_numbers(b, name))]
+                    layer = (own[0][0][0] if len(own[0][0]) == 1 else own[0][1].index(own[0][0])) if own else None
+                    found[name] = {"role": role, "layer": layer}
+    seen: Counter[tuple[str, int | None]] = Counter()
+    for name in [name for name in names if name in found]:
+        place = (found[name]["role"], found[name]["layer"])
+        found[name]["nth"] = seen[place]
+        seen[place] += 1
+    return found
 
 
 def head_modules(model: nn.Module, task_type: str | None = None) -> list[str]:

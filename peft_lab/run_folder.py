@@ -34,7 +34,7 @@ BASE_RECORD = "base_fingerprint.json"
 #: What `remove_run` removes: a run that follows may write a different set of files.
 _OF_A_RUN = (
     *(RUN, METRICS, LABELS, TASK, CARD, ITEMS, HISTORY),
-    *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, "model*.safetensors*"),
+    *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_CONFIG, "model*.safetensors*"),
 )
 
 
@@ -137,11 +137,11 @@ def weights_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def find_adapter(name: str | Path) -> Path:
-    """The local folder of a trained adapter or baseline; a Hub id is downloaded.
+def find_adapter(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a trained adapter or baseline; a Hub id is downloaded, at a branch, tag or commit if given.
 
     Raises:
-        ConfigError: there is no such folder, or it holds no safetensors weights.
+        ConfigError: there is no such folder, it holds no safetensors weights, or something that `guard` refuses.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -150,7 +150,8 @@ def find_adapter(name: str | Path) -> Path:
                 did_you_mean(folder.name, [p.name for p in folder.parent.glob("*/")]) if folder.parent.is_dir() else ""
             )
             raise ConfigError(f'There is no adapter folder "{name}".{near}')
-        folder = _download(str(name))
+        folder = _download(str(name), revision)
+    guard.check_folder(folder)
     for config, weights in ((ADAPTER_CONFIG, ADAPTER_WEIGHTS), (MODEL_CONFIG, MODEL_WEIGHTS)):
         if (folder / config).is_file():
             if (folder / weights).is_file() or (config == MODEL_CONFIG and list(folder.glob("model-*.safetensors"))):
@@ -170,13 +171,18 @@ def _may_be_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~") and not Path(parts[0]).is_dir()
 
 
-def _download(name: str) -> Path:
+def is_download(name: str | Path) -> bool:
+    """Whether an adapter is fetched from the Hub: then nothing in its folder may point to files of this machine."""
+    return not Path(name).expanduser().is_dir()
+
+
+def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.yaml", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f'There is no folder "{name}", and the Hub gave no adapter of that name: {reason}') from error

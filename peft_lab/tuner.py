@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 import peft_lab.roles as roles
-from peft_lab import fingerprint
+from peft_lab import fingerprint, portable
 from peft_lab.errors import ConfigError
 from peft_lab.layer import AdapterLayer
 from peft_lab.registry import MethodInfo
 from peft_lab.rows import BASE
 
+_LOG = logging.getLogger("peft_lab")
 #: What peft puts into `modules_to_save` for text classification, whatever the model's head is called.
 _PEFT_HEADS = ["classifier", "score"]
 
@@ -40,8 +42,14 @@ class AdapterTuner(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = {k: m for k, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.configs}
-        config.recorded_fingerprints = config.fingerprints or {
-            name: layer.fingerprint() for name, layer in layers.items() if not layer.get_base_layer().weight.is_meta
+        if config.fingerprints:
+            config.recorded_fingerprints = config.fingerprints
+            return
+        places = roles.places(model)
+        config.recorded_fingerprints = {
+            name: {**layer.fingerprint(), **places.get(name, {})}
+            for name, layer in layers.items()
+            if not layer.get_base_layer().weight.is_meta
         }
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -59,15 +67,34 @@ class AdapterTuner(BaseTuner):
         if not loaded and peft_config.modules_to_save in (None, _PEFT_HEADS):
             heads = _heads(self.model, peft_config.task_type)
             peft_config.modules_to_save = sorted({*heads, *(peft_config.modules_to_save or [])}) or None
+        if peft_config.fingerprints:
+            self._find_modules(peft_config)
         return peft_config
+
+    def _find_modules(self, config: Any) -> None:
+        """Bring a loaded config to the names that its modules have in this model."""
+        recorded = config.fingerprints
+        found = portable.fit(self.model, recorded)
+        layer = self.tuner_layer_cls
+        portable.check_fusable(found, self.info.name, layer.adapter_layer_names, layer.per_channel)
+        config.found, config.fingerprints = found, found.records(self.model, recorded)
+        names = [name for name, _ in self.model.named_modules() if name]
+        if not found.missing and not all(check_target_module_exists(config, name) for name in found.modules):
+            config.target_modules, config.exclude_modules = found.regex(), None
+        heads = config.modules_to_save or []
+        config.modules_to_save = [h for h in heads if any(n == h or n.endswith(f".{h}") for n in names)] or None
+        lost = [head for head in heads if head not in (config.modules_to_save or [])]
+        config.lost_heads = lost
+        if lost:
+            _LOG.warning("%s has no %s: that part of the adapter is left out.", type(self.model).__name__, lost[0])
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Before anything is injected, so that a refused adapter leaves the model as it was.
         if not peft_config.fingerprints:
             return
-        rename = roles.renamer(model)
-        recorded = {rename(name): entry for name, entry in peft_config.fingerprints.items()}
-        peft_config.fingerprints = recorded
+        largest = max((size for p in model.parameters() for size in p.shape), default=1)
+        peft_config.check_sizes(largest)
+        recorded = peft_config.fingerprints
         found = {name: _find_fingerprint(model, name) for name in recorded}
         offloaded = {name for name, entry in found.items() if entry == {}}
         bound = self.info.can("dtype_bound") and not getattr(peft_config, "save_bases", False)
@@ -100,8 +127,13 @@ class AdapterTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        rename = roles.renamer(model)
-        renamed = {_rename_key(rename, key, cls.prefix): value for key, value in state_dict.items()}
+        found, lost = getattr(config, "found", portable.Fit()), getattr(config, "lost_heads", [])
+        kept = {key: value for key, value in state_dict.items() if not portable.is_head(key, lost)}
+        locate = partial(_locate, prefix=cls.prefix)
+        renamed = portable.adapt_state(kept, found, locate, cls.tuner_layer_cls.per_channel)
+        if not found.modules:
+            rename = roles.renamer(model)
+            renamed = {_rename_key(rename, key, cls.prefix): value for key, value in renamed.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         _check_keys(model, cls.prefix, adapter_name, remapped)
         return remapped
@@ -168,6 +200,12 @@ def _find_fingerprint(model: nn.Module, name: str) -> dict[str, Any] | None:
     if not isinstance(weight, torch.Tensor):
         return None
     return {} if weight.is_meta else fingerprint.module_fingerprint(module, weight)
+
+
+def _locate(key: str, prefix: str) -> tuple[str, str] | None:
+    """The module that an entry of an adapter file belongs to, and the name of its parameter."""
+    head, mark, tail = key.rpartition(f".{prefix}")
+    return (head.removeprefix("base_model.model."), f"{prefix}{tail}") if mark else None
 
 
 def _rename_key(rename: Callable[[str], str], key: str, prefix: str) -> str:
