@@ -30,6 +30,9 @@ Adapter = Annotated[str, typer.Argument(help="Folder that `peft-lab train` wrote
 Base = Annotated[
     str | None, typer.Option("--model_name_or_path", help="Load this base instead of the one the adapter names.")
 ]
+OtherBase = Annotated[
+    bool, typer.Option("--allow_other_base", help="Warn instead of refusing if the base has other weights.")
+]
 Rows = Annotated[int, typer.Option("--per_device_eval_batch_size", help="Rows in one batch.")]
 
 
@@ -141,6 +144,7 @@ def evaluate(
     model_name_or_path: Base = None,
     max_samples: Annotated[int | None, typer.Option("--max_samples", help="Evaluate on this many examples.")] = None,
     per_device_eval_batch_size: Rows = 32,
+    allow_other_base: OtherBase = False,
 ) -> None:
     """Evaluate a saved adapter on a split of its task."""
     from peft_lab.run_folder import find_adapter
@@ -154,7 +158,13 @@ def evaluate(
     from peft_lab.inference import evaluate as run_evaluation
 
     found = run_evaluation(
-        folder, task, split, model_name_or_path, max_samples=max_samples, batch_size=per_device_eval_batch_size
+        folder,
+        task,
+        split,
+        model_name_or_path,
+        max_samples=max_samples,
+        batch_size=per_device_eval_batch_size,
+        allow_other_base=allow_other_base,
     )
     table = _table("metric", "value")
     for name, value in found.items():
@@ -174,6 +184,7 @@ def predict(
     ] = None,
     model_name_or_path: Base = None,
     per_device_eval_batch_size: Rows = 32,
+    allow_other_base: OtherBase = False,
 ) -> None:
     """Predict for texts or images, one answer a line as JSON."""
     import json
@@ -186,7 +197,8 @@ def predict(
     folder = find_adapter(adapter)
     from peft_lab.inference import predict as run_prediction
 
-    for answer in run_prediction(folder, inputs, task, model_name_or_path, batch_size=per_device_eval_batch_size):
+    options: dict[str, Any] = {"batch_size": per_device_eval_batch_size, "allow_other_base": allow_other_base}
+    for answer in run_prediction(folder, inputs, task, model_name_or_path, **options):
         typer.echo(json.dumps(answer, ensure_ascii=False))
 
 
@@ -195,6 +207,7 @@ def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Argument(help="Folder for the merged model.", show_default=False)],
     model_name_or_path: Base = None,
+    allow_other_base: OtherBase = False,
 ) -> None:
     """Merge an adapter into its base: the result loads with transformers alone."""
     from peft_lab.run_folder import find_adapter, refuse_filled
@@ -203,7 +216,7 @@ def merge(
     refuse_filled(out)
     from peft_lab.inference import merge as run_merge
 
-    run_merge(folder, out, model_name_or_path)
+    run_merge(folder, out, model_name_or_path, allow_other_base=allow_other_base)
     _out().print(f"Merged model written to {_escape(str(out))}")
 
 

@@ -34,13 +34,16 @@ def evaluate(
     *,
     max_samples: int | None = None,
     batch_size: int = 32,
+    allow_other_base: bool = False,
 ) -> dict[str, Any]:
     """Metrics of a saved adapter on a split of its task, or of another task with the same labels.
+
+    With `allow_other_base` a base whose weights differ from those trained on is reported, not refused.
 
     Raises:
         ConfigError, TaskError, AdapterMismatchError: what is wrong.
     """
-    loaded = load(adapter, task, model_name_or_path)
+    loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
     splits = load_splits(loaded.task, test=split == "test")
     if loaded.labels and splits.labels and list(splits.labels) != loaded.labels:
         raise ConfigError(
@@ -76,6 +79,7 @@ def predict(
     model_name_or_path: str | None = None,
     *,
     batch_size: int = 32,
+    allow_other_base: bool = False,
 ) -> list[Any]:
     """Answers of a saved adapter to raw inputs, in order.
 
@@ -83,12 +87,13 @@ def predict(
         adapter, task, model_name_or_path: as for `load`.
         inputs: one input or several: texts, pairs of texts, image files, PIL images; or one .txt, .csv or .jsonl file.
         batch_size: rows in one batch.
+        allow_other_base: as for `load`.
 
     Raises:
         ConfigError, TaskError, AdapterMismatchError: what is wrong.
     """
     rows = read_inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
-    loaded = load(adapter, task, model_name_or_path)
+    loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
     rows = [_input(row, loaded.task) if isinstance(row, Mapping) else row for row in rows]
     return loaded.kind.predict(loaded.model, loaded.processor, rows, loaded.task, batch_size)
 
@@ -129,7 +134,9 @@ def _input(row: Mapping[str, Any], task: Task) -> Any:
     return next(iter(chosen.values())) if len(chosen) == 1 else chosen or row
 
 
-def merge(adapter: str | Path, out: str | Path, model_name_or_path: str | None = None) -> Path:
+def merge(
+    adapter: str | Path, out: str | Path, model_name_or_path: str | None = None, *, allow_other_base: bool = False
+) -> Path:
     """Merge an adapter into its base and save the result, which loads with transformers alone.
 
     Raises:
@@ -138,7 +145,7 @@ def merge(adapter: str | Path, out: str | Path, model_name_or_path: str | None =
     """
     out = Path(out).expanduser()
     run_folder.refuse_filled(out)
-    loaded = load(adapter, None, model_name_or_path)
+    loaded = load(adapter, None, model_name_or_path, allow_other_base=allow_other_base)
     adapted: Any = loaded.model
     if not (loaded.folder / run_folder.ADAPTER_CONFIG).is_file():
         raise ConfigError(f'"{adapter}" is a whole model: there is no adapter to merge.')

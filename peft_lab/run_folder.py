@@ -172,8 +172,9 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def is_download(name: str | Path) -> bool:
-    """Whether an adapter is fetched from the Hub: then nothing in its folder may point to files of this machine."""
-    return not Path(name).expanduser().is_dir()
+    """Whether an adapter comes from the Hub or its cache: nothing in it may then point to files of this machine."""
+    folder = Path(name).expanduser()
+    return not folder.is_dir() or folder.resolve().parent.name == "snapshots"
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -17,7 +17,8 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_determinism, set_seed
 
-from peft_lab import roles, run_folder
+from peft_lab import portable, roles, run_folder
+from peft_lab.backbones import cached_commit
 from peft_lab.card import write_card
 from peft_lab.data import Splits, load_splits, per_class, subset
 from peft_lab.environment import device_name, versions
@@ -330,7 +331,7 @@ class _Run:
             "epoch": self.trainer.state.epoch,
             "resumed_from": Path(checkpoint).name if checkpoint else None,
             "best_checkpoint": Path(self.trainer.state.best_model_checkpoint or "").name or None,
-            "base_revision": getattr(self.model.config, "_commit_hash", None),
+            "base_revision": cached_commit(self.config.model_name_or_path, self.config.model_revision),
             "parameters": {"trainable": trainable, "adapter": adapter, "total": total},
             "adapter_bytes": run_folder.weights_bytes(self.folder),
             "peak_memory_bytes": memory.peak,
@@ -358,6 +359,7 @@ class _Run:
         origin = self.task.origin
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
+        portable.write_record(self.model, self.folder)
         self._card()
         self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
         if self.items is not None and "test" in self.metrics["metrics"]:
