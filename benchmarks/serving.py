@@ -1,14 +1,18 @@
-"""Serving many adapters: time to load one, and a batch whose 64 rows have 64 adapters against a batch with one.
+"""Serving many adapters: time to load one, and a batch whose rows all have different adapters against one with one.
 
     python benchmarks/serving.py --output benchmarks/results/serving.md
+    python benchmarks/serving.py --sections tenants --tenants 256 --methods "SSF"     # a part of it
 
-BERT-base size, random weights, fp32, inference. Adapters of peft (LoRA) are served by peft's own ``adapter_names``.
+BERT-base size, random weights, fp32, inference. "mixed" is peft's own ``adapter_names``, "tenants" is ``load_many``.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +22,14 @@ from typing import Any
 import report  # first: it sets the environment
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
 from peft_lab.registry import make_config
 from peft_lab.roles import target_regex
+from peft_lab.tenants import Tenants
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA r=8 (peft)": ("lora", {"r": 8}),
@@ -59,9 +66,9 @@ def empty_cache() -> Iterator[None]:
                 os.environ["PEFT_LAB_CACHE"] = before
 
 
-def loading(repeats: int) -> str:
+def loading(methods: list[str], repeats: int) -> str:
     rows = []
-    for method in METHODS:
+    for method in methods:
         with tempfile.TemporaryDirectory() as folder:
             model = build()
             get_peft_model(model, config_of(model, method)).save_pretrained(folder)
@@ -84,13 +91,13 @@ def load(folder: str) -> float:
     return report.timed(lambda: PeftModel.from_pretrained(model, folder))
 
 
-def mixed(rows_in_batch: int, length: int, repeats: int) -> str:
+def mixed(methods: list[str], rows_in_batch: int, length: int, repeats: int) -> str:
     input_ids = torch.randint(1000, 30000, (rows_in_batch, length))
     names = [f"adapter{index}" for index in range(rows_in_batch)]
     runs: dict[str, Callable[[], Any]] = {}
     base = build()
     runs["base model"] = lambda: base(input_ids=input_ids)
-    for method in METHODS:
+    for method in methods:
         model = many_adapters(method, names)
         runs[f"{method}, one"] = lambda model=model: model(input_ids=input_ids)
         runs[f"{method}, mixed"] = lambda model=model: model(input_ids=input_ids, adapter_names=names)
@@ -102,17 +109,17 @@ def mixed(rows_in_batch: int, length: int, repeats: int) -> str:
             for name, run in runs.items():
                 times[name].append(report.timed(run))
     best = {name: min(values) for name, values in times.items()}
-    lora = best["LoRA r=8 (peft), mixed"]
+    lora = best.get("LoRA r=8 (peft), mixed", float("nan"))
     table = [
         [
             method,
             *(f"{1e3 * each:.0f}" for each in (one, many)),
             *(f"{ratio:.2f}" for ratio in (many / one, many / lora)),
         ]
-        for method in METHODS
+        for method in methods
         for one, many in [(best[f"{method}, one"], best[f"{method}, mixed"])]
     ]
-    title = f"## {rows_in_batch} rows x {length} tokens, one adapter against {rows_in_batch}"
+    title = f"## peft's adapter_names: {rows_in_batch} rows x {length} tokens, one adapter against {rows_in_batch}"
     header = ["method", "one adapter ms", "an adapter per row ms", "/ one", "/ peft's LoRA"]
     about = f"Base model alone: {1e3 * best['base model']:.0f} ms."
     return f"{title}\n\n{report.table(header, table)}\n\n{about}"
@@ -131,17 +138,82 @@ def many_adapters(method: str, names: list[str]) -> nn.Module:
     return served.eval()
 
 
+def tenants(methods: list[str], rows_in_batch: int, length: int, repeats: int) -> str:
+    header = ["method", "file KiB", "banks / files", "RSS growth KiB each", "loading each ms"]
+    header += ["one adapter ms", "an adapter per row ms", "/ one", "FLOPs / one"]
+    rows = []
+    for method in methods:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append([method, *tenants_of(method, Path(folder), rows_in_batch, length, repeats)])
+    title = f"## load_many: {rows_in_batch} rows x {length} tokens, one adapter against {rows_in_batch}"
+    return f"{title}\n\n{report.table(header, rows)}"
+
+
+def tenants_of(method: str, folder: Path, count: int, length: int, repeats: int) -> list[str]:
+    """What `count` adapters of one method take: memory, loading, and a batch with all of them against one alone."""
+    folders = write_adapters(method, folder, count)
+    input_ids = torch.randint(1000, 30000, (count, length))
+    names, size = list(folders), (folders["0"] / "adapter_model.safetensors").stat().st_size
+    alone = PeftModel.from_pretrained(build(), str(folders["0"])).eval()
+    served = Tenants(build())
+    served.add(names[0], folders[names[0]])
+    before = resident()
+    seconds = report.timed(lambda: [served.add(name, folders[name]) for name in names[1:]])
+    grown = (resident() - before) / 1024 / (count - 1)
+    runs = {"one": lambda: alone(input_ids=input_ids), "many": lambda: served(input_ids=input_ids, adapter_names=names)}
+    flops, times = {}, dict.fromkeys(runs, float("inf"))
+    with torch.inference_mode():
+        for name, run in runs.items():
+            with FlopCounterMode(display=False) as counter:
+                run()
+            flops[name] = counter.get_total_flops()
+        for _ in range(repeats):
+            times = {name: min(times[name], report.timed(run)) for name, run in runs.items()}
+    numbers = [f"{size / 1024:.0f}", f"{served.nbytes() / size / count:.2f}", f"{grown:.0f}"]
+    numbers += [f"{1e3 * value:.0f}" for value in (seconds / (count - 1), times["one"], times["many"])]
+    return [*numbers, f"{times['many'] / times['one']:.2f}", f"{flops['many'] / flops['one']:.2f}"]
+
+
+def write_adapters(method: str, folder: Path, count: int) -> dict[str, Path]:
+    model = build()
+    get_peft_model(model, config_of(model, method)).save_pretrained(str(folder / "first"))
+    state = load_file(folder / "first" / "adapter_model.safetensors")
+    folders = {str(index): folder / str(index) for index in range(count)}
+    for path in folders.values():
+        path.mkdir()
+        shutil.copy(folder / "first" / "adapter_config.json", path)
+        moved = {name: value + 0.01 * torch.randn_like(value) for name, value in state.items()}
+        save_file(moved, path / "adapter_model.safetensors")
+    return folders
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds, after what is free was given back (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", nargs="+", default=["loading", "mixed", "tenants"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--tenants", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    methods, repeats = arguments.methods, arguments.repeats
     parts = ["# Serving adapters", report.environment("cpu")]
-    about = f"the best of {arguments.repeats} runs, the methods in turns, CPU time of one thread."
+    about = f"the best of {repeats} runs, the methods in turns, CPU time of one thread."
     parts.append(f"BERT-base size, random weights, fp32; {about}")
-    parts += [loading(max(1, arguments.repeats // 2)), mixed(arguments.rows, arguments.length, arguments.repeats)]
+    if "loading" in arguments.sections:
+        parts.append(loading(methods, max(1, repeats // 2)))
+    if "mixed" in arguments.sections:
+        parts.append(mixed(methods, arguments.rows, arguments.length, repeats))
+    if "tenants" in arguments.sections:
+        parts += [tenants(methods, count, arguments.length, repeats) for count in arguments.tenants]
     report.publish("\n\n".join(parts), arguments.output)
 
 

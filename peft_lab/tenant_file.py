@@ -96,7 +96,7 @@ def row_layer_class(method: str) -> type[RowLayer]:
         ConfigError: the method has none.
     """
     tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
-    layer = getattr(tuners[method.upper()], "tuner_layer_cls", None)
+    layer: Any = getattr(tuners[method.upper()], "tuner_layer_cls", None)
     if getattr(layer, "row_fields", None):
         return layer
     described = f"peft_lab.adapters.{method}"
