@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peft_lab import registry, run_folder
+from peft_lab import guard, registry, run_folder
 from peft_lab.errors import ConfigError, PeftLabError
 from peft_lab.registry import MethodInfo
 from peft_lab.rows import RowLayer
@@ -66,6 +66,8 @@ def read_adapter(adapter: str | Path) -> AdapterFile:
     folder = run_folder.find_adapter(adapter)
     if not (folder / run_folder.ADAPTER_CONFIG).is_file():
         raise ConfigError(f'"{adapter}" is a whole model, not an adapter; load it by itself.')
+    guard.check_folder(folder)
+    guard.read_header(folder / run_folder.ADAPTER_WEIGHTS)
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
         state = load_file(folder / run_folder.ADAPTER_WEIGHTS)

@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_lab import fingerprint, registry, roles
+from peft_lab import fingerprint, portable, registry
 from peft_lab.banks import Bank, Layout, Values
 from peft_lab.errors import AdapterMismatchError, ConfigError, did_you_mean
 from peft_lab.rows import BASE, RowLayer
@@ -68,7 +68,7 @@ class Tenants:
                     "adapters, or add to the tenants that it has."
                 )
         self.model = model
-        self._rename = roles.renamer(model)
+        self._find = portable.finder(model)
         self._lock = threading.Lock()
         self._snapshot = Snapshot()
         self._request: ContextVar[Request | None] = ContextVar("peft_lab_request", default=None)
@@ -229,12 +229,16 @@ class Tenants:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def _here(self, path: str) -> str:
+        """The name in this model of a module that may have another one in the adapter."""
+        return self._find(path) or path
+
     def _values(self, file: AdapterFile) -> Values:
         """The adapter's rows by module, after it is checked that they belong to this base."""
-        values = {self._rename(path): tensors for path, tensors in file.values.items()}
+        values = {self._here(path): tensors for path, tensors in file.values.items()}
         recorded = getattr(file.config, "fingerprints", None)
         if recorded:
-            recorded = {self._rename(path): entry for path, entry in recorded.items()}
+            recorded = {self._here(path): entry for path, entry in recorded.items()}
             found = {path: self._fingerprint(path) for path in recorded}
             fingerprint.check(recorded, found, dtype_bound=file.info.can("dtype_bound"))
             for path in (*recorded, *values):
@@ -254,12 +258,13 @@ class Tenants:
 
     def _heads(self, file: AdapterFile) -> Values:
         """The adapter's own heads by module, after it is checked that they fit."""
-        heads = file.heads()
+        saved = file.heads()
+        heads = {self._here(path): tensors for path, tensors in saved.items()}
         for key, value in file.others.items():
             path, _, name = key.rpartition(".")
-            if path in heads:
+            if path in saved:
                 continue
-            own = getattr(self._base(path.removesuffix(".base_layer")), name, None)
+            own = getattr(self._base(self._here(path.removesuffix(".base_layer"))), name, None)
             if not isinstance(own, Tensor) or own.shape != value.shape or not torch.equal(own.to(value), value):
                 raise ConfigError(
                     f'The adapter file has an entry "{key}" that is neither of its method nor a module to save, and '
