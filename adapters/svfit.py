@@ -40,6 +40,7 @@ METHOD = MethodInfo(
         "conv2d",
         "embedding",
         "merge",
+        "lora_export",
         "mixed_batch",
         "identity_start",
         "dtype_bound",
@@ -128,6 +129,10 @@ class SVFitLayer(WeightLayer):
     def delta_weight(self, adapter: str) -> Tensor:
         bases, delta = self.bases(adapter), self.delta(adapter)
         return (bases.u.to(delta.dtype) * delta) @ bases.vh.to(delta.dtype)
+
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        bases, delta = self.bases(adapter), self.delta(adapter).detach()
+        return bases.u.to(delta.dtype) * delta, bases.vh.to(delta.dtype)
 
     def delta_output(self, adapter: str, x: Tensor) -> Tensor:
         return self._project(x, self.bases(adapter), self.delta(adapter))

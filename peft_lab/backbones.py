@@ -98,6 +98,16 @@ def is_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or "\\" in name or Path(name).is_dir()
 
 
+def cached_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit of a Hub model that a load of it has put into the cache; None for anything else."""
+    if name in BACKBONES or is_local(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
 def reachable_name(name: str) -> str:
     """`name`, or its Hub id if it is a short name whose package is not installed and the Hub has the same weights."""
     backbone = BACKBONES.get(name)

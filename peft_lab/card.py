@@ -93,7 +93,9 @@ def card_text(
     return "\n\n".join(parts) + "\n"
 
 
-def plain_card(name: str, config: Mapping[str, Any], info: MethodInfo, base: Base, size: int) -> str:
+def plain_card(
+    name: str, config: Mapping[str, Any], info: MethodInfo, base: Base, size: int, labels: int | None = None
+) -> str:
     """The card of an adapter that peft-lab did not train: what its adapter_config.json says, and nothing else.
 
     Args:
@@ -102,19 +104,21 @@ def plain_card(name: str, config: Mapping[str, Any], info: MethodInfo, base: Bas
         info: the method.
         base: the base model.
         size: bytes of the adapter file.
+        labels: outputs of the head in the adapter file, if there is one.
     """
     auto = _AUTO.get(config.get("task_type") or "", "AutoPeftModel")
     head = ModelCardData(
         library_name="peft", base_model=base.name if base.on_hub else None, tags=_tags(base, info), model_name=name
     )
     targets = config.get("target_modules")
+    options = "" if labels is None else f", num_labels={labels}, ignore_mismatched_sizes=True"
     kept = config.get("modules_to_save") or []
     parts = [
         f"---\n{head.to_yaml()}\n---",
         f"# {name.rpartition('/')[2]}",
         f"{_what(info, {})} of `{base.name}`{_at(base)}. Its data and its scores are not recorded.",
         "## Use",
-        f"```python\n{_ours(info)}from peft import {auto}\nmodel = {auto}.from_pretrained({name!r})\n```",
+        f'```python\n{_ours(info)}from peft import {auto}\nmodel = {auto}.from_pretrained("{name}"{options})\n```',
         "## Adapter",
         _table(
             ("field", "value"),

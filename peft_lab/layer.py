@@ -240,8 +240,12 @@ class WeightLayer(AdapterLayer):
         """The delta in the layout of the base weight; peft's name for it, used by its conversion to LoRA."""
         return self.op.weight(self.delta_weight(adapter), self.base_layer.weight.shape)
 
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """Exact factors B (out, r) and A (r, in) of `delta_weight`; None where only a decomposition gives them."""
+        return None
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.op.kind in ("linear", "conv1d")
+        return self.info.can("lora_export") and self.op.kind in ("linear", "conv1d")
 
 
 class FeatureLayer(AdapterLayer):

@@ -32,6 +32,7 @@ CAPABILITIES = {
     "embedding": "adapts nn.Embedding",
     "norm": "adapts LayerNorm, BatchNorm and RMSNorm",
     "merge": "merges exactly into the base weights",
+    "lora_export": "converts exactly to LoRA",
     "mixed_batch": "serves rows of one batch with different adapters",
     "identity_start": "starts bit-exactly at the base model with its default configuration",
     "dtype_bound": "is only valid on base weights of the dtype it was trained on",

@@ -110,7 +110,8 @@ def _stage_run(folder: Path, metrics: dict[str, Any], repo_id: str, out: Path, b
     from peft_lab.loading import trained_task  # imports torch
 
     run = metrics["run"]
-    info, task = registry.method(run["method"]), trained_task(folder, run_folder.read_origin(folder))
+    info = registry.method("lora" if "lora_export" in metrics else run["method"])
+    task = trained_task(folder, run_folder.read_origin(folder))
     own_task = (folder / run_folder.TASK).is_file()
     public = {k: v for k, v in run.items() if k not in LOCAL_OPTIONS and v is not None} | {
         # a short name stays: its package is there without the Hub, and `base_model` says where else it is
@@ -144,8 +145,17 @@ def _stage_plain(folder: Path, repo_id: str, out: Path, base: Base) -> None:
         raise ConfigError(f'"{folder}" is a whole model without a run of peft-lab; push it with transformers.')
     config = _read(folder / run_folder.ADAPTER_CONFIG)
     info = registry.method(str(config.get("peft_type", "")).lower())
-    text = plain_card(repo_id, config, info, base, run_folder.weights_bytes(folder))
+    text = plain_card(repo_id, config, info, base, run_folder.weights_bytes(folder), head_outputs(folder))
     (out / run_folder.CARD).write_text(text, encoding="utf-8")
+
+
+def head_outputs(folder: Path) -> int | None:
+    """Number of outputs of the classifier in an adapter file; None if there is none."""
+    from safetensors import safe_open
+
+    with safe_open(folder / run_folder.ADAPTER_WEIGHTS, "np") as file:
+        heads = [key for key in file.keys() if re.search(r"\.(classifier|score)(\.\w+)?\.weight$", key)]  # noqa: SIM118
+        return file.get_slice(heads[-1]).get_shape()[0] if heads else None
 
 
 def local_paths(folder: Path) -> list[str]:
