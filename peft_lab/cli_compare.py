@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 Task = Annotated[str | None, typer.Option("--task", help="A task, if there is no study file.")]
 Model = Annotated[str | None, typer.Option("--model_name_or_path", help="The backbone, if there is no study file.")]
-Folder = Annotated[
-    Path | None, typer.Option("--output_dir", help="Folder of the comparison; comparisons/NAME if left out.")
-]
+Folder = Annotated[Path | None, typer.Option("--output_dir", help="Its folder; comparisons/NAME if left out.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Runs at once; one per GPU, else one per two cores.")]
 Where = Annotated[str, typer.Option(help="local, or ray (needs the package ray).")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use, such as auto; left out, one is started here.")]

@@ -120,9 +120,10 @@ def _open(folder: Path, study: Study) -> None:
                 f'output_dir "{folder}" holds the comparison "{name}", not "{study.name}"; choose another --output_dir.'
             )
     (folder / RUNS).mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{STUDY}.partial"
-    partial.write_text(dump_yaml(study.to_dict()), encoding="utf-8")
-    partial.replace(folder / STUDY)
+    with FileLock(folder / f"{COMPARISON}.lock"):
+        partial = folder / f"{STUDY}.partial"
+        partial.write_text(dump_yaml(study.to_dict()), encoding="utf-8")
+        partial.replace(folder / STUDY)
     repair(folder)
 
 

@@ -192,7 +192,7 @@ class Study:
             "tasks": cells,
             "methods": arms,
             "seeds": list(self.seeds),
-            "search": _filled(**vars(self.search)),
+            "search": {"strategy": "none"} if self.search.strategy == "none" else _filled(**vars(self.search)),
             **_filled(limits=_filled(**vars(self.limits)), training=dict(self.training), launcher=dict(self.launcher)),
         }
 
@@ -330,7 +330,7 @@ def _arms(entry: Any) -> list[Arm]:
     arms = []
     for combination in itertools.product(*grids.values()):
         chosen = dict(zip(grids, combination, strict=True))
-        parts = [str(values.get("name", info.name)), *(f"{k}={v}" for k, v in chosen.items())]
+        parts = [str(values.get("name", info.name)), *(f"{k}={v}" for k, v in chosen.items() if len(grids[k]) > 1)]
         arms.append(Arm(" ".join(parts), info.name, {**args, **chosen}, tune, rates, size))
     return arms
 

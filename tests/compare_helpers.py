@@ -1,0 +1,71 @@
+"""What the tests of comparisons share: tiny studies, and a backend that makes up results instead of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import tiny_runs
+
+from peft_lab.compare.plan import Run
+from peft_lab.compare.results import append_record
+from peft_lab.compare.worker import Job, now, record_of
+
+
+def tiny_study(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A study of two small arms on `tiny_runs`' task and backbone, which are made if they are not there."""
+    backbone, task = folder / "backbone", folder / "task" / "topics.yaml"
+    if not backbone.is_dir():
+        tiny_runs.make_backbone(backbone)
+        tiny_runs.make_task(task.parent)
+    return {
+        "name": "tiny",
+        "tasks": [{"task": str(task), "model_name_or_path": str(backbone)}],
+        "methods": ["head", "lora"],
+        "seeds": 2,
+        "search": {"strategy": "none"},
+        "limits": {"max_steps": 3},
+        "training": {"per_device_train_batch_size": 8, "use_cpu": True},
+        **changes,
+    }
+
+
+def metrics_of(run: Run, score: float) -> dict[str, Any]:
+    """The part of metrics.json that decides what a comparison does next."""
+    splits = ["validation"] if run.stage == "search" else ["validation", "test"]
+    return {
+        "main_metric": "accuracy",
+        "metrics": {split: {"accuracy": score, "loss": 1 - score} for split in splits},
+        "global_step": run.options.get("max_steps", 0),
+    }
+
+
+class PretendBackend:
+    """Records a result for each job without training.
+
+    Args:
+        score: run -> its main metric on every split; it may raise, as a process that dies does.
+        workers: jobs at once.
+    """
+
+    def __init__(self, score: Callable[[Run], float], workers: int = 2) -> None:
+        self.score, self.workers = score, workers
+        self.runs: list[Run] = []
+
+    def submit(self, job: Job) -> Future[None]:
+        """Record the result of a job."""
+        future: Future[None] = Future()
+        run = Run(**job["run"])
+        self.runs.append(run)
+        try:
+            values = {"status": "ok", "metrics": metrics_of(run, self.score(run))}
+            append_record(job["folder"], record_of(run, now(), **values))
+            future.set_result(None)
+        except RuntimeError as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        """Nothing is left running."""
