@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_lab.compare.statistics import Cell, Estimate
+from peft_lab.compare.statistics import ALL_TASKS, Cell, Estimate
 
 _TITLES = {
     "f1": "F1",
@@ -19,8 +19,8 @@ def words(cell: Cell) -> str:
     if not cell.arms:
         return f"No run on {cell.task} with {cell.backbone} gave a score. " + _failures(cell)
     top = cell.arms[0]
-    best = f"{top.label} has the {'highest' if cell.higher_is_better else 'lowest'} mean {metric_title(cell.metric)}"
-    best += f", {interval_text(top.score)}"
+    best = f"{top.label} has the {'highest' if cell.higher_is_better else 'lowest'} mean "
+    best += f"{'over tasks' if cell.task == ALL_TASKS else metric_title(cell.metric)}, {interval_text(top.score)}"
     if len(cell.arms) == 1:
         text = f"{top.label} is the only arm with a score, {interval_text(top.score)}."
     elif top.score.basis in ("rows", "none"):
@@ -84,8 +84,8 @@ def join(names: Sequence[str]) -> str:
 
 
 def metric_title(name: str) -> str:
-    """A metric's name as it is written in a sentence."""
-    return _TITLES.get(name, name.replace("_", " "))
+    """A metric's name, or several joined by ", ", as written in a sentence."""
+    return join([_TITLES.get(part, part.replace("_", " ")) for part in name.split(", ")])
 
 
 def number(value: float) -> str:

@@ -9,9 +9,17 @@ import numpy as np
 from scipy.stats import rankdata
 
 from peft_lab.compare.item_metrics import BOUNDS
-from peft_lab.compare.statistics import Arm, Cell, Comparison, Estimate, Part, assemble, p_value, with_interval
-
-ALL_TASKS = "all tasks"
+from peft_lab.compare.statistics import (
+    ALL_TASKS,
+    Arm,
+    Cell,
+    Comparison,
+    Estimate,
+    Part,
+    assemble,
+    p_value,
+    with_interval,
+)
 
 
 def over_tasks(cells: Sequence[Cell]) -> Cell | None:

@@ -101,7 +101,7 @@ def pareto(cell: Cell, cost: Mapping[str, float], title: str, scheme: Scheme) ->
     for arm, (x, y), on in zip(arms, points, front, strict=True):
         colour = scheme.accent if on else scheme.faint
         if arm.score.low is not None and arm.score.high is not None:
-            axes.plot([x, x], [arm.score.low, arm.score.high], color=colour, lw=0.9, alpha=0.6)
+            axes.plot([x, x], [arm.score.low, arm.score.high], color=colour, lw=0.9, alpha=0.4)
         axes.plot(x, y, "o", ms=6, mfc=colour if on else scheme.paper, mec=colour)
     axes.margins(x=0.14, y=0.1)
     axes.set_xlabel(title)
@@ -155,10 +155,12 @@ def place_labels(
 
     Places are tried in rings of growing radius; a label that fits nowhere inside the axes stands at the last place.
     """
+    from matplotlib.patheffects import withStroke
+
     figure = axes.get_figure(root=True)
     if figure is None:
         raise ValueError("The axes belong to no figure.")
-    figure.canvas.draw()  # from here on the layout is fixed and sizes in pixels are known
+    figure.draw_without_rendering()  # from here on the layout is fixed and sizes in pixels are known
     figure.set_layout_engine("none")
     pixels = axes.transData.transform(np.asarray(points, dtype=float))
     taken = [_box(x, y, 14, 14) for x, y in pixels]
@@ -176,6 +178,7 @@ def place_labels(
             fontweight="bold" if bold[index] else "normal",
             va="center",
             ha="center",
+            path_effects=[withStroke(linewidth=2.5, foreground=scheme.paper)],
         )
         extent = text.get_window_extent()
         width, height = extent.width, extent.height

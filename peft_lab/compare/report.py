@@ -34,7 +34,8 @@ METHOD = (
     "Two arms are compared on the same seeds and the same test rows, difference by difference. The variance between "
     "seeds is pooled over the arms of a table, and an arm that varies more than the others is charged for it. The "
     "p-values are two-sided and adjusted by Holm's method for all pairs of arms in a table, at a familywise level of "
-    "5 %. An arm is called better only if this test separates it.",
+    "5 %. An arm is called better only if this test separates it. The interval of a single difference is not widened "
+    "for the number of pairs, so it may leave out zero where the adjusted test does not separate.",
     "The mean over tasks is over these tasks, not over tasks in general. Learning rates and other tuned arguments were "
     "chosen on validation rows; the test rows were scored by the final runs alone.",
 )
@@ -177,7 +178,7 @@ def _overall(folder: Path, mean: Cell, cells: Sequence[Cell], plots: bool) -> Se
     text = words(mean)
     left_out = [cell.task for cell in cells if not all(cell.arm(arm.label) for arm in mean.arms)]
     if "," in mean.metric:
-        text += f" The mean is over different metrics ({metric_title(mean.metric)})."
+        text += f" The tasks have different metrics ({metric_title(mean.metric)})."
     if left_out:
         text += f" {join(left_out)} counts in neither mean nor rank."
     section = Section("all-tasks", "All tasks", text, tables.overall(mean, cells))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from peft_lab.compare.item_metrics import BOUNDS, SHARES, item_values
 from peft_lab.compare.results import Record
@@ -28,6 +28,9 @@ Basis = Literal["seeds and rows", "seeds", "rows", "none"]
 
 #: Error rate of a whole family of comparisons, and of one interval.
 LEVEL = 0.05
+
+#: Name of the cell that holds the means over tasks.
+ALL_TASKS = "all tasks"
 
 
 @dataclass(frozen=True)
@@ -320,7 +323,7 @@ def p_value(difference: float, parts: Sequence[Part]) -> float:
     if total <= 0:
         return 1.0
     ratio = abs(difference) / np.sqrt(total)
-    return min(float(sum(part.variance / total * 2 * stats.t.sf(ratio, part.df) for part in parts)), 1.0)
+    return min(float(sum(part.variance / total * 2 * special.stdtr(part.df, -ratio) for part in parts)), 1.0)
 
 
 def half_width(parts: Sequence[Part], level: float = LEVEL) -> float:
@@ -329,7 +332,7 @@ def half_width(parts: Sequence[Part], level: float = LEVEL) -> float:
     if total <= 0:
         return 0.0
     # the mixture's quantile lies between those of its parts
-    quantiles = [stats.t.isf(level / 2, part.df) * np.sqrt(total) for part in parts if part.variance > 0]
+    quantiles = [-special.stdtrit(part.df, level / 2) * np.sqrt(total) for part in parts if part.variance > 0]
     if max(quantiles) - min(quantiles) < 1e-12 * max(quantiles):
         return float(quantiles[0])
     return float(optimize.brentq(lambda x: p_value(x, parts) - level, min(quantiles), max(quantiles)))

@@ -60,9 +60,9 @@ _SHOWN: dict[str, tuple[str, float, int]] = {
     "peak_memory_bytes": ("peak memory MB", 2**20, 0),
     "step_seconds": ("step ms", 1e-3, 1),
     "step_flops": ("step GFLOPs", 1e9, 2),
-    "saved_bytes": ("saved activations MB", 2**20, 1),
+    "saved_bytes": ("saved MB", 2**20, 1),
     "ece": ("calibration error", 1, 3),
-    "shifted_score": ("score on shifted rows", 1, 3),
+    "shifted_score": ("shifted score", 1, 3),
     "forgetting": ("forgetting", 1, 3),
 }
 #: The measures that are costs, against which scores are drawn.
@@ -92,7 +92,7 @@ def headline(cell: Cell) -> Table:
     columns = [
         Column("arm", numeric=False),
         Column(metric_title(cell.metric), help="mean over seeds on the test rows, with the 95 % interval"),
-        Column("less than the best", help="the best mean less this one on shared seeds, with the 95 % interval"),
+        Column("less than the best", help="the best mean less this one on shared seeds, with the 95 % interval of this pair"),
         Column("p (Holm)", help="probability of such a difference between equal arms, adjusted for all pairs"),
         Column("seeds"),
         *(Column(_SHOWN[name][0], help=MEASURES[name].title) for name in shown),
@@ -142,7 +142,7 @@ def overall(mean: Cell, cells: Sequence[Cell]) -> Table:
     ranks = average_ranks(cells)
     columns = [
         Column("arm", numeric=False),
-        Column(f"mean over tasks of {metric_title(mean.metric)}", help="with the 95 % interval"),
+        Column("mean over tasks", help=f"of {metric_title(mean.metric)}, with the 95 % interval"),
         Column("average rank", help="1 is best"),
         *(Column(f"{cell.task}, {cell.backbone}", help=metric_title(cell.metric)) for cell in cells),
     ]
