@@ -235,6 +235,18 @@ def _without_first_entry(folder: Path) -> None:
     save_file(state, path)
 
 
+@torch.no_grad()
+def test_modules_under_other_names(tmp_path):
+    """Adapters of the bare backbone, on the model with a head."""
+    base = TINY["bert"]()
+    folders = {m: save(adapt(m, base.bert), tmp_path / m, i) for i, m in enumerate(("svfit", "ssf"))}
+    tenants, inputs = load_many(copy.deepcopy(base), folders), tiny_inputs(base, batch=3)
+    mixed = tenants(**inputs, adapter_names=["ssf", "svfit", "__base__"], output_hidden_states=True).hidden_states[-1]
+    for row, name in ((0, "ssf"), (1, "svfit")):
+        assert_close(mixed[row], alone(base.bert, folders[name], inputs)[row])
+    assert_close(mixed[2], output(base.bert, inputs)[2])
+
+
 def test_memory_is_that_of_the_files_and_goes_when_adapters_go(tmp_path):
     base = TINY["bert"]()
     folder = save(adapt("ssf", base), tmp_path / "a", 0)
