@@ -360,10 +360,10 @@ class _Run:
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
         portable.write_record(self.model, self.folder)
-        self._card()
         self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
         if self.items is not None and "test" in self.metrics["metrics"]:
             write_items(self.folder, self.items)
+        self._card()
         run_folder.write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
 
     def _card(self) -> None:
