@@ -25,6 +25,7 @@ Address = Annotated[str | None, typer.Option(help="Ray cluster to use, such as a
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(compare)
+    app.command()(recommend)
 
 
 def compare(
@@ -54,6 +55,33 @@ def compare(
     summarise(done)
     if done.failed:
         raise typer.Exit(1)
+
+
+def recommend(
+    task: Annotated[str, typer.Option("--task", help="The task.")],
+    model_name_or_path: Annotated[str, typer.Option("--model_name_or_path", help="The backbone.")],
+    minutes: Annotated[float, typer.Option(min=0, help="Time for everything.")] = 10.0,
+    output: Annotated[Path, typer.Option(help="The run YAML to write.")] = Path("run.yaml"),
+    output_dir: Folder = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max_steps", min=1, help="Training steps of each run, if the time suffices.")
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Compare methods on your task within a time; ends in a run YAML for `peft-lab train`."""
+    from peft_lab.compare.study import default_study
+
+    default_study(task, model_name_or_path, max_steps)  # what is wrong is said before anything heavy is imported
+    from peft_lab.compare.advice import recommend as run_recommendation
+
+    found = run_recommendation(
+        task, model_name_or_path, minutes, output, output_dir=output_dir, max_steps=max_steps, workers=workers
+    )
+    summarise(found.comparison)
+    console = Console(highlight=False, soft_wrap=True)
+    for sentence in (*found.reasons, *found.dropped):
+        console.print(escape(sentence))
+    console.print(f"[bold]{escape(found.arm)}[/], learning rate {found.learning_rate:g}: peft-lab train {found.file}")
 
 
 def _study(file: Path | None, task: str | None, backbone: str | None, max_steps: int | None) -> Study:

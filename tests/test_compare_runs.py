@@ -158,8 +158,8 @@ def test_a_worker_ended_from_outside_is_a_failed_run(place: Path) -> None:
 def test_two_comparisons_on_one_folder_share_the_runs(place: Path) -> None:
     out = place / "shared"
     study = tiny_study(place)
-    both = [start(study, place, out) for _ in range(2)]
-    assert [finish(process)[0] for process in both] == [0, 0]
+    ended = [finish(process) for process in [start(study, place, out) for _ in range(2)]]
+    assert [code for code, _ in ended] == [0, 0], ended
     counts = Counter(line.split('"id": "')[1][:16] for line in (out / RESULTS).read_text().splitlines())
     assert len(counts) == 4
     assert set(counts.values()) == {1}

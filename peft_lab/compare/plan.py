@@ -224,6 +224,11 @@ def _run(
     )
 
 
+def search_run(study: Study, cell: Cell, arm: Arm, trial: Candidate) -> Run:
+    """The first run of a trial in a full search."""
+    return _run(study, cell, arm, arm.args, trial, SEARCH_SEED, "search", 0, 1.0)
+
+
 def size_run(study: Study, cell: Cell, arm: Arm, name: str, limit: int) -> Run:
     """The run that stands for the question how large an arm's argument `name` may be on a cell's backbone."""
     run = _run(study, cell, arm, arm.args, candidates(study, arm)[0], 0, "size", 0, 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -99,12 +99,34 @@ def compare(
     carrier = make_backend(backend, workers, address) if isinstance(backend, str) else backend
     try:
         runner = _Runner(study, folder, carrier, now() if retry_failed else "", deadline)
-        runner.execute()
+        runner.execute(runner.groups(), plan.count_runs(study))
     finally:
         if isinstance(backend, str):
             carrier.close()
     page = _report(folder) if report and any(record.ok for record in runner.records()) else None
     return Comparison(folder, study, runner.records(), runner.choices, runner.unfinished, page)
+
+
+def carry_out(
+    study: Study,
+    folder: Path,
+    backend: Backend,
+    waves: Sequence[Generator[list[Run], Sequence[Record], Choice]],
+    deadline: float | None = None,
+) -> list[Record]:
+    """Carry out runs beside those of the study, such as those that only tell how long others take.
+
+    Args:
+        study: the study in whose folder they are recorded.
+        folder: that folder.
+        backend: where they run.
+        waves: generators of runs, as `plan.arm_runs` is one.
+        deadline: as for `compare`.
+    """
+    _open(folder, study)
+    runner = _Runner(study, folder, backend, "", deadline)
+    runner.execute([_Group(each) for each in waves])
+    return runner.records()
 
 
 def _open(folder: Path, study: Study) -> None:
@@ -136,10 +158,9 @@ def _report(folder: Path) -> Path:
 class _Group:
     """The runs of one arm on one cell: waves that follow from one another's results."""
 
-    def __init__(self, study: Study, cell: Cell, arm: Arm, sized: Mapping[str, Any]) -> None:
-        self.cell, self.arm = cell, arm
-        self._waves = plan.arm_runs(study, cell, arm, sized)
-        self.wave: list[Run] = next(self._waves)
+    def __init__(self, waves: Generator[list[Run], Sequence[Record], Choice]) -> None:
+        self._waves = waves
+        self.wave: list[Run] = next(waves)
         self.choice: Choice | None = None
 
     def advance(self, records: Sequence[Record]) -> None:
@@ -167,15 +188,19 @@ class _Runner:
         """The records of the runs that this comparison consists of."""
         return [record for record in self.journal.records.values() if record.id in self.planned]
 
-    def execute(self) -> None:
+    def groups(self) -> list[_Group]:
+        """The runs of every arm on every cell."""
         sized = self._sizes()
-        groups = [
-            _Group(self.study, cell, arm, sized.get((cell.task, cell.backbone, arm.label), {}))
+        return [
+            _Group(plan.arm_runs(self.study, cell, arm, sized.get((cell.task, cell.backbone, arm.label))))
             for cell, arm in self._pairs()
         ]
+
+    def execute(self, groups: Sequence[_Group], total: int = 0) -> None:
+        """Make all runs, `total` if that is known beforehand, unless the time ends before."""
         for group in groups:
             plan.check_distinct(group.wave, self.planned)
-        with Progress(self.study.name, plan.count_runs(self.study), self.backend.workers) as self.progress:
+        with Progress(self.study.name, total or len(self.planned), self.backend.workers) as self.progress:
             while not self._over() and any(group.choice is None for group in groups):
                 waiting = self._advance(groups)
                 self._submit(waiting)

@@ -263,6 +263,8 @@ def _cells(entry: Any, backbones: list[Any], measures: Mapping[str, Any], folder
     source = _task_source(values.pop("task"), folder)
     task = validate_task(source)
     label = str(values.pop("name", task.name))
+    if "test" not in task.splits and not task.test_fraction:
+        raise ConfigError(f'Task "{label}" has no test rows to compare on: name a "test" split or set "test_fraction".')
     models = _list(values.pop("model_name_or_path", backbones))
     if not models:
         raise ConfigError(f'Task "{label}" names no backbone: give it, or the study, a "model_name_or_path".')
@@ -420,6 +422,11 @@ def _check(study: Study) -> None:
         if study.search.strategy != "none":
             rates = len(arm.learning_rates) or study.search.trials
             candidates = rates * _product(arm.tune.values())
+            if not arm.tune and rates > study.search.trials:
+                raise ConfigError(
+                    f'Arm "{arm.label}" gives {rates} learning rates, but every arm has {study.search.trials} trials; '
+                    f'set "trials: {rates}" under "search", or give fewer.'
+                )
             if candidates < study.search.trials:
                 raise ConfigError(
                     f'Arm "{arm.label}" gives {candidates} candidates, but every arm has {study.search.trials} trials; '

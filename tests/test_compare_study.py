@@ -1,0 +1,183 @@
+"""The schema of a study: what it accepts, what it refuses and in which words, and what it plans."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from peft_lab.compare import default_study, load_study
+from peft_lab.compare.plan import arm_runs, candidates, count_runs, rate_grid, rounds, shortened
+from peft_lab.compare.study import Search
+from peft_lab.errors import PeftLabError
+from peft_lab.registry import method
+
+STUDY: dict[str, Any] = {
+    "name": "coffee",
+    "tasks": [{"task": "snips", "model_name_or_path": "minilm", "max_steps": 40}],
+    "methods": ["lora", {"method": "svfit", "args": {"rank": [8, "full"]}}],
+    "limits": {"max_steps": 60},
+}
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    return {**STUDY, **changes}
+
+
+def test_a_list_of_values_makes_an_arm_of_each() -> None:
+    found = load_study(study())
+    assert [arm.label for arm in found.arms] == ["lora", "svfit rank=8", "svfit rank=full"]
+    assert [arm.args for arm in found.arms] == [{}, {"rank": 8}, {"rank": "full"}]
+
+
+def test_an_argument_that_is_a_list_is_one_value() -> None:
+    one = {"method": "lora", "args": {"target_modules": ["query", "value"]}}
+    several = {"method": "lora", "args": {"target_modules": [["query"], ["query", "value"]]}, "name": "wide"}
+    found = load_study(study(methods=[one, several]))
+    assert [arm.args["target_modules"] for arm in found.arms] == [["query", "value"], ["query"], ["query", "value"]]
+
+
+@pytest.mark.parametrize("search", [{}, {"strategy": "none"}, {"strategy": "halving", "trials": 8, "factor": 2}])
+def test_the_written_study_is_the_same_study(search: dict[str, Any]) -> None:
+    arms = [
+        "head",
+        {"method": "svfit", "args": {"rank": [8, "full"]}},
+        {"method": "lora", "args": {"target_modules": [["query"], ["query", "value"]]}},
+    ]
+    found = load_study(study(methods=arms, search=search, seeds=[3, 5], training={"weight_decay": 0.1}))
+    assert load_study(yaml.safe_load(yaml.safe_dump(found.to_dict()))) == found
+
+
+def test_options_go_from_the_study_over_its_limits_to_the_task() -> None:
+    found = load_study(study(training={"weight_decay": 0.1, "max_steps": 80}))
+    options = found.options(found.cells[0], found.arms[0])
+    assert (options["max_steps"], options["weight_decay"]) == (40, 0.1)
+    plain = load_study(study(tasks=["snips"], model_name_or_path=["minilm"], training={"max_steps": 80}))
+    assert plain.options(plain.cells[0], plain.arms[0])["max_steps"] == 60
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task": 1}, 'Unknown key "task"'),
+        ({"seed": 3}, 'Did you mean "seeds"'),
+        ({"methods": ["loraa"]}, 'Did you mean "lora"'),
+        ({"methods": []}, '"methods"'),
+        ({"methods": [{"method": "lora", "arg": {}}]}, 'Did you mean "args"'),
+        ({"methods": [{"method": "svfit", "args": {"rnk": 8}}]}, 'Did you mean "rank"'),
+        ({"methods": [{"method": "head", "args": {"r": 8}}]}, "baseline"),
+        ({"methods": ["lora", "lora"]}, '"name"'),
+        ({"methods": [{"method": "lora", "args": {"r": 4}, "tune": {"r": [4, 8]}}]}, "both fixed"),
+        ({"methods": [{"method": "lora", "learning_rates": [0.1, 0.2]}]}, "2 candidates"),
+        ({"methods": [{"method": "lora", "learning_rates": [1, 2, 3, 4]}]}, "4 learning rates"),
+        ({"methods": [{"method": "lora", "learning_rates": [-1, 2, 3]}]}, "positive"),
+        ({"tasks": ["snipps"], "model_name_or_path": "minilm"}, 'Did you mean "snips"'),
+        ({"tasks": ["snips"]}, "model_name_or_path"),
+        ({"tasks": [{"task": "snips", "model_name_or_path": "minilm", "steps": 3}]}, '"steps"'),
+        ({"tasks": [{"task": "snips", "model_name_or_path": "minilm", "learning_rate": 3}]}, "learning_rates"),
+        ({"tasks": 2 * STUDY["tasks"]}, "twice"),
+        ({"training": {"seed": 3}}, "seeds"),
+        ({"training": {"weight_decy": 3}}, 'Did you mean "weight_decay"'),
+        ({"search": {"strategy": "gird"}}, 'Did you mean "grid"'),
+        ({"search": {"strategy": "none", "trials": 3}}, "no effect"),
+        ({"search": {"strategy": "halving", "trials": 3}}, "at least 4 trials"),
+        ({"search": {"trials": 0}}, "at least 1"),
+        ({"limits": {"max_steps": 3, "seconds": 3}}, "not both"),
+        ({"limits": {"trainable_parameters": 9}, "methods": ["ssf"]}, "cannot be sized"),
+        ({"limits": {"trainable_parameters": 9}}, "is fixed"),
+        ({"seeds": [1, 1]}, "twice"),
+        ({"seeds": True}, "seeds"),
+        ({"measures": {"shift": "snips"}}, 'Did you mean "shifted"'),
+        ({"measures": {"shifted": "sign-digits"}}, "kind"),
+        ({"launcher": "torchrun"}, '"torchrun"'),
+        ({"name": "a/b"}, "name"),
+    ],
+)
+def test_refusals_name_the_mistake(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(PeftLabError) as caught:
+        load_study(study(**changes))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_start_from_the_file_of_the_study(tmp_path: Path) -> None:
+    import tiny_runs
+
+    tiny_runs.make_task(tmp_path / "mine")
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(study(tasks=["mine/topics.yaml"], model_name_or_path="minilm")))
+    assert load_study(file).cells[0].source == str(tmp_path / "mine" / "topics.yaml")
+    assert load_study(file).cells[0].task == "topics"
+
+
+@pytest.mark.parametrize("strategy", ["grid", "halving", "none"])
+def test_every_arm_has_the_same_budget(strategy: str) -> None:
+    search = {"strategy": strategy} | ({} if strategy == "none" else {"trials": 8})
+    arms = ["lora", "head", {"method": "svfit", "tune": {"rank": [8, 4, "full"]}}] if search.get("trials") else ["lora"]
+    found = load_study(study(methods=arms, search=search))
+    budgets = set()
+    for arm in found.arms:
+        waves = arm_runs(found, found.cells[0], arm)
+        first = next(waves)
+        budgets.add((len(first), sum(run.options["max_steps"] for run in first)))
+        assert len(candidates(found, arm)) == found.search.trials
+    assert len(budgets) == 1
+
+
+def test_search_runs_never_see_the_test_rows() -> None:
+    found = load_study(study())
+    for arm in found.arms:
+        for run in next(arm_runs(found, found.cells[0], arm)):
+            assert run.stage == "search"
+            assert run.options["do_predict"] is False
+
+
+def test_tuned_values_are_searched_within_the_trials() -> None:
+    arms = [{"method": "svfit", "tune": {"rank": [8, 4]}}]
+    found = load_study(study(methods=arms, search={"trials": 4}))
+    tried = candidates(found, found.arms[0])
+    assert len(tried) == 4
+    assert len({(t.learning_rate, t.tuned["rank"]) for t in tried}) == 4
+    assert {t.tuned["rank"] for t in tried} <= {8, 4}
+    assert 8 in {
+        t.tuned["rank"] for t in tried if t.learning_rate == method("svfit").learning_rate
+    }  # the default is tried
+
+
+def test_halving_gives_the_rounds_growing_parts_of_the_steps() -> None:
+    assert rounds(Search("halving", trials=8)) == [(8, 0.25), (4, 0.5), (2, 1.0)]
+    assert rounds(Search("halving", trials=9, factor=3)) == [(9, 1 / 3), (3, 1.0)]
+    assert rounds(Search("grid", trials=5)) == [(5, 1.0)]
+
+
+def test_a_part_of_a_training_in_its_own_unit() -> None:
+    assert shortened({"max_steps": 60}, 0.5) == {"max_steps": 30}
+    assert shortened({"max_seconds": 60.0}, 0.5) == {"max_seconds": 30.0}
+    assert shortened({}, 0.5) == {"num_train_epochs": 1.5}
+    assert shortened({"max_seconds": 60.0}, 0.5, max_steps=10) == {"max_steps": 5}
+
+
+def test_a_grid_of_learning_rates_lies_around_the_default() -> None:
+    assert rate_grid(1e-3, 3) == (0.00032, 0.001, 0.0032)
+    assert rate_grid(1e-3, 2) == (0.001, 0.0032)
+    assert rate_grid(1e-3, 5) == (0.0001, 0.00032, 0.001, 0.0032, 0.01)
+
+
+def test_the_usual_comparison() -> None:
+    found = default_study("snips", "minilm")
+    assert len(found.arms) == 6
+    assert count_runs(found) == 6 * (3 + 3)
+
+
+def test_a_study_is_validated_without_torch(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(study()))
+    script = "import sys; sys.argv[1:] = ['validate', sys.argv[1]]\nfrom peft_lab.cli import app\n"
+    script += "try: app()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=False)
+    assert "18 runs" in done.stdout, done.stderr
+    assert done.stdout.strip().endswith("False")
