@@ -78,7 +78,7 @@ def _pareto(cell: Cell) -> Iterator[Plan]:
         arms = [arm for arm in cell.arms if arm.label in cost]
         on = pareto_front([(cost[arm.label], arm.score.value) for arm in arms], (False, cell.higher_is_better))
         front = join([arm.label for arm, there in zip(arms, on, strict=True) if there])
-        caption = f"{metric_title(cell.metric).capitalize()} against {head}. On the front of the means: {front}."
+        caption = f"{capital(metric_title(cell.metric))} against {head}. On the front of the means: {front}."
         yield Plan(f"pareto-{name.replace('_', '-')}", caption, partial(plots.pareto, cell, cost, head))
 
 
@@ -115,15 +115,15 @@ def _rates(cell: Cell, searched: list[Record], good: list[Record], order: Sequen
 
 def _curves(cell: Cell, final: list[Record], order: Sequence[str]) -> Iterator[Plan]:
     metric = f"eval_{cell.metric}"
-    for name, words in (("loss", "Training loss"), (metric, f"Validation {metric_title(cell.metric)}")):
+    for name, words in (("loss", "training loss"), (metric, f"validation {metric_title(cell.metric)}")):
         lines = []
         for label in order:
             curves = [record.curves[name] for record in final if record.arm == label and record.curves.get(name)]
             if curves:
                 lines.append(_mean_curve(label, curves))
         if lines:
-            caption = f"{words} by step, mean over seeds."
-            draw = partial(plots.chart, lines, order, ("training step", words.lower()))
+            caption = f"{capital(words)} by step, mean over seeds."
+            draw = partial(plots.chart, lines, order, ("training step", words))
             yield Plan("training-loss" if name == "loss" else "validation", caption, draw)
 
 
@@ -132,6 +132,11 @@ def _mean_curve(label: str, curves: Sequence[plots.Curve]) -> plots.Line:
     tables = [{float(step): float(value) for step, value in curve} for curve in curves]
     steps = sorted(set.intersection(*(set(table) for table in tables)))
     return plots.Line(label, steps, [float(np.mean([table[step] for table in tables])) for step in steps])
+
+
+def capital(text: str) -> str:
+    """The text with a capital at the start, the rest as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def _metric(cell: Cell, records: Sequence[Record]) -> str:

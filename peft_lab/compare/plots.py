@@ -1,6 +1,6 @@
 """The figures of a report, drawn with matplotlib: intervals, Pareto fronts, learning rates, learning curves.
 
-Every figure is 4.6 inches wide with text of 8 to 10 points, so that it stays readable at the width of a phone.
+Every figure is 4 inches wide with text of 8 to 9 points, so that it stays readable at the width of a phone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
-WIDTH, DPI = 4.6, 160
+WIDTH, DPI = 4.0, 170
 
 Curve = Sequence[Sequence[float]]
 
@@ -77,6 +77,7 @@ def forest(cell: Cell, scheme: Scheme) -> Figure:
         axes.plot(arm.score.value, place, "o", color=colour, ms=6)
     axes.set_yticks(range(len(cell.arms)), [plain(arm.label) for arm in reversed(cell.arms)])
     axes.set_ylim(-0.6, len(cell.arms) - 0.4)
+    axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(metric_title(cell.metric))
     axes.grid(axis="x", color=scheme.faint, alpha=0.3, lw=0.6)
     return figure
@@ -93,7 +94,7 @@ def pareto(cell: Cell, cost: Mapping[str, float], title: str, scheme: Scheme) ->
     arms = [arm for arm in cell.arms if arm.label in cost]
     points = [(cost[arm.label], arm.score.value) for arm in arms]
     front = pareto_front(points, (False, cell.higher_is_better))
-    figure, axes = _axes(scheme, 3.3)
+    figure, axes = _axes(scheme, 3.1)
     if min(x for x, _ in points) > 0 and max(x for x, _ in points) > 20 * min(x for x, _ in points):
         axes.set_xscale("log")
     staircase = sorted(point for point, on in zip(points, front, strict=True) if on)
@@ -102,7 +103,7 @@ def pareto(cell: Cell, cost: Mapping[str, float], title: str, scheme: Scheme) ->
         colour = scheme.accent if on else scheme.faint
         if arm.score.low is not None and arm.score.high is not None:
             axes.plot([x, x], [arm.score.low, arm.score.high], color=colour, lw=0.9, alpha=0.4)
-        axes.plot(x, y, "o", ms=6, mfc=colour if on else scheme.paper, mec=colour)
+        axes.plot(x, y, "o", ms=6, mfc=colour if on else scheme.paper, mec=colour, zorder=4 if on else 3)
     axes.margins(x=0.14, y=0.1)
     axes.set_xlabel(title)
     axes.set_ylabel(metric_title(cell.metric))
@@ -123,7 +124,7 @@ def chart(
         log_x: logarithmic x axis, with markers at the points.
     """
     rows = (len(lines) + 1) // 2
-    figure, axes = _axes(scheme, 2.9 + 0.19 * rows)
+    figure, axes = _axes(scheme, 2.6 + 0.19 * rows)
     for line in lines:
         index = order.index(line.label)
         colour = scheme.arms[index % len(scheme.arms)]
@@ -134,6 +135,10 @@ def chart(
             axes.plot(line.x[line.ringed], line.y[line.ringed], "o", ms=10, mfc="none", mec=colour, mew=1.3)
     if log_x:
         axes.set_xscale("log")
+        tried = sorted({x for line in lines for x in line.x})
+        if len(tried) <= 7:
+            axes.set_xticks(tried, [f"{x:g}" for x in tried])
+            axes.set_xticks([], minor=True)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.grid(color=scheme.faint, alpha=0.25, lw=0.6)

@@ -29,8 +29,7 @@ METHOD = (
     "A mean is over seeds. Its 95 % interval accounts for two sources of chance: another seed, and other test rows of "
     "the same kind. The variance of the seeds' scores over the number of seeds and the variance over the test rows "
     "(by the jackknife for metrics that are not means of rows) are added; the quantile is that of a mixture of t "
-    "distributions with the degrees of freedom of each source, which at 3 seeds makes the seeds' part 4.3 standard "
-    "errors wide.",
+    "distributions with the degrees of freedom of each source: for 3 seeds alone, 4.3 standard errors each way.",
     "Two arms are compared on the same seeds and the same test rows, difference by difference. The variance between "
     "seeds is pooled over the arms of a table, and an arm that varies more than the others is charged for it. The "
     "p-values are two-sided and adjusted by Holm's method for all pairs of arms in a table, at a familywise level of "
@@ -162,10 +161,8 @@ def _section(
     labels, costs = figures.front_of_all(cell)
     front = ""
     if labels:
-        front = (
-            f"By the means, no other arm is at least as good in {metric_title(cell.metric)}, {join(costs)} together "
-            f"as {join(labels)}."
-        )
+        axes = join([metric_title(cell.metric), *costs])
+        front = f"Pareto front of the means, over {axes} at once: {join(labels)}."
     section = Section(anchor, f"{cell.task}, {cell.backbone}", words(cell), tables.headline(cell), front)
     if plots:
         mine = [record for record in records if (record.task, record.backbone) == (cell.task, cell.backbone)]
