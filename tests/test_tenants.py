@@ -7,6 +7,7 @@ import itertools
 import json
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,41 @@ def test_memory_is_that_of_the_files_and_goes_when_adapters_go(tmp_path):
     assert tenants.unload().state_dict().keys() == base.state_dict().keys()
 
 
+@torch.no_grad()
+def test_a_request_keeps_what_it_began_with(tmp_path):
+    base, inputs = TINY["bert"](), tiny_inputs(TINY["bert"]())
+    folders = {n: save(adapt("ssf", base), tmp_path / n, i) for i, n in enumerate("ab")}
+    tenants = load_many(copy.deepcopy(base), {"a": folders["a"]})
+    memory = [weakref.ref(bank.rows) for bank in tenants._snapshot.banks.values()]
+    with tenants.rows(["a", "__base__"]):
+        tenants.remove("a")
+        tenants.add("a", folders["b"])
+        assert_close(tenants.model(**inputs).logits[0], alone(base, folders["a"], inputs)[0])
+        assert all(rows() is not None for rows in memory)
+    assert_close(tenants(**inputs, adapter_names=["a", "a"]).logits, alone(base, folders["b"], inputs))
+    assert all(rows() is None for rows in memory)
+
+
+@pytest.mark.parametrize("method", ["svfit", "lora"])
+def test_inputs_that_all_rows_share(method, tmp_path):
+    """Positions reach their embedding once for the whole batch."""
+    base = TINY["bert"]()
+    targets = ["word_embeddings", "position_embeddings"]
+    folders = {n: save(adapt(method, base, target_modules=targets), tmp_path / n, i) for i, n in enumerate("ab")}
+    check_rows(base, load_many(copy.deepcopy(base), folders), folders, ["b", "__base__", "a"])
+
+
+def test_copies_of_embeddings_must_be_those_of_the_base(tmp_path):
+    base = TINY["bert"]()
+    adapt("lora", base).save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any("word_embeddings" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert len(load_many(copy.deepcopy(base), {"a": tmp_path})) == 1
+    with torch.no_grad():
+        base.bert.embeddings.word_embeddings.weight.add_(1)
+    with pytest.raises(ConfigError, match="all rows share the base"):
+        load_many(base, {"a": tmp_path})
+
+
 def test_bases_are_shared_and_computed_once(tmp_path, monkeypatch):
     base = TINY["bert"]()
     folders = {str(i): save(adapt("svfit", base), tmp_path / str(i), i) for i in range(3)}
@@ -298,13 +334,13 @@ def test_threads_serve_while_adapters_come_and_go(tmp_path):
     folders = {f"v{i}": save(adapt(*r[:1], base, **r[1]), tmp_path / f"v{i}", i) for i, r in enumerate(recipes)}
     right = {name: alone(base, folder, inputs) for name, folder in folders.items()}
     right["__base__"] = output(base, inputs)
-    tenants = load_many(copy.deepcopy(base), {**folders, "changing": folders["v0"]})
+    tenants = load_many(copy.deepcopy(base), {"v0": folders["v0"], "changing": folders["v0"]})
     stop, wrong, served, gone = threading.Event(), [], itertools.count(), itertools.count()
 
     def serve(seed: int) -> None:
         draw = torch.Generator().manual_seed(seed)
-        choices = [*right, "changing", "changing"]
         while not stop.is_set():
+            choices = [*(n for n in right if n == "__base__" or n in tenants), "changing", "changing"]
             names = [choices[i] for i in torch.randint(len(choices), (8,), generator=draw).tolist()]
             try:
                 logits = tenants(**inputs, adapter_names=names).logits
@@ -330,6 +366,8 @@ def test_threads_serve_while_adapters_come_and_go(tmp_path):
     threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(3)]
     for thread in threads:
         thread.start()
+    for name in folders.keys() - {"v0"}:  # puts methods on modules that serve already
+        tenants.add(name, folders[name])
     end, changes = time.monotonic() + 4, 0
     while time.monotonic() < end and not wrong:
         changes += 1
