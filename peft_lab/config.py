@@ -8,6 +8,7 @@ import types
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -124,7 +125,7 @@ class AdapterConfig(PeftConfig):
                 raise ConfigError(f"{f.name}={value} is larger than anything in this base: at most {most}.")
 
     def _check_types(self, guard_only: bool = False) -> None:
-        hints = {**typing.get_type_hints(type(self)), **PEFT_HINTS}
+        hints = type_hints(type(self))
         for name in (f.name for f in fields(self) if (f.name in PEFT_HINTS) == guard_only):
             value = getattr(self, name)
             value = value.value if isinstance(value, Enum) else value
@@ -146,6 +147,12 @@ PEFT_HINTS: dict[str, Any] = {
     "inference_mode": bool,
 }
 _NO_SIZES = frozenset((*PEFT_HINTS, "layers_to_transform", "fingerprints"))
+
+
+@lru_cache(maxsize=256)
+def type_hints(cls: type) -> dict[str, Any]:
+    """The types of a config class's fields by name; those that all of peft's configs share are stricter than peft's."""
+    return {**typing.get_type_hints(cls), **PEFT_HINTS}
 
 
 def check_patterns(values: dict[str, Any]) -> None:

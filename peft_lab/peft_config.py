@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from peft_lab import guard
-from peft_lab.config import PEFT_HINTS, AdapterConfig, check_patterns, fits, shorten
+from peft_lab.config import AdapterConfig, check_patterns, fits, shorten, type_hints
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.run_folder import ADAPTER_CONFIG
 
@@ -69,7 +68,7 @@ def check_sizes(config: PeftConfig, largest: int) -> None:
 
 
 def _checked(values: dict[str, Any], cls: Any, path: str) -> dict[str, Any]:
-    hints = {**typing.get_type_hints(cls), **PEFT_HINTS}
+    hints = type_hints(cls)
     own = {f.name: f for f in fields(cls)}
     kept: dict[str, Any] = {}
     for name, value in values.items():

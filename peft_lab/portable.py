@@ -363,7 +363,8 @@ def adapt_folder(folder: str | Path, model: nn.Module, out: str | Path) -> Path:
     for key in state:
         places(key)
     saved = values.get("modules_to_save") or []
-    lost = {key for key in state if places(key) is None and is_head(key, saved)}
+    absent = missing_modules(model, saved)
+    lost = {key for key in state if is_head(key, absent)}
     if not found.changed and not lost:
         return folder
     if lost:
@@ -404,6 +405,12 @@ class _Keys:
         return None
 
 
+def missing_modules(model: nn.Module, names: list[str]) -> list[str]:
+    """Those names of modules, or ends of names, that the model has no module of."""
+    there = [name for name, _ in model.named_modules() if name]
+    return [end for end in names if not any(name == end or name.endswith(f".{end}") for name in there)]
+
+
 def is_head(key: str, saved: list[str]) -> bool:
     """Whether an entry of an adapter file belongs to one of these modules saved in full."""
     path = key.removeprefix(_WRAPPER)
@@ -439,8 +446,8 @@ def _adapt_config(
     values: dict[str, Any], found: Fit, state: Mapping[str, Tensor], scaling: _LoraScaling, model: nn.Module
 ) -> dict[str, Any]:
     heads = values.get("modules_to_save") or []
-    there = {name for name, _ in model.named_modules()}
-    kept = [head for head in heads if any(name == head or name.endswith(f".{head}") for name in there)]
+    absent = missing_modules(model, heads)
+    kept = [head for head in heads if head not in absent]
     modules = {path for path in found.modules if not any(path == h or path.endswith(f".{h}") for h in kept)}
     old = {new: name for name, new in found.same.items()}
     adapted = {**values, "target_modules": f"(?:{'|'.join(map(re.escape, sorted(modules)))})"}

@@ -78,13 +78,11 @@ class AdapterTuner(BaseTuner):
         layer = self.tuner_layer_cls
         portable.check_fusable(found, self.info.name, layer.adapter_layer_names, layer.per_channel)
         config.found, config.fingerprints = found, found.records(self.model, recorded)
-        names = [name for name, _ in self.model.named_modules() if name]
         if not found.missing and not all(check_target_module_exists(config, name) for name in found.modules):
             config.target_modules, config.exclude_modules = found.regex(), None
         heads = config.modules_to_save or []
-        config.modules_to_save = [h for h in heads if any(n == h or n.endswith(f".{h}") for n in names)] or None
-        lost = [head for head in heads if head not in (config.modules_to_save or [])]
-        config.lost_heads = lost
+        config.lost_heads = lost = portable.missing_modules(self.model, heads)
+        config.modules_to_save = [head for head in heads if head not in lost] or None
         if lost:
             _LOG.warning("%s has no %s: that part of the adapter is left out.", type(self.model).__name__, lost[0])
 
