@@ -343,7 +343,11 @@ def test_a_perfect_score_has_an_interval() -> None:
 
 
 def test_only_final_runs_count() -> None:
-    assert rank_arms([record("a", 0, 0.9, stage="search")]) == []
+    search = record("a", 0, 0.9, stage="search")
+    assert rank_arms([search]) == []
+    cell = rank_arms([search, record("b", 0, 0.5), record("b", 1, 0.6)])[0]
+    assert [arm.label for arm in cell.arms] == ["b"]
+    assert "a has no score: it has no final run." in words(cell)
 
 
 def test_pareto_front() -> None:

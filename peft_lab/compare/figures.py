@@ -96,13 +96,14 @@ def front_of_all(cell: Cell) -> tuple[list[str], list[str]]:
 def _rates(cell: Cell, searched: list[Record], good: list[Record], order: Sequence[str]) -> Iterator[Plan]:
     lines = []
     for label in order:
-        scores: dict[float, dict[int, list[float]]] = {}
+        scores: dict[float, dict[tuple[int, int], list[float]]] = {}
         for record in searched:
             score = record.score("validation")
             if record.arm == label and score is not None and np.isfinite(score):
-                scores.setdefault(record.learning_rate, {}).setdefault(record.round, []).append(score)
-        # of a rate that went through several rounds, the last one counts: it had the most steps
-        best = {rate: float(np.mean(rounds[max(rounds)])) for rate, rounds in sorted(scores.items())}
+                length = (record.round, int(record.options.get("max_steps") or 0))
+                scores.setdefault(record.learning_rate, {}).setdefault(length, []).append(score)
+        # of a rate that was tried at several lengths (rounds, trials of time), the longest one counts
+        best = {rate: float(np.mean(lengths[max(lengths)])) for rate, lengths in sorted(scores.items())}
         chosen = {record.learning_rate for record in good if record.arm == label and record.stage == "final"}
         ringed = next((index for index, rate in enumerate(best) if rate in chosen), None)
         if best:

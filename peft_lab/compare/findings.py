@@ -72,9 +72,8 @@ def _failures(cell: Cell) -> str:
             plural = "s" if len(arm.missing) > 1 else ""
             sentences.append(f"{arm.label} lacks seed{plural} {join([str(seed) for seed in arm.missing])}.")
     for label, runs in cell.without_score.items():
-        sentences.append(
-            f"{label} has no score: {'its run' if len(runs) == 1 else f'all its {len(runs)} runs'} failed."
-        )
+        failed = "its run failed" if len(runs) == 1 else f"all its {len(runs)} runs failed"
+        sentences.append(f"{label} has no score: {failed if runs else 'it has no final run'}.")
     return " ".join(sentences)
 
 

@@ -237,6 +237,8 @@ def _axes(scheme: Scheme, height: float) -> tuple[Figure, Axes]:
 
 
 def plain(label: str, limit: int = 28) -> str:
-    """A label on one line, cut to `limit`, in which matplotlib finds no formula."""
+    """A label on one line, shortened in its middle to `limit`, in which matplotlib finds no formula."""
     text = " ".join(label.split())
-    return (text if len(text) <= limit else text[: limit - 1] + "…").replace("$", r"\$")
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}…{text[-(limit - limit // 2 - 1) :]}"
+    return text.replace("$", r"\$")

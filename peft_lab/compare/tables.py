@@ -92,7 +92,10 @@ def headline(cell: Cell) -> Table:
     columns = [
         Column("arm", numeric=False),
         Column(metric_title(cell.metric), help="mean over seeds on the test rows, with the 95 % interval"),
-        Column("less than the best", help="the best mean less this one on shared seeds, with the 95 % interval of this pair"),
+        Column(
+            "less than the best",
+            help="the best mean less this one on shared seeds, with the 95 % interval of this pair",
+        ),
         Column("p (Holm)", help="probability of such a difference between equal arms, adjusted for all pairs"),
         Column("seeds"),
         *(Column(_SHOWN[name][0], help=MEASURES[name].title) for name in shown),
@@ -108,7 +111,7 @@ def headline(cell: Cell) -> Table:
         rows.append((first, *_score_entries(cell, arm, group), *measures, rate))
     for label, runs in cell.without_score.items():
         group = (cell.task, cell.backbone, label)
-        failed = Entry(f"failed ({len(runs)} of {len(runs)} runs)", None, group)
+        failed = Entry(f"failed ({len(runs)} of {len(runs)} runs)" if runs else "no final run", None, group)
         rows.append((Entry(label, label, group), failed, *[_MISSING] * (len(columns) - 2)))
     return Table(f"{cell.task}, {cell.backbone}", tuple(columns), tuple(rows))
 
