@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from peft_lab import run_folder
 from peft_lab.backbones import BACKBONES, is_local, public_name
+from peft_lab.items import ITEMS, Items, read_item_file
 from peft_lab.task import kind as task_kind
 
 if TYPE_CHECKING:
@@ -39,11 +40,23 @@ class Base:
 
 def write_card(folder: Path, metrics: Mapping[str, Any], info: MethodInfo, task: Task) -> None:
     """Write README.md from the content of metrics.json."""
-    (folder / run_folder.CARD).write_text(card_text(folder.name, metrics, info, task), encoding="utf-8")
+    text = card_text(folder.name, metrics, info, task, items=items_of(folder))
+    (folder / run_folder.CARD).write_text(text, encoding="utf-8")
+
+
+def items_of(folder: Path) -> Items | None:
+    """What a run found for each test row, if it wrote that."""
+    return read_item_file(folder / ITEMS) if (folder / ITEMS).is_file() else None
 
 
 def card_text(
-    name: str, metrics: Mapping[str, Any], info: MethodInfo, task: Task, base: Base | None = None, repo: str = ""
+    name: str,
+    metrics: Mapping[str, Any],
+    info: MethodInfo,
+    task: Task,
+    base: Base | None = None,
+    repo: str = "",
+    items: Items | None = None,
 ) -> str:
     """The card as Markdown with the Hub's YAML head. A local path is never given as the base model.
 
@@ -53,6 +66,7 @@ def card_text(
         info, task: the method and the task of the run.
         base: how to name the base model; by default what its name in the run tells.
         repo: Hub id that the lines of code load from; by default they load from the folder `name`.
+        items: what was found for each test row, for the interval of a metric that is no share of right answers.
     """
     run, kind = metrics["run"], task_kind(task.kind)
     base = base or base_of(metrics)
@@ -77,7 +91,7 @@ def card_text(
         f"```python\n{code}\n```",
         "## Results",
         _table(("split", "metric", "value"), _scores(metrics["metrics"])),
-        *_interval(metrics, task),
+        *_interval(metrics, task, items),
         *_converted(metrics),
         _table(("measured", "value"), _measured(metrics)),
         "## Training",
@@ -229,8 +243,8 @@ def _what(info: MethodInfo, metrics: Mapping[str, Any]) -> str:
     paper = f" ([arXiv:{info.paper}](https://arxiv.org/abs/{info.paper}))" if info.paper[:1].isdigit() else ""
     origin = metrics.get("lora_export")
     if origin:
-        return f"A LoRA adapter, converted from a {origin['title']} adapter,"
-    return f"A {info.title} adapter{paper}" if info.kind != "baseline" else f"{info.title}{paper}"
+        return f"LoRA adapter, converted from {origin['title']},"
+    return f"{info.title} adapter{paper}" if info.kind != "baseline" else f"{info.title}{paper}"
 
 
 def _at(base: Base) -> str:
@@ -250,20 +264,42 @@ def _scores(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
     ]
 
 
-def _interval(metrics: Mapping[str, Any], task: Task) -> list[str]:
-    """One sentence with the binomial interval of a test score that is a share of right answers."""
+def _interval(metrics: Mapping[str, Any], task: Task, items: Items | None) -> list[str]:
+    """One sentence with the interval of the main metric over the choice of the test rows, if one can be had."""
     name, rows = metrics["main_metric"], metrics["data"]["rows"].get("test")
-    share = metrics["metrics"].get("test", {}).get(name)
-    if name not in _SHARES or name not in task.metrics or not rows or share is None:
+    value = metrics["metrics"].get("test", {}).get(name)
+    if name not in task.metrics or not rows or value is None:
         return []
-    from scipy.stats import binomtest
+    if name in _SHARES:
+        from scipy.stats import binomtest
 
-    right = round(share * rows)
-    low, high = binomtest(right, rows).proportion_ci(0.95, method="wilson")
+        right = round(value * rows)
+        low, high = binomtest(right, rows).proportion_ci(0.95, method="wilson")
+        begin, how = f"{right:,} of {rows:,} test rows are right: {name} {value:.4f}", "binomial interval (Wilson)"
+    else:
+        found = _jackknife(name, items, metrics["data"]["labels"])
+        if found is None:
+            return []
+        low, high = found
+        begin, how = f"{name} {value:.4f} on {rows:,} test rows", "jackknife interval over the rows"
     return [
-        f"{right:,} of {rows:,} test rows are right: {name} {share:.4f}, 95 % binomial interval (Wilson) "
-        f"{low:.4f} to {high:.4f}. It covers the choice of the test rows, not that of the seed: this is one run."
+        f"{begin}, 95 % {how} {low:.4f} to {high:.4f}. It covers the choice of the test rows, not that of the seed: "
+        "this is one run."
     ]
+
+
+def _jackknife(metric: str, items: Items | None, labels: int | None) -> tuple[float, float] | None:
+    from scipy.stats import t
+
+    from peft_lab.compare.item_metrics import BOUNDS, item_values
+
+    found = item_values(metric, items, labels) if items is not None and len(items) > 1 else None
+    if found is None:
+        return None
+    value, rows = found
+    half = t.ppf(0.975, len(rows) - 1) * rows.std(ddof=1) / len(rows) ** 0.5
+    least, most = BOUNDS.get(metric, (float("-inf"), float("inf")))
+    return max(least, value - half), min(most, value + half)
 
 
 def _converted(metrics: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -12,6 +14,7 @@ from tiny_runs import make_backbone, make_task, options
 from peft_lab import registry
 from peft_lab.backbones import hub_id, public_name, reachable_name, resolve_model
 from peft_lab.card import Base, base_of, card_text, eval_entries, write_card
+from peft_lab.items import Items
 from peft_lab.loading import load
 from peft_lab.task import load_task
 from peft_lab.training import train
@@ -81,13 +84,31 @@ def test_the_interval_is_the_binomial_one_of_the_test_rows(finished):
     assert f"95 % binomial interval (Wilson) {low:.4f} to {high:.4f}" in text
 
 
-def test_no_interval_for_a_metric_that_is_no_share_of_right_answers(finished):
+def test_the_interval_of_another_metric_needs_the_items(finished):
+    """Matthews correlation by the jackknife, against scipy's bootstrap of scikit-learn's."""
+    import numpy as np
+    from scipy.stats import bootstrap
+    from sklearn.metrics import matthews_corrcoef
+
+    draw = np.random.default_rng(0)
+    reference = draw.integers(0, 2, 400)
+    prediction = np.where(draw.random(400) < 0.8, reference, 1 - reference)
+    value = matthews_corrcoef(reference, prediction)
     task, info = load_task("glue-cola"), registry.method("lora")
     metrics = finished.metrics | {
-        "metrics": {"test": {"matthews_correlation": 0.5}},
+        "metrics": {"test": {"matthews_correlation": value}},
         "main_metric": "matthews_correlation",
+        "data": finished.metrics["data"] | {"labels": 2, "rows": {"test": 400}},
     }
     assert "interval" not in card_text("name", metrics, info, task)
+    items = Items("classification", {"reference": reference, "prediction": prediction})
+    text = card_text("name", metrics, info, task, items=items)
+    found = re.search(r"on 400 test rows, 95 % jackknife interval over the rows ([\d.]+) to ([\d.]+)\. It", text)
+    assert found
+    expected = bootstrap(
+        (reference, prediction), matthews_corrcoef, paired=True, vectorized=False, n_resamples=400, method="percentile"
+    ).confidence_interval
+    assert [float(found[1]), float(found[2])] == pytest.approx(list(expected), abs=0.02)
 
 
 def test_data_of_the_hub_is_named_for_the_hub(finished):

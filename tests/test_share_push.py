@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from hub_stand_in import TOKEN, Hub, Repository
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 from tiny_runs import command, environment, flags, make_backbone, make_task, options
 
 from peft_lab.cli import main
@@ -228,6 +229,12 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         push(tmp_path / "topics", "a/b")
 
 
+def test_only_the_finished_run_is_pushed(place, tmp_path):
+    values = options(place["task"], place["backbone"], tmp_path / "out", hub_strategy="checkpoint")
+    with pytest.raises(ConfigError, match="would upload checkpoints"):
+        train(values)
+
+
 # What needs no Hub ---------------------------------------------------------------------------------------------------
 
 
@@ -274,16 +281,28 @@ def test_short_names_become_hub_ids_where_the_weights_are_the_same(local):
 def test_a_short_name_stays_in_the_options_of_the_run(local, tmp_path):
     metrics = json.loads((local / "metrics.json").read_text())
     copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in local.iterdir():
-        if path.is_file():
-            (copy / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(local, copy, ignore=shutil.ignore_patterns("checkpoint-*"))
     metrics["run"]["model_name_or_path"] = "minilm"
     (copy / "metrics.json").write_text(json.dumps(metrics))
     out = staged(copy, tmp_path / "out")
     assert yaml.safe_load((out / "run.yaml").read_text())["model_name_or_path"] == "minilm"
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_results_on_data_of_the_hub_are_evaluation_results(local, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(local, copy, ignore=shutil.ignore_patterns("checkpoint-*", "task.yaml"))
+    metrics = json.loads((copy / "metrics.json").read_text())
+    metrics["run"] |= {"task": "glue-rte", "model_name_or_path": "org/base"}
+    metrics["metrics"]["test"] = {"loss": 1.0, "accuracy": 0.625}
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    out = staged(copy, tmp_path / "out")
+    (entry,) = parse_eval_result_entries(yaml.safe_load((out / ".eval_results" / "glue-rte.yaml").read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("nyu-mll/glue", "rte", 0.625)
+    assert "seed 42" in entry.notes
+    assert not (out / "task.yaml").exists()
+    assert yaml.safe_load((out / "run.yaml").read_text())["task"] == "glue-rte"
 
 
 def test_an_adapter_of_peft_alone_gets_a_card_of_what_is_known(tmp_path):

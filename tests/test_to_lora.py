@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_lab import registry
-from peft_lab.errors import ConfigError
+from peft_lab.errors import AdapterMismatchError, ConfigError
 from peft_lab.inference import evaluate
 from peft_lab.loading import load
 from peft_lab.share import to_lora
@@ -146,6 +146,13 @@ def test_tuners_of_peft_without_a_delta_say_so(method):
         convert(model)
 
 
+def test_a_method_without_layers_says_so():
+    base = TINY["llama"]()
+    model = get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ConfigError, match='"prompt_tuning" adds no delta'):
+        convert(model)
+
+
 def test_dora_is_lora_already():
     model = get_peft_model(Ops(nn.Linear(8, 8)), LoraConfig(target_modules=["op"], use_dora=True))
     with pytest.raises(ConfigError, match="LoRA adapter already"):
@@ -257,10 +264,15 @@ def test_a_converted_run_is_a_run(run, converted):
     assert evaluate(folder)["accuracy"] == run.metrics["metrics"]["test"]["accuracy"]
     assert load(folder).labels == ["food", "music", "weather"]
     text = (folder / "README.md").read_text()
-    assert "converted from a SVFit adapter" in text
+    assert "converted from SVFit" in text
     assert "import peft_lab" not in text
     assert "measured before the conversion" in text
     assert json.loads((folder / "metrics.json").read_text())["lora_export"]["method"] == "svfit"
+
+
+def test_a_converted_run_still_knows_its_base(converted, place, tmp_path):
+    with pytest.raises(AdapterMismatchError):
+        load(converted[1], model_name_or_path=str(make_backbone(tmp_path / "other", seed=1)))
 
 
 def test_the_command_prints_rank_and_error(run, place, converted, capsys, monkeypatch, tmp_path):

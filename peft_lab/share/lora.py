@@ -6,6 +6,8 @@ value decomposition of its delta at the delta's numerical rank. Tuners of peft c
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import re
 import shutil
@@ -79,6 +81,8 @@ def to_lora(
     _check_method(registry.method(str(config.get("peft_type", "")).lower()))
     done = convert(_load(folder, config, model_name_or_path), rank=rank)
     _write(done, folder, out)
+    if config.get("fingerprints"):  # of our own methods; those of peft have the file beside their config
+        run_folder.write_json(out / run_folder.BASE_RECORD, {"modules": config["fingerprints"]})
     return done
 
 
@@ -109,7 +113,7 @@ def convert(model: Any, adapter_name: str = "default", rank: int | None = None) 
         ranks[name] = down.shape[0]
         state |= {f"{_PREFIX}{name}.{key}": value for key, value in _entries(op, base, up, down).items()}
     if not ranks:
-        raise ConfigError(f'Adapter "{adapter_name}" adapts no module.')
+        raise ConfigError(f'Method "{info.name}" adds no delta to a weight here, so LoRA has nothing to take over.')
     return Converted(_config(config, model, layers, ranks), state | _heads(model, adapter_name), ranks, errors, info)
 
 
@@ -141,10 +145,7 @@ def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | Non
     For a convolution with groups A has the rows of all groups, and B those of a row's own group: (out, r / groups).
     """
     own = layer.lora_factors(adapter) if hasattr(layer, "lora_factors") else None
-    if own is not None:
-        delta = own[0].double() @ own[1].double()
-    else:
-        delta = op.matrix(layer.get_delta_weight(adapter)).double()
+    delta = own[0].double() @ own[1].double() if own else op.matrix(_delta(layer, base, adapter)).double()
     groups = base.groups if op.kind == "conv2d" else 1
     if own is not None and groups == 1:
         used = (own[0] != 0).any(0)
@@ -156,6 +157,17 @@ def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | Non
     blocks = zip(up.double().chunk(groups), down.double().chunk(groups), strict=True)
     difference = torch.cat([b @ a for b, a in blocks]) - delta
     return up, down, (difference.norm() / delta.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def _delta(layer: Any, base: Any, adapter: str) -> Tensor:
+    """The delta in the layout of the weight; what merging a copy changes if the tuner gives none by name (MiSS)."""
+    parameters = inspect.signature(layer.get_delta_weight).parameters.values()
+    if sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 1:
+        delta: Tensor = layer.get_delta_weight(adapter)
+        return delta
+    merged = copy.deepcopy(layer).double()  # in float64, so that the difference is not rounded away
+    merged.merge(adapter_names=[adapter])
+    return merged.get_base_layer().weight - base.weight
 
 
 def _decomposed(delta: Tensor, groups: int, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -245,7 +257,7 @@ def _write(done: Converted, folder: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     done.config.save_pretrained(str(out))
     save_file(done.state, out / run_folder.ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    for pattern in (*PROCESSOR_FILES, run_folder.LABELS, run_folder.TASK):
+    for pattern in (*PROCESSOR_FILES, run_folder.LABELS, run_folder.TASK, run_folder.BASE_RECORD):
         for path in folder.glob(pattern):
             shutil.copyfile(path, out / path.name)
     metrics = run_folder.read_metrics(folder)

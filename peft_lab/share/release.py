@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft_lab import registry, run_folder
 from peft_lab.backbones import BACKBONES, is_local, public_name
 from peft_lab.cache import cache_dir
-from peft_lab.card import LOCAL_OPTIONS, Base, card_text, eval_entries, plain_card
+from peft_lab.card import LOCAL_OPTIONS, Base, card_text, eval_entries, items_of, plain_card
 from peft_lab.errors import ConfigError
 from peft_lab.run_config import dump_yaml
 
@@ -28,10 +28,12 @@ PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
 )
 _WEIGHTS = (run_folder.ADAPTER_WEIGHTS, "model*.safetensors", "model.safetensors.index.json")
-_AS_THEY_ARE = (*PROCESSOR_FILES, *_WEIGHTS, run_folder.LABELS)
+_AS_THEY_ARE = (*PROCESSOR_FILES, *_WEIGHTS, run_folder.LABELS, run_folder.BASE_RECORD)
 #: Files whose values may name a path, which is taken out of them.
-_SETTINGS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "config.json")
-_SETTINGS += ("generation_config.json", "image_processor_config.json")
+_SETTINGS = (
+    *("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "config.json"),
+    *("generation_config.json", "image_processor_config.json"),
+)
 
 EVAL_RESULTS = ".eval_results"
 
@@ -130,7 +132,8 @@ def _stage_run(folder: Path, metrics: dict[str, Any], repo_id: str, out: Path, b
     run_folder.write_json(out / run_folder.METRICS, shown)
     if "lora_export" not in metrics:
         (out / run_folder.RUN).write_text(dump_yaml(public), encoding="utf-8")
-    card = card_text(repo_id.rpartition("/")[2], shown | {"run": public}, info, task, base, repo=repo_id)
+    title, items = repo_id.rpartition("/")[2], items_of(folder)
+    card = card_text(title, shown | {"run": public}, info, task, base, repo_id, items)
     (out / run_folder.CARD).write_text(card, encoding="utf-8")
     entries = eval_entries(metrics, info, task)
     if entries:
