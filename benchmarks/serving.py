@@ -40,9 +40,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+LAYERS = 12
+
+
 def build() -> nn.Module:
     torch.manual_seed(0)
-    return BertModel(BertConfig(), add_pooling_layer=False).eval()
+    return BertModel(BertConfig(num_hidden_layers=LAYERS), add_pooling_layer=False).eval()
 
 
 def config_of(model: nn.Module, method: str) -> PeftConfig:
@@ -195,19 +198,21 @@ def resident() -> int:
 
 
 def main() -> None:
+    global LAYERS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", nargs="+", default=["loading", "mixed", "tenants"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--tenants", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer for a quick look: the cost of each is alike")
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    methods, repeats = arguments.methods, arguments.repeats
+    LAYERS, methods, repeats = arguments.layers, arguments.methods, arguments.repeats
     parts = ["# Serving adapters", report.environment("cpu")]
     about = f"the best of {repeats} runs, the methods in turns, CPU time of one thread."
-    parts.append(f"BERT-base size, random weights, fp32; {about}")
+    parts.append(f"BERT-base width, {LAYERS} layers, random weights, fp32; {about}")
     if "loading" in arguments.sections:
         parts.append(loading(methods, max(1, repeats // 2)))
     if "mixed" in arguments.sections:

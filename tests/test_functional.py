@@ -15,6 +15,7 @@ from peft_lab import functional
 from peft_lab.functional import (
     recomputed,
     scale_shift,
+    scale_shift_,
     spectral_linear,
 )
 
@@ -215,3 +216,15 @@ def test_compiled_results_are_the_same() -> None:
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     arguments = (x, delta, scale, shift)
     assert_same(gradients(compiled, *arguments), gradients(block, *arguments), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_shift_in_place_writes_only_where_nothing_is_lost(dtype):
+    y, scale, shift = torch.randn(4, 3, 5).to(dtype), torch.randn(4, 5), torch.randn(4, 5)
+    expected, before = scale_shift(y, scale, shift), y.clone()
+    leaf = y.clone().requires_grad_()
+    assert torch.equal(scale_shift_(leaf, scale, shift), expected)
+    assert torch.equal(leaf, before)
+    out = scale_shift_(y, scale, shift)
+    assert torch.equal(out, expected)
+    assert (out is y) == (dtype == torch.float32)
