@@ -32,7 +32,7 @@ def push(
     """Push an adapter to the Hub with a filled card: private, without checkpoints and without local paths."""
     from peft_lab.share import push as run_push
 
-    url = run_push(
+    done = run_push(
         adapter,
         repo_id,
         not public,
@@ -41,7 +41,7 @@ def push(
         commit_message=commit_message,
         base_model=base_model,
     )
-    typer.echo(f"Pushed to {url}")
+    typer.echo(f"Pushed to {done.commit_url}")
 
 
 def to_lora(

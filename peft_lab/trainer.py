@@ -46,6 +46,7 @@ class LabTrainer(Trainer):
     """
 
     model: Any
+    hub_model_id: Any
 
     def __init__(
         self,
@@ -164,8 +165,8 @@ class LabTrainer(Trainer):
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> str | None:
-        """Upload the run's folder as `peft-lab push` does, always waiting for it; return the address of the commit."""
+    ) -> Any:
+        """Upload the run's folder as `peft-lab push` does, always waiting for it; None on all but the first process."""
         token = token or self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)

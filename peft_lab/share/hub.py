@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_token, validate_repo_id
 
@@ -25,7 +25,7 @@ def push(
     token: str | None = None,
     commit_message: str | None = None,
     base_model: str | None = None,
-) -> str:
+) -> CommitInfo:
     """Upload an adapter with its card, evaluation results, processor, labels and metrics in one commit.
 
     Nothing else of the folder is uploaded: no checkpoint, no optimizer state, no pickle, no path of this machine. The
@@ -41,7 +41,7 @@ def push(
         base_model: Hub id of the base model, if the adapter was trained on a folder of this machine.
 
     Returns:
-        Address of the commit.
+        What huggingface_hub says of the commit: `commit_url`, `oid`, ...
 
     Raises:
         ConfigError: no such adapter, a base that others cannot load, or the Hub refuses; nothing was uploaded.
@@ -57,7 +57,7 @@ def push(
             if revision not in (None, "main"):
                 api.create_branch(repo_id, branch=str(revision), exist_ok=True)
             done = api.upload_folder(repo_id=repo_id, folder_path=scratch, commit_message=message, revision=revision)
-    return str(done.commit_url)
+    return done
 
 
 def create_repository(repo_id: str, private: bool = True, token: str | None = None) -> str:
