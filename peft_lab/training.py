@@ -87,7 +87,10 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
     arguments = training_arguments(config, info)
     _check_best_metric(arguments, task)
     if state == "finished":
-        logger.warning('The run in "%s" is finished; pass --overwrite_output_dir to repeat it.', config.output_dir)
+        also = " `peft-lab push` uploads it." if arguments.push_to_hub else ""
+        logger.warning(
+            'The run in "%s" is finished; pass --overwrite_output_dir to repeat it.%s', config.output_dir, also
+        )
         return TrainResult(folder, run_folder.read_metrics(folder), load(folder).model)
     return _Run(config, info, task, arguments, folder).execute()
 
