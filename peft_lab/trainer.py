@@ -94,8 +94,9 @@ class LabTrainer(Trainer):
         """Create the schedule of the learning rate: over time if that is what ends the training."""
         if self.lr_scheduler is None and self.timer.max_seconds and self.args.lr_scheduler_type == "linear":
             warm_up = self.args.warmup_steps  # a part of the whole, as `training.training_arguments` has made sure
+            optimized: Any = optimizer or self.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda _: factor(self.timer.progress, warm_up)
+                optimized, lambda _: factor(self.timer.progress, warm_up)
             )
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from peft_lab.compare import default_study, load_study
+from peft_lab.compare.parts import Search
 from peft_lab.compare.plan import arm_runs, candidates, count_runs, rate_grid, rounds, shortened
-from peft_lab.compare.study import Search
 from peft_lab.errors import PeftLabError
 from peft_lab.registry import method
 

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_lab.compare.advice import Recommendation, recommend
+    from peft_lab.compare.parts import Study
     from peft_lab.compare.results import Record, read_items, read_results
     from peft_lab.compare.runner import Comparison, compare
-    from peft_lab.compare.study import Study, default_study, load_study
+    from peft_lab.compare.study import default_study, load_study
 
 #: Public names, resolved on first use: checking a study file needs few of them.
 _LAZY = {
     **dict.fromkeys(("Recommendation", "recommend"), "advice"),
     **dict.fromkeys(("Record", "read_items", "read_results"), "results"),
     **dict.fromkeys(("Comparison", "compare"), "runner"),
-    **dict.fromkeys(("Study", "default_study", "load_study"), "study"),
+    "Study": "parts",
+    **dict.fromkeys(("default_study", "load_study"), "study"),
 }
 
 __all__ = [

@@ -12,12 +12,13 @@ from typing import Any
 from peft_lab.compare import plan
 from peft_lab.compare.backends import Backend, make_backend
 from peft_lab.compare.findings import words
+from peft_lab.compare.parts import Arm, Limits, Search, Study
 from peft_lab.compare.plan import Choice, Run
 from peft_lab.compare.progress import seconds
 from peft_lab.compare.results import Record, read_items
 from peft_lab.compare.runner import Comparison, carry_out, compare
 from peft_lab.compare.statistics import Cell, rank_arms
-from peft_lab.compare.study import Arm, Limits, Search, Study, default_study
+from peft_lab.compare.study import default_study
 from peft_lab.errors import ConfigError
 from peft_lab.run_config import dump_yaml
 
@@ -156,7 +157,9 @@ def fit_to_time(
         if len(arms) < 2:
             least = predicted([*arms, slowest], size)
             raise ConfigError(
-                f"The time is too short: two methods with one run each take about {math.ceil(least / 60)} minutes."
+                f"The time is too short: after a short run of each method "
+                f"{max(available, 0) / 60:.1f} minutes were left, but two methods with one run each take about "
+                f"{math.ceil(least / 6) / 10} more."
             )
     seeds, trials, part = size
     if seeds < PLANS[0][0]:

@@ -6,6 +6,7 @@ that is started again waits for them instead of training the same run a second t
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,8 @@ def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], plac
     file = place.with_name(f"{place.name}.yaml")
     file.write_text(dump_yaml(options), encoding="utf-8")
     command = [sys.executable, "-m", "peft_lab.compare.launch", str(place.with_name(f"{place.name}.launch"))]
-    command += [*_flags(launcher["accelerate"]), "-m", "peft_lab", "train", str(file)]
+    flags = {"main_process_port": _free_port(), **launcher["accelerate"]}
+    command += [*_flags(flags), "-m", "peft_lab", "train", str(file)]
     ended = subprocess.run(command, check=False)
     if ended.returncode or not (place / run_folder.METRICS).is_file():
         raise PeftLabError(
@@ -49,6 +51,13 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
         if value is not False:
             found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return found
+
+
+def _free_port() -> int:
+    """A port for the processes of one run; several runs may be under way on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -157,7 +157,7 @@ def _base_of(loaded: Loaded) -> Iterator[Any]:
     _, model = load_base(
         loaded.kind, loaded.task, loaded.labels, run["model_name_or_path"], run.get("model_revision"), run.get("dtype")
     )
-    yield model.to(loaded.model.device).eval()
+    yield model.eval()
 
 
 def _batches(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -> Iterator[dict[str, Any]]:
@@ -179,11 +179,12 @@ def _device() -> Any:
 def _loss_per_token(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -> float:
     import torch
 
+    reduce: Any = loaded.kind.preprocess_logits_for_metrics
     total = tokens = 0.0
     with torch.no_grad():
         for batch in _batches(loaded, model, task, rows, size):
             labels = batch.pop("labels")
-            _, log_probabilities = loaded.kind.preprocess_logits_for_metrics(model(**batch).logits, labels)
+            _, log_probabilities = reduce(model(**batch).logits, labels)
             kept = labels[:, 1:] != -100
             total -= float((log_probabilities * kept).sum())
             tokens += float(kept.sum())

@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Any
 
 from peft_lab import registry
+from peft_lab.compare.parts import Arm, Cell, Search, Study
 from peft_lab.compare.results import Record
-from peft_lab.compare.study import Arm, Cell, Search, Study
 from peft_lab.errors import ConfigError
 from peft_lab.run_config import RunConfig
 from peft_lab.task import load_task

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from peft_lab.compare import plan, size
 from peft_lab.compare.backends import Backend, is_import_of_main, make_backend
+from peft_lab.compare.parts import Arm, Cell, Study
 from peft_lab.compare.plan import Choice, Run
 from peft_lab.compare.progress import Progress
 from peft_lab.compare.results import (
@@ -26,7 +27,7 @@ from peft_lab.compare.results import (
     repair,
     search_budgets,
 )
-from peft_lab.compare.study import Arm, Cell, Study, load_study
+from peft_lab.compare.study import load_study
 from peft_lab.compare.worker import Job, lock_file, now, one_line, record_of
 from peft_lab.errors import ConfigError
 from peft_lab.run_config import dump_yaml
@@ -243,8 +244,7 @@ class _Runner:
 
     def _relabelled(self, run: Run, record: Record) -> Record:
         """The record under the names that the study has now for its study, arm and task."""
-        names = {"study": run.study, "arm": run.arm, "task": run.task}
-        renamed = replace(record, **names)
+        renamed = replace(record, study=run.study, arm=run.arm, task=run.task)
         if renamed != record:
             append_record(self.folder, renamed)
         return renamed
