@@ -125,7 +125,8 @@ class AdapterConfig(PeftConfig):
                 raise ConfigError(f"{f.name}={value} is larger than anything in this base: at most {most}.")
 
     def _check_types(self, guard_only: bool = False) -> None:
-        hints = type_hints(type(self))
+        cls: Any = type(self)
+        hints = type_hints(cls)
         for name in (f.name for f in fields(self) if (f.name in PEFT_HINTS) == guard_only):
             value = getattr(self, name)
             value = value.value if isinstance(value, Enum) else value

@@ -221,8 +221,9 @@ def _is_fingerprint(entry: dict[str, Any]) -> bool:
     probe, shape = entry.get("probe"), entry.get("shape")
     return (
         {*entry} <= {"shape", "dtype", "sha256", "probe", "role", "layer", "nth"}
-        and _naturals(shape)
+        and isinstance(shape, list)
         and len(shape) <= _MAX_DIMS
+        and _naturals(shape)
         and all(isinstance(entry.get(key), str) and len(entry[key]) <= 64 for key in ("dtype", "sha256"))
         and isinstance(probe, list)
         and len(probe) <= 64

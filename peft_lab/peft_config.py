@@ -62,9 +62,10 @@ def check_sizes(config: PeftConfig, largest: int) -> None:
         nested = list(value.values()) if isinstance(value, dict) else [value]
         if _SIZE.search(f.name) and any(isinstance(v, int) and abs(v) > most for v in nested):
             raise ConfigError(f"{f.name}={shorten(value)} is larger than anything in this base: at most {most}.")
-    for start, stop in getattr(config, "layer_replication", None) or ():
+    copies: Any = getattr(config, "layer_replication", None) or ()
+    for start, stop in copies:
         if not 0 <= start < stop <= most:
-            raise ConfigError(f"layer_replication={shorten(config.layer_replication)} names blocks that cannot be.")
+            raise ConfigError(f"layer_replication={shorten(copies)} names blocks that cannot be.")
 
 
 def _checked(values: dict[str, Any], cls: Any, path: str) -> dict[str, Any]:

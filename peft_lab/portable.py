@@ -99,7 +99,8 @@ def fit(model: nn.Module, recorded: Mapping[str, Mapping[str, Any]]) -> Fit:
     Raises:
         AdapterMismatchError: a fused projection does not hold the weights that the adapter was trained on.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    outer: Any = model
+    model = outer.get_base_model() if hasattr(outer, "get_base_model") else model
     by_name, found = finder(model), Fit()
     left = []
     for name, entry in recorded.items():
@@ -301,7 +302,7 @@ def _join_lora(
 # Folders of peft's own tuners ---------------------------------------------------------------------------------------
 
 
-def write_record(model: nn.Module, folder: Path) -> None:
+def write_record(model: Any, folder: Path) -> None:
     """Write which base weights an adapter of peft's own tuners belongs to; ours hold that in their config."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -82,8 +82,8 @@ class AdapterTuner(BaseTuner):
             config.target_modules, config.exclude_modules = found.regex(), None
         heads = config.modules_to_save or []
         config.lost_heads = lost = portable.missing_modules(self.model, heads)
-        config.modules_to_save = [head for head in heads if head not in lost] or None
-        if lost:
+        # peft lists both of its usual heads where a model has one.
+        if lost and not (len(lost) < len(heads) and set(lost) <= set(_PEFT_HEADS)):
             _LOG.warning("%s has no %s: that part of the adapter is left out.", type(self.model).__name__, lost[0])
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:

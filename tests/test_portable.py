@@ -152,6 +152,17 @@ def _hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return getattr(model, model.base_model_prefix, model)(**inputs).last_hidden_state
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_adapter_with_a_task_type_loads_on_the_bare_model(method: str, tmp_path: Path) -> None:
+    full = MODELS["bert"]()
+    model = _adapted(method, full, target_modules=target_regex(full, ["attn.q"]), task_type="SEQ_CLS")
+    folder = _save(model, tmp_path)
+    inputs = tiny_inputs(full)
+    assert torch.equal(output(load_adapter(MODELS["bert"](), folder), inputs), output(model, inputs))
+    again = load_adapter(bare(MODELS["bert"]()), folder)
+    assert torch.equal(_hidden(again, inputs), _hidden(model, inputs))
+
+
 # Fused projections ----------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +331,23 @@ def test_bases_of_svfit_are_rebuilt_from_the_other_weights(tmp_path: Path) -> No
         layer = load_adapter(copy.deepcopy(other), folder, allow_other_base=True).get_base_model().get_submodule(query)
         kept = torch.linalg.svdvals(base.get_submodule(query).weight)
         assert_close(layer.bases("default").s, kept if save_bases else 2 * kept)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "merge"])
+def test_command_line_passes_the_word_on(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from peft_lab import inference
+    from peft_lab.cli import app
+
+    asked: list[Any] = []
+    monkeypatch.setattr(inference, command, lambda *args, **options: asked.append(options["allow_other_base"]) or {})
+    model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    model.save_pretrained(tmp_path / "a")
+    rest = {"evaluate": [], "predict": ["text"], "merge": [str(tmp_path / "b")]}[command]
+    for flag, wanted in (([], False), (["--allow_other_base"], True)):
+        result = CliRunner().invoke(app, [command, str(tmp_path / "a"), *rest, *flag], catch_exceptions=False)
+        assert (result.exit_code, asked.pop()) == (0, wanted)
 
 
 # One call for every method --------------------------------------------------------------------------------------------
