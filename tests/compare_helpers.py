@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import tiny_runs
 
 from peft_lab.compare.plan import Run
 from peft_lab.compare.results import append_record
-from peft_lab.compare.worker import Job, now, record_of
+from peft_lab.compare.worker import Job, record_of
+
+#: Seconds that a made-up run takes before and after training.
+OVERHEAD = 1.0
 
 
 def tiny_study(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -48,10 +52,19 @@ class PretendBackend:
     Args:
         score: run -> its main metric on every split; it may raise, as a process that dies does.
         workers: jobs at once.
+        step_seconds: method -> time that a training step is said to take.
+        sizes: method -> number of trainable parameters.
     """
 
-    def __init__(self, score: Callable[[Run], float], workers: int = 2) -> None:
+    def __init__(
+        self,
+        score: Callable[[Run], float],
+        workers: int = 2,
+        step_seconds: Mapping[str, float] | None = None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         self.score, self.workers = score, workers
+        self.step_seconds, self.sizes = step_seconds or {}, sizes or {}
         self.runs: list[Run] = []
 
     def submit(self, job: Job) -> Future[None]:
@@ -60,12 +73,22 @@ class PretendBackend:
         run = Run(**job["run"])
         self.runs.append(run)
         try:
-            values = {"status": "ok", "metrics": metrics_of(run, self.score(run))}
-            append_record(job["folder"], record_of(run, now(), **values))
+            values = {"status": "ok", "metrics": metrics_of(run, self.score(run)), "measures": self.measures(run)}
+            started = datetime.now(timezone.utc) - timedelta(seconds=OVERHEAD + values["measures"]["train_seconds"])
+            append_record(job["folder"], record_of(run, started.isoformat(), **values))
             future.set_result(None)
         except RuntimeError as error:
             future.set_exception(error)
         return future
+
+    def measures(self, run: Run) -> dict[str, float]:
+        """Times and sizes as a real run would have them."""
+        step = self.step_seconds.get(run.method, 0.01)
+        return {
+            "step_seconds": step,
+            "train_seconds": step * run.options.get("max_steps", 0),
+            "trainable_parameters": self.sizes.get(run.method, 1000),
+        }
 
     def close(self) -> None:
         """Nothing is left running."""
