@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peft_lab.compare import figures, plots, tables
-from peft_lab.compare.report import as_html, as_markdown, build, overlapping, slug, write_report
+from peft_lab.compare import plots, tables
+from peft_lab.compare.pareto import front_of_all
+from peft_lab.compare.report import as_html, as_markdown, build, overlapping, slug, without_paths, write_report
 from peft_lab.compare.results import RESULTS, Record
 from peft_lab.compare.statistics import rank_arms
 from peft_lab.errors import ConfigError
@@ -273,6 +274,21 @@ def test_runs_at_the_same_time_are_noticed() -> None:
     assert overlapping([first, during])
 
 
+def test_local_folders_are_named_by_their_last_part() -> None:
+    backbones = ("/home/somebody/tiny", "org/model", "/a/same", "/b/same")
+    named = without_paths([record("a", 0, backbone=backbone) for backbone in backbones])
+    assert [one.backbone for one in named] == ["tiny", "org/model", "/a/same", "/b/same"]
+
+
+def test_data_is_listed_once(tmp_path: Path, plain: None) -> None:
+    search, final = record("a", 0, "search"), record("a", 0)
+    final.metrics["data"] = {**final.metrics["data"], "rows": {"train": 50, "validation": 150, "test": 9}}
+    rows = build(tmp_path, [search, final]).data.rows
+    assert [[entry.text for entry in row] for row in rows] == [
+        ["words", "1", "abc", "50 train, 150 validation, 9 test"]
+    ]
+
+
 def test_cells_of_like_names_have_their_own_anchors(tmp_path: Path, plain: None) -> None:
     report = build(tmp_path, [record("a", 0, task="x y"), record("a", 0, task="x-y")])
     assert len({section.anchor for section in report.sections}) == 2
@@ -302,4 +318,4 @@ def test_front_of_all() -> None:
         for arm, score, cost in (("a", 0.9, 100), ("b", 0.8, 10), ("c", 0.7, 50))
         for seed in (0, 1)
     ]
-    assert figures.front_of_all(rank_arms(runs)[0]) == (["a", "b"], ["trainable parameters", "step ms"])
+    assert front_of_all(rank_arms(runs)[0]) == (["a", "b"], ["trainable parameters", "step ms"])

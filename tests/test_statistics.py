@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from peft_lab.compare.findings import metric_title, words
 from peft_lab.compare.item_metrics import item_values
 from peft_lab.compare.overall import average_ranks, mean_of, over_tasks
+from peft_lab.compare.pareto import pareto_front
 from peft_lab.compare.results import Record
 from peft_lab.compare.statistics import (
     Arm,
@@ -24,7 +25,6 @@ from peft_lab.compare.statistics import (
     half_width,
     holm,
     p_value,
-    pareto_front,
     rank_arms,
 )
 from peft_lab.errors import ConfigError

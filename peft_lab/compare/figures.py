@@ -14,8 +14,9 @@ import numpy as np
 from peft_lab.compare import plots
 from peft_lab.compare.findings import join, metric_title
 from peft_lab.compare.overall import arm_labels
+from peft_lab.compare.pareto import pareto_front
 from peft_lab.compare.results import Record
-from peft_lab.compare.statistics import Cell, pareto_front
+from peft_lab.compare.statistics import Cell
 from peft_lab.compare.tables import COSTS, measure_head, measured, scaled
 
 if TYPE_CHECKING:
@@ -80,17 +81,6 @@ def _pareto(cell: Cell) -> Iterator[Plan]:
         front = join([arm.label for arm, there in zip(arms, on, strict=True) if there])
         caption = f"{capital(metric_title(cell.metric))} against {head}. On the front of the means: {front}."
         yield Plan(f"pareto-{name.replace('_', '-')}", caption, partial(plots.pareto, cell, cost, head))
-
-
-def front_of_all(cell: Cell) -> tuple[list[str], list[str]]:
-    """The arms that no other beats in score and all costs at once, and the heads of the costs that were measured."""
-    names = [name for name in COSTS if all(measured(arm.records, name) is not None for arm in cell.arms)]
-    if not cell.arms or not names:
-        return [], []
-    points = [(arm.score.value, *(measured(arm.records, name) or 0.0 for name in names)) for arm in cell.arms]
-    on = pareto_front(points, (cell.higher_is_better, *[False] * len(names)))
-    labels = [arm.label for arm, there in zip(cell.arms, on, strict=True) if there]
-    return labels, [measure_head(name) for name in names]
 
 
 def _rates(cell: Cell, searched: list[Record], good: list[Record], order: Sequence[str]) -> Iterator[Plan]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peft_lab.compare.findings import metric_title
-from peft_lab.compare.statistics import Cell, pareto_front
+from peft_lab.compare.pareto import pareto_front
+from peft_lab.compare.statistics import Cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from peft_lab.backbones import is_local
 from peft_lab.compare import figures, tables
 from peft_lab.compare.findings import join, metric_title, words
 from peft_lab.compare.overall import over_tasks
+from peft_lab.compare.pareto import front_of_all
 from peft_lab.compare.results import Record, read_items, read_results, search_budgets
 from peft_lab.compare.statistics import Cell, rank_arms
 from peft_lab.run_config import dump_yaml
@@ -110,13 +113,21 @@ def write_report(folder: str | Path) -> Path:
         ConfigError: the folder holds no results.jsonl, or a broken one.
     """
     folder = Path(folder)
-    records = read_results(folder)
+    records = without_paths(read_results(folder))
     report = build(folder, records)
     (folder / CSV).write_text(tables.results_csv(records), encoding="utf-8")
     (folder / MARKDOWN).write_text(as_markdown(report), encoding="utf-8")
     page = folder / HTML
     page.write_text(as_html(report), encoding="utf-8")
     return page
+
+
+def without_paths(records: Sequence[Record]) -> list[Record]:
+    """The records with a backbone of a local folder named by the folder's last part, unless two would be the same."""
+    paths = {record.backbone for record in records}
+    names = {path: Path(path).name if is_local(path) else path for path in paths}
+    unique = {path: name if list(names.values()).count(name) == 1 else path for path, name in names.items()}
+    return [dataclasses.replace(record, backbone=unique[record.backbone]) for record in records]
 
 
 def build(folder: Path, records: Sequence[Record]) -> Report:
@@ -160,7 +171,7 @@ def _anchors(cells: Sequence[Cell]) -> list[str]:
 def _section(
     folder: Path, anchor: str, cell: Cell, records: Sequence[Record], order: Sequence[str], plots: bool
 ) -> Section:
-    labels, costs = figures.front_of_all(cell)
+    labels, costs = front_of_all(cell)
     front = ""
     if labels:
         axes = join([metric_title(cell.metric), *costs])
@@ -297,15 +308,19 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
 
 
 def _data(records: Iterable[Record]) -> tables.Table | None:
-    found: dict[tuple[str, ...], None] = {}
+    found: dict[tuple[str, str, str], Mapping[str, int]] = {}
     for record in records:
-        data: dict[str, Any] = record.metrics.get("data", {})
-        if data:
-            rows = ", ".join(f"{count:,} {split}" for split, count in data.get("rows", {}).items())
-            found[record.task, str(data.get("version", "")), rows, str(data.get("fingerprint", ""))] = None
-    columns = tuple(tables.Column(title, numeric=False) for title in ("task", "version", "rows", "fingerprint"))
-    rows_ = tuple(tuple(tables.Entry(value, value) for value in values) for values in found)
-    return tables.Table("Data", columns, rows_) if rows_ else None
+        data: Mapping[str, Any] = record.metrics.get("data", {})
+        key = (record.task, str(data.get("version", "")), str(data.get("fingerprint", "")))
+        # the runs of the search see no test rows: of runs on the same data the one that saw most is shown
+        if data and len(data.get("rows", {})) > len(found.get(key, {})):
+            found[key] = data["rows"]
+    columns = tuple(tables.Column(title, numeric=False) for title in ("task", "version", "fingerprint", "rows"))
+    rows = []
+    for seen, counts in found.items():
+        texts = (*seen, ", ".join(f"{count:,} {split}" for split, count in counts.items()))
+        rows.append(tuple(tables.Entry(text, text) for text in texts))
+    return tables.Table("Data", columns, tuple(rows)) if rows else None
 
 
 def slug(text: str) -> str:

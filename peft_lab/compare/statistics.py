@@ -392,16 +392,3 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, p * (len(order) - position)))
         adjusted[index] = largest
     return adjusted
-
-
-def pareto_front(points: Sequence[Sequence[float]], higher_is_better: Sequence[bool]) -> list[bool]:
-    """Which points no other point beats: none is at least as good in every coordinate and better in one.
-
-    A point with an unknown (nan) coordinate is not on the front and beats nobody.
-    """
-    values = np.asarray(points, dtype=float).reshape(-1, len(higher_is_better))
-    values = np.where(higher_is_better, values, -values)
-    known = np.isfinite(values).all(1)
-    candidates = values[known]
-    beaten = [((candidates >= one).all(1) & (candidates > one).any(1)).any() for one in values]
-    return [bool(there and not worse) for there, worse in zip(known, beaten, strict=True)]

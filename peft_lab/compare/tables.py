@@ -137,7 +137,8 @@ def _measure(arm: Arm, name: str, group: tuple[str, str, str]) -> Entry:
     if value is None:
         return _MISSING
     _, unit, decimals = _SHOWN[name]
-    return Entry(f"{value / unit:,.{decimals}f}", value, group)
+    small = 0 < abs(value / unit) < 0.5 / 10**decimals
+    return Entry(f"{value / unit:.2g}" if small else f"{value / unit:,.{decimals}f}", value, group)
 
 
 def overall(mean: Cell, cells: Sequence[Cell]) -> Table:
@@ -179,7 +180,7 @@ def tuning(records: Sequence[Record]) -> Table | None:
         mine = [record for record in records if (record.task, record.backbone, record.arm) == group]
         tried = sorted({record.learning_rate for record in mine if record.stage == "search"})
         chosen = sorted({record.learning_rate for record in mine if record.stage == "final"})
-        edge = " (edge)" if len(tried) > 1 and any(rate in (tried[0], tried[-1]) for rate in chosen) else ""
+        edge = " (edge)" if len(tried) > 2 and any(rate in (tried[0], tried[-1]) for rate in chosen) else ""
         picked = Entry(", ".join(f"{rate:g}" for rate in chosen) + edge, chosen[0], group) if chosen else _MISSING
         rows.append(
             (
