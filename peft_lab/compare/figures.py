@@ -61,7 +61,7 @@ def of_cell(cell: Cell, records: Sequence[Record], order: Sequence[str]) -> Iter
         yield from _pareto(cell)
     good = [record for record in records if record.ok]
     if searched := [record for record in good if record.stage == "search"]:
-        yield from _rates(cell, searched, good, order)
+        yield from _rates(cell, searched, records, order)
     yield from _curves(cell, [record for record in good if record.stage == "final"], order)
 
 
@@ -83,7 +83,7 @@ def _pareto(cell: Cell) -> Iterator[Plan]:
         yield Plan(f"pareto-{name.replace('_', '-')}", caption, partial(plots.pareto, cell, cost, head))
 
 
-def _rates(cell: Cell, searched: list[Record], good: list[Record], order: Sequence[str]) -> Iterator[Plan]:
+def _rates(cell: Cell, searched: list[Record], records: Sequence[Record], order: Sequence[str]) -> Iterator[Plan]:
     lines = []
     for label in order:
         scores: dict[float, dict[tuple[int, int], list[float]]] = {}
@@ -94,7 +94,7 @@ def _rates(cell: Cell, searched: list[Record], good: list[Record], order: Sequen
                 scores.setdefault(record.learning_rate, {}).setdefault(length, []).append(score)
         # of a rate that was tried at several lengths (rounds, trials of time), the longest one counts
         best = {rate: float(np.mean(lengths[max(lengths)])) for rate, lengths in sorted(scores.items())}
-        chosen = {record.learning_rate for record in good if record.arm == label and record.stage == "final"}
+        chosen = {record.learning_rate for record in records if record.arm == label and record.stage == "final"}
         ringed = next((index for index, rate in enumerate(best) if rate in chosen), None)
         if best:
             lines.append(plots.Line(label, list(best), list(best.values()), ringed))
@@ -112,7 +112,7 @@ def _curves(cell: Cell, final: list[Record], order: Sequence[str]) -> Iterator[P
             curves = [record.curves[name] for record in final if record.arm == label and record.curves.get(name)]
             if curves:
                 lines.append(_mean_curve(label, curves))
-        if lines:
+        if any(len(line.x) > 1 for line in lines):
             caption = f"{capital(words)} by step, mean over seeds."
             draw = partial(plots.chart, lines, order, ("training step", words))
             yield Plan("training-loss" if name == "loss" else "validation", caption, draw)

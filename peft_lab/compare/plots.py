@@ -136,10 +136,7 @@ def chart(
             axes.plot(line.x[line.ringed], line.y[line.ringed], "o", ms=10, mfc="none", mec=colour, mew=1.3)
     if log_x:
         axes.set_xscale("log")
-        tried = sorted({x for line in lines for x in line.x})
-        if len(tried) <= 7:
-            axes.set_xticks(tried, [f"{x:g}" for x in tried])
-            axes.set_xticks([], minor=True)
+        _tick_at(axes, sorted({x for line in lines for x in line.x}))
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.grid(color=scheme.faint, alpha=0.25, lw=0.6)
@@ -152,6 +149,16 @@ def chart(
         labelcolor=scheme.ink,
     )
     return figure
+
+
+def _tick_at(axes: Axes, values: Sequence[float]) -> None:
+    """Ticks of a logarithmic x axis at the values themselves, but for those too near to the last one."""
+    gap, ticks = 0.15 * np.log(values[-1] / values[0]), list(values[:1])
+    for value in values[1:]:
+        if np.log(value / ticks[-1]) >= gap:
+            ticks.append(value)
+    axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    axes.set_xticks([], minor=True)
 
 
 def place_labels(

@@ -173,7 +173,7 @@ def _section(
 ) -> Section:
     labels, costs = front_of_all(cell)
     front = ""
-    if labels:
+    if len(cell.arms) > 1 and labels:
         axes = join([metric_title(cell.metric), *costs])
         front = f"Pareto front of the means, over {axes} at once: {join(labels)}."
     section = Section(anchor, f"{cell.task}, {cell.backbone}", words(cell), tables.headline(cell), front)
