@@ -16,6 +16,7 @@ from peft_lab.registry import methods
 if TYPE_CHECKING:
     from peft_lab.inference import evaluate, predict
     from peft_lab.task import tasks
+    from peft_lab.tenants import Tenants, load_many
     from peft_lab.training import train
 
 __version__ = "0.1.0"
@@ -25,7 +26,9 @@ __all__ = [
     "ConfigError",
     "PeftLabError",
     "TaskError",
+    "Tenants",
     "evaluate",
+    "load_many",
     "methods",
     "predict",
     "tasks",
@@ -33,7 +36,14 @@ __all__ = [
 ]
 
 #: Public names whose modules import torch or datasets, resolved on first use.
-_LAZY = {"evaluate": "inference", "predict": "inference", "tasks": "task", "train": "training"}
+_LAZY = {
+    "Tenants": "tenants",
+    "evaluate": "inference",
+    "load_many": "tenants",
+    "predict": "inference",
+    "tasks": "task",
+    "train": "training",
+}
 
 
 def __getattr__(name: str) -> Any:
