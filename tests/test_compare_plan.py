@@ -171,3 +171,35 @@ def test_what_cannot_be_sized_says_so() -> None:
         fit(lambda size: 50 * size, 40, "Arm")
     with pytest.raises(ConfigError, match="cannot be sized"):
         fit(lambda size: 50, 400, "Arm")
+
+
+@pytest.mark.parametrize("method", ["lora", "svfit"])
+def test_arms_are_made_as_large_as_each_other(place: Path, tmp_path: Path, method: str) -> None:
+    from peft_lab import registry
+    from peft_lab.compare import plan, size
+    from peft_lab.data import load_splits
+    from peft_lab.loading import adapt, count_parameters, load_base
+    from peft_lab.task import kind, load_task
+
+    study = load_study(tiny_study(place, methods=[method], limits={"max_steps": 3, "trainable_parameters": 700}))
+    cell, arm = study.cells[0], study.arms[0]
+    name = size.size_field(method, {})
+    question = plan.size_run(study, cell, arm, name, 700)
+    (tmp_path / "runs").mkdir()
+    size.find_size(tmp_path, question, name, 700)
+    found = size.read_size(size.size_file(tmp_path, question.id))
+    task = load_task(cell.source)
+    counts = []
+    for value in (found[name], found[name] + 1):
+        _, base = load_base(kind(task.kind), task, load_splits(task).labels, cell.backbone)
+        counts.append(
+            count_parameters(adapt(base, registry.method(method), {name: value}, kind(task.kind).task_type))[0]
+        )
+    assert counts[0] <= 700 < counts[1]
+    assert next(plan.arm_runs(study, cell, arm, found))[0].method_args == found
+
+
+def test_an_arm_that_cannot_be_sized_ends_the_comparison_before_it_starts(place: Path, tmp_path: Path) -> None:
+    study = tiny_study(place, methods=["ssf"], limits={"max_steps": 3, "trainable_parameters": 700})
+    with pytest.raises(ConfigError, match="cannot be sized"):
+        compare(study, tmp_path, backend=PretendBackend(near(1e-3)), report=False)

@@ -8,7 +8,7 @@ allocator's peak on CUDA, else the largest resident set of the run's process whi
 Of a final run, all outside the timed part:
 
 - step_flops, saved_bytes: FLOPs of forward and backward on one training batch, and the activations that autograd keeps
-  in between (`peft_lab.cost`), once for each arm on a cell;
+  in between (`peft_lab.cost`), once for each arm on a cell; not for runs that `accelerate launch` starts;
 - ece: expected calibration error of a classifier on the test rows: rows are put into 15 bins of equal width by the
   probability of the predicted class; the sum over bins of share of rows x |accuracy - mean probability|;
 - shifted_score, shifted_drop: the main metric on the test rows of the task named as `shifted`, and by how much it is

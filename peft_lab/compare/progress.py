@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any
@@ -42,15 +41,14 @@ class Progress:
         if self._console.is_terminal:
             self._bar.stop()
 
-    def done(self, ended: Iterable[tuple[Record, bool]]) -> None:
-        """Count ended runs; with each whether it was made just now, not found in the results."""
-        for record, fresh in ended:
-            self._done += 1
-            self._failed += not record.ok
-            if fresh:
-                if record.ok:
-                    self._seconds.append(seconds(record))
-                self._console.print(f"[{self._done}/{self._total}] {_line(record)}", markup=False)
+    def done(self, record: Record, fresh: bool) -> None:
+        """Count a run that has ended; `fresh` if it was made just now, not found in the results."""
+        self._done += 1
+        self._failed += not record.ok
+        if fresh:
+            if record.ok:
+                self._seconds.append(seconds(record))
+            self._console.print(f"[{self._done}/{self._total}] {_line(record)}", markup=False)
         self._show()
 
     def running(self, count: int) -> None:

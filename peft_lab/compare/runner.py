@@ -182,6 +182,7 @@ class _Runner:
         self.running: dict[Future[None], Run] = {}
         self.planned: dict[str, Run] = {}
         self.started: dict[str, str] = {}
+        self.shown: set[str] = set()
         self.choices: list[Choice] = []
         self.unfinished = 0
 
@@ -228,19 +229,24 @@ class _Runner:
         waiting = []
         for group in groups:
             while group.wave:
-                records = [self._record(run) for run in group.wave]
-                found = [record for record in records if record is not None]
-                if len(found) < len(records):
+                found = [record for run in group.wave if (record := self._record(run)) is not None]
+                self._show(found)
+                if len(found) < len(group.wave):
                     break
-                wave = group.wave
-                group.advance([self._relabelled(run, record) for run, record in zip(wave, found, strict=True)])
+                group.advance([self._relabelled(run, record) for run, record in zip(group.wave, found, strict=True)])
                 plan.check_distinct(group.wave, self.planned)
-                self.progress.done([(record, run.id in self.started) for run, record in zip(wave, found, strict=True)])
             if group.choice is not None and group.choice not in self.choices:
                 self.choices.append(group.choice)
                 self._write()
             waiting += [run for run in group.wave if self._record(run) is None]
         return waiting
+
+    def _show(self, records: Sequence[Record]) -> None:
+        """Tell of the records that have not been told of."""
+        for record in records:
+            if record.id not in self.shown:
+                self.shown.add(record.id)
+                self.progress.done(record, fresh=record.id in self.started)
 
     def _relabelled(self, run: Run, record: Record) -> Record:
         """The record under the names that the study has now for its study, arm and task."""

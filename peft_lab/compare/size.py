@@ -59,7 +59,8 @@ def fit(count: Callable[[int], int], limit: int, what: str) -> tuple[int, int]:
         what: names the arm in errors.
 
     Raises:
-        ConfigError: even the smallest value has more parameters, or the number does not depend on the value.
+        ConfigError: even the smallest value has more parameters, the number does not depend on the value, or even the
+            largest value has less than half of them.
     """
     smallest = count(1)
     if smallest > limit:
@@ -84,6 +85,8 @@ def fit(count: Callable[[int], int], limit: int, what: str) -> tuple[int, int]:
             high = middle
         else:
             low, best = middle, found
+    if best < limit / 2:
+        raise ConfigError(f"{what} has {best:,} trainable parameters at its largest, not even half of {limit:,}.")
     return low, best
 
 
