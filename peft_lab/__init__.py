@@ -15,6 +15,7 @@ from peft_lab.registry import methods
 
 if TYPE_CHECKING:
     from peft_lab.inference import evaluate, predict
+    from peft_lab.loading import load_adapter
     from peft_lab.task import tasks
     from peft_lab.tenants import Tenants, load_many
     from peft_lab.training import train
@@ -28,6 +29,7 @@ __all__ = [
     "TaskError",
     "Tenants",
     "evaluate",
+    "load_adapter",
     "load_many",
     "methods",
     "predict",
@@ -39,6 +41,7 @@ __all__ = [
 _LAZY = {
     "Tenants": "tenants",
     "evaluate": "inference",
+    "load_adapter": "loading",
     "load_many": "tenants",
     "predict": "inference",
     "tasks": "task",
