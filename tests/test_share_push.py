@@ -282,10 +282,12 @@ def test_a_short_name_stays_in_the_options_of_the_run(local, tmp_path):
     metrics = json.loads((local / "metrics.json").read_text())
     copy = tmp_path / "copy"
     shutil.copytree(local, copy, ignore=shutil.ignore_patterns("checkpoint-*"))
-    metrics["run"]["model_name_or_path"] = "minilm"
+    metrics["run"] |= {"model_name_or_path": "minilm", "deepspeed": "/data/cluster/ds.json"}
     (copy / "metrics.json").write_text(json.dumps(metrics))
     out = staged(copy, tmp_path / "out")
-    assert yaml.safe_load((out / "run.yaml").read_text())["model_name_or_path"] == "minilm"
+    run = yaml.safe_load((out / "run.yaml").read_text())
+    assert (run["model_name_or_path"], run["deepspeed"]) == ("minilm", "ds.json")
+    assert not [path.name for path in out.iterdir() if b"/data/cluster" in path.read_bytes()]
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
 
