@@ -166,7 +166,7 @@ class ClassificationKind(Kind):
         logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float32)
         references: Any = prediction.label_ids
         if logits.shape[-1] == 1:
-            return Items("regression", {"reference": references.squeeze(), "prediction": logits.squeeze(-1)})
+            return Items("regression", {"reference": references.reshape(-1), "prediction": logits.reshape(-1)})
         columns = {"reference": references, "prediction": logits.argmax(-1), "confidence": softmax(logits, -1).max(-1)}
         return Items("classification", columns)
 

@@ -147,3 +147,18 @@ def test_a_task_file_names_its_further_tasks(place: Path) -> None:
     entry = {"task": str(place / "task" / "further.yaml"), "model_name_or_path": "minilm"}
     study = load_study(tiny_study(place, tasks=[entry]))
     assert study.cells[0].shifted == str(place / "task" / "topics.yaml")
+
+
+def test_items_of_a_regression_of_any_number_of_rows() -> None:
+    from transformers import EvalPrediction
+
+    from peft_lab.task import kind
+
+    for rows in (1, 3):
+        values = np.arange(rows, dtype=np.float32)
+        items = kind("text_classification").items(EvalPrediction(values[:, None] + 0.5, values))
+        assert items is not None
+        assert items.kind == "regression"
+        assert items.columns["prediction"].tolist() == (values + 0.5).tolist()
+        assert items.columns["reference"].tolist() == values.tolist()
+        assert items.correct is None

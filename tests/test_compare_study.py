@@ -181,3 +181,28 @@ def test_a_study_is_validated_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=False)
     assert "18 runs" in done.stdout, done.stderr
     assert done.stdout.strip().endswith("False")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare"], "Name a study file"),
+        (["compare", "--task", "snips"], "--model_name_or_path"),
+        (["compare", "--task", "snipps", "--model_name_or_path", "minilm"], 'Did you mean "snips"'),
+        (["compare", "FILE", "--max_steps", "3"], "--max_steps does not go with a study file"),
+        (["compare", "FILE", "--backend", "rey"], 'Did you mean "ray"'),
+        (["compare", "none.yaml"], "There is no run file"),
+        (["recommend", "--task", "snipps", "--model_name_or_path", "minilm"], 'Did you mean "snips"'),
+    ],
+)
+def test_the_command_line_refuses_in_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
+    from typer.testing import CliRunner
+
+    from peft_lab.cli import app
+
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(study()))
+    arguments = [str(file) if word == "FILE" else word for word in arguments]
+    done = CliRunner().invoke(app, [*arguments, "--output_dir", str(tmp_path / "out")])
+    assert isinstance(done.exception, PeftLabError)
+    assert words in str(done.exception)
