@@ -16,6 +16,8 @@ from peft_lab.registry import methods
 if TYPE_CHECKING:
     from peft_lab.inference import evaluate, predict
     from peft_lab.loading import load_adapter
+    from peft_lab.share.hub import push
+    from peft_lab.share.lora import to_lora
     from peft_lab.task import tasks
     from peft_lab.tenants import Tenants, load_many
     from peft_lab.training import train
@@ -33,7 +35,9 @@ __all__ = [
     "load_many",
     "methods",
     "predict",
+    "push",
     "tasks",
+    "to_lora",
     "train",
 ]
 
@@ -44,7 +48,9 @@ _LAZY = {
     "load_adapter": "loading",
     "load_many": "tenants",
     "predict": "inference",
+    "push": "share.hub",
     "tasks": "task",
+    "to_lora": "share.lora",
     "train": "training",
 }
 

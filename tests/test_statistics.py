@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
+from peft_lab.compare import resample
 from peft_lab.compare.findings import metric_title, words
 from peft_lab.compare.item_metrics import item_values
 from peft_lab.compare.overall import average_ranks, mean_of, over_tasks
@@ -58,19 +59,26 @@ def test_intervals_cover_the_truth(seeds: int, seed_sd: float) -> None:
     assert np.mean(widths) < 2 * stats.t.isf(0.025, seeds - 1) * true_sd
 
 
-def test_a_percentile_bootstrap_would_not_cover() -> None:
+def test_a_percentile_bootstrap_would_not_cover(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why there is anything more: at 3 seeds the plain bootstrap over seeds and rows covers far too seldom."""
+    monkeypatch.setattr(resample, "_RESAMPLES", 200)
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(100):
-        values = simulated(rng, 3, 100, 0.3)
-        means = []
-        for _ in range(200):
-            sample = values[rng.integers(0, 3, 3)][:, rng.integers(0, 100, 100)]
-            means.append(sample.mean())
-        low, high = np.quantile(means, [0.025, 0.975])
+        low, high = resample.bootstrap_interval(list(simulated(rng, 3, 100, 0.3)))
         held += low <= 0 <= high
     assert held / 100 < 0.85
+
+
+def test_the_bootstrap_is_over_seeds_and_rows() -> None:
+    """With much of one source of variance it is as wide as that source makes it, with none of either it is a point."""
+    rng = np.random.default_rng(1)
+    for seed_sd, row_sd in ((0.3, 0.0), (0.0, 0.4)):
+        low, high = resample.bootstrap_interval(list(simulated(rng, 30, 100, seed_sd, row_sd, 0.01)))
+        expected = math.sqrt(seed_sd**2 / 30 + row_sd**2 / 100)
+        assert 0.7 < (high - low) / (2 * 1.96 * expected) < 1.3
+    assert resample.bootstrap_interval([np.ones(5)] * 3) == (1.0, 1.0)
+    assert resample.bootstrap_interval([np.ones(5)]) is None
 
 
 @pytest.mark.parametrize("seeds", [3, 5])

@@ -14,6 +14,7 @@ import numpy as np
 
 from peft_lab.compare.findings import interval_text, metric_title, number
 from peft_lab.compare.overall import average_ranks
+from peft_lab.compare.resample import bootstrap_interval
 from peft_lab.compare.results import MEASURES, Record, search_budgets
 from peft_lab.compare.statistics import Arm, Cell
 
@@ -92,6 +93,7 @@ def headline(cell: Cell) -> Table:
     columns = [
         Column("arm", numeric=False),
         Column(metric_title(cell.metric), help="mean over seeds on the test rows, with the 95 % interval"),
+        Column("bootstrap", help="plain percentile bootstrap over seeds and test rows; too narrow for few seeds"),
         Column(
             "less than the best",
             help="the best mean less this one on shared seeds, with the 95 % interval of this pair",
@@ -118,6 +120,8 @@ def headline(cell: Cell) -> Table:
 
 def _score_entries(cell: Cell, arm: Arm, group: tuple[str, str, str]) -> tuple[Entry, ...]:
     score = Entry(interval_text(arm.score), arm.score.value, group, strong=arm.versus_top is None)
+    ends = bootstrap_interval(list(arm.values.values()))
+    plain = Entry(f"[{number(ends[0])}, {number(ends[1])}]", ends[0], group) if ends else _MISSING
     if arm.versus_top is None:
         versus = (Entry("best mean", 0.0), Entry("-"))
     else:
@@ -129,7 +133,7 @@ def _score_entries(cell: Cell, arm: Arm, group: tuple[str, str, str]) -> tuple[E
         versus = (Entry(shown, gap.value, group), Entry(p_text, p, group))
     count = len(arm.by_seed)
     seeds = f"{count} of {count + len(arm.missing)}" if arm.missing else str(count)
-    return score, *versus, Entry(seeds, count, group)
+    return score, plain, *versus, Entry(seeds, count, group)
 
 
 def _measure(arm: Arm, name: str, group: tuple[str, str, str]) -> Entry:
