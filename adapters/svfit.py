@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from peft_lab import svd
 from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError
-from peft_lab.functional import spectral_conv2d, spectral_linear
 from peft_lab.layer import WeightLayer
 from peft_lab.ops import conv2d_rows, embed_scale
 from peft_lab.registry import MethodInfo, register
 from peft_lab.rows import Rows
+from peft_lab.spectral import spectral_conv2d, spectral_linear
 
 METHOD = MethodInfo(
     name="svfit",

@@ -16,8 +16,8 @@ from peft_lab.functional import (
     recomputed,
     scale_shift,
     scale_shift_,
-    spectral_linear,
 )
+from peft_lab.spectral import spectral_linear
 
 SHAPES = {  # name: (shape of y, channel_dim)
     "tokens": ((3, 4, 5), -1),

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from peft_lab import functional
+from peft_lab import spectral
 from peft_lab.cost import count_flops
-from peft_lab.functional import (
+from peft_lab.spectral import (
     spectral_conv2d,
     spectral_delta,
     spectral_flops,
@@ -86,7 +86,7 @@ def test_spectral_delta_is_the_difference(case: tuple[int, int, int, int]) -> No
 def test_zero_delta_gives_the_bits_of_the_base(
     plan: str, layout: str, grad: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "spectral_plan", lambda *_args, **_options: plan)
+    monkeypatch.setattr(spectral, "spectral_plan", lambda *_args, **_options: plan)
     tensors = spectral_case(tokens, 96, 80, 24, torch.float32)
     tensors["delta"] = torch.zeros(24, requires_grad=True)
     if layout == "columns":
@@ -118,7 +118,7 @@ def test_flop_formulas_are_what_is_counted(
     plan: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(functional, "spectral_plan", lambda *_args, **_options: plan)
+    monkeypatch.setattr(spectral, "spectral_plan", lambda *_args, **_options: plan)
     tensors = spectral_case(*case)
     tensors["x"] = tensors["x"].detach().requires_grad_(input_grad)
 
