@@ -103,16 +103,23 @@ def test_a_killed_comparison_goes_on_where_it_was(place: Path) -> None:
     assert all(len(read_items(out, record)) == 24 for record in records)
 
 
-def test_workers_end_with_a_killed_driver(place: Path) -> None:
+def test_workers_end_with_a_killed_driver_and_their_run_is_continued(place: Path) -> None:
     out = place / "orphans"
-    study = tiny_study(place, methods=["lora"], limits={"max_steps": 100000})
+    saving = {"per_device_train_batch_size": 8, "use_cpu": True, "save_strategy": "steps", "save_steps": 40}
+    study = tiny_study(place, methods=["lora"], seeds=1, limits={"max_steps": 400}, training=saving)
     process = start(study, place, out)
-    until(lambda: workers(process.pid, out), process)
+    until(lambda: [*(out / "runs").glob("*/checkpoint-*/rng_state.pth")], process)
     running = workers(process.pid, out)
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(running, timeout=20)
+    assert running
     assert not alive
+    (record,) = compare(study, out, workers=1, report=False).records
+    assert record.metrics["resumed_from"].startswith("checkpoint-")
+    assert record.steps == 400
+    assert [step for step, _ in record.curves["loss"]] == list(range(20, 401, 20))
+    assert not [*(out / record.folder).glob("checkpoint-*")]
 
 
 def test_a_failing_run_is_recorded_and_tried_again_on_demand(place: Path) -> None:

@@ -23,7 +23,6 @@ from peft_lab.compare.results import (
     Journal,
     Record,
     append_record,
-    read_results,
     repair,
     search_budgets,
 )
@@ -326,8 +325,3 @@ def _is_free(file: Path) -> bool:
             return True
     except Timeout:
         return False
-
-
-def is_complete(folder: str | Path) -> bool:
-    """Whether every run of a comparison has a result."""
-    return (Path(folder) / COMPARISON).is_file() and all(record.ok for record in read_results(folder))
