@@ -43,7 +43,7 @@ def _load(folder):
     base = _model()
     before = copy.deepcopy(base)
     try:
-        PeftModel.from_pretrained(base, folder)
+        return PeftModel.from_pretrained(base, folder)
     finally:
         assert equal_weights(_base(base), before)
 
@@ -70,7 +70,7 @@ def _edit_weights(folder, change):
 
 
 def test_untouched_folder_loads(folder):
-    _load(folder)
+    assert _load(folder).peft_config["default"].inference_mode
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def any_folder(request, tmp_path):
     return tmp_path
 
 
-def _refused(folder, match):
+def assert_refused(folder, match):
     base = _model()
     with pytest.raises(PeftLabError, match=match):
         load_adapter(base, folder)
@@ -174,7 +174,7 @@ def _refused(folder, match):
 def test_pickles_are_never_read(any_folder, name):
     (any_folder / "adapter_model.safetensors").unlink()
     torch.save({"x": torch.zeros(1)}, any_folder / name)
-    _refused(any_folder, "safetensors")
+    assert_refused(any_folder, "safetensors")
 
 
 @pytest.mark.parametrize("method", OWN)
@@ -192,13 +192,13 @@ def test_link_out_of_the_folder_is_refused(any_folder, name, tmp_path_factory):
     outside.write_bytes(path.read_bytes() if path.is_file() else b"{}")
     path.unlink(missing_ok=True)
     path.symlink_to(outside)
-    _refused(any_folder, "link that leads out")
+    assert_refused(any_folder, "link that leads out")
 
 
 def test_pipe_is_refused(any_folder):
     (any_folder / "labels.json").unlink(missing_ok=True)
     os.mkfifo(any_folder / "labels.json")
-    _refused(any_folder, "not a plain file")
+    assert_refused(any_folder, "not a plain file")
 
 
 def test_links_of_the_cache_of_the_hub_are_followed(any_folder):
@@ -232,7 +232,7 @@ def test_links_of_the_cache_of_the_hub_are_followed(any_folder):
 def test_slow_regex_is_refused_at_once(any_folder, pattern, field):
     _edit_config(any_folder, **{field: pattern})
     started = time.perf_counter()
-    _refused(any_folder, "regular expression|may take for ever")
+    assert_refused(any_folder, "regular expression|may take for ever")
     assert time.perf_counter() - started < 5
 
 
@@ -252,7 +252,7 @@ def test_absurd_sizes_allocate_nothing(any_folder, size):
         pytest.skip("the method has no rank")
     _edit_config(any_folder, **{name: size})
     tracemalloc.start()
-    _refused(any_folder, "larger than anything|does not fit")
+    assert_refused(any_folder, "larger than anything|does not fit")
     assert tracemalloc.get_traced_memory()[1] < 2**27
     tracemalloc.stop()
 
@@ -261,13 +261,13 @@ def test_absurd_sizes_allocate_nothing(any_folder, size):
 def test_absurd_header_is_refused(any_folder, length):
     path = any_folder / "adapter_model.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
-    _refused(any_folder, "no safetensors file")
+    assert_refused(any_folder, "no safetensors file")
 
 
 def test_file_much_larger_than_the_base_is_refused(any_folder):
     with (any_folder / "adapter_model.safetensors").open("r+b") as file:
         file.truncate(2**30)  # takes no space on the disk
-    _refused(any_folder, "more than the")
+    assert_refused(any_folder, "more than the")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_file_much_larger_than_the_base_is_refused(any_folder):
 )
 def test_bad_json_is_refused(any_folder, text, match):
     (any_folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
-    _refused(any_folder, match)
+    assert_refused(any_folder, match)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_bad_json_is_refused(any_folder, text, match):
 )
 def test_config_is_a_closed_schema_for_every_method(any_folder, changes):
     _edit_config(any_folder, **changes)
-    _refused(any_folder, ".")
+    assert_refused(any_folder, ".")
 
 
 def test_nothing_is_imported_by_name(any_folder):
@@ -312,19 +312,19 @@ def test_nothing_is_imported_by_name(any_folder):
     assert "antigravity" not in sys.modules
     if json.loads((any_folder / "adapter_config.json").read_text())["peft_type"] == "LORA":
         _edit_config(any_folder, megatron_core="antigravity")
-        _refused(any_folder, "module to import")
+        assert_refused(any_folder, "module to import")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
 def test_remote_code_is_refused(any_folder, name):
     (any_folder / name).write_text('{"auto_map": {"AutoModel": "x.Y"}}')
-    _refused(any_folder, "auto_map")
+    assert_refused(any_folder, "auto_map")
 
 
 @pytest.mark.parametrize("part", ["../../x.safetensors", "/x.safetensors", "x.bin", 7, "a/b.safetensors"])
 def test_index_names_only_files_beside_it(any_folder, part):
     (any_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": part}}))
-    _refused(any_folder, "no safetensors file beside it")
+    assert_refused(any_folder, "no safetensors file beside it")
 
 
 # What a folder says about other files ---------------------------------------------------------------------------------

@@ -160,8 +160,9 @@ def test_adapter_loads_on_a_base_that_has_another_adapter_merged(toy, tmp_path):
 
 def test_degenerate_spectrum_warns(toy):
     toy.linear.weight.data = torch.eye(16, 12)
-    with pytest.warns(UserWarning, match="not determined"):
+    with pytest.warns(UserWarning, match="not determined") as warned:
         get_peft_model(toy, SVFitConfig(rank=4, target_modules=["linear"]))
+    assert len(warned) == 1
 
 
 def test_adapters_of_other_rank_share_the_bases(toy):
