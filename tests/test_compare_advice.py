@@ -108,7 +108,7 @@ def test_the_slowest_arm_goes_first(place: Path, tmp_path: Path) -> None:
 
 def test_too_little_time_is_an_error_that_names_the_need(place: Path, tmp_path: Path) -> None:
     backend = PretendBackend(apart, step_seconds=dict.fromkeys(SIZES, 60.0), sizes=SIZES)
-    with pytest.raises(ConfigError, match=r"two methods with one run each take about \d+"):
+    with pytest.raises(ConfigError, match=r"two methods with two seeds each take about \d+"):
         advise(place, tmp_path, backend, minutes=1)
     assert not (tmp_path / "run.yaml").exists()
 

@@ -28,8 +28,9 @@ PILOT_STEPS = 8
 USED = 0.85
 #: A final run loads and evaluates more than a run of the search: test rows, the cost of a step.
 FINAL_OVERHEAD = 3.0
-#: Seeds, trials and part of the steps of the plans, from the one that is wanted to the least that says something.
-PLANS = ((3, 3, 1.0), (2, 3, 1.0), (2, 2, 1.0), (2, 2, 0.5), (2, 2, 0.25), (2, 1, 0.25), (1, 1, 0.25))
+#: Seeds, trials and part of the steps of the plans, from the one that is wanted to the least that says something: with
+#: one seed no arm could be told from another.
+PLANS = ((3, 3, 1.0), (2, 3, 1.0), (2, 2, 1.0), (2, 2, 0.5), (2, 2, 0.25), (2, 1, 0.25))
 #: Options of a comparison's runs that a run of its own does not need.
 _OF_COMPARISONS = ("disable_tqdm", "save_strategy", "logging_steps")
 
@@ -158,7 +159,7 @@ def fit_to_time(
             least = predicted([*arms, slowest], size)
             raise ConfigError(
                 f"The time is too short: after a short run of each method "
-                f"{max(available, 0) / 60:.1f} minutes were left, but two methods with one run each take about "
+                f"{max(available, 0) / 60:.1f} minutes were left, but two methods with two seeds each take about "
                 f"{math.ceil(least / 6) / 10} more."
             )
     seeds, trials, part = size
@@ -167,7 +168,7 @@ def fit_to_time(
     if trials < PLANS[0][1]:
         dropped.append(f"{trials} of {PLANS[0][1]} learning rates were tried, for the time is short.")
     if part < 1:
-        dropped.append(f"{max(1, round(steps * part))} of {steps} steps were trained, for the time is short.")
+        dropped.append(f"{max(1, round(steps * part))} of {steps} steps were trained, and stand in the run file.")
     search = Search(trials=trials) if trials > 1 else Search("none", trials=1)
     limits = Limits(max_steps=max(1, round(steps * part)))
     return replace(study, arms=tuple(arms), seeds=study.seeds[:seeds], search=search, limits=limits), tuple(dropped)

@@ -53,7 +53,7 @@ _SET_ELSEWHERE = {
     "max_seconds": 'give "seconds" under "limits"',
 }
 
-#: The arms of a comparison that names no methods: two baselines' worth of contrast, two of ours, two of peft's.
+#: The arms of a comparison that names no methods: a baseline, two methods of this package, three tuners of peft.
 DEFAULT_METHODS: tuple[Any, ...] = (
     "head",
     "lora",
