@@ -45,7 +45,7 @@ def test_blocks_run_as_printed(tmp_path):
         elif kind in ("python", "bash"):
             run(tmp_path, kind, code)
             ran.append(kind)
-    assert ran.count("bash") == 3
+    assert ran.count("bash") == 4
     assert "python" in ran
     assert (tmp_path / "runs" / "snips-merged" / "model.safetensors").is_file()
     assert (tmp_path / "runs" / "reviews" / "adapter_model.safetensors").is_file()
