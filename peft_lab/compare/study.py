@@ -12,9 +12,9 @@ methods:              # a name, or a mapping; a list of values in `args` makes o
   - {method: ssf, tune: {init_std: [0.0, 0.02]}}   # searched along with the learning rate, in the same budget
 seeds: 3              # a number or a list
 search: {strategy: grid, trials: 3, seeds: 1}      # or halving, or none
-limits: {max_steps: 60}             # or seconds; and trainable_parameters
+limits: {max_steps: 60}             # or seconds; and trainable_parameters (set by the argument an arm names as `size`)
 training: {per_device_train_batch_size: 32}        # options of every run
-measures: {shifted: other-task, control: third-task}
+measures: {shifted: other-task, control: third-task}   # also keys of an entry of `tasks`, or of a task file
 launcher: accelerate  # or {accelerate: {num_processes: 2}}; left out: each run is one process
 """
 
