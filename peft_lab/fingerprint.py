@@ -43,6 +43,14 @@ def fingerprint(weight: Tensor) -> dict[str, Any]:
     }
 
 
+def reference_weight(module: nn.Module) -> Tensor | None:
+    """The weight that tells which base a module is from: its own, of a block its first matrix; None if it has none."""
+    own = getattr(module, "weight", None)
+    if isinstance(own, Tensor):
+        return own
+    return next((parameter for parameter in module.parameters() if parameter.ndim > 1), None)
+
+
 def module_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
     """`fingerprint`, remembered on the module until its weight changes: many adapters, one hash."""
     key = (id(weight), weight.data_ptr(), weight._version, weight.dtype)

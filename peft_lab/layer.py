@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError
-from peft_lab.fingerprint import module_fingerprint
+from peft_lab.fingerprint import module_fingerprint, reference_weight
 from peft_lab.ops import Operation, apply_matrix, operation
 from peft_lab.registry import CAPABILITIES, MethodInfo
 from peft_lab.rows import BASE, Rows
@@ -38,18 +38,32 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.op: Operation = operation(base_layer, name)
-        if not self.info.can(self.op.kind):
-            able = ", ".join(c for c in ("linear", "conv1d", "conv2d", "embedding", "norm") if self.info.can(c))
-            raise ConfigError(
-                f'Method "{self.info.name}" cannot adapt "{name}", a {type(base_layer).__name__}; it adapts: {able}.'
-            )
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.configs: dict[str, Any] = {}
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
         for parameter in self.adapter_layer_names:
             setattr(self, parameter, nn.ParameterDict())
+        self.read_base(name)
+
+    def read_base(self, name: str) -> None:
+        """Learn what the base module is, which stands at the path `name`.
+
+        Raises:
+            ConfigError: the method cannot adapt such a module.
+        """
+        self.op: Operation = operation(self.base_layer, name)
+        if not self.info.can(self.op.kind):
+            able = ", ".join(c for c in ("linear", "conv1d", "conv2d", "embedding", "norm") if self.info.can(c))
+            found = type(self.base_layer).__name__
+            raise ConfigError(f'Method "{self.info.name}" cannot adapt "{name}", a {found}; it adapts: {able}.')
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The weight that tells device, dtype and identity of the base, without anything merged into it."""
+        weight = self._unmerged[0] if self._unmerged else reference_weight(self.base_layer)
+        assert weight is not None, "a base module has weights"
+        return weight
 
     # What a method supplies -------------------------------------------------------------------------------------
 
@@ -88,7 +102,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, config: AdapterConfig) -> None:
         """Add an adapter to this layer."""
         self.configs[adapter] = config
-        device = self.base_layer.weight.device
+        device = self.base_weight.device
         for name, value in self.initial_values(adapter, config).items():
             getattr(self, name)[adapter] = nn.Parameter(value.to(device=device, dtype=torch.float32))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -149,8 +163,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def fingerprint(self) -> dict[str, Any]:
         """Fingerprint of the base weight without anything merged into it."""
-        weight = self._unmerged[0] if self._unmerged else self.base_layer.weight
-        return module_fingerprint(self.base_layer, weight)
+        return module_fingerprint(self.base_layer, self.base_weight)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
@@ -159,7 +172,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # peft's own also casts to the base dtype; trainable parameters stay float32 here.
-        target = device if device is not None else self.base_layer.weight.device
+        target = device if device is not None else self.base_weight.device
         for name in self.adapter_layer_names:
             values = getattr(self, name)
             if adapter_name in values and not values[adapter_name].is_meta:

@@ -49,7 +49,7 @@ class AdapterTuner(BaseTuner):
         config.recorded_fingerprints = {
             name: {**layer.fingerprint(), **places.get(name, {})}
             for name, layer in layers.items()
-            if not layer.get_base_layer().weight.is_meta
+            if not layer.base_weight.is_meta
         }
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -115,11 +115,15 @@ class AdapterTuner(BaseTuner):
             raise ConfigError(f'Module "{current_key}" already carries {type(target).__name__}; remove that one first.')
         if isinstance(parent, nn.MultiheadAttention):
             raise ConfigError(f'Module "{current_key}" is read by nn.MultiheadAttention without being called.')
-        layer = self.tuner_layer_cls(target, current_key)
+        layer = self.new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
+        """The layer that takes the place of a base module."""
+        return self.tuner_layer_cls(target, path)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -194,8 +198,8 @@ def _find_fingerprint(model: nn.Module, name: str) -> dict[str, Any] | None:
         return None
     if isinstance(module, AdapterLayer):
         return module.fingerprint()
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
+    weight = fingerprint.reference_weight(module)
+    if weight is None:
         return None
     return {} if weight.is_meta else fingerprint.module_fingerprint(module, weight)
 

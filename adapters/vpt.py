@@ -1,0 +1,114 @@
+"""VPT: trainable tokens in the sequence of a frozen transformer (Visual Prompt Tuning).
+
+Shallow, `p` prompts stand behind the class token at the input and pass through all blocks; deep, each block gets `p` new
+ones in the place of those that the block before made. An optional projection lifts prompts of a smaller width.
+
+Source: Jia et al. 2022, Visual Prompt Tuning, arXiv:2203.12119. Written from the paper's equations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from peft_lab.errors import ConfigError
+from peft_lab.registry import MethodInfo
+from peft_lab.sequence import Call, SequenceLayer
+from peft_lab.sequence_tuner import SequenceConfig, register_sequence
+
+METHOD = MethodInfo(
+    name="vpt",
+    title="VPT",
+    paper="2203.12119",
+    kind="sequence",
+    config="VPTConfig",
+    roles=("block",),
+    capabilities=("mixed_batch",),
+    learning_rate=1e-2,
+    budget=(1.15, 1.3),
+)
+
+
+@dataclass
+class VPTConfig(SequenceConfig):
+    """Configuration of VPT. Trainable parameters: `num_prompts` x width for each block that writes prompts.
+
+    Raises:
+        ConfigError: a number of prompts, a dropout or a projection out of range.
+    """
+
+    num_prompts: int | list[int] = field(
+        default=10,
+        metadata={"help": "Prompts of each block; a list gives one number per block that writes.", "other": 3},
+    )
+    deep: bool = field(default=True, metadata={"help": "New prompts before every block.", "other": False})
+    dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on prompts, each sample for itself; the paper takes 0.1.", "other": 0.5}
+    )
+    projection: int | None = field(
+        default=None, metadata={"help": "Width of the stored prompts, lifted by one shared linear map.", "other": 4}
+    )
+    position: str = field(
+        default="after", metadata={"help": "Stand `after` or `before` class and register tokens.", "other": "before"}
+    )
+
+    def check(self) -> None:
+        super().check()
+        counts = self.num_prompts if isinstance(self.num_prompts, list) else [self.num_prompts]
+        if not counts or min(counts) < 1:
+            raise ConfigError(f"num_prompts={self.num_prompts} must be at least 1.")
+        if isinstance(self.num_prompts, list) and not self.deep:
+            raise ConfigError(f"num_prompts={self.num_prompts} has one number per block, which needs deep=True.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout} must be at least 0 and below 1.")
+        if self.projection is not None and self.projection < 1:
+            raise ConfigError(f"projection={self.projection} must be at least 1.")
+        if self.position not in ("after", "before"):
+            raise ConfigError(f'position="{self.position}" must be "after" or "before".')
+
+
+class VPTLayer(SequenceLayer):
+    """A block before which prompts (p, width) are written; the first such block also holds the shared projection."""
+
+    adapter_layer_names = ("vpt_prompts", "vpt_projection_weight", "vpt_projection_bias")
+
+    def initial_values(self, adapter: str, config: VPTConfig) -> dict[str, Tensor]:
+        writing = [depth for depth in range(self.depths) if config.writes(depth)]
+        writing = writing if config.deep else writing[:1]
+        if self.depth not in writing:
+            return {}
+        order = writing.index(self.depth)
+        if isinstance(config.num_prompts, list) and len(config.num_prompts) != len(writing):
+            raise ConfigError(
+                f"num_prompts has {len(config.num_prompts)} numbers, but prompts are written before {len(writing)} blocks."
+            )
+        count = config.num_prompts[order] if isinstance(config.num_prompts, list) else config.num_prompts
+        width = config.projection or self.width
+        patch = getattr(self.settings, "patch_size", None)
+        pixels = 3 * math.prod(patch if isinstance(patch, list | tuple) else (patch, patch)) if patch else self.width
+        bound = math.sqrt(6 / (pixels + width))
+        values = {"vpt_prompts": torch.empty(count, width).uniform_(-bound, bound)}
+        if config.projection and order == 0:
+            weight = nn.init.kaiming_normal_(torch.empty(self.width, width), mode="fan_out", nonlinearity="linear")
+            values |= {"vpt_projection_weight": weight, "vpt_projection_bias": torch.zeros(self.width)}
+        return values
+
+    def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
+        if adapter not in self.vpt_prompts:
+            return None
+        prompts = self.vpt_prompts[adapter]
+        if adapter in self.vpt_projection_weight:
+            call.shared[adapter] = (self.vpt_projection_weight[adapter], self.vpt_projection_bias[adapter])
+        if adapter in call.shared:
+            prompts = nn.functional.linear(prompts, *call.shared[adapter])
+        prompts = prompts.expand(tokens.shape[0], -1, -1)
+        return nn.functional.dropout(prompts, self.configs[adapter].dropout, self.training)
+
+    def position(self, adapter: str) -> int:
+        return self.prefix_tokens if self.configs[adapter].position == "after" else 0
+
+
+register_sequence(METHOD, VPTConfig, VPTLayer)

@@ -1,0 +1,370 @@
+"""Prompts in the sequence of a frozen backbone: each wrapped block puts slots in, runs, and takes them out again.
+
+Between the blocks only tokens travel; what a block made of the slots is kept in the `Call` and goes into the next
+block, unless that one writes prompts of its own. So the pooler, the final norm, the head and whoever reads hidden states
+see the tokens alone. The slots have no position: learned position tables do not see them, and under rotary positions
+they stand at position 0, so text keeps the positions it has without them. Masks, rotary positions and biases, which the
+stack makes for the tokens alone, are extended on the way into each block (`peft_lab.slots`).
+
+What belongs to one forward call is in its `Call`, which a pre-hook of the stack makes and a post-hook drops, and not on
+a module: two forwards before one backward, recomputed blocks and threads share nothing. A hook and not a wrapper,
+because the stack may be the whole model (`AutoModel`), which nothing could wrap.
+
+With a KV cache the slots are filled at prefill and stay in the cache; a step of decoding only counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.masking_utils import find_first_full_attention_index
+
+from peft_lab.errors import ConfigError
+from peft_lab.layer import AdapterLayer
+from peft_lab.rows import BASE, Rows
+from peft_lab.slots import align_keys, extend_bias, extend_mask, extend_rotary, insert, parameter_names, split
+
+#: Arguments of blocks that hold a bias for each pair of positions.
+_BIASES = ("position_bias", "relative_pos")
+#: Vision transformers whose sequence is of patches alone.
+_NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
+
+
+@dataclass
+class CacheSlots:
+    """Which slots a KV cache holds: their number by depth, and those that a row does not use, bool (batch, slots)."""
+
+    count: dict[int, int] = field(default_factory=dict)
+    unused: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """State of one forward call of one stack of blocks.
+
+    Attributes:
+        stack: the module that was called.
+        mask: bool (batch, tokens), False at padding; None if there is none.
+        instruction: bool (batch, tokens), the tokens that a prompt may depend on; None for all.
+        cache: what the KV cache holds of slots; None without a cache.
+        prefill: whether slots are to be filled; False for a step of decoding.
+        depth: number of blocks that have run.
+        states: the slots as the block before left them (batch, slots, dim).
+        unused: bool (batch, slots), the slots of `states` that a row does not have; None if every row has all.
+        shared: what an earlier block of this call hands on to later ones, by a key of the method's choice.
+        length, position: number of tokens, and where among them the slots stand.
+    """
+
+    stack: nn.Module
+    mask: Tensor | None = None
+    instruction: Tensor | None = None
+    cache: CacheSlots | None = None
+    prefill: bool = True
+    depth: int = 0
+    states: Tensor | None = None
+    unused: Tensor | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
+    length: int = 0
+    position: int = 0
+    token: Token[Call | None] | None = None
+
+    def of_rows(self, index: Tensor) -> Call:
+        """The call as rows of the batch see it; `shared` stays the same."""
+        mask = None if self.mask is None else self.mask[index]
+        instruction = None if self.instruction is None else self.instruction[index]
+        return Call(self.stack, mask, instruction, depth=self.depth, shared=self.shared)
+
+
+_CALL: ContextVar[Call | None] = ContextVar("peft_lab_call", default=None)
+_INPUTS: ContextVar[dict[str, Any] | None] = ContextVar("peft_lab_inputs", default=None)
+_CACHES: WeakKeyDictionary[Cache, CacheSlots] = WeakKeyDictionary()
+
+
+def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """Pre-hook of a stack: make the `Call`, and count the slots that a cache holds into mask and positions.
+
+    Raises:
+        ConfigError: a cache or a mask that prompts do not go with.
+    """
+    names = parameter_names(type(stack).forward)
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    cache, mask = _own(kwargs.get("past_key_values")), kwargs.get("attention_mask")
+    if getattr(cache, "is_compileable", False):
+        raise ConfigError("Prompts in the sequence need a cache that grows; leave out cache_implementation='static'.")
+    call = Call(stack, mask.bool() if mask is not None and mask.ndim == 2 else None)
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    if past:
+        call.prefill = False
+        call.cache = _CACHES.get(cache)
+        if call.cache is not None:
+            _count_cached(call.cache, cache, past, kwargs, names)
+    else:
+        _refuse_packed(kwargs.get("position_ids"))
+        call.instruction = _instruction(call.mask, kwargs.pop("instruction_mask", None))
+    call.token = _CALL.set(call)
+    return (), kwargs
+
+
+def end(stack: nn.Module, args: Any, output: Any) -> Any:
+    """Post-hook of a stack, called after errors too: drop the `Call`, and take the slots out of what was recorded."""
+    call = _CALL.get()
+    if call is None or call.stack is not stack or call.token is None:
+        return output
+    _CALL.reset(call.token)
+    for name in ("hidden_states", "attentions"):
+        recorded = getattr(output, name, None)
+        if call.prefill and isinstance(recorded, tuple) and call.length:
+            setattr(
+                output, name, tuple(_tokens_alone(part, call, 2 if name == "attentions" else 1) for part in recorded)
+            )
+    return output
+
+
+def _tokens_alone(part: Tensor, call: Call, first: int) -> Tensor:
+    """Hidden states (batch, n, dim) or attention (batch, heads, n, n) without the slots that it may hold."""
+    for dim in range(first, part.ndim if first == 2 else first + 1):
+        count = part.shape[dim] - call.length
+        if count > 0:
+            kept = [
+                part.narrow(dim, 0, call.position),
+                part.narrow(dim, call.position + count, call.length - call.position),
+            ]
+            part = torch.cat(kept, dim)
+    return part
+
+
+def take_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """Pre-hook of the whole model: keep what tells the instruction from the answer."""
+    _INPUTS.set({"labels": kwargs.get("labels"), "instruction_mask": kwargs.pop("instruction_mask", None)})
+    return args, kwargs
+
+
+def drop_inputs(model: nn.Module, args: Any, output: Any) -> Any:
+    """Post-hook of the whole model, called after errors too."""
+    _INPUTS.set(None)
+    return output
+
+
+def _instruction(mask: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """The tokens that are not answer and not padding: as given, else where no loss is taken, else all."""
+    inputs = _INPUTS.get() or {}
+    given = inputs.get("instruction_mask") if given is None else given
+    labels = inputs.get("labels")
+    if given is None and labels is not None and labels.ndim == 2 and (mask is None or labels.shape == mask.shape):
+        given = labels == -100
+    if given is None:
+        return mask
+    chosen = given.bool() if mask is None else given.bool() & mask
+    if not bool(chosen.any(1).all()):
+        raise ConfigError(
+            "A row of the batch has no token of the instruction: labels must be -100 there, or pass instruction_mask."
+        )
+    return chosen
+
+
+def _count_cached(slots: CacheSlots, cache: Cache, past: int, kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
+    if any(cache.is_sliding) and len({slots.count.get(depth, 0) for depth in range(len(cache.layers))}) > 1:
+        raise ConfigError(
+            "Prompts in some blocks only do not go with a cache of sliding windows; pass use_cache=False."
+        )
+    mask = kwargs.get("attention_mask")
+    measured = slots.count.get(find_first_full_attention_index(cache), 0)  # the layer that the stack sizes the mask by
+    if measured and mask is not None and mask.ndim == 2:
+        kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], measured), mask], 1)
+    if kwargs.get("position_ids") is None and "position_ids" in names:
+        given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        start = past - slots.count.get(0, 0)
+        kwargs["position_ids"] = torch.arange(start, start + given.shape[1], device=given.device)[None]
+
+
+def _refuse_packed(position_ids: Tensor | None) -> None:
+    if position_ids is not None and position_ids.ndim == 2 and bool((position_ids.diff(dim=1) < 0).any()):
+        raise ConfigError("Packed sequences have no place for prompts: pass one sequence per row of the batch.")
+
+
+def _own(cache: Any) -> Any:
+    """The cache of self-attention."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+class SequenceLayer(AdapterLayer):
+    """A block of a stack with room for prompts. A method supplies `initial_values` and `prompts`.
+
+    Attributes:
+        depth, depths: index of the block in its stack, and the number of blocks there.
+        settings: config of the stack.
+    """
+
+    depth: int
+    depths: int
+    settings: Any
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return int(self.settings.hidden_size)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Class and register tokens of a vision transformer, which stand before the patches; 0 for text."""
+        settings = self.settings
+        if getattr(settings, "patch_size", None) is None or settings.model_type in _NO_CLASS_TOKEN:
+            return 0
+        distilled = 1 if settings.model_type == "deit" else 0
+        return 1 + distilled + (getattr(settings, "num_register_tokens", 0) or 0)
+
+    def read_base(self, name: str) -> None:
+        base = self.base_layer
+        self._names = parameter_names(type(base).forward)
+        if "input_dimensions" in self._names:
+            raise ConfigError(
+                f'Method "{self.info.name}" cannot put prompts into the windows of {type(base).__name__} ("{name}").'
+            )
+        self._causal = any(getattr(module, "is_causal", False) for module in base.modules())
+        self._biases = [m for m in base.modules() if type(m).__name__.endswith("RelativePositionBias")]
+        for module in self._biases:
+            module.register_forward_hook(_extend_own_bias, with_kwargs=True)
+
+    # What a method supplies -------------------------------------------------------------------------------------
+
+    def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
+        """The prompts written before this block (batch, slots, dim) for hidden states (batch, tokens, dim).
+
+        None leaves the slots as the block before made them.
+        """
+        raise NotImplementedError
+
+    def position(self, adapter: str) -> int:
+        """Where in the sequence the slots stand: the number of tokens before them."""
+        return 0
+
+    def after(self, adapter: str, slots: Tensor, call: Call) -> None:
+        """See what the block made of the slots (batch, slots, dim)."""
+
+    # What is the same for all -----------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """The block on tokens with prompts; what it returns has the tokens alone."""
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
+        rows = None if adapter_names is None or self.disable_adapters else Rows.of(adapter_names)
+        if not active and rows is None:
+            return self.base_layer(*args, **kwargs)
+        call = _CALL.get()
+        if call is None:
+            raise ConfigError("A block with prompts was called without its backbone; call the whole model.")
+        kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        tokens = kwargs.pop("hidden_states" if "hidden_states" in kwargs else self._names[0])
+        call.depth += 1
+        if not call.prefill:
+            return self._decode(call, tokens, kwargs)
+        if rows is None:
+            self._write(active, tokens, call)
+        else:
+            self._write_rows(rows, tokens, call)
+        if call.states is None:
+            return self.base_layer(tokens, **kwargs)
+        return self._prefill(call, tokens, kwargs, self._position(active if rows is None else rows.names))
+
+    def _position(self, names: Sequence[str]) -> int:
+        found = {self.position(name) for name in names if name in self.configs}
+        if len(found) > 1:
+            raise ConfigError(f"Adapters {', '.join(names)} put their prompts at different places: not in one batch.")
+        return found.pop()
+
+    def _write(self, active: list[str], tokens: Tensor, call: Call) -> None:
+        if len(active) > 1:
+            raise ConfigError(
+                f'Method "{self.info.name}" has one adapter active at a time, not {", ".join(active)}: '
+                "its prompts take each other's place; call set_adapter with one name."
+            )
+        new = self.prompts(active[0], tokens, call)
+        if new is not None:
+            call.states = new.to(tokens.dtype)
+
+    def _write_rows(self, rows: Rows, tokens: Tensor, call: Call) -> None:
+        """Write each row's own prompts; slots stand at the right of those that a row does not have."""
+        written: dict[str, Tensor] = {}
+        for name in rows.names:
+            if name != BASE and name in self.configs:
+                index = rows.of_adapter(name, tokens.shape[0], tokens.device)
+                new = self.prompts(name, tokens[index], call.of_rows(index))
+                if new is not None:
+                    written[name] = new.to(tokens.dtype)
+        if not written:
+            return
+        batch, dim = tokens.shape[0], tokens.shape[-1]
+        before = 0 if call.states is None else call.states.shape[1]
+        count = max(before, *(new.shape[1] for new in written.values()))
+        states = tokens.new_zeros(batch, count, dim)
+        unused = torch.ones(batch, count, dtype=torch.bool, device=tokens.device)
+        if call.states is not None:
+            states = torch.cat([states[:, before:], call.states], 1)
+            unused[:, count - before :] = False if call.unused is None else call.unused
+        for name, new in written.items():
+            index = rows.of_adapter(name, batch, tokens.device)
+            padded = torch.cat([new.new_zeros(len(index), count - new.shape[1], dim), new], 1)
+            states = states.index_copy(0, index, padded)
+            unused[index] = torch.arange(count, device=tokens.device) < count - new.shape[1]
+        call.states, call.unused = states, unused if bool(unused.any()) else None
+
+    def _prefill(self, call: Call, tokens: Tensor, kwargs: dict[str, Any], at: int) -> Any:
+        assert call.states is not None
+        count, length = call.states.shape[1], tokens.shape[1]
+        call.length, call.position = length, at
+        if "attention_mask" in kwargs or call.unused is not None:
+            mask = kwargs.get("attention_mask")
+            kwargs["attention_mask"] = extend_mask(mask, tokens, count, at, self._causal, call.unused)
+        if "position_embeddings" in kwargs:
+            kwargs["position_embeddings"] = extend_rotary(kwargs["position_embeddings"], length, count, at)
+        for name in _BIASES:
+            if kwargs.get(name) is not None:
+                kwargs[name] = extend_bias(kwargs[name], length, count, at)
+        if "position_ids" in kwargs:
+            kwargs["position_ids"] = None  # attention reads them only to find packed sequences
+        for module in self._biases:
+            module.slots_at = at
+        self._enter_cache(call, _own(kwargs.get("past_key_values")), count, length)
+        out = self.base_layer(insert(tokens, call.states, at), **kwargs)
+        hidden = out[0] if isinstance(out, tuple) else out
+        kept, call.states = split(hidden, count, at)
+        return (kept, *out[1:]) if isinstance(out, tuple) else kept
+
+    def _enter_cache(self, call: Call, cache: Any, count: int, length: int) -> None:
+        """Record what this block leaves in the cache."""
+        if cache is None:
+            return
+        if call.cache is None:
+            call.cache = _CACHES[cache] = CacheSlots()
+        call.cache.count[self.depth] = count
+        if call.unused is not None:
+            call.cache.unused[self.depth] = call.unused
+        window = getattr(self.settings, "sliding_window", None)
+        if window and cache.is_sliding[self.depth] and length + count >= window:
+            raise ConfigError(
+                f"{length} tokens and {count} prompts do not fit into the sliding window of {window} that the cache "
+                "keeps: the prompts would leave it; pass use_cache=False."
+            )
+
+    def _decode(self, call: Call, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
+        cache = _own(kwargs.get("past_key_values"))
+        if call.cache is None:
+            raise ConfigError("The KV cache was not filled with these prompts; let generate() make a cache of its own.")
+        if cache is not None:
+            keys = cache.get_mask_sizes(tokens.shape[1], self.depth)[0]
+            unused = call.cache.unused.get(self.depth)
+            kwargs["attention_mask"] = align_keys(kwargs.get("attention_mask"), keys, tokens, unused)
+        return self.base_layer(tokens, **kwargs)
+
+
+def _extend_own_bias(module: nn.Module, args: Any, kwargs: dict[str, Any], bias: Tensor) -> Tensor:
+    """Hook of a bias that a block makes for itself, for its tokens (BEiT): the rest of `dim_size` are slots."""
+    tokens = bias.shape[-1]
+    count = kwargs.get("dim_size", tokens) - tokens
+    return extend_bias(bias, tokens, count, module.slots_at) if count > 0 else bias

@@ -1,0 +1,131 @@
+"""The tuner of methods that act on the sequence: wraps every block of one stack and hooks the stack itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_lab import roles
+from peft_lab.config import AdapterConfig
+from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.layer import AdapterLayer
+from peft_lab.registry import MethodInfo, register
+from peft_lab.sequence import SequenceLayer, begin, drop_inputs, end, take_inputs
+from peft_lab.tuner import AdapterTuner
+
+#: Which stack gets the prompts where a model has several, the first that is there.
+_PREFERRED = ("vision", "encoder")
+
+
+@dataclass
+class SequenceConfig(AdapterConfig):
+    """Base of the configs of prompts in the sequence.
+
+    Raises:
+        ConfigError: `target_modules` are given; prompts are for whole blocks.
+    """
+
+    stack: str | None = field(
+        default=None,
+        metadata={"help": "Path of the stack of blocks to prompt; nothing means the vision tower or the encoder."},
+    )
+
+    def check(self) -> None:
+        if self.target_modules is not None and self.fingerprints is None:
+            raise ConfigError(
+                f'Method "{self.info.name}" adapts whole blocks and takes no target_modules; choose blocks by '
+                "layers_to_transform."
+            )
+
+    def writes(self, depth: int) -> bool:
+        """Whether prompts may be written before the block of this index."""
+        layers = self.layers_to_transform
+        return layers is None or depth in ([layers] if isinstance(layers, int) else layers)
+
+
+class SequenceTuner(AdapterTuner):
+    """Puts `SequenceLayer`s around all blocks of a stack: those that get no prompts carry the slots along."""
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        loaded = peft_config.fingerprints is not None
+        path, blocks = chosen_stack(self.model, peft_config.stack)
+        depths = len(blocks)
+        layers = peft_config.layers_to_transform
+        for layer in [layers] if isinstance(layers, int) else layers or ():
+            if not 0 <= layer < depths:
+                raise ConfigError(f"layers_to_transform holds {layer}; the stack has blocks 0 to {depths - 1}.")
+        if not loaded:
+            peft_config.target_modules = blocks
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
+        layer = super().new_layer(target, path)
+        assert isinstance(layer, SequenceLayer)
+        stacks = stacks_of(self.model)
+        stack, blocks = next((stack, blocks) for stack, blocks in stacks.items() if path in blocks)
+        layer.depth, layer.depths = blocks.index(path), len(blocks)
+        layer.settings = self.model.get_submodule(stack).config
+        return layer
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # peft's own looks for the weight of the module; the layer has already put its parameters on the right device
+        setattr(parent, child_name, new_module)
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        stack = model.get_submodule(chosen_stack(model, config.stack)[0])
+        for module, before, after in ((model, take_inputs, drop_inputs), (stack, begin, end)):
+            if before not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(before, with_kwargs=True)
+                module.register_forward_hook(after, always_call=True)
+
+    def unload(self) -> Any:
+        """The base model without blocks wrapped and without hooks."""
+        model = super().unload()
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if hook in (take_inputs, begin, end, drop_inputs)]:
+                    del hooks[key]
+        return model
+
+
+def register_sequence(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None:
+    """`peft_lab.registry.register` for a method that acts on the sequence."""
+    register(info, config_cls, layer_cls, SequenceTuner)
+
+
+def stacks_of(model: nn.Module) -> dict[str, list[str]]:
+    """Paths of the blocks of each stack, by the path of the stack: the innermost model around them."""
+    found: dict[str, list[str]] = {}
+    for block in roles.modules_by_role(model, "block"):
+        parts = block.split(".")
+        parents = (".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1))
+        stack = next((p for p in parents if isinstance(model.get_submodule(p), PreTrainedModel)), "")
+        found.setdefault(stack, []).append(block)
+    return found
+
+
+def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
+    """Path of the stack that gets the prompts, and of its blocks.
+
+    Raises:
+        ConfigError: the model has no blocks, or no stack of that name.
+    """
+    stacks = {path: blocks for path, blocks in stacks_of(model).items() if _is_transformer(model.get_submodule(path))}
+    if not stacks:
+        raise ConfigError(f"{type(model).__name__} has no stack of transformer blocks, so prompts have no place in it.")
+    if name is not None:
+        found = next((path for path in stacks if path == name or path.endswith(f".{name}")), None)
+        if found is None:
+            shown = ", ".join(path or "the model itself" for path in stacks)
+            raise ConfigError(f'stack="{name}" is none of {shown}.{did_you_mean(name, stacks)}')
+        return found, stacks[found]
+    preferred = (path for word in _PREFERRED for path in stacks if word in path.lower())
+    path = next(preferred, next(iter(stacks)))
+    return path, stacks[path]
+
+
+def _is_transformer(stack: nn.Module) -> bool:
+    return hasattr(stack.config, "hidden_size") and hasattr(stack.config, "num_attention_heads")
