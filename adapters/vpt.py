@@ -1,7 +1,7 @@
 """VPT: trainable tokens in the sequence of a frozen transformer (Visual Prompt Tuning).
 
-Shallow, `p` prompts stand behind the class token at the input and pass through all blocks; deep, each block gets `p` new
-ones in the place of those that the block before made. An optional projection lifts prompts of a smaller width.
+Shallow, `p` prompts stand behind the class token at the input and pass through all blocks; deep, each block gets `p`
+new ones in the place of those that the block before made. An optional projection lifts prompts of a smaller width.
 
 Source: Jia et al. 2022, Visual Prompt Tuning, arXiv:2203.12119. Written from the paper's equations.
 """
@@ -69,6 +69,11 @@ class VPTConfig(SequenceConfig):
         if self.position not in ("after", "before"):
             raise ConfigError(f'position="{self.position}" must be "after" or "before".')
 
+    def writing(self, depths: int) -> list[int]:
+        """Indices of the blocks that write prompts, of `depths` blocks."""
+        chosen = [depth for depth in range(depths) if self.writes(depth)]
+        return chosen if self.deep else chosen[:1]
+
 
 class VPTLayer(SequenceLayer):
     """A block before which prompts (p, width) are written; the first such block also holds the shared projection."""
@@ -76,21 +81,18 @@ class VPTLayer(SequenceLayer):
     adapter_layer_names = ("vpt_prompts", "vpt_projection_weight", "vpt_projection_bias")
 
     def initial_values(self, adapter: str, config: VPTConfig) -> dict[str, Tensor]:
-        writing = [depth for depth in range(self.depths) if config.writes(depth)]
-        writing = writing if config.deep else writing[:1]
+        writing = config.writing(self.depths)
         if self.depth not in writing:
             return {}
         order = writing.index(self.depth)
-        if isinstance(config.num_prompts, list) and len(config.num_prompts) != len(writing):
-            raise ConfigError(
-                f"num_prompts has {len(config.num_prompts)} numbers, but prompts are written before {len(writing)} blocks."
-            )
-        count = config.num_prompts[order] if isinstance(config.num_prompts, list) else config.num_prompts
+        counts = config.num_prompts if isinstance(config.num_prompts, list) else [config.num_prompts] * len(writing)
+        if len(counts) != len(writing):
+            raise ConfigError(f"num_prompts has {len(counts)} numbers, but {len(writing)} blocks get prompts.")
         width = config.projection or self.width
         patch = getattr(self.settings, "patch_size", None)
         pixels = 3 * math.prod(patch if isinstance(patch, list | tuple) else (patch, patch)) if patch else self.width
         bound = math.sqrt(6 / (pixels + width))
-        values = {"vpt_prompts": torch.empty(count, width).uniform_(-bound, bound)}
+        values = {"vpt_prompts": torch.empty(counts[order], width).uniform_(-bound, bound)}
         if config.projection and order == 0:
             weight = nn.init.kaiming_normal_(torch.empty(self.width, width), mode="fan_out", nonlinearity="linear")
             values |= {"vpt_projection_weight": weight, "vpt_projection_bias": torch.zeros(self.width)}

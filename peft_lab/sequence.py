@@ -1,10 +1,10 @@
 """Prompts in the sequence of a frozen backbone: each wrapped block puts slots in, runs, and takes them out again.
 
 Between the blocks only tokens travel; what a block made of the slots is kept in the `Call` and goes into the next
-block, unless that one writes prompts of its own. So the pooler, the final norm, the head and whoever reads hidden states
-see the tokens alone. The slots have no position: learned position tables do not see them, and under rotary positions
-they stand at position 0, so text keeps the positions it has without them. Masks, rotary positions and biases, which the
-stack makes for the tokens alone, are extended on the way into each block (`peft_lab.slots`).
+block, unless that one writes prompts of its own. So the pooler, the final norm, the head and whoever reads hidden
+states see the tokens alone. The slots have no position: learned position tables do not see them, and under rotary
+positions they stand at position 0, so text keeps the positions it has without them. Masks, rotary positions and biases,
+which the stack makes for the tokens alone, are extended on the way into each block (`peft_lab.slots`).
 
 What belongs to one forward call is in its `Call`, which a pre-hook of the stack makes and a post-hook drops, and not on
 a module: two forwards before one backward, recomputed blocks and threads share nothing. A hook and not a wrapper,
@@ -118,25 +118,18 @@ def end(stack: nn.Module, args: Any, output: Any) -> Any:
     if call is None or call.stack is not stack or call.token is None:
         return output
     _CALL.reset(call.token)
-    for name in ("hidden_states", "attentions"):
+    for name, dims in (("hidden_states", (1,)), ("attentions", (2, 3))):
         recorded = getattr(output, name, None)
-        if call.prefill and isinstance(recorded, tuple) and call.length:
-            setattr(
-                output, name, tuple(_tokens_alone(part, call, 2 if name == "attentions" else 1) for part in recorded)
-            )
+        if isinstance(recorded, tuple) and call.prefill and call.length:
+            setattr(output, name, tuple(_tokens_alone(part, call, dims) for part in recorded))
     return output
 
 
-def _tokens_alone(part: Tensor, call: Call, first: int) -> Tensor:
-    """Hidden states (batch, n, dim) or attention (batch, heads, n, n) without the slots that it may hold."""
-    for dim in range(first, part.ndim if first == 2 else first + 1):
+def _tokens_alone(part: Tensor, call: Call, dims: tuple[int, ...]) -> Tensor:
+    """What was recorded, without the slots that it may hold along some dimensions."""
+    for dim in dims:
         count = part.shape[dim] - call.length
-        if count > 0:
-            kept = [
-                part.narrow(dim, 0, call.position),
-                part.narrow(dim, call.position + count, call.length - call.position),
-            ]
-            part = torch.cat(kept, dim)
+        part = split(part, count, call.position, dim)[0] if count > 0 else part
     return part
 
 
