@@ -51,7 +51,7 @@ class SequenceTuner(AdapterTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         loaded = peft_config.fingerprints is not None
-        path, blocks = chosen_stack(self.model, peft_config.stack)
+        _, blocks = chosen_stack(self.model, peft_config.stack)
         depths = len(blocks)
         layers = peft_config.layers_to_transform
         for layer in [layers] if isinstance(layers, int) else layers or ():

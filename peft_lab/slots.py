@@ -19,13 +19,11 @@ def insert(tensor: Tensor, new: Tensor, at: int, dim: int = 1) -> Tensor:
     return torch.cat([tensor.narrow(dim, 0, at), new, tensor.narrow(dim, at, tensor.shape[dim] - at)], dim)
 
 
-def split(tensor: Tensor, count: int, at: int) -> tuple[Tensor, Tensor]:
-    """Tokens and slots of hidden states (batch, tokens + count, dim); the inverse of `insert`."""
-    slots = tensor.narrow(1, at, count)
-    if at == 0:
-        return tensor.narrow(1, count, tensor.shape[1] - count), slots
-    rest = tensor.narrow(1, at + count, tensor.shape[1] - at - count)
-    return torch.cat([tensor.narrow(1, 0, at), rest], 1), slots
+def split(tensor: Tensor, count: int, at: int, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Tokens and slots of a tensor with `count` slots at position `at` of a dimension; the inverse of `insert`."""
+    slots = tensor.narrow(dim, at, count)
+    rest = tensor.narrow(dim, at + count, tensor.shape[dim] - at - count)
+    return (torch.cat([tensor.narrow(dim, 0, at), rest], dim) if at else rest), slots
 
 
 def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal: bool, unused: Tensor | None) -> Any:
