@@ -28,7 +28,7 @@ METHOD = MethodInfo(
     roles=("block",),
     capabilities=("mixed_batch",),
     learning_rate=1e-2,
-    budget=(1.15, 1.3),
+    budget=(1.2, 1.3),
 )
 
 

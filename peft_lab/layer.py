@@ -130,9 +130,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             ValueError: with `safe_merge`, the merged weight is not finite.
         """
         if not self.info.can("merge"):
-            raise NotImplementedError(
-                f'Method "{self.info.name}" cannot be merged: it does not declare that it {CAPABILITIES["merge"]}.'
-            )
+            raise NotImplementedError(no_merge(self.info))
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.configs]
         if not names:
             return
@@ -194,6 +192,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"{self.info.name}." + super().__repr__()
+
+
+def no_merge(info: MethodInfo) -> str:
+    """Why a method without the capability `merge` cannot be merged, as a message."""
+    reasons = {
+        "sequence": "its prompts are tokens of the sequence, and no weight of the base stands for them",
+        "input": "it changes what goes into the base, and no weight of the base stands for that",
+    }
+    reason = reasons.get(info.kind, f"it does not declare that it {CAPABILITIES['merge']}")
+    return f'Method "{info.name}" cannot be merged, because {reason}.'
 
 
 class WeightLayer(AdapterLayer):

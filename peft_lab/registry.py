@@ -122,12 +122,15 @@ def config_fields(name: str) -> dict[str, source.Field]:
     info = method(name)
     if info.path is None or not info.config:
         return {}
-    elsewhere = {"AdapterConfig": Path(__file__).with_name("config.py"), **_peft_config_files()}
+    here = {name: Path(__file__).with_name(file) for name, file in _CONFIG_BASES.items()}
+    elsewhere = {**here, **_peft_config_files()}
     path = info.path if info.config in source.classes(info.path) else elsewhere.get(info.config)
     fields = source.dataclass_fields(path, info.config, elsewhere) if path else {}
     return {k: v for k, v in fields.items() if k not in _MACHINE_FIELDS}
 
 
+#: Where the config classes stand that methods inherit from.
+_CONFIG_BASES = {"AdapterConfig": "config.py", "SequenceConfig": "sequence_tuner.py"}
 #: Fields that peft or peft-lab fills in; a user never sets them as method arguments.
 _MACHINE_FIELDS = frozenset(
     (

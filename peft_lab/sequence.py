@@ -52,7 +52,8 @@ class Call:
     Attributes:
         stack: the module that was called.
         mask: bool (batch, tokens), False at padding; None if there is none.
-        instruction: bool (batch, tokens), the tokens that a prompt may depend on; None for all.
+        instruction: (batch, tokens), true where a prompt may look, as the caller gave it; None if it did not.
+        labels: labels of the call; a text that is to be continued has -100 where there is no answer.
         cache: what the KV cache holds of slots; None without a cache.
         prefill: whether slots are to be filled; False for a step of decoding.
         depth: number of blocks that have run.
@@ -65,6 +66,7 @@ class Call:
     stack: nn.Module
     mask: Tensor | None = None
     instruction: Tensor | None = None
+    labels: Tensor | None = None
     cache: CacheSlots | None = None
     prefill: bool = True
     depth: int = 0
@@ -75,11 +77,13 @@ class Call:
     position: int = 0
     token: Token[Call | None] | None = None
 
-    def of_rows(self, index: Tensor) -> Call:
-        """The call as rows of the batch see it; `shared` stays the same."""
-        mask = None if self.mask is None else self.mask[index]
-        instruction = None if self.instruction is None else self.instruction[index]
-        return Call(self.stack, mask, instruction, depth=self.depth, shared=self.shared)
+    def of_rows(self, index: Tensor, batch: int) -> Call:
+        """The call as rows of a batch of this size see it; `shared` stays the same."""
+        mask, instruction, labels = (
+            None if value is None or len(value) != batch else value[index]
+            for value in (self.mask, self.instruction, self.labels)
+        )
+        return Call(self.stack, mask, instruction, labels, depth=self.depth, shared=self.shared)
 
 
 _CALL: ContextVar[Call | None] = ContextVar("peft_lab_call", default=None)
@@ -98,7 +102,13 @@ def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     cache, mask = _own(kwargs.get("past_key_values")), kwargs.get("attention_mask")
     if getattr(cache, "is_compileable", False):
         raise ConfigError("Prompts in the sequence need a cache that grows; leave out cache_implementation='static'.")
-    call = Call(stack, mask.bool() if mask is not None and mask.ndim == 2 else None)
+    given, inputs = kwargs.pop("instruction_mask", None), _INPUTS.get() or {}
+    call = Call(
+        stack,
+        mask=mask.bool() if mask is not None and mask.ndim == 2 else None,
+        instruction=inputs.get("instruction_mask") if given is None else given,
+        labels=inputs.get("labels"),
+    )
     past = int(cache.get_seq_length()) if cache is not None else 0
     if past:
         call.prefill = False
@@ -107,7 +117,6 @@ def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
             _count_cached(call.cache, cache, past, kwargs, names)
     else:
         _refuse_packed(kwargs.get("position_ids"))
-        call.instruction = _instruction(call.mask, kwargs.pop("instruction_mask", None))
     call.token = _CALL.set(call)
     return (), kwargs
 
@@ -145,36 +154,23 @@ def drop_inputs(model: nn.Module, args: Any, output: Any) -> Any:
     return output
 
 
-def _instruction(mask: Tensor | None, given: Tensor | None) -> Tensor | None:
-    """The tokens that are not answer and not padding: as given, else where no loss is taken, else all."""
-    inputs = _INPUTS.get() or {}
-    given = inputs.get("instruction_mask") if given is None else given
-    labels = inputs.get("labels")
-    if given is None and labels is not None and labels.ndim == 2 and (mask is None or labels.shape == mask.shape):
-        given = labels == -100
-    if given is None:
-        return mask
-    chosen = given.bool() if mask is None else given.bool() & mask
-    if not bool(chosen.any(1).all()):
-        raise ConfigError(
-            "A row of the batch has no token of the instruction: labels must be -100 there, or pass instruction_mask."
-        )
-    return chosen
-
-
 def _count_cached(slots: CacheSlots, cache: Cache, past: int, kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
     if any(cache.is_sliding) and len({slots.count.get(depth, 0) for depth in range(len(cache.layers))}) > 1:
         raise ConfigError(
             "Prompts in some blocks only do not go with a cache of sliding windows; pass use_cache=False."
+        )
+    given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    if given.shape[1] > 1:
+        raise ConfigError(
+            f"A KV cache with prompts in it goes on by one token at a time, got {given.shape[1]}: leave out "
+            "prefill_chunk_size and assistant_model, and give the whole text where a conversation goes on."
         )
     mask = kwargs.get("attention_mask")
     measured = slots.count.get(find_first_full_attention_index(cache), 0)  # the layer that the stack sizes the mask by
     if measured and mask is not None and mask.ndim == 2:
         kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], measured), mask], 1)
     if kwargs.get("position_ids") is None and "position_ids" in names:
-        given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        start = past - slots.count.get(0, 0)
-        kwargs["position_ids"] = torch.arange(start, start + given.shape[1], device=given.device)[None]
+        kwargs["position_ids"] = torch.full((1, 1), past - slots.count.get(0, 0), device=given.device)
 
 
 def _refuse_packed(position_ids: Tensor | None) -> None:
@@ -224,6 +220,32 @@ class SequenceLayer(AdapterLayer):
         self._biases = [m for m in base.modules() if type(m).__name__.endswith("RelativePositionBias")]
         for module in self._biases:
             module.register_forward_hook(_extend_own_bias, with_kwargs=True)
+
+    def instruction(self, tokens: Tensor, call: Call) -> Tensor | None:
+        """The tokens that a prompt may depend on, bool (batch, tokens); None for all.
+
+        They are neither padding nor answer: as `instruction_mask` gives them, else, in a stack that continues a text,
+        those without a label.
+
+        Raises:
+            ConfigError: a row has no such token, or `instruction_mask` is not of the batch's shape.
+        """
+        given, labels = call.instruction, call.labels
+        if given is not None and given.shape != tokens.shape[:2]:
+            raise ConfigError(
+                f"instruction_mask has shape {list(given.shape)}, expected {list(tokens.shape[:2])} as the tokens have."
+            )
+        if given is None and self._causal and labels is not None and labels.shape == tokens.shape[:2]:
+            given = labels == -100
+        if given is None:
+            return call.mask
+        chosen = given.bool() if call.mask is None else given.bool() & call.mask
+        if not bool(chosen.any(1).all()):
+            raise ConfigError(
+                f'Method "{self.info.name}" makes its prompts from the instruction, and a row of the batch has none: '
+                "labels must be -100 there, or pass instruction_mask."
+            )
+        return chosen
 
     # What a method supplies -------------------------------------------------------------------------------------
 
@@ -287,7 +309,7 @@ class SequenceLayer(AdapterLayer):
         for name in rows.names:
             if name != BASE and name in self.configs:
                 index = rows.of_adapter(name, tokens.shape[0], tokens.device)
-                new = self.prompts(name, tokens[index], call.of_rows(index))
+                new = self.prompts(name, tokens[index], call.of_rows(index, tokens.shape[0]))
                 if new is not None:
                     written[name] = new.to(tokens.dtype)
         if not written:

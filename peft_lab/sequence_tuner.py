@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +27,7 @@ class SequenceConfig(AdapterConfig):
     """Base of the configs of prompts in the sequence.
 
     Raises:
-        ConfigError: `target_modules` are given; prompts are for whole blocks.
+        ConfigError: `target_modules` or `exclude_modules` are given; prompts are for whole blocks.
     """
 
     stack: str | None = field(
@@ -34,11 +36,12 @@ class SequenceConfig(AdapterConfig):
     )
 
     def check(self) -> None:
-        if self.target_modules is not None and self.fingerprints is None:
-            raise ConfigError(
-                f'Method "{self.info.name}" adapts whole blocks and takes no target_modules; choose blocks by '
-                "layers_to_transform."
-            )
+        for name in ("target_modules", "exclude_modules"):
+            if getattr(self, name) is not None and (name == "exclude_modules" or self.fingerprints is None):
+                raise ConfigError(
+                    f'Method "{self.info.name}" adapts whole blocks and takes no {name}; choose blocks by '
+                    "layers_to_transform."
+                )
 
     def writes(self, depth: int) -> bool:
         """Whether prompts may be written before the block of this index."""
@@ -80,6 +83,14 @@ class SequenceTuner(AdapterTuner):
             if before not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(before, with_kwargs=True)
                 module.register_forward_hook(after, always_call=True)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        settings = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
+            raise ConfigError("Prompts are made for a whole text: leave out prefill_chunk_size.")
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     def unload(self) -> Any:
         """The base model without blocks wrapped and without hooks."""

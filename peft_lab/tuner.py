@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import peft_lab.roles as roles
 from peft_lab import fingerprint, portable
 from peft_lab.errors import ConfigError
-from peft_lab.layer import AdapterLayer
+from peft_lab.layer import AdapterLayer, no_merge
 from peft_lab.registry import MethodInfo
 from peft_lab.rows import BASE
 
@@ -174,7 +174,7 @@ class AdapterTuner(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         if not self.info.can("merge"):
-            raise NotImplementedError(f'Method "{self.info.name}" cannot be merged into the base weights.')
+            raise NotImplementedError(no_merge(self.info))
         super()._check_merge_allowed()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -15,11 +17,23 @@ from peft_lab import registry
 METHODS = [name for name, info in registry.methods().items() if info.kind not in ("peft", "baseline")]
 #: Those built on peft-lab's shared layers.
 OWN = [name for name in METHODS if registry.method(name).module.startswith("peft_lab.")]
+#: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
+SEQUENCE = [name for name in OWN if registry.method(name).kind == "sequence"]
+ON_OPS = [name for name in OWN if name not in SEQUENCE]
+#: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets, and windows of one size.
+NO_SEQUENCE = ("swin", "convnext", "resnet", "efficientnet", "mobilenet_v2")
 
 
 def config(method: str, model: nn.Module | None = None, **fields: Any) -> Any:
     """A method's config; text and list fields are taken as they are."""
     return registry.make_config(method, fields, model=model)
+
+
+def pairs(methods: Iterable[str], families: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrise a test over methods and the families of backbones that they go with."""
+    families = list(families)
+    found = [(m, f) for f in families for m in methods if not (m in SEQUENCE and f in NO_SEQUENCE)]
+    return pytest.mark.parametrize(("method", "family"), found)
 
 
 def adapt(method: str, model: nn.Module, seed: int = 0, **fields: Any) -> Any:

@@ -6,15 +6,17 @@ import copy
 import fnmatch
 import json
 import os
+import re
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
-from backbones import tiny
+from backbones import TINY, tiny
 from peft import AutoPeftModel, PeftModel, get_peft_model
-from properties import METHODS, OWN, config, equal_weights, move
+from properties import METHODS, OWN, SEQUENCE, config, equal_weights, move
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,30 +29,44 @@ from peft_lab.run_folder import is_download, read_labels
 from peft_lab.task import data_files
 
 
-def _model() -> nn.Module:
+def _model(method: str = "") -> nn.Module:
+    """The base of a method: two linear layers, or a stack of blocks for prompts."""
+    if method in SEQUENCE:
+        return TINY["vit"]()
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
+def _adapted(method: str) -> nn.Module:
+    fields = {} if method in SEQUENCE else {"target_modules": ["0", "2"]}
+    torch.manual_seed(0)
+    return move(get_peft_model(_model(method), config(method, **fields)))
+
+
+#: The method of each folder made here, which may no longer say so itself.
+_METHOD_OF: dict[Path, str] = {}
+
+
 @pytest.fixture(params=OWN)
 def folder(request, tmp_path):
-    model = move(get_peft_model(_model(), config(request.param, target_modules=["0", "2"])))
-    model.save_pretrained(tmp_path)
+    _adapted(request.param).save_pretrained(tmp_path)
+    _METHOD_OF[tmp_path] = request.param
     return tmp_path
 
 
 def _load(folder):
-    base = _model()
+    base = _model(_METHOD_OF[folder])
     before = copy.deepcopy(base)
     try:
         return PeftModel.from_pretrained(base, folder)
     finally:
-        assert equal_weights(_base(base), before)
+        assert equal_weights(_base(base, before), before)
 
 
-def _base(model: nn.Module) -> nn.Module:
-    plain = _model()
-    state = {k.replace("base_layer.", ""): v for k, v in model.state_dict().items()}
+def _base(model: nn.Module, like: nn.Module) -> nn.Module:
+    """What a model holds of its base, which an adapter may have been put on."""
+    plain = copy.deepcopy(like)
+    state = {re.sub(r"base_layer\.|original_module\.", "", k): v for k, v in model.state_dict().items()}
     plain.load_state_dict({k: state[k] for k in plain.state_dict()})
     return plain
 
@@ -67,6 +83,11 @@ def _edit_weights(folder, change):
     state = load_file(path)
     change(state)
     save_file(state, path)
+
+
+def _first(state) -> str:
+    """An entry of the adapter itself, not of a head."""
+    return next(key for key in sorted(state) if re.search(r"\.\d+\.", key))
 
 
 def test_untouched_folder_loads(folder):
@@ -97,15 +118,15 @@ def test_bad_config_is_refused(folder, changes):
 
 
 def test_missing_entry_is_refused(folder):
-    _edit_weights(folder, lambda state: state.pop(next(iter(state))))
+    _edit_weights(folder, lambda state: state.pop(_first(state)))
     with pytest.raises(PeftLabError, match="lacks"):
         _load(folder)
 
 
 def test_unknown_entry_is_refused(folder):
     def change(state):
-        key = next(iter(state))
-        state[key.replace(".0.", ".1.", 1)] = state[key].clone()
+        key = _first(state)
+        state[key.replace(".0.", ".7.", 1)] = state[key].clone()
 
     _edit_weights(folder, change)
     with pytest.raises(PeftLabError, match="unknown entr"):
@@ -120,7 +141,7 @@ def test_base_weight_in_the_file_is_refused(folder):
 
 def test_wrong_shape_is_refused(folder):
     def change(state):
-        key = next(iter(state))
+        key = _first(state)
         state[key] = torch.zeros(state[key].shape[0] + 1)
 
     _edit_weights(folder, change)
@@ -130,7 +151,7 @@ def test_wrong_shape_is_refused(folder):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused(folder, value):
-    _edit_weights(folder, lambda state: next(iter(state.values())).fill_(value))
+    _edit_weights(folder, lambda state: state[_first(state)].fill_(value))
     with pytest.raises(PeftLabError, match="finite"):
         _load(folder)
 
@@ -145,10 +166,10 @@ def test_truncated_file_is_an_error(folder, keep):
 
 def test_adapter_name_inside_the_prefix_is_refused(folder):
     prefix = json.loads((folder / "adapter_config.json").read_text())["peft_type"].lower()
-    base = _model()
+    base = _model(prefix)
     with pytest.raises(PeftLabError, match="cannot be used"):
         PeftModel.from_pretrained(base, folder, adapter_name=prefix[:2])
-    assert isinstance(base[0], nn.Linear)
+    assert base.state_dict().keys() == _model(prefix).state_dict().keys()
 
 
 # Through peft_lab's own loader, for every method ----------------------------------------------------------------------
@@ -156,18 +177,19 @@ def test_adapter_name_inside_the_prefix_is_refused(folder):
 
 @pytest.fixture(params=METHODS)
 def any_folder(request, tmp_path):
-    torch.manual_seed(0)
-    model = move(get_peft_model(_model(), config(request.param, target_modules=["0", "2"])))
+    model = _adapted(request.param)
     model.save_pretrained(tmp_path)
     write_record(model, tmp_path)
+    _METHOD_OF[tmp_path] = request.param
     return tmp_path
 
 
 def assert_refused(folder, match):
-    base = _model()
+    method = _METHOD_OF[folder]
+    base = _model(method)
     with pytest.raises(PeftLabError, match=match):
         load_adapter(base, folder)
-    assert equal_weights(_base(base), _model())
+    assert equal_weights(_base(base, base), _model(method))
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
@@ -179,10 +201,10 @@ def test_pickles_are_never_read(any_folder, name):
 
 @pytest.mark.parametrize("method", OWN)
 def test_peft_does_not_read_pickles_of_our_methods(method, tmp_path):
-    get_peft_model(_model(), config(method, target_modules=["0"])).save_pretrained(tmp_path, safe_serialization=False)
+    _adapted(method).save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "adapter_model.bin").is_file()
     with pytest.raises(PeftLabError, match="only safetensors"):
-        PeftModel.from_pretrained(_model(), tmp_path)
+        PeftModel.from_pretrained(_model(method), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "labels.json", "other"])
@@ -209,7 +231,7 @@ def test_links_of_the_cache_of_the_hub_are_followed(any_folder):
     for number, path in enumerate(p for p in any_folder.iterdir() if p.is_file()):
         path.rename(home / "blobs" / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    assert load_adapter(_model(), snapshot).training is False
+    assert load_adapter(_model(_METHOD_OF[any_folder]), snapshot).training is False
 
 
 @pytest.mark.parametrize(
@@ -306,7 +328,7 @@ def test_config_is_a_closed_schema_for_every_method(any_folder, changes):
 def test_nothing_is_imported_by_name(any_folder):
     mapping = {"base_model_class": "Flying", "parent_library": "antigravity"}
     _edit_config(any_folder, auto_mapping=mapping)
-    load_adapter(_model(), any_folder)
+    load_adapter(_model(_METHOD_OF[any_folder]), any_folder)
     with pytest.raises((ValueError, PeftLabError)):
         AutoPeftModel.from_pretrained(any_folder)
     assert "antigravity" not in sys.modules
@@ -409,6 +431,6 @@ def test_revision_is_pinned(monkeypatch, any_folder):
         return str(any_folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    load_adapter(_model(), "someone/adapter", revision="abc")
+    load_adapter(_model(_METHOD_OF[any_folder]), "someone/adapter", revision="abc")
     assert (asked["name"], asked["revision"]) == ("someone/adapter", "abc")
     assert not any(fnmatch.fnmatch("x.bin", p) or fnmatch.fnmatch("x.py", p) for p in asked["allow_patterns"])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from properties import OWN, adapter_parameters, config, move
+from properties import ON_OPS, adapter_parameters, config, move
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -71,8 +71,8 @@ def adapted(method: str, op: str, **fields: object) -> tuple[One, nn.Module, tor
     return base, model, x
 
 
-CASES = [(m, op) for m in OWN for op, (kind, *_) in OPS.items() if registry.method(m).can(kind)]
-REFUSED = [(m, op) for m in OWN for op, (kind, *_) in OPS.items() if not registry.method(m).can(kind)]
+CASES = [(m, op) for m in ON_OPS for op, (kind, *_) in OPS.items() if registry.method(m).can(kind)]
+REFUSED = [(m, op) for m in ON_OPS for op, (kind, *_) in OPS.items() if not registry.method(m).can(kind)]
 cases = pytest.mark.parametrize(("method", "op"), CASES)
 
 
@@ -197,7 +197,7 @@ def test_undeclared_op_is_refused_with_reason(method: str, op: str) -> None:
         get_peft_model(base, config(method, target_modules=["op"]))
 
 
-@pytest.mark.parametrize("method", OWN)
+@pytest.mark.parametrize("method", ON_OPS)
 def test_quantised_weight_is_refused_with_reason(method: str) -> None:
     model = One(nn.Linear(4, 4))
     model.op.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
@@ -205,7 +205,7 @@ def test_quantised_weight_is_refused_with_reason(method: str) -> None:
         get_peft_model(model, config(method, target_modules=["op"]))
 
 
-@pytest.mark.parametrize("method", OWN)
+@pytest.mark.parametrize("method", ON_OPS)
 def test_overridden_forward_is_refused(method: str) -> None:
     class Doubled(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -215,7 +215,7 @@ def test_overridden_forward_is_refused(method: str) -> None:
         get_peft_model(One(Doubled(4, 4)), config(method, target_modules=["op"]))
 
 
-@pytest.mark.parametrize("method", OWN)
+@pytest.mark.parametrize("method", ON_OPS)
 def test_safe_merge_refuses_what_is_not_finite(method: str) -> None:
     _, model, _ = adapted(method, "linear")
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_safe_merge_refuses_what_is_not_finite(method: str) -> None:
         model.merge_and_unload(safe_merge=True)
 
 
-@pytest.mark.parametrize("method", OWN)
+@pytest.mark.parametrize("method", ON_OPS)
 def test_tied_weight_is_not_changed_by_merging(method: str) -> None:
     _, model, _ = adapted(method, "linear")
     tied = model.base_model.model.op.base_layer.weight
@@ -233,7 +233,7 @@ def test_tied_weight_is_not_changed_by_merging(method: str) -> None:
     assert torch.equal(tied, before)
 
 
-@pytest.mark.parametrize("method", OWN)
+@pytest.mark.parametrize("method", ON_OPS)
 def test_compiled_equals_eager(method: str) -> None:
     _, model, x = adapted(method, "linear")
     move(model)

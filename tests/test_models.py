@@ -17,7 +17,9 @@ from peft import (
 )
 from properties import (
     METHODS,
+    NO_SEQUENCE,
     OWN,
+    SEQUENCE,
     adapt,
     adapter_parameters,
     assert_close,
@@ -26,6 +28,7 @@ from properties import (
     main_tensor,
     move,
     output,
+    pairs,
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -35,10 +38,7 @@ from peft_lab.errors import ConfigError
 
 #: One of each shape of model: encoder, decoder, fused attention, encoder-decoder, vision transformer, two conv nets.
 MAIN = ["bert", "vit", "llama", "gpt2", "t5", "swin", "resnet", "efficientnet"]
-every = pytest.mark.parametrize("family", list(TINY))
-main = pytest.mark.parametrize("family", MAIN)
 own = pytest.mark.parametrize("method", OWN)
-methods = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,7 @@ def base(models, family):
     return models[family]
 
 
-@own
-@every
+@pairs(OWN, TINY)
 @torch.no_grad()
 def test_life_of_an_adapter(base, method, family, tmp_path):
     """Start, effect, disabling, saving, loading, merging and unmerging on one model."""
@@ -74,6 +73,14 @@ def test_life_of_an_adapter(base, method, family, tmp_path):
     assert torch.equal(output(loaded, inputs), moved)
     assert _all_equal(get_peft_model_state_dict(loaded), get_peft_model_state_dict(model))
 
+    if not registry.method(method).can("merge"):
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(NotImplementedError, match=f'Method "{method}" cannot be merged.*because'):
+                merge()
+        unloaded = model.unload()
+        assert type(unloaded) is type(base)
+        assert torch.equal(output(unloaded, inputs), plain)
+        return
     model.merge_adapter()
     assert_close(output(model, inputs), moved)
     with model.disable_adapter():
@@ -85,12 +92,18 @@ def test_life_of_an_adapter(base, method, family, tmp_path):
     assert_close(output(merged, inputs), moved)
 
 
+@pytest.mark.parametrize("family", NO_SEQUENCE)
+@pytest.mark.parametrize("method", SEQUENCE)
+def test_families_without_a_place_for_prompts_are_refused(base, method, family):
+    with pytest.raises(ConfigError, match="prompts"):
+        adapt(method, base)
+
+
 def _all_equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-@methods
-@every
+@pairs(METHODS, TINY)
 def test_only_what_is_declared_trains(base, method, family):
     if (method, family) == ("lora", "mobilenet_v2"):
         pytest.skip("peft's LoRA layer hides the stride that MobileNetV2 reads to pad")
@@ -115,19 +128,22 @@ def test_only_what_is_declared_trains(base, method, family):
     assert len(changed & own_names) >= 0.6 * len(own_names)
 
 
-@methods
-@every
+@pairs(METHODS, TINY)
 def test_declared_roles_are_the_ones_adapted(base, method, family):
     model = adapt(method, base)
     wanted = registry.method(method).roles
-    pattern = roles.target_regex(base, wanted)
-    assert model.peft_config["default"].target_modules == pattern
+    if method in SEQUENCE:  # whole blocks of one stack
+        blocks = roles.modules_by_role(base, wanted[0])
+        assert wanted == ("block",)
+        assert model.targeted_module_names == [name for name in blocks if name in model.targeted_module_names]
+        assert len({name.rpartition(".")[0] for name in model.targeted_module_names}) == 1
+    else:
+        assert model.peft_config["default"].target_modules == roles.target_regex(base, wanted)
     head = {n for h in roles.head_modules(base) for n, _ in base.named_modules() if n.startswith(h)}
     assert not head & set(model.targeted_module_names)
 
 
-@methods
-@main
+@pairs(METHODS, MAIN)
 def test_file_holds_exactly_the_adapter_and_the_head(base, method, family, tmp_path):
     model = adapt(method, base)
     model.save_pretrained(tmp_path)
@@ -144,8 +160,7 @@ def test_file_holds_exactly_the_adapter_and_the_head(base, method, family, tmp_p
     ]
 
 
-@own
-@main
+@pairs(OWN, MAIN)
 def test_every_way_to_load_gives_the_same(base, method, family, tmp_path):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))
@@ -201,8 +216,7 @@ def test_transformers_own_adapter_methods(method, tmp_path):
     assert torch.equal(output(again, inputs), first)
 
 
-@own
-@main
+@pairs(OWN, MAIN)
 def test_several_adapters_on_one_model(base, method, family):
     inputs = tiny_inputs(base)
     model = adapt(method, base)
@@ -222,8 +236,7 @@ def test_several_adapters_on_one_model(base, method, family):
         model.add_adapter("second", config(method))
 
 
-@own
-@main
+@pairs(OWN, MAIN)
 def test_mixed_batch_equals_each_row_alone(base, method, family):
     names = ["second", "__base__", "default", "second"]
     inputs = tiny_inputs(base, batch=4)
@@ -243,8 +256,7 @@ def test_mixed_batch_equals_each_row_alone(base, method, family):
         model.train()(**inputs, adapter_names=names)
 
 
-@own
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pairs(OWN, ["llama", "t5"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_one_adapter_a_row(base, method, family, beams):
     inputs = {k: v for k, v in tiny_inputs(base, batch=3).items() if not k.startswith("decoder")}
@@ -258,8 +270,7 @@ def test_generation_with_one_adapter_a_row(base, method, family, beams):
     assert torch.equal(mixed[0, : alone.shape[1]], alone[0, : mixed.shape[1]])
 
 
-@own
-@main
+@pairs(OWN, MAIN)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentrant):
     if not base.supports_gradient_checkpointing:
@@ -286,8 +297,7 @@ def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentr
     assert compared or reentrant
 
 
-@own
-@main
+@pairs(OWN, MAIN)
 def test_bfloat16_base_with_float32_adapter(base, method, family):
     model = adapt(method, copy.deepcopy(base).to(torch.bfloat16))
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
@@ -299,8 +309,7 @@ def test_bfloat16_base_with_float32_adapter(base, method, family):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
 
 
-@own
-@main
+@pairs(OWN, MAIN)
 def test_autocast_keeps_gradients_finite(base, method, family):
     model = adapt(method, base).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -309,8 +318,7 @@ def test_autocast_keeps_gradients_finite(base, method, family):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
 
 
-@own
-@pytest.mark.parametrize("family", ["bert", "vit", "llama"])
+@pairs(OWN, ["bert", "vit", "llama"])
 def test_compiled_equals_eager(base, method, family):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))
@@ -345,17 +353,23 @@ def test_every_field_has_an_effect(method, field, tmp_path):
         start = output(model, tiny_inputs(base))
         count = sum(p.numel() for p in adapter_parameters(model).values())
         moved = output(move(model), tiny_inputs(base))
+        torch.manual_seed(2)
+        trained = main_tensor(model.train()(**tiny_inputs(base)))  # where dropout shows
         size = sum(v.numel() for v in get_peft_model_state_dict(model).values())
-        seen.append((count, size, start.tolist(), moved.tolist()))
+        seen.append((count, size, start.tolist(), moved.tolist(), trained.tolist()))
     assert seen[0] != seen[1]
 
 
-@own
-@pytest.mark.parametrize("family", ["vit", "llama", "t5"])
+@pairs(OWN, ["vit", "llama", "t5"])
 def test_layers_to_transform_chooses_blocks(base, method, family):
     model = adapt(method, base, layers_to_transform=[1])
+    with_parameters = {name.partition(f".{model.base_model.prefix}")[0] for name in adapter_parameters(model)}
+    assert {roles.layer_index(base, name.removeprefix("base_model.model.")) for name in with_parameters} == {1}
+    if method in SEQUENCE:
+        with pytest.raises(ConfigError, match=r"layers_to_transform holds 2; .* blocks 0 to 1"):
+            adapt(method, base, layers_to_transform=[1, 2])
+        return
     targeted = model.targeted_module_names
-    assert targeted
     assert {roles.layer_index(base, name) for name in targeted} == {1}
     listed = adapt(method, base, layers_to_transform=1, target_modules=sorted({n.split(".")[-1] for n in targeted}))
     assert {roles.layer_index(base, name) for name in listed.targeted_module_names} == {1}
@@ -363,14 +377,17 @@ def test_layers_to_transform_chooses_blocks(base, method, family):
 
 @own
 def test_regex_and_layers_do_not_contradict_in_silence(method):
-    with pytest.raises(ConfigError, match="regex"):
+    with pytest.raises(ConfigError, match="takes no target_modules" if method in SEQUENCE else "regex"):
         adapt(method, TINY["vit"](), layers_to_transform=[1], target_modules=r".*q_proj")
 
 
-@own
-@main
+@pairs(OWN, MAIN)
 def test_exclude_modules_leaves_out(base, method, family):
     full = adapt(method, base).targeted_module_names
+    if method in SEQUENCE:  # a block left out would lose the slots on their way
+        with pytest.raises(ConfigError, match="takes no exclude_modules.*layers_to_transform"):
+            adapt(method, base, exclude_modules=[full[0]])
+        return
     model = adapt(method, base, exclude_modules=[full[0]])
     assert sorted(model.targeted_module_names) == sorted(set(full) - {full[0]})
 
@@ -387,12 +404,12 @@ def test_modules_to_save_can_be_set_empty_or_otherwise(method, tmp_path):
 def test_adapters_named_in_the_old_way_load(method, tmp_path):
     """Module names of transformers 4 in the config, the fingerprints and the file."""
     base = TINY["vit"]()
-    targets = ["query", "value"]
-    model = move(adapt(method, base, target_modules=["q_proj", "v_proj"]))
+    targets = {} if method in SEQUENCE else {"target_modules": ["q_proj", "v_proj"]}
+    model = move(adapt(method, base, **targets))
     expected = output(model, tiny_inputs(base))
     model.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "adapter_config.json").read_text())
-    values["target_modules"] = targets
+    values["target_modules"] = [_old(name) for name in values["target_modules"]]
     values["fingerprints"] = {_old(k): v for k, v in values["fingerprints"].items()}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     from safetensors.torch import save_file
@@ -404,6 +421,8 @@ def test_adapters_named_in_the_old_way_load(method, tmp_path):
 
 def _old(name: str) -> str:
     name = name.replace("vit.layers.", "vit.encoder.layer.")
+    if name in ("q_proj", "v_proj"):
+        return {"q_proj": "query", "v_proj": "value"}[name]
     return name.replace("attention.q_proj", "attention.attention.query").replace(
         "attention.v_proj", "attention.attention.value"
     )

@@ -18,7 +18,7 @@ import pytest
 import torch
 from backbones import MODELS, bare, tiny, tiny_inputs
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from properties import METHODS, OWN, assert_close, config, move, output
+from properties import METHODS, OWN, SEQUENCE, assert_close, config, move, output
 from torch import Tensor, nn
 
 from peft_lab import portable, registry
@@ -32,6 +32,8 @@ ALL = [*METHODS, "ia3"]
 
 def _adapted(method: str, model: nn.Module, **fields: Any) -> Any:
     torch.manual_seed(0)
+    if method in SEQUENCE:  # whole blocks, whatever others adapt
+        fields.pop("target_modules", None)
     if method == "ia3":
         wanted: Any = IA3Config(**fields, feedforward_modules=[], modules_to_save=head_modules(model) or None)
     else:
@@ -55,7 +57,10 @@ def _in_old_names(folder: Path, old: Callable[[str], str]) -> None:
     values = json.loads(path.read_text())
     if values.get("fingerprints"):
         values["fingerprints"] = {old(k): v for k, v in values["fingerprints"].items()}
-    values["target_modules"] = ["query", "value"]
+    if values["peft_type"].lower() in SEQUENCE:
+        values["target_modules"] = [old(name) for name in values["target_modules"]]
+    else:
+        values["target_modules"] = ["query", "value"]
     values["feedforward_modules"] = [] if "feedforward_modules" in values else None
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     path = folder / "base_fingerprint.json"
@@ -80,7 +85,8 @@ def test_adapter_of_an_old_vit_loads(method: str, recorded: bool, tmp_path: Path
     model = _adapted(method, base, target_modules=targets)
     folder = _save(model, tmp_path)
     _in_old_names(folder, renames.old)
-    assert "vit.encoder.layer.0.attention.attention.query" in _module_names(folder)
+    renamed = "vit.encoder.layer.0" if method in SEQUENCE else "vit.encoder.layer.0.attention.attention.query"
+    assert renamed in _module_names(folder)
     if not recorded:
         (folder / "base_fingerprint.json").unlink(missing_ok=True)
         values = json.loads((folder / "adapter_config.json").read_text())
