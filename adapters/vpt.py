@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.sequence import Call, SequenceLayer
-from peft_lab.sequence_tuner import SequenceConfig, register_sequence
+from peft_lab.sequence import Call
+from peft_lab.sequence_tuner import register_sequence
+from peft_lab.static_prompts import StaticConfig, StaticPrompts
 
 METHOD = MethodInfo(
     name="vpt",
@@ -33,7 +34,7 @@ METHOD = MethodInfo(
 
 
 @dataclass
-class VPTConfig(SequenceConfig):
+class VPTConfig(StaticConfig):
     """Configuration of VPT. Trainable parameters: `num_prompts` x width for each block that writes prompts.
 
     Raises:
@@ -69,13 +70,8 @@ class VPTConfig(SequenceConfig):
         if self.position not in ("after", "before"):
             raise ConfigError(f'position="{self.position}" must be "after" or "before".')
 
-    def writing(self, depths: int) -> list[int]:
-        """Indices of the blocks that write prompts, of `depths` blocks."""
-        chosen = [depth for depth in range(depths) if self.writes(depth)]
-        return chosen if self.deep else chosen[:1]
 
-
-class VPTLayer(SequenceLayer):
+class VPTLayer(StaticPrompts):
     """A block before which prompts (p, width) are written; the first such block also holds the shared projection."""
 
     adapter_layer_names = ("vpt_prompts", "vpt_projection_weight", "vpt_projection_bias")
@@ -98,15 +94,18 @@ class VPTLayer(SequenceLayer):
             values |= {"vpt_projection_weight": weight, "vpt_projection_bias": torch.zeros(self.width)}
         return values
 
-    def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
-        if adapter not in self.vpt_prompts:
-            return None
-        prompts = self.vpt_prompts[adapter]
+    def stored(self, adapter: str, call: Call) -> Tensor | None:
+        prompts = super().stored(adapter, call)
         if adapter in self.vpt_projection_weight:
             call.shared[adapter] = (self.vpt_projection_weight[adapter], self.vpt_projection_bias[adapter])
-        if adapter in call.shared:
-            prompts = nn.functional.linear(prompts, *call.shared[adapter])
-        prompts = prompts.expand(tokens.shape[0], -1, -1)
+        if prompts is None or adapter not in call.shared:
+            return prompts
+        return nn.functional.linear(prompts, *call.shared[adapter])
+
+    def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
+        prompts = super().prompts(adapter, tokens, call)
+        if prompts is None:
+            return None
         return nn.functional.dropout(prompts, self.configs[adapter].dropout, self.training)
 
     def position(self, adapter: str) -> int:

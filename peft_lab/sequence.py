@@ -304,29 +304,48 @@ class SequenceLayer(AdapterLayer):
             call.states = new.to(tokens.dtype)
 
     def _write_rows(self, rows: Rows, tokens: Tensor, call: Call) -> None:
-        """Write each row's own prompts; slots stand at the right of those that a row does not have."""
+        """Write each row's own prompts."""
         written: dict[str, Tensor] = {}
+        indices: dict[str, Tensor] = {}
+        batch, dim = tokens.shape[0], tokens.shape[-1]
         for name in rows.names:
             if name != BASE and name in self.configs:
-                index = rows.of_adapter(name, tokens.shape[0], tokens.device)
-                new = self.prompts(name, tokens[index], call.of_rows(index, tokens.shape[0]))
+                index = rows.of_adapter(name, batch, tokens.device)
+                new = self.prompts(name, tokens[index], call.of_rows(index, batch))
                 if new is not None:
-                    written[name] = new.to(tokens.dtype)
+                    written[name], indices[name] = new.to(tokens.dtype), index
         if not written:
             return
-        batch, dim = tokens.shape[0], tokens.shape[-1]
-        before = 0 if call.states is None else call.states.shape[1]
-        count = max(before, *(new.shape[1] for new in written.values()))
+        count = max(new.shape[1] for new in written.values())
         states = tokens.new_zeros(batch, count, dim)
-        unused = torch.ones(batch, count, dtype=torch.bool, device=tokens.device)
-        if call.states is not None:
-            states = torch.cat([states[:, before:], call.states], 1)
-            unused[:, count - before :] = False if call.unused is None else call.unused
+        counts = torch.zeros(batch, dtype=torch.long, device=tokens.device)
+        writes = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
         for name, new in written.items():
-            index = rows.of_adapter(name, batch, tokens.device)
-            padded = torch.cat([new.new_zeros(len(index), count - new.shape[1], dim), new], 1)
-            states = states.index_copy(0, index, padded)
-            unused[index] = torch.arange(count, device=tokens.device) < count - new.shape[1]
+            padded = torch.nn.functional.pad(new, (0, 0, count - new.shape[1], 0))
+            states = states.index_copy(0, indices[name], padded)
+            counts[indices[name]], writes[indices[name]] = new.shape[1], True
+        self._merge(call, states, counts, writes)
+
+    @staticmethod
+    def _merge(call: Call, states: Tensor, counts: Tensor, writes: Tensor) -> None:
+        """Put new slots (batch, slots, dim) where a row writes, and keep the others.
+
+        Slots stand at the right of those that a row does not have.
+
+        Args:
+            counts: how many slots each row writes.
+            writes: whether a row writes at all.
+        """
+        if call.states is not None:
+            before = call.states.shape[1]
+            missing = states.shape[1] - before
+            old = torch.nn.functional.pad(call.states, (0, 0, max(missing, 0), 0))
+            states = torch.nn.functional.pad(states, (0, 0, max(-missing, 0), 0))
+            states = torch.where(writes[:, None, None], states, old)
+            had = torch.full_like(counts, before) if call.unused is None else (~call.unused).sum(1)
+            counts = torch.where(writes, counts, had)
+        size = states.shape[1]
+        unused = torch.arange(size, device=states.device) < (size - counts)[:, None]
         call.states, call.unused = states, unused if bool(unused.any()) else None
 
     def _prefill(self, call: Call, tokens: Tensor, kwargs: dict[str, Any], at: int) -> Any:

@@ -36,12 +36,14 @@ class SequenceConfig(AdapterConfig):
     )
 
     def check(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            if getattr(self, name) is not None and (name == "exclude_modules" or self.fingerprints is None):
-                raise ConfigError(
-                    f'Method "{self.info.name}" adapts whole blocks and takes no {name}; choose blocks by '
-                    "layers_to_transform."
-                )
+        if self.exclude_modules is not None:
+            raise ConfigError(self.no_choice("exclude_modules"))
+
+    def no_choice(self, name: str) -> str:
+        """Why a field that chooses modules is refused, as a message."""
+        return (
+            f'Method "{self.info.name}" adapts whole blocks and takes no {name}; choose blocks by layers_to_transform.'
+        )
 
     def writes(self, depth: int) -> bool:
         """Whether prompts may be written before the block of this index."""
@@ -61,6 +63,11 @@ class SequenceTuner(AdapterTuner):
             if not 0 <= layer < depths:
                 raise ConfigError(f"layers_to_transform holds {layer}; the stack has blocks 0 to {depths - 1}.")
         if not loaded:
+            given = peft_config.target_modules
+            if given is not None and (
+                isinstance(given, str) or sorted(roles.rename_targets(self.model, given)) != sorted(blocks)
+            ):
+                raise ConfigError(peft_config.no_choice("target_modules"))
             peft_config.target_modules = blocks
         return super()._prepare_adapter_config(peft_config, model_config)
 

@@ -1,0 +1,179 @@
+"""Prompt tuning and P-tuning v2: trainable tokens in front of a text, at the input or anew before every block.
+
+Prompts are slots of the sequence and take no position: the text keeps the positions it has without them. So they are
+right where peft's own prompt tuning is not: in batches padded at the left (peft gives text the positions of the
+padding), with `generate(inputs_embeds=...)`, with `use_cache=False`, under gradient checkpointing, and where the rows
+of a batch have different adapters (peft ignores `adapter_names`).
+
+Source: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691; per block, Liu
+et al. 2021, P-Tuning v2, arXiv:2110.07602. Written from the papers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_lab.errors import ConfigError
+from peft_lab.registry import MethodInfo, register
+from peft_lab.sequence import SequenceLayer
+from peft_lab.sequence_tuner import SequenceTuner, chosen_stack
+from peft_lab.static_prompts import StaticConfig, StaticPrompts
+
+METHOD = MethodInfo(
+    name="soft_prompt",
+    title="Soft prompts",
+    paper="2104.08691",
+    kind="sequence",
+    config="SoftPromptConfig",
+    roles=("block",),
+    capabilities=("mixed_batch",),
+    learning_rate=1e-2,
+    budget=(1.4, 1.5),
+)
+
+
+@dataclass
+class SoftPromptConfig(StaticConfig):
+    """Configuration of soft prompts. Trainable: `num_virtual_tokens` x width for each block that writes prompts.
+
+    The names are those of peft's `PromptTuningConfig`. A text is turned into token ids when the config is made, and
+    saved as such: loading an adapter never looks for a tokenizer.
+
+    Raises:
+        ConfigError: no tokens, a start value without what it is made of, or a file that names a tokenizer.
+    """
+
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Prompts of each block.", "other": 3})
+    deep: bool = field(
+        default=False, metadata={"help": "New prompts before every block, as in P-tuning v2.", "other": True}
+    )
+    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = field(
+        default="RANDOM",
+        metadata={
+            "help": "Start: uniform numbers, a text, or tokens drawn from the vocabulary.",
+            "other": "SAMPLE_VOCAB",
+            "family": "gpt2",
+        },
+    )
+    prompt_tuning_init_text: str | list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The text of `TEXT`, repeated or cut to the number of prompts; or its token ids.",
+            "other": [5, 6, 7],
+            "family": "gpt2",
+            "with": {"prompt_tuning_init": "TEXT"},
+        },
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "The tokenizer that turns the text into ids.", "untried": "needs its files"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.tokenizer_name_or_path is not None and self.peft_type is not None:
+            raise ConfigError("An adapter file must not name a tokenizer; remove tokenizer_name_or_path from it.")
+        super().__post_init__()
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As for all methods; a file that does not say its type is still known for a file."""
+        return {"peft_type": cls.peft_method_type, **super().from_json_file(path_json_file, **kwargs)}
+
+    def check(self) -> None:
+        super().check()
+        text, tokenizer = self.prompt_tuning_init_text, self.tokenizer_name_or_path
+        if self.num_virtual_tokens < 1:
+            raise ConfigError(f"num_virtual_tokens={self.num_virtual_tokens} must be at least 1.")
+        if (text is not None) != (self.prompt_tuning_init == "TEXT"):
+            raise ConfigError('prompt_tuning_init="TEXT" and prompt_tuning_init_text go together.')
+        if (tokenizer is not None) != isinstance(text, str):
+            raise ConfigError("tokenizer_name_or_path is for a prompt_tuning_init_text that is no list of token ids.")
+        if tokenizer is not None:
+            from transformers import AutoTokenizer
+
+            self.prompt_tuning_init_text = AutoTokenizer.from_pretrained(tokenizer)(text)["input_ids"]
+            self.tokenizer_name_or_path = None
+        if self.prompt_tuning_init_text is not None and not self.prompt_tuning_init_text:
+            raise ConfigError("prompt_tuning_init_text has no tokens.")
+
+
+class SoftPromptLayer(StaticPrompts):
+    """A block before which prompts (tokens, width) are written."""
+
+    adapter_layer_names = ("soft_prompt_tokens",)
+
+    def initial_values(self, adapter: str, config: SoftPromptConfig) -> dict[str, Tensor]:
+        if self.depth not in config.writing(self.depths):
+            return {}
+        start = getattr(config, "starts", {}).get(self.depth)
+        if start is None:
+            start = torch.empty(config.num_virtual_tokens, self.width).uniform_(-0.5, 0.5)
+        return {"soft_prompt_tokens": start}
+
+
+class SoftPromptTuner(SequenceTuner):
+    """Starts prompts at the hidden states that the backbone itself makes of a text, before the block they are for."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter in, and forget its start values."""
+        config: Any = self.peft_config[adapter_name]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            config.__dict__.pop("starts", None)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        fresh = peft_config.fingerprints is None and not peft_config.inference_mode
+        prepared = super()._prepare_adapter_config(peft_config, model_config)
+        if fresh and peft_config.prompt_tuning_init != "RANDOM":
+            prepared.starts = self._states(prepared)
+        return prepared
+
+    @torch.no_grad()
+    def _states(self, config: SoftPromptConfig) -> dict[int, Tensor]:
+        path, blocks = chosen_stack(self.model, config.stack)
+        stack: Any = self.model.get_submodule(path)
+        vocabulary = getattr(stack.config, "vocab_size", None)
+        if vocabulary is None or stack.main_input_name != "input_ids":
+            raise ConfigError(
+                f'{type(stack).__name__} has no vocabulary; take prompt_tuning_init="RANDOM", '
+                f'not "{config.prompt_tuning_init}".'
+            )
+        ids = torch.randint(0, vocabulary, (config.num_virtual_tokens,))
+        if isinstance(config.prompt_tuning_init_text, list):
+            given = torch.tensor(config.prompt_tuning_init_text)
+            if int(given.min()) < 0 or int(given.max()) >= vocabulary:
+                raise ConfigError(f"prompt_tuning_init_text has token ids outside of the vocabulary of {vocabulary}.")
+            ids = given.repeat(math.ceil(len(ids) / len(given)))[: len(ids)]
+        found: dict[int, Tensor] = {}
+
+        def keep(depth: int) -> Any:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                found[depth] = hidden[0].float()
+
+            return hook
+
+        modules = [self.model.get_submodule(block) for block in blocks]
+        handles = [m.register_forward_pre_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
+        layers = [m for m in self.model.modules() if isinstance(m, SequenceLayer)]
+        switched, training = [layer.disable_adapters for layer in layers], stack.training
+        try:
+            stack.eval()
+            for layer in layers:
+                layer._disable_adapters = True
+            stack(input_ids=ids[None].to(stack.device))
+        finally:
+            stack.train(training)
+            for layer, off in zip(layers, switched, strict=True):
+                layer._disable_adapters = off
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+register(METHOD, SoftPromptConfig, SoftPromptLayer, SoftPromptTuner)
