@@ -1,0 +1,93 @@
+"""Two sets of parameters in turn: weights on training data, a learned activation on held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback
+
+from peft_lab.errors import ConfigError
+
+
+class AlternatingActivation(TrainerCallback):
+    """Train the activations of an adapter on a dataset of their own, after every few steps of all other parameters.
+
+    First-order bi-level training, as of IAPT's and MiLoRA's rational activations. `trainer.add_callback` takes it; the
+    training itself leaves the activations alone. The moments of its AdamW start anew when a run is resumed.
+
+    Args:
+        dev_dataset: held-out rows, preprocessed as those of training.
+        every: steps of training between two steps of the activations.
+        learning_rate: of the activations.
+        collator: joins rows into a batch; nothing means that of the training.
+
+    Raises:
+        ConfigError: `every` is below 1, or, when training begins, the model has no learned activation.
+    """
+
+    def __init__(
+        self,
+        dev_dataset: Dataset[Any],
+        every: int = 1,
+        learning_rate: float = 1e-6,
+        collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+    ) -> None:
+        if every < 1:
+            raise ConfigError(f"every={every} must be at least 1.")
+        self.dev_dataset, self.every, self.learning_rate, self.collator = dev_dataset, every, learning_rate, collator
+        self._parameters: list[nn.Parameter] = []
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._batches: Iterator[Any] = iter(())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the activations, and make ready the held-out batches."""
+        self._parameters = activation_parameters(kwargs["model"])
+        if not self._parameters:
+            raise ConfigError("The model has no learned activation to train in turn, such as IAPT's rational one.")
+        # peft may have cast or moved the parameters since the callback was made
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=self.learning_rate, weight_decay=0.0)
+        loader = DataLoader(
+            self.dev_dataset,
+            batch_size=args.train_batch_size,
+            shuffle=True,
+            collate_fn=self.collator or kwargs["train_dataloader"].collate_fn,
+            generator=torch.Generator().manual_seed(args.seed + args.process_index),
+        )
+        self._batches = _endless(loader)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the activations out of the step on training data: without a gradient an optimizer leaves them."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After every few steps, one step of the activations alone."""
+        if state.global_step % self.every or self._optimizer is None:
+            return
+        batch = {key: value.to(args.device) for key, value in next(self._batches).items()}
+        gradients = torch.autograd.grad(kwargs["model"](**batch).loss, self._parameters, allow_unused=True)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else reduce(gradient, reduction="mean")
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def activation_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of learned activations that train, of all adapters of a model."""
+    found = [
+        parameter
+        for module in model.modules()
+        for name in getattr(type(module), "activation_names", ())
+        for parameter in getattr(module, name).values()
+    ]
+    return [parameter for parameter in found if parameter.requires_grad]
+
+
+def _endless(loader: DataLoader[Any]) -> Iterator[Any]:
+    while True:
+        yield from loader
