@@ -165,8 +165,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
-        super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # peft's own also casts to the base dtype; trainable parameters stay float32 here.

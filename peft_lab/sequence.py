@@ -265,6 +265,10 @@ class SequenceLayer(AdapterLayer):
 
     # What is the same for all -----------------------------------------------------------------------------------
 
+    def _all_available_adapter_names(self) -> list[str]:
+        # peft's own goes by parameters, which a block has not that only hands slots on
+        return sorted(self.configs)
+
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The block on tokens with prompts; what it returns has the tokens alone."""
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
@@ -274,18 +278,28 @@ class SequenceLayer(AdapterLayer):
         call = _CALL.get()
         if call is None:
             raise ConfigError("A block with prompts was called without its backbone; call the whole model.")
+        positional = self._names[: len(args)]
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         tokens = kwargs.pop("hidden_states" if "hidden_states" in kwargs else self._names[0])
         call.depth += 1
         if not call.prefill:
-            return self._decode(call, tokens, kwargs)
+            return self._run(tokens, positional, self._decode(call, tokens, kwargs))
         if rows is None:
             self._write(active, tokens, call)
         else:
             self._write_rows(rows, tokens, call)
         if call.states is None:
-            return self.base_layer(tokens, **kwargs)
-        return self._prefill(call, tokens, kwargs, self._position(active if rows is None else rows.names))
+            self._enter_cache(call, _own(kwargs.get("past_key_values")), 0, tokens.shape[1])
+            return self._run(tokens, positional, kwargs)
+        at = self._position(active if rows is None else rows.names)
+        out = self._run(insert(tokens, call.states, at), positional, self._prefill(call, tokens, kwargs, at))
+        hidden = out[0] if isinstance(out, tuple) else out
+        kept, call.states = split(hidden, call.states.shape[1], at)
+        return (kept, *out[1:]) if isinstance(out, tuple) else kept
+
+    def _run(self, hidden: Tensor, positional: Sequence[str], kwargs: dict[str, Any]) -> Any:
+        """The block itself. What came by position goes on so: checkpointing cuts the graph at those arguments alone."""
+        return self.base_layer(hidden, *(kwargs.pop(name) for name in positional[1:]), **kwargs)
 
     def _position(self, names: Sequence[str]) -> int:
         found = {self.position(name) for name in names if name in self.configs}
@@ -348,7 +362,8 @@ class SequenceLayer(AdapterLayer):
         unused = torch.arange(size, device=states.device) < (size - counts)[:, None]
         call.states, call.unused = states, unused if bool(unused.any()) else None
 
-    def _prefill(self, call: Call, tokens: Tensor, kwargs: dict[str, Any], at: int) -> Any:
+    def _prefill(self, call: Call, tokens: Tensor, kwargs: dict[str, Any], at: int) -> dict[str, Any]:
+        """The block's arguments beside the hidden states, for tokens with slots."""
         assert call.states is not None
         count, length = call.states.shape[1], tokens.shape[1]
         call.length, call.position = length, at
@@ -365,10 +380,7 @@ class SequenceLayer(AdapterLayer):
         for module in self._biases:
             module.slots_at = at
         self._enter_cache(call, _own(kwargs.get("past_key_values")), count, length)
-        out = self.base_layer(insert(tokens, call.states, at), **kwargs)
-        hidden = out[0] if isinstance(out, tuple) else out
-        kept, call.states = split(hidden, count, at)
-        return (kept, *out[1:]) if isinstance(out, tuple) else kept
+        return kwargs
 
     def _enter_cache(self, call: Call, cache: Any, count: int, length: int) -> None:
         """Record what this block leaves in the cache."""
@@ -380,13 +392,14 @@ class SequenceLayer(AdapterLayer):
         if call.unused is not None:
             call.cache.unused[self.depth] = call.unused
         window = getattr(self.settings, "sliding_window", None)
-        if window and cache.is_sliding[self.depth] and length + count >= window:
+        if count and window and cache.is_sliding[self.depth] and length + count >= window:
             raise ConfigError(
                 f"{length} tokens and {count} prompts do not fit into the sliding window of {window} that the cache "
                 "keeps: the prompts would leave it; pass use_cache=False."
             )
 
-    def _decode(self, call: Call, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
+    def _decode(self, call: Call, tokens: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The block's arguments beside the hidden states, for a step on a cache that holds the slots."""
         cache = _own(kwargs.get("past_key_values"))
         if call.cache is None:
             raise ConfigError("The KV cache was not filled with these prompts; let generate() make a cache of its own.")
@@ -394,7 +407,7 @@ class SequenceLayer(AdapterLayer):
             keys = cache.get_mask_sizes(tokens.shape[1], self.depth)[0]
             unused = call.cache.unused.get(self.depth)
             kwargs["attention_mask"] = align_keys(kwargs.get("attention_mask"), keys, tokens, unused)
-        return self.base_layer(tokens, **kwargs)
+        return kwargs
 
 
 def _extend_own_bias(module: nn.Module, args: Any, kwargs: dict[str, Any], bias: Tensor) -> Tensor:
