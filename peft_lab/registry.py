@@ -130,7 +130,11 @@ def config_fields(name: str) -> dict[str, source.Field]:
 
 
 #: Where the config classes stand that methods inherit from.
-_CONFIG_BASES = {"AdapterConfig": "config.py", "SequenceConfig": "sequence_tuner.py", "StaticConfig": "static_prompts.py"}
+_CONFIG_BASES = {
+    "AdapterConfig": "config.py",
+    "SequenceConfig": "sequence_tuner.py",
+    "StaticConfig": "static_prompts.py",
+}
 #: Fields that peft or peft-lab fills in; a user never sets them as method arguments.
 _MACHINE_FIELDS = frozenset(
     (

@@ -110,7 +110,9 @@ def _check_decoder(model: Any) -> None:
     instruction = mask.clone()
     instruction[:, -2:] = 0  # the last two tokens come one by one
     whole = model(**inputs, position_ids=_positions(mask), use_cache=False, instruction_mask=instruction).logits
-    start = model(input_ids=ids[:, :7], attention_mask=mask[:, :7], position_ids=_positions(mask)[:, :7], past_key_values=cache).logits
+    start = model(
+        input_ids=ids[:, :7], attention_mask=mask[:, :7], position_ids=_positions(mask)[:, :7], past_key_values=cache
+    ).logits
     _near(start[:, 4:], whole[:, 4:7], 1e-4)
     for step in (7, 8):
         place = _positions(mask)[:, step : step + 1]
@@ -211,7 +213,9 @@ def test_two_forwards_before_one_backward_with_checkpointing(method, family, ree
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        losses = [model(x, labels=torch.where(x > 40, x, -100).index_fill(1, torch.tensor([0]), -100)) for x in (ids, short)]
+        losses = [
+            model(x, labels=torch.where(x > 40, x, -100).index_fill(1, torch.tensor([0]), -100)) for x in (ids, short)
+        ]
         first, second = (loss.logits.square().mean() for loss in losses)
         (first + 3 * second).backward()
         found.append({name: p.grad for name, p in adapter_parameters(model).items()})
@@ -268,8 +272,7 @@ def _shapes(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[str, torc
     handles = [
         m.register_forward_pre_hook(lambda m, args, name=name: found.append((name, args[0].shape)) if args else None)
         for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | nn.LayerNorm)
-        and not name.startswith(tuple(f"{b}." for b in blocks))
+        if isinstance(m, nn.Linear | nn.LayerNorm) and not name.startswith(tuple(f"{b}." for b in blocks))
     ]
     model(**inputs)
     for handle in handles:
