@@ -20,9 +20,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from peft_lab.call import Call
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.sequence import Call, SequenceLayer
+from peft_lab.sequence import SequenceLayer
 from peft_lab.sequence_tuner import SequenceConfig, register_sequence
 
 METHOD = MethodInfo(
@@ -141,7 +142,7 @@ class IAPTLayer(SequenceLayer):
         """Weight and bias of a projection, of this block or of the one that keeps it for all."""
         weights, biases = getattr(self, f"iapt_{name}"), getattr(self, f"iapt_{name}_bias")
         if adapter in weights:
-            call.shared[adapter, name] = (weights[adapter], biases[adapter] if adapter in biases else None)
+            call.shared[adapter, name] = (weights[adapter], biases.get(adapter))
         return call.shared[adapter, name]
 
     def _pooled(self, adapter: str, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,26 +6,18 @@ states see the tokens alone. The slots have no position: learned position tables
 positions they stand at position 0, so text keeps the positions it has without them. Masks, rotary positions and biases,
 which the stack makes for the tokens alone, are extended on the way into each block (`peft_lab.slots`).
 
-What belongs to one forward call is in its `Call`, which a pre-hook of the stack makes and a post-hook drops, and not on
-a module: two forwards before one backward, recomputed blocks and threads share nothing. A hook and not a wrapper,
-because the stack may be the whole model (`AutoModel`), which nothing could wrap.
-
 With a KV cache the slots are filled at prefill and stay in the cache; a step of decoding only counts them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.masking_utils import find_first_full_attention_index
 
+from peft_lab.call import CACHES, CALL, CacheSlots, Call, own_cache
 from peft_lab.errors import ConfigError
 from peft_lab.layer import AdapterLayer
 from peft_lab.rows import BASE, Rows
@@ -35,152 +27,6 @@ from peft_lab.slots import align_keys, extend_bias, extend_mask, extend_rotary, 
 _BIASES = ("position_bias", "relative_pos")
 #: Vision transformers whose sequence is of patches alone.
 _NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
-
-
-@dataclass
-class CacheSlots:
-    """Which slots a KV cache holds: their number by depth, and those that a row does not use, bool (batch, slots)."""
-
-    count: dict[int, int] = field(default_factory=dict)
-    unused: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Call:
-    """State of one forward call of one stack of blocks.
-
-    Attributes:
-        stack: the module that was called.
-        mask: bool (batch, tokens), False at padding; None if there is none.
-        instruction: (batch, tokens), true where a prompt may look, as the caller gave it; None if it did not.
-        labels: labels of the call; a text that is to be continued has -100 where there is no answer.
-        cache: what the KV cache holds of slots; None without a cache.
-        prefill: whether slots are to be filled; False for a step of decoding.
-        depth: number of blocks that have run.
-        states: the slots as the block before left them (batch, slots, dim).
-        unused: bool (batch, slots), the slots of `states` that a row does not have; None if every row has all.
-        shared: what an earlier block of this call hands on to later ones, by a key of the method's choice.
-        length, position: number of tokens, and where among them the slots stand.
-    """
-
-    stack: nn.Module
-    mask: Tensor | None = None
-    instruction: Tensor | None = None
-    labels: Tensor | None = None
-    cache: CacheSlots | None = None
-    prefill: bool = True
-    depth: int = 0
-    states: Tensor | None = None
-    unused: Tensor | None = None
-    shared: dict[Any, Any] = field(default_factory=dict)
-    length: int = 0
-    position: int = 0
-    token: Token[Call | None] | None = None
-
-    def of_rows(self, index: Tensor, batch: int) -> Call:
-        """The call as rows of a batch of this size see it; `shared` stays the same."""
-        mask, instruction, labels = (
-            None if value is None or len(value) != batch else value[index]
-            for value in (self.mask, self.instruction, self.labels)
-        )
-        return Call(self.stack, mask, instruction, labels, depth=self.depth, shared=self.shared)
-
-
-_CALL: ContextVar[Call | None] = ContextVar("peft_lab_call", default=None)
-_INPUTS: ContextVar[dict[str, Any] | None] = ContextVar("peft_lab_inputs", default=None)
-_CACHES: WeakKeyDictionary[Cache, CacheSlots] = WeakKeyDictionary()
-
-
-def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-    """Pre-hook of a stack: make the `Call`, and count the slots that a cache holds into mask and positions.
-
-    Raises:
-        ConfigError: a cache or a mask that prompts do not go with.
-    """
-    names = parameter_names(type(stack).forward)
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    cache, mask = _own(kwargs.get("past_key_values")), kwargs.get("attention_mask")
-    if getattr(cache, "is_compileable", False):
-        raise ConfigError("Prompts in the sequence need a cache that grows; leave out cache_implementation='static'.")
-    given, inputs = kwargs.pop("instruction_mask", None), _INPUTS.get() or {}
-    call = Call(
-        stack,
-        mask=mask.bool() if mask is not None and mask.ndim == 2 else None,
-        instruction=inputs.get("instruction_mask") if given is None else given,
-        labels=inputs.get("labels"),
-    )
-    past = int(cache.get_seq_length()) if cache is not None else 0
-    if past:
-        call.prefill = False
-        call.cache = _CACHES.get(cache)
-        if call.cache is not None:
-            _count_cached(call.cache, cache, past, kwargs, names)
-    else:
-        _refuse_packed(kwargs.get("position_ids"))
-    call.token = _CALL.set(call)
-    return (), kwargs
-
-
-def end(stack: nn.Module, args: Any, output: Any) -> Any:
-    """Post-hook of a stack, called after errors too: drop the `Call`, and take the slots out of what was recorded."""
-    call = _CALL.get()
-    if call is None or call.stack is not stack or call.token is None:
-        return output
-    _CALL.reset(call.token)
-    for name, dims in (("hidden_states", (1,)), ("attentions", (2, 3))):
-        recorded = getattr(output, name, None)
-        if isinstance(recorded, tuple) and call.prefill and call.length:
-            setattr(output, name, tuple(_tokens_alone(part, call, dims) for part in recorded))
-    return output
-
-
-def _tokens_alone(part: Tensor, call: Call, dims: tuple[int, ...]) -> Tensor:
-    """What was recorded, without the slots that it may hold along some dimensions."""
-    for dim in dims:
-        count = part.shape[dim] - call.length
-        part = split(part, count, call.position, dim)[0] if count > 0 else part
-    return part
-
-
-def take_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """Pre-hook of the whole model: keep what tells the instruction from the answer."""
-    _INPUTS.set({"labels": kwargs.get("labels"), "instruction_mask": kwargs.pop("instruction_mask", None)})
-    return args, kwargs
-
-
-def drop_inputs(model: nn.Module, args: Any, output: Any) -> Any:
-    """Post-hook of the whole model, called after errors too."""
-    _INPUTS.set(None)
-    return output
-
-
-def _count_cached(slots: CacheSlots, cache: Cache, past: int, kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
-    if any(cache.is_sliding) and len({slots.count.get(depth, 0) for depth in range(len(cache.layers))}) > 1:
-        raise ConfigError(
-            "Prompts in some blocks only do not go with a cache of sliding windows; pass use_cache=False."
-        )
-    given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    if given.shape[1] > 1:
-        raise ConfigError(
-            f"A KV cache with prompts in it goes on by one token at a time, got {given.shape[1]}: leave out "
-            "prefill_chunk_size and assistant_model, and give the whole text where a conversation goes on."
-        )
-    mask = kwargs.get("attention_mask")
-    measured = slots.count.get(find_first_full_attention_index(cache), 0)  # the layer that the stack sizes the mask by
-    if measured and mask is not None and mask.ndim == 2:
-        kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], measured), mask], 1)
-    if kwargs.get("position_ids") is None and "position_ids" in names:
-        kwargs["position_ids"] = torch.full((1, 1), past - slots.count.get(0, 0), device=given.device)
-
-
-def _refuse_packed(position_ids: Tensor | None) -> None:
-    if position_ids is not None and position_ids.ndim == 2 and bool((position_ids.diff(dim=1) < 0).any()):
-        raise ConfigError("Packed sequences have no place for prompts: pass one sequence per row of the batch.")
-
-
-def _own(cache: Any) -> Any:
-    """The cache of self-attention."""
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 class SequenceLayer(AdapterLayer):
@@ -275,7 +121,7 @@ class SequenceLayer(AdapterLayer):
         rows = None if adapter_names is None or self.disable_adapters else Rows.of(adapter_names)
         if not active and rows is None:
             return self.base_layer(*args, **kwargs)
-        call = _CALL.get()
+        call = CALL.get()
         if call is None:
             raise ConfigError("A block with prompts was called without its backbone; call the whole model.")
         positional = self._names[: len(args)]
@@ -289,7 +135,7 @@ class SequenceLayer(AdapterLayer):
         else:
             self._write_rows(rows, tokens, call)
         if call.states is None:
-            self._enter_cache(call, _own(kwargs.get("past_key_values")), 0, tokens.shape[1])
+            self._enter_cache(call, own_cache(kwargs.get("past_key_values")), 0, tokens.shape[1])
             return self._run(tokens, positional, kwargs)
         at = self._position(active if rows is None else rows.names)
         out = self._run(insert(tokens, call.states, at), positional, self._prefill(call, tokens, kwargs, at))
@@ -379,7 +225,7 @@ class SequenceLayer(AdapterLayer):
             kwargs["position_ids"] = None  # attention reads them only to find packed sequences
         for module in self._biases:
             module.slots_at = at
-        self._enter_cache(call, _own(kwargs.get("past_key_values")), count, length)
+        self._enter_cache(call, own_cache(kwargs.get("past_key_values")), count, length)
         return kwargs
 
     def _enter_cache(self, call: Call, cache: Any, count: int, length: int) -> None:
@@ -387,7 +233,7 @@ class SequenceLayer(AdapterLayer):
         if cache is None:
             return
         if call.cache is None:
-            call.cache = _CACHES[cache] = CacheSlots()
+            call.cache = CACHES[cache] = CacheSlots()
         call.cache.count[self.depth] = count
         if call.unused is not None:
             call.cache.unused[self.depth] = call.unused
@@ -400,7 +246,7 @@ class SequenceLayer(AdapterLayer):
 
     def _decode(self, call: Call, tokens: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The block's arguments beside the hidden states, for a step on a cache that holds the slots."""
-        cache = _own(kwargs.get("past_key_values"))
+        cache = own_cache(kwargs.get("past_key_values"))
         if call.cache is None:
             raise ConfigError("The KV cache was not filled with these prompts; let generate() make a cache of its own.")
         if cache is not None:
@@ -413,5 +259,5 @@ class SequenceLayer(AdapterLayer):
 def _extend_own_bias(module: nn.Module, args: Any, kwargs: dict[str, Any], bias: Tensor) -> Tensor:
     """Hook of a bias that a block makes for itself, for its tokens (BEiT): the rest of `dim_size` are slots."""
     tokens = bias.shape[-1]
-    count = kwargs.get("dim_size", tokens) - tokens
-    return extend_bias(bias, tokens, count, module.slots_at) if count > 0 else bias
+    count, at = kwargs.get("dim_size", tokens) - tokens, cast(int, module.slots_at)
+    return cast(Tensor, extend_bias(bias, tokens, count, at)) if count > 0 else bias

@@ -11,11 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lab import roles
+from peft_lab.call import begin, drop_inputs, end, take_inputs
 from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.layer import AdapterLayer
 from peft_lab.registry import MethodInfo, register
-from peft_lab.sequence import SequenceLayer, begin, drop_inputs, end, take_inputs
+from peft_lab.sequence import SequenceLayer
 from peft_lab.tuner import AdapterTuner
 
 #: Which stack gets the prompts where a model has several, the first that is there.

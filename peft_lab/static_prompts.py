@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from peft_lab.call import Call
 from peft_lab.rows import Rows
-from peft_lab.sequence import Call, SequenceLayer
+from peft_lab.sequence import SequenceLayer
 from peft_lab.sequence_tuner import SequenceConfig
 
 
@@ -33,7 +34,7 @@ class StaticPrompts(SequenceLayer):
     def stored(self, adapter: str, call: Call) -> Tensor | None:
         """The prompts of one adapter (slots, width), None if it writes none here."""
         prompts = getattr(self, self.adapter_layer_names[0])
-        return prompts[adapter] if adapter in prompts else None
+        return prompts.get(adapter)
 
     def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
         found = self.stored(adapter, call)

@@ -386,7 +386,7 @@ def test_regex_and_layers_do_not_contradict_in_silence(method):
 def test_exclude_modules_leaves_out(base, method, family):
     full = adapt(method, base).targeted_module_names
     if method in SEQUENCE:  # a block left out would lose the slots on their way
-        with pytest.raises(ConfigError, match="takes no exclude_modules.*layers_to_transform"):
+        with pytest.raises(ConfigError, match=r"takes no exclude_modules.*layers_to_transform"):
             adapt(method, base, exclude_modules=[full[0]])
         return
     model = adapt(method, base, exclude_modules=[full[0]])

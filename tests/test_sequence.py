@@ -319,7 +319,7 @@ def _llama(method: str, **settings: Any) -> Any:
 
 @methods
 def test_static_cache_is_refused(method):
-    with pytest.raises(ConfigError, match="cache that grows.*cache_implementation"):
+    with pytest.raises(ConfigError, match=r"cache that grows.*cache_implementation"):
         _llama(method).generate(**_padded(), cache_implementation="static", **GENERATE)
 
 
@@ -365,7 +365,7 @@ def test_sliding_windows(method):
     base = TINY["mistral"]()
     base.config.sliding_window = 9
     model = move(adapt(method, base))
-    with pytest.raises(ConfigError, match="sliding window of 9.*use_cache=False"):
+    with pytest.raises(ConfigError, match=r"sliding window of 9.*use_cache=False"):
         model.generate(**_padded(), **GENERATE)
     assert model.generate(**_padded(), use_cache=False, **GENERATE).shape == (2, 13)
     model.add_adapter("some", config(method, layers_to_transform=[0]))
@@ -438,7 +438,7 @@ def test_mask_of_an_encoder_hides_padding_from_slots():
 
 
 def test_mask_of_another_kind_is_refused():
-    with pytest.raises(ConfigError, match="mask of type object.*sdpa"):
+    with pytest.raises(ConfigError, match=r"mask of type object.*sdpa"):
         extend_mask(object(), torch.zeros(1, 3, 4), 2, 0, True, None)
     with pytest.raises(ConfigError, match="2 or 4 dimensions, got 3"):
         extend_mask(torch.zeros(1, 3, 3), torch.zeros(1, 3, 4), 2, 0, True, None)
@@ -463,7 +463,7 @@ def test_mask_of_flex_attention_is_refused_with_the_mend():
     from torch.nn.attention.flex_attention import create_block_mask
 
     mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 3, 3, device="cpu")
-    with pytest.raises(ConfigError, match='mask of type BlockMask.*attn_implementation="sdpa"'):
+    with pytest.raises(ConfigError, match=r'mask of type BlockMask.*attn_implementation="sdpa"'):
         extend_mask(mask, torch.zeros(1, 3, 4), 2, 0, True, None)
 
 

@@ -134,5 +134,5 @@ def test_bad_fields(fields, match):
 
 
 def test_a_backbone_without_a_vocabulary():
-    with pytest.raises(ConfigError, match='ViTModel has no vocabulary.*"RANDOM"'):
+    with pytest.raises(ConfigError, match=r'ViTModel has no vocabulary.*"RANDOM"'):
         adapt("soft_prompt", TINY["vit"](), prompt_tuning_init="SAMPLE_VOCAB")
