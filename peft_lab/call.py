@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import find_first_full_attention_index
 
-from peft_lab.errors import ConfigError
 from peft_lab.slots import parameter_names, split
 
 
@@ -44,6 +43,7 @@ class Call:
         states: the slots as the block before left them (batch, slots, dim).
         unused: bool (batch, slots), the slots of `states` that a row does not have; None if every row has all.
         shared: what an earlier block of this call hands on to later ones, by a key of the method's choice.
+        refused: why prompts cannot go into this call; said by the first block that has some.
         length, position: number of tokens, and where among them the slots stand.
     """
 
@@ -57,6 +57,7 @@ class Call:
     states: Tensor | None = None
     unused: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
+    refused: str = ""
     length: int = 0
     position: int = 0
     token: Token[Call | None] | None = None
@@ -78,16 +79,10 @@ CACHES: WeakKeyDictionary[Cache, CacheSlots] = WeakKeyDictionary()
 
 
 def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-    """Pre-hook of a stack: make the `Call`, and count the slots that a cache holds into mask and positions.
-
-    Raises:
-        ConfigError: a cache or a mask that prompts do not go with.
-    """
+    """Pre-hook of a stack: make the `Call`, and count the slots that a cache holds into mask and positions."""
     names = parameter_names(type(stack).forward)
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     cache, mask = own_cache(kwargs.get("past_key_values")), kwargs.get("attention_mask")
-    if getattr(cache, "is_compileable", False):
-        raise ConfigError("Prompts in the sequence need a cache that grows; leave out cache_implementation='static'.")
     given, inputs = kwargs.pop("instruction_mask", None), _INPUTS.get() or {}
     call = Call(
         stack,
@@ -96,13 +91,15 @@ def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         labels=inputs.get("labels"),
     )
     past = int(cache.get_seq_length()) if cache is not None else 0
-    if past:
+    if getattr(cache, "is_compileable", False):
+        call.refused = "Prompts in the sequence need a cache that grows; leave out cache_implementation='static'."
+    elif past:
         call.prefill = False
         call.cache = CACHES.get(cache)
         if call.cache is not None:
-            _count_cached(call.cache, cache, past, kwargs, names)
-    else:
-        _refuse_packed(kwargs.get("position_ids"))
+            call.refused = _count_cached(call.cache, cache, past, kwargs, names)
+    elif _is_packed(kwargs.get("position_ids"), call.mask):
+        call.refused = "Packed sequences have no place for prompts: pass one sequence per row of the batch."
     call.token = CALL.set(call)
     return (), kwargs
 
@@ -140,14 +137,13 @@ def drop_inputs(model: nn.Module, args: Any, output: Any) -> Any:
     return output
 
 
-def _count_cached(slots: CacheSlots, cache: Cache, past: int, kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
+def _count_cached(slots: CacheSlots, cache: Cache, past: int, kwargs: dict[str, Any], names: tuple[str, ...]) -> str:
+    """Count the slots in; returns why that cannot be, if so."""
     if any(cache.is_sliding) and len({slots.count.get(depth, 0) for depth in range(len(cache.layers))}) > 1:
-        raise ConfigError(
-            "Prompts in some blocks only do not go with a cache of sliding windows; pass use_cache=False."
-        )
+        return "Prompts in some blocks only do not go with a cache of sliding windows; pass use_cache=False."
     given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    if given.shape[1] > 1:
-        raise ConfigError(
+    if given.shape[1] > 1 and any(slots.count.values()):
+        return (
             f"A KV cache with prompts in it goes on by one token at a time, got {given.shape[1]}: leave out "
             "prefill_chunk_size and assistant_model, and give the whole text where a conversation goes on."
         )
@@ -156,12 +152,19 @@ def _count_cached(slots: CacheSlots, cache: Cache, past: int, kwargs: dict[str, 
     if measured and mask is not None and mask.ndim == 2:
         kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], measured), mask], 1)
     if kwargs.get("position_ids") is None and "position_ids" in names:
-        kwargs["position_ids"] = torch.full((1, 1), past - slots.count.get(0, 0), device=given.device)
+        start = past - slots.count.get(0, 0)
+        kwargs["position_ids"] = torch.arange(start, start + given.shape[1], device=given.device)[None]
+    return ""
 
 
-def _refuse_packed(position_ids: Tensor | None) -> None:
-    if position_ids is not None and position_ids.ndim == 2 and bool((position_ids.diff(dim=1) < 0).any()):
-        raise ConfigError("Packed sequences have no place for prompts: pass one sequence per row of the batch.")
+def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether a row begins anew somewhere within its tokens."""
+    if position_ids is None or position_ids.ndim != 2:
+        return False
+    anew = position_ids.diff(dim=1) < 0
+    if mask is not None and mask.shape == position_ids.shape:
+        anew = anew & mask[:, 1:] & mask[:, :-1]
+    return bool(anew.any())
 
 
 def own_cache(cache: Any) -> Any:

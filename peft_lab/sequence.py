@@ -124,6 +124,8 @@ class SequenceLayer(AdapterLayer):
         call = CALL.get()
         if call is None:
             raise ConfigError("A block with prompts was called without its backbone; call the whole model.")
+        if call.refused:
+            raise ConfigError(call.refused)
         positional = self._names[: len(args)]
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         tokens = kwargs.pop("hidden_states" if "hidden_states" in kwargs else self._names[0])

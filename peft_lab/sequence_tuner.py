@@ -95,7 +95,8 @@ class SequenceTuner(AdapterTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         settings = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-        if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
+        chunked = kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
+        if chunked and any(isinstance(m, SequenceLayer) and not m.disable_adapters for m in self.modules()):
             raise ConfigError("Prompts are made for a whole text: leave out prefill_chunk_size.")
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield

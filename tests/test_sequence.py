@@ -360,6 +360,22 @@ def test_packed_sequences_are_refused(method):
 
 @methods
 @torch.no_grad()
+def test_what_is_refused_works_without_the_adapter(method):
+    """Static caches, chunks, packed texts and caches that go on, where the adapter is off; and positions at padding."""
+    base, model = TINY["llama"](), _llama(method)
+    packed = {"input_ids": _padded()["input_ids"][1:], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])}
+    chunked = {**_padded(), "prefill_chunk_size": 4, **GENERATE}
+    static = {**_padded(), "cache_implementation": "static", **GENERATE}
+    with model.disable_adapter():
+        assert torch.equal(model(**packed).logits, base(**packed).logits)
+        assert torch.equal(model.generate(**chunked), base.generate(**chunked))
+        assert torch.equal(model.generate(**static), base.generate(**static))
+    filled = _positions(_padded()["attention_mask"]).masked_fill(_padded()["attention_mask"] == 0, 1)
+    _near(model(**_padded(), position_ids=filled).logits[0, 4:], model(_padded()["input_ids"][:1, 4:]).logits[0], 1e-5)
+
+
+@methods
+@torch.no_grad()
 def test_sliding_windows(method):
     """Refused where prompts would leave the window that a cache keeps; right where they stay, and without a cache."""
     base = TINY["mistral"]()
