@@ -7,6 +7,8 @@ could wrap.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import find_first_full_attention_index
 
+from peft_lab.errors import check_keys
 from peft_lab.slots import parameter_names, split
 
 
@@ -37,6 +40,7 @@ class Call:
         mask: bool (batch, tokens), False at padding; None if there is none.
         instruction: (batch, tokens), true where a prompt may look, as the caller gave it; None if it did not.
         labels: labels of the call; a text that is to be continued has -100 where there is no answer.
+        prompt_ids: int (batch,), which of an adapter's prompts each row asks for; None if it does not.
         cache: what the KV cache holds of slots; None without a cache.
         prefill: whether slots are to be filled; False for a step of decoding.
         depth: number of blocks that have run.
@@ -51,6 +55,7 @@ class Call:
     mask: Tensor | None = None
     instruction: Tensor | None = None
     labels: Tensor | None = None
+    prompt_ids: Tensor | None = None
     cache: CacheSlots | None = None
     prefill: bool = True
     depth: int = 0
@@ -64,16 +69,18 @@ class Call:
 
     def of_rows(self, index: Tensor, batch: int) -> Call:
         """The call as rows of a batch of this size see it; `shared` stays the same."""
-        mask, instruction, labels = (
-            None if value is None or len(value) != batch else value[index]
-            for value in (self.mask, self.instruction, self.labels)
-        )
-        return Call(self.stack, mask, instruction, labels, depth=self.depth, shared=self.shared)
+        of_each = ("mask", "instruction", "labels", "prompt_ids")
+        values: dict[str, Any] = {name: getattr(self, name) for name in of_each}
+        chosen: dict[str, Any] = {k: None if v is None or len(v) != batch else v[index] for k, v in values.items()}
+        return Call(self.stack, **chosen, depth=self.depth, shared=self.shared)
 
 
 #: The call that runs, if any.
 CALL: ContextVar[Call | None] = ContextVar("peft_lab_call", default=None)
 _INPUTS: ContextVar[dict[str, Any] | None] = ContextVar("peft_lab_inputs", default=None)
+_GIVEN: ContextVar[dict[str, Tensor] | None] = ContextVar("peft_lab_given", default=None)
+#: Arguments of a forward that prompts read and that no backbone knows.
+_OWN = ("instruction_mask", "prompt_ids")
 #: What is known of each cache that holds slots.
 CACHES: WeakKeyDictionary[Cache, CacheSlots] = WeakKeyDictionary()
 
@@ -83,12 +90,14 @@ def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     names = parameter_names(type(stack).forward)
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     cache, mask = own_cache(kwargs.get("past_key_values")), kwargs.get("attention_mask")
-    given, inputs = kwargs.pop("instruction_mask", None), _INPUTS.get() or {}
+    own = {name: value for name in _OWN if (value := kwargs.pop(name, None)) is not None}
+    inputs = {**_expanded(kwargs), **(_INPUTS.get() or {}), **own}
     call = Call(
         stack,
         mask=mask.bool() if mask is not None and mask.ndim == 2 else None,
-        instruction=inputs.get("instruction_mask") if given is None else given,
+        instruction=inputs.get("instruction_mask"),
         labels=inputs.get("labels"),
+        prompt_ids=inputs.get("prompt_ids"),
     )
     past = int(cache.get_seq_length()) if cache is not None else 0
     if getattr(cache, "is_compileable", False):
@@ -127,7 +136,9 @@ def _tokens_alone(part: Tensor, call: Call, dims: tuple[int, ...]) -> Tensor:
 
 def take_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
     """Pre-hook of the whole model: keep what tells the instruction from the answer."""
-    _INPUTS.set({"labels": kwargs.get("labels"), "instruction_mask": kwargs.pop("instruction_mask", None)})
+    own = {name: kwargs.pop(name, None) for name in _OWN}
+    inputs = {"labels": kwargs.get("labels"), **own}
+    _INPUTS.set({name: value for name, value in inputs.items() if value is not None})
     return args, kwargs
 
 
@@ -135,6 +146,36 @@ def drop_inputs(model: nn.Module, args: Any, output: Any) -> Any:
     """Post-hook of the whole model, called after errors too."""
     _INPUTS.set(None)
     return output
+
+
+@contextmanager
+def prompt_inputs(**inputs: Tensor) -> Iterator[None]:
+    """Give prompts what they read where the call itself cannot: `generate` takes no argument that a model has not.
+
+    Args:
+        inputs: `instruction_mask` (batch, tokens), which is False for tokens behind its end, and `prompt_ids` (batch,).
+
+    Raises:
+        ConfigError: an argument of another name.
+    """
+    check_keys(inputs, _OWN, "prompt_inputs")
+    token = _GIVEN.set(inputs)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+def _expanded(kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The inputs given around a call, for as many rows (beams) and tokens as it has now."""
+    given = dict(_GIVEN.get() or {})
+    like = next((kwargs[n] for n in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(n) is not None), None)
+    for name, value in given.items():
+        if like is not None and len(like) % len(value) == 0:
+            given[name] = value = value.repeat_interleave(len(like) // len(value), 0)
+        if like is not None and name == "instruction_mask":
+            given[name] = nn.functional.pad(value, (0, max(like.shape[1] - value.shape[1], 0)))
+    return given
 
 
 def _count_cached(slots: CacheSlots, cache: Cache, past: int, kwargs: dict[str, Any], names: tuple[str, ...]) -> str:
