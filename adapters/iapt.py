@@ -4,8 +4,9 @@ Each generator projects the hidden states of the instruction down, pools them in
 activation and projects up to prompts, which stand at the left of the sequence. They are made once, when the text is
 read, and live on in the KV cache. Other choices of pooling, activation and insertion make it LPT or IDPG.
 
-A text without a KV cache (`use_cache=False`) is read anew for every token; then pass `instruction_mask`, or the prompts
-also look at the answer so far.
+The instruction is what `instruction_mask`, an argument of the model's forward, says it is; else the tokens whose label
+is -100; else the whole text but its padding. `generate` without a KV cache reads the text anew for every token: give
+`peft_lab.call.prompt_inputs(instruction_mask=...)` around it, or the prompts also look at the answer so far.
 
 Source: Zhu et al. 2024, IAPT, arXiv:2405.18203; Liu et al. 2022, Late Prompt Tuning, arXiv:2210.11292; Wu et al. 2022,
 IDPG, arXiv:2204.04497. Written from the papers' equations.
