@@ -134,6 +134,23 @@ def _check_decoder(model: Any) -> None:
 
 @spread(DECODERS)
 @torch.no_grad()
+def test_a_cache_without_positions_and_masks(method, family, attention):
+    """A step on a cache counts the tokens before it, not the prompts."""
+    model, ids = _model(method, family, attention), _padded()["input_ids"][1:]
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        instruction = torch.tensor([[1] * 7 + [0] * 2])
+        whole, cache = (
+            model(ids, use_cache=False, instruction_mask=instruction).logits,
+            DynamicCache(config=model.config),
+        )
+        _near(model(ids[:, :7], past_key_values=cache).logits, whole[:, :7], 1e-4)
+        for step in (7, 8):
+            _near(model(ids[:, step : step + 1], past_key_values=cache).logits[:, 0], whole[:, step], 1e-4)
+
+
+@spread(DECODERS)
+@torch.no_grad()
 def test_rows_of_a_batch_decode_as_alone(method, family, attention):
     """Different numbers of prompts in different blocks, rows without any, and beams."""
     model, inputs = _model(method, family), _padded()
