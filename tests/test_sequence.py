@@ -470,6 +470,14 @@ def test_mask_of_an_encoder_hides_padding_from_slots():
     assert torch.equal(got[0, 0], torch.tensor([True, True, True, True, False]).expand(5, 5))
 
 
+def test_mask_of_flash_attention_holds_rows_and_keys():
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    got = extend_mask(mask, torch.zeros(2, 3, 4), 2, 0, True, torch.tensor([[True, False], [False, False]]))
+    assert got.tolist() == [[0, 1, 0, 1, 1], [1, 1, 1, 1, 1]]
+    got = extend_mask(mask, torch.zeros(2, 3, 4), 2, 1, False, None)
+    assert got.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+
+
 def test_mask_of_another_kind_is_refused():
     with pytest.raises(ConfigError, match=r"mask of type object.*sdpa"):
         extend_mask(object(), torch.zeros(1, 3, 4), 2, 0, True, None)
@@ -503,13 +511,20 @@ def test_mask_of_flex_attention_is_refused_with_the_mend():
 # Visual prompts by hand -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("projection", [None, 4])
 @pytest.mark.parametrize("position", ["after", "before"])
 @pytest.mark.parametrize("deep", [True, False])
 @torch.no_grad()
-def test_vpt_equals_blocks_run_by_hand(deep, position):
+def test_vpt_equals_blocks_run_by_hand(deep, position, projection):
     base = TINY["vit"]().eval()
-    model = move(adapt("vpt", base, num_prompts=3, deep=deep, position=position))
-    prompts = [p for name, p in adapter_parameters(model).items() if "prompts" in name]
+    model = move(adapt("vpt", base, num_prompts=3, deep=deep, position=position, projection=projection))
+    parameters = adapter_parameters(model)
+    prompts = [p for name, p in parameters.items() if "prompts" in name]
+    if projection:
+        weight, bias = (
+            next(p for n, p in parameters.items() if f"projection_{kind}" in n) for kind in ("weight", "bias")
+        )
+        prompts = [p @ weight.T + bias for p in prompts]
     pixels = tiny_inputs(base)["pixel_values"]
     at = 1 if position == "after" else 0
     x = base.vit.embeddings(pixels)
