@@ -11,6 +11,7 @@ With a KV cache the slots are filled at prefill and stay in the cache; a step of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -23,6 +24,10 @@ from peft_lab.layer import AdapterLayer
 from peft_lab.rows import BASE, Rows
 from peft_lab.slots import align_keys, extend_bias, extend_mask, extend_rotary, insert, parameter_names, split
 
+_NO_INSTRUCTION = (
+    'Method "{}" trains without labels or instruction_mask in the call, so its prompts see the answers too; label '
+    "smoothing and a loss function of one's own take the labels out of it: then pass instruction_mask."
+)
 #: Arguments of blocks that hold a bias for each pair of positions.
 _BIASES = ("position_bias", "relative_pos")
 #: Vision transformers whose sequence is of patches alone.
@@ -84,6 +89,8 @@ class SequenceLayer(AdapterLayer):
         if given is None and self._causal and labels is not None and labels.shape == tokens.shape[:2]:
             given = labels == -100
         if given is None:
+            if self._causal and self.training:
+                warnings.warn(_NO_INSTRUCTION.format(self.info.name), stacklevel=2)
             return call.mask
         chosen = given.bool() if call.mask is None else given.bool() & call.mask
         if not bool(chosen.any(1).all()):

@@ -143,6 +143,16 @@ def test_a_row_without_an_instruction_is_an_error():
     adapt("soft_prompt", TINY["llama"]())(ids, labels=ids)  # prompts that look at nothing need no instruction
 
 
+def test_training_on_whole_texts_is_warned_of(recwarn):
+    model, ids = adapt("iapt", TINY["llama"]()).train(), torch.tensor([[5, 6, 7]])
+    model(ids, labels=torch.tensor([[-100, 6, 7]]))
+    model(ids, instruction_mask=torch.tensor([[1, 0, 0]]))
+    model.eval()(ids)
+    assert not [w for w in recwarn if "instruction_mask" in str(w.message)]
+    with pytest.warns(UserWarning, match="prompts see the answers too"):
+        model.train()(ids)
+
+
 def test_labels_of_an_encoder_are_no_answer():
     """A token classifier's labels, and a decoder's that happen to be as long as the encoder's text."""
     base = TINY["t5"]()
