@@ -14,6 +14,8 @@ from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, Tas
 from peft_lab.registry import methods
 
 if TYPE_CHECKING:
+    from peft_lab.alternating import AlternatingActivation
+    from peft_lab.call import prompt_inputs
     from peft_lab.inference import evaluate, predict
     from peft_lab.loading import load_adapter
     from peft_lab.share.hub import push
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterMismatchError",
+    "AlternatingActivation",
     "ConfigError",
     "PeftLabError",
     "TaskError",
@@ -35,6 +38,7 @@ __all__ = [
     "load_many",
     "methods",
     "predict",
+    "prompt_inputs",
     "push",
     "tasks",
     "to_lora",
@@ -43,11 +47,13 @@ __all__ = [
 
 #: Public names whose modules import torch or datasets, resolved on first use.
 _LAZY = {
+    "AlternatingActivation": "alternating",
     "Tenants": "tenants",
     "evaluate": "inference",
     "load_adapter": "loading",
     "load_many": "tenants",
     "predict": "inference",
+    "prompt_inputs": "call",
     "push": "share.hub",
     "tasks": "task",
     "to_lora": "share.lora",
