@@ -45,16 +45,18 @@ def test_processes_that_outlived_their_run_are_waited_for(tmp_path: Path) -> Non
     assert "Beautiful is better" in process.communicate(timeout=120)[0]
 
 
-def test_runs_on_a_ray_cluster(tmp_path: Path) -> None:
+def test_runs_on_a_ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else Ray's workers wait for the tests beside this one
     study = tiny_study(tmp_path, methods=["lora"])
     done = compare(study, tmp_path / "out", workers=2, backend="ray", report=False)
     assert [record.ok for record in done.records] == [True, True]
     assert not done.failed
 
 
-def test_a_ray_process_that_is_ended_is_a_failed_run(tmp_path: Path) -> None:
+def test_a_ray_process_that_is_ended_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     import psutil
 
     study = tiny_study(tmp_path, methods=["lora"], seeds=1, limits={"max_steps": 100000})
