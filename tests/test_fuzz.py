@@ -24,7 +24,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model, get_peft_model_state_dict
-from properties import METHODS, config, move
+from properties import METHODS, SEQUENCE, config, move
 from safetensors.torch import load, load_file
 from torch import nn
 
@@ -33,6 +33,8 @@ from peft_lab.errors import PeftLabError
 from peft_lab.loading import base_of, load_adapter, trained_task
 
 CASES = int(os.environ.get("PEFT_LAB_FUZZ", "2000"))
+#: The files of methods in the sequence differ in the names of their entries alone, and the small base has no blocks.
+FUZZED = [method for method in METHODS if method not in SEQUENCE]
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "base_fingerprint.json"
 
 
@@ -124,7 +126,7 @@ class _Case:
         return model.eval()(self.x)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=FUZZED)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> _Case:
     return _Case(request.param, tmp_path_factory.mktemp("adapter"))
 
@@ -370,7 +372,7 @@ def test_mutated_folders(case: _Case, tmp_path: Path, monkeypatch: pytest.Monkey
         _watch["installed"] = True
 
     @settings(
-        max_examples=math.ceil(CASES / len(METHODS)),
+        max_examples=math.ceil(CASES / len(FUZZED)),
         deadline=None,
         database=None,
         derandomize=True,
