@@ -33,7 +33,7 @@ from peft_lab.errors import PeftLabError
 from peft_lab.loading import base_of, load_adapter, trained_task
 
 CASES = int(os.environ.get("PEFT_LAB_FUZZ", "2000"))
-#: The files of methods in the sequence differ in the names of their entries alone, and the small base has no blocks.
+#: Methods in the sequence need blocks, which the small base here has not; `test_hostile.py` covers their folders.
 FUZZED = [method for method in METHODS if method not in SEQUENCE]
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "base_fingerprint.json"
 

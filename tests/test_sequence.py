@@ -76,7 +76,7 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _near(a: Tensor, b: Tensor, limit: float) -> None:
+def assert_near(a: Tensor, b: Tensor, limit: float) -> None:
     assert (a - b).abs().max().item() < limit
 
 
@@ -104,7 +104,7 @@ def _check_decoder(model: Any) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     full = model(**inputs, position_ids=_positions(mask), use_cache=False).logits
     single = model(input_ids=ids[:1, 4:]).logits
-    _near(full[0, 4:], single[0], 1e-5)
+    assert_near(full[0, 4:], single[0], 1e-5)
 
     cache = DynamicCache(config=model.config)
     instruction = mask.clone()
@@ -113,12 +113,12 @@ def _check_decoder(model: Any) -> None:
     start = model(
         input_ids=ids[:, :7], attention_mask=mask[:, :7], position_ids=_positions(mask)[:, :7], past_key_values=cache
     ).logits
-    _near(start[:, 4:], whole[:, 4:7], 1e-4)
+    assert_near(start[:, 4:], whole[:, 4:7], 1e-4)
     for step in (7, 8):
         place = _positions(mask)[:, step : step + 1]
         next_token = {"input_ids": ids[:, step : step + 1], "attention_mask": mask[:, : step + 1]}
         out = model(**next_token, position_ids=place, past_key_values=cache)
-        _near(out.logits[:, 0], whole[:, step], 1e-4)
+        assert_near(out.logits[:, 0], whole[:, step], 1e-4)
 
     out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **GENERATE)
     mask = torch.cat([mask, torch.ones_like(mask[:, :4])], 1)
@@ -129,7 +129,7 @@ def _check_decoder(model: Any) -> None:
         use_cache=False,
         instruction_mask=torch.nn.functional.pad(inputs["attention_mask"], (0, 4)),
     ).logits
-    _near(torch.stack(out.logits, 1), forced[:, 8:-1], 2e-4)
+    assert_near(torch.stack(out.logits, 1), forced[:, 8:-1], 2e-4)
 
 
 @spread(DECODERS)
@@ -144,9 +144,9 @@ def test_a_cache_without_positions_and_masks(method, family, attention):
             model(ids, use_cache=False, instruction_mask=instruction).logits,
             DynamicCache(config=model.config),
         )
-        _near(model(ids[:, :7], past_key_values=cache).logits, whole[:, :7], 1e-4)
+        assert_near(model(ids[:, :7], past_key_values=cache).logits, whole[:, :7], 1e-4)
         for step in (7, 8):
-            _near(model(ids[:, step : step + 1], past_key_values=cache).logits[:, 0], whole[:, step], 1e-4)
+            assert_near(model(ids[:, step : step + 1], past_key_values=cache).logits[:, 0], whole[:, step], 1e-4)
 
 
 @spread(DECODERS)
@@ -159,10 +159,10 @@ def test_rows_of_a_batch_decode_as_alone(method, family, attention):
     mixed = torch.stack(model.generate(**four, adapter_names=names, **settings, **GENERATE).logits, 1)
     for row, name in enumerate(names):
         alone = torch.stack(model.generate(**four, adapter_names=[name] * 3, **settings, **GENERATE).logits, 1)
-        _near(mixed[row], alone[row], 1e-5)
+        assert_near(mixed[row], alone[row], 1e-5)
     with model.disable_adapter():
         plain = torch.stack(model.generate(**four, **settings, **GENERATE).logits, 1)
-    _near(mixed[2], plain[2], 1e-5)
+    assert_near(mixed[2], plain[2], 1e-5)
     beams = model.generate(**inputs, adapter_names=["default", "other"], num_beams=3, **GENERATE)
     model.set_adapter("other")
     assert torch.equal(beams[1], model.generate(**inputs, num_beams=3, **GENERATE)[1])
@@ -179,7 +179,7 @@ def test_embeddings_instead_of_tokens(method, family):
     mask = inputs["attention_mask"]
     expected = model.generate(**inputs, **GENERATE)[:, 9:]
     assert torch.equal(model.generate(inputs_embeds=embeddings, attention_mask=mask, **GENERATE), expected)
-    _near(model(inputs_embeds=embeddings).logits, model(input_ids=inputs["input_ids"]).logits, 1e-6)
+    assert_near(model(inputs_embeds=embeddings).logits, model(input_ids=inputs["input_ids"]).logits, 1e-6)
 
 
 @methods
@@ -198,7 +198,7 @@ def test_encoder_of_an_encoder_decoder(method):
     decoder = {"decoder_input_ids": torch.tensor([[0, 7, 8]])}
     padded = {"input_ids": torch.tensor([[7, 8, 9, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
     short = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.tensor([[1, 1, 1]])}
-    _near(model(**padded, **decoder).logits, model(**short, **decoder).logits, 1e-5)
+    assert_near(model(**padded, **decoder).logits, model(**short, **decoder).logits, 1e-5)
     fixed = copy.deepcopy(model.get_base_model())
     assert "decoder" not in " ".join(n for n, m in fixed.named_modules() if isinstance(m, SequenceLayer))
 
@@ -308,7 +308,7 @@ def test_padding_at_the_right_changes_nothing(method, family, attention):
     mask = (torch.arange(8) < 5).long()[None]
     ours = main_tensor(model(input_ids=padded, attention_mask=mask))
     alone = main_tensor(model(input_ids=ids, attention_mask=torch.ones_like(ids)))
-    _near(ours[:, : alone.shape[1]], alone, 1e-5)
+    assert_near(ours[:, : alone.shape[1]], alone, 1e-5)
 
 
 @pytest.mark.parametrize("family", [*DECODERS, "bert", "vit", "dinov2_with_registers", "t5", "beit"])
@@ -320,7 +320,7 @@ def test_hidden_slots_change_nothing(method, family):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))
     mixed = output(model, inputs, adapter_names=["__base__", "default"])
-    _near(mixed[0], output(base, inputs)[0], 1e-5)
+    assert_near(mixed[0], output(base, inputs)[0], 1e-5)
     assert not torch.allclose(mixed[1], output(base, inputs)[1], atol=1e-4)
 
 
@@ -388,7 +388,9 @@ def test_what_is_refused_works_without_the_adapter(method):
         assert torch.equal(model.generate(**chunked), base.generate(**chunked))
         assert torch.equal(model.generate(**static), base.generate(**static))
     filled = _positions(_padded()["attention_mask"]).masked_fill(_padded()["attention_mask"] == 0, 1)
-    _near(model(**_padded(), position_ids=filled).logits[0, 4:], model(_padded()["input_ids"][:1, 4:]).logits[0], 1e-5)
+    assert_near(
+        model(**_padded(), position_ids=filled).logits[0, 4:], model(_padded()["input_ids"][:1, 4:]).logits[0], 1e-5
+    )
 
 
 @methods
@@ -535,7 +537,7 @@ def test_vpt_equals_blocks_run_by_hand(deep, position, projection):
             x = torch.cat([x[:, :at], prompts[depth].expand(2, -1, -1), x[:, at + 3 :]], 1)
         x = block(x)
     x = torch.cat([x[:, :at], x[:, at + 3 :]], 1)
-    _near(output(model, {"pixel_values": pixels}), base.classifier(base.vit.layernorm(x)[:, 0]), 1e-6)
+    assert_near(output(model, {"pixel_values": pixels}), base.classifier(base.vit.layernorm(x)[:, 0]), 1e-6)
 
 
 @pytest.mark.parametrize(("fields", "expected"), [({}, 351_373), ({"deep": False}, 305_293 + 5 * 768)])
