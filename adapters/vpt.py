@@ -8,7 +8,6 @@ Source: Jia et al. 2022, Visual Prompt Tuning, arXiv:2203.12119. Written from th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -85,10 +84,7 @@ class VPTLayer(StaticPrompts):
         if len(counts) != len(writing):
             raise ConfigError(f"num_prompts has {len(counts)} numbers, but {len(writing)} blocks get prompts.")
         width = config.projection or self.width
-        patch = getattr(self.settings, "patch_size", None)
-        pixels = 3 * math.prod(patch if isinstance(patch, list | tuple) else (patch, patch)) if patch else self.width
-        bound = math.sqrt(6 / (pixels + width))
-        values = {"vpt_prompts": torch.empty(counts[order], width).uniform_(-bound, bound)}
+        values = {"vpt_prompts": self.uniform(counts[order], width)}
         if config.projection and order == 0:
             weight = nn.init.kaiming_normal_(torch.empty(self.width, width), mode="fan_out", nonlinearity="linear")
             values |= {"vpt_projection_weight": weight, "vpt_projection_bias": torch.zeros(self.width)}

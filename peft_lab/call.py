@@ -47,6 +47,7 @@ class Call:
         states: the slots as the block before left them (batch, slots, dim).
         unused: bool (batch, slots), the slots of `states` that a row does not have; None if every row has all.
         shared: what an earlier block of this call hands on to later ones, by a key of the method's choice.
+        logits: class logits (batch, classes) in place of the head's, and the rows that have them; None for the head's.
         refused: why prompts cannot go into this call; said by the first block that has some.
         length, position: number of tokens, and where among them the slots stand.
     """
@@ -62,6 +63,7 @@ class Call:
     states: Tensor | None = None
     unused: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
+    logits: tuple[Tensor, Tensor | None] | None = None
     refused: str = ""
     length: int = 0
     position: int = 0
@@ -119,6 +121,9 @@ def end(stack: nn.Module, args: Any, output: Any) -> Any:
     if call is None or call.stack is not stack or call.token is None:
         return output
     CALL.reset(call.token)
+    inputs = _INPUTS.get()
+    if inputs is not None and call.logits is not None:
+        inputs["logits"] = call.logits
     for name, dims in (("hidden_states", (1,)), ("attentions", (2, 3))):
         recorded = getattr(output, name, None)
         if isinstance(recorded, tuple) and call.prefill and call.length:
@@ -140,6 +145,15 @@ def take_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     inputs = {"labels": kwargs.get("labels"), **own}
     _INPUTS.set({name: value for name, value in inputs.items() if value is not None})
     return args, kwargs
+
+
+def replace_logits(head: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Post-hook of a classification head: the logits that slots give instead, so that the model's own loss sees them."""
+    found = (_INPUTS.get() or {}).get("logits")
+    if found is None:
+        return output
+    logits, rows = found[0].to(output.dtype), found[1]
+    return logits if rows is None else torch.where(rows[:, None], logits, output)
 
 
 def drop_inputs(model: nn.Module, args: Any, output: Any) -> Any:

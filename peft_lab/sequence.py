@@ -40,11 +40,15 @@ class SequenceLayer(AdapterLayer):
     Attributes:
         depth, depths: index of the block in its stack, and the number of blocks there.
         settings: config of the stack.
+        final_norm: path of the norm behind the last block inside the stack; None if there is none.
+        classes: number of labels of the model.
     """
 
     depth: int
     depths: int
     settings: Any
+    final_norm: str | None
+    classes: int
 
     @property
     def width(self) -> int:
@@ -113,8 +117,12 @@ class SequenceLayer(AdapterLayer):
         """Where in the sequence the slots stand: the number of tokens before them."""
         return 0
 
-    def after(self, adapter: str, slots: Tensor, call: Call) -> None:
-        """See what the block made of the slots (batch, slots, dim)."""
+    def logits(self, adapter: str, slots: Tensor, call: Call) -> Tensor:
+        """Class logits (batch, classes) from what the last block made of the slots (batch, slots, dim).
+
+        For a method that declares `image_logits`; the model's own loss gets them in place of the head's.
+        """
+        raise NotImplementedError
 
     # What is the same for all -----------------------------------------------------------------------------------
 
@@ -150,11 +158,32 @@ class SequenceLayer(AdapterLayer):
         out = self._run(insert(tokens, call.states, at), positional, self._prefill(call, tokens, kwargs, at))
         hidden = out[0] if isinstance(out, tuple) else out
         kept, call.states = split(hidden, call.states.shape[1], at)
+        if self.depth == self.depths - 1 and self.info.can("image_logits"):
+            call.logits = self._scored(active, rows, call.states, call)
         return (kept, *out[1:]) if isinstance(out, tuple) else kept
 
     def _run(self, hidden: Tensor, positional: Sequence[str], kwargs: dict[str, Any]) -> Any:
         """The block itself. What came by position goes on so: checkpointing cuts the graph at those arguments alone."""
         return self.base_layer(hidden, *(kwargs.pop(name) for name in positional[1:]), **kwargs)
+
+    def normed(self, slots: Tensor, call: Call) -> Tensor:
+        """Hidden states of the last block behind the final norm of the stack; as they are if it has none."""
+        return slots if self.final_norm is None else call.stack.get_submodule(self.final_norm)(slots)
+
+    def _scored(
+        self, active: list[str], rows: Rows | None, slots: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """`Call.logits` from the slots of the last block."""
+        if rows is None:
+            return self.logits(active[0], slots, call), None
+        out = slots.new_zeros(len(slots), self.classes, dtype=torch.float32)
+        scored = torch.zeros(len(slots), dtype=torch.bool, device=slots.device)
+        for name in rows.names:
+            if name != BASE and name in self.configs:
+                index = rows.of_adapter(name, len(slots), slots.device)
+                out = out.index_copy(0, index, self.logits(name, slots[index], call).to(out.dtype))
+                scored[index] = True
+        return out, scored
 
     def _position(self, names: Sequence[str]) -> int:
         found = {self.position(name) for name in names if name in self.configs}

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lab import roles
-from peft_lab.call import begin, drop_inputs, end, take_inputs
+from peft_lab.call import begin, drop_inputs, end, replace_logits, take_inputs
 from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.layer import AdapterLayer
@@ -21,6 +21,7 @@ from peft_lab.tuner import AdapterTuner
 
 #: Which stack gets the prompts where a model has several, the first that is there.
 _PREFERRED = ("vision", "encoder")
+_HOOKS = (take_inputs, begin, end, drop_inputs, replace_logits)
 
 
 @dataclass
@@ -70,7 +71,27 @@ class SequenceTuner(AdapterTuner):
             ):
                 raise ConfigError(peft_config.no_choice("target_modules"))
             peft_config.target_modules = blocks
+            self._leave_head(peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _leave_head(self, config: Any) -> None:
+        """Keep the head untrained where the slots give the logits in its place."""
+        if not self.info.can("image_logits"):
+            return
+        heads = _class_heads(self.model)
+        if not heads or getattr(self.model, "main_input_name", None) != "pixel_values":
+            raise ConfigError(
+                f'Method "{self.info.name}" gives class logits in place of the head of an image classifier, and '
+                f"{type(self.model).__name__} is none; load the backbone with AutoModelForImageClassification."
+            )
+        given = config.modules_to_save or []
+        taken = [name for name in given if any(f".{name}." in f".{head}." for head in heads)]
+        if taken:
+            raise ConfigError(
+                f'modules_to_save holds {taken[0]}, which method "{self.info.name}" does not use: its prompts give the '
+                "class logits; leave the head out."
+            )
+        config.modules_to_save = given
 
     def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
         layer = super().new_layer(target, path)
@@ -79,6 +100,10 @@ class SequenceTuner(AdapterTuner):
         stack, blocks = next((stack, blocks) for stack, blocks in stacks.items() if path in blocks)
         layer.depth, layer.depths = blocks.index(path), len(blocks)
         layer.settings = self.model.get_submodule(stack).config
+        inside = f"{stack}." if stack else ""
+        norms = [name for name in roles.modules_by_role(self.model, "norm.final") if name.startswith(inside)]
+        layer.final_norm = norms[0].removeprefix(inside) if norms else None
+        layer.classes = getattr(getattr(self.model, "config", None), "num_labels", 0)
         return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -91,6 +116,10 @@ class SequenceTuner(AdapterTuner):
             if before not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(before, with_kwargs=True)
                 module.register_forward_hook(after, always_call=True)
+        for path in _class_heads(model) if self.info.can("image_logits") else ():
+            head = model.get_submodule(path)
+            if replace_logits not in head._forward_hooks.values():
+                head.register_forward_hook(replace_logits)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -106,7 +135,7 @@ class SequenceTuner(AdapterTuner):
         model = super().unload()
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if hook in (take_inputs, begin, end, drop_inputs)]:
+                for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
                     del hooks[key]
         return model
 
@@ -145,6 +174,13 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
     preferred = (path for word in _PREFERRED for path in stacks if word in path.lower())
     path = next(preferred, next(iter(stacks)))
     return path, stacks[path]
+
+
+def _class_heads(model: nn.Module) -> list[str]:
+    """Paths of the linear maps that give the class logits."""
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    heads = roles.head_modules(model) if classes else []
+    return [path for path in heads if getattr(model.get_submodule(path), "out_features", None) == classes]
 
 
 def _is_transformer(stack: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,13 @@ class StaticPrompts(SequenceLayer):
 
     The first of `adapter_layer_names` holds the prompts (slots, width).
     """
+
+    def uniform(self, count: int, width: int) -> Tensor:
+        """Start values (count, width) as Xavier's rule draws them for a projection of patches."""
+        patch = getattr(self.settings, "patch_size", None)
+        pixels = 3 * math.prod(patch if isinstance(patch, list | tuple) else (patch, patch)) if patch else self.width
+        bound = math.sqrt(6 / (pixels + width))
+        return torch.empty(count, width).uniform_(-bound, bound)
 
     def stored(self, adapter: str, call: Call) -> Tensor | None:
         """The prompts of one adapter (slots, width), None if it writes none here."""

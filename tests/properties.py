@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from peft_lab import registry
 
-#: Every registered method with an adapter of its own; LoRA stands among them as the yardstick.
-METHODS = [name for name, info in registry.methods().items() if info.kind not in ("peft", "baseline")]
+_ALL = [name for name, info in registry.methods().items() if info.kind not in ("peft", "baseline")]
+#: Those that are for image classifiers alone, whose head they leave untrained: in `pairs`, and none of the next lists.
+IMAGE_LOGITS = [name for name in _ALL if registry.method(name).can("image_logits")]
+#: Every other registered method with an adapter of its own; LoRA stands among them as the yardstick.
+METHODS = [name for name in _ALL if name not in IMAGE_LOGITS]
 #: Those built on peft-lab's shared layers.
 OWN = [name for name in METHODS if registry.method(name).module.startswith("peft_lab.")]
 #: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
@@ -22,6 +25,8 @@ SEQUENCE = [name for name in OWN if registry.method(name).kind == "sequence"]
 ON_OPS = [name for name in OWN if name not in SEQUENCE]
 #: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets, and windows of one size.
 NO_SEQUENCE = ("swin", "convnext", "resnet", "efficientnet", "mobilenet_v2")
+#: Families of `backbones.TINY` that classify images and have a place for prompts.
+IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
 
 
 def config(method: str, model: nn.Module | None = None, **fields: Any) -> Any:
@@ -33,6 +38,7 @@ def pairs(methods: Iterable[str], families: Iterable[str]) -> pytest.MarkDecorat
     """Parametrise a test over methods and the families of backbones that they go with."""
     families = list(families)
     found = [(m, f) for f in families for m in methods if not (m in SEQUENCE and f in NO_SEQUENCE)]
+    found += [(m, f) for f in families for m in IMAGE_LOGITS if f in IMAGE_CLASSIFIERS]
     return pytest.mark.parametrize(("method", "family"), found)
 
 

@@ -16,6 +16,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from properties import (
+    IMAGE_LOGITS,
     METHODS,
     NO_SEQUENCE,
     OWN,
@@ -108,7 +109,7 @@ def test_only_what_is_declared_trains(base, method, family):
     if (method, family) == ("lora", "mobilenet_v2"):
         pytest.skip("peft's LoRA layer hides the stride that MobileNetV2 reads to pad")
     model = adapt(method, base).train()
-    heads = roles.head_modules(base)
+    heads = [] if method in IMAGE_LOGITS else roles.head_modules(base)
     assert set(model.peft_config["default"].modules_to_save or ()) == set(heads)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -132,7 +133,7 @@ def test_only_what_is_declared_trains(base, method, family):
 def test_declared_roles_are_the_ones_adapted(base, method, family):
     model = adapt(method, base)
     wanted = registry.method(method).roles
-    if method in SEQUENCE:  # whole blocks of one stack
+    if method in (*SEQUENCE, *IMAGE_LOGITS):  # whole blocks of one stack
         blocks = roles.modules_by_role(base, wanted[0])
         assert wanted == ("block",)
         assert model.targeted_module_names == [name for name in blocks if name in model.targeted_module_names]
@@ -331,12 +332,15 @@ def test_compiled_equals_eager(base, method, family):
     assert_close(output(compiled, inputs), output(model, inputs))
 
 
-FIELDS = [(m, f) for m in OWN for f in registry.config_class(m).__dataclass_fields__.values() if "other" in f.metadata]
+HAVE_FIELDS = [*OWN, *IMAGE_LOGITS]
+FIELDS = [
+    (m, f) for m in HAVE_FIELDS for f in registry.config_class(m).__dataclass_fields__.values() if "other" in f.metadata
+]
 
 
 def test_every_own_field_names_a_value_to_try():
     """A knob without a value to try it with would escape the next test."""
-    for method in OWN:
+    for method in HAVE_FIELDS:
         cls = registry.config_class(method)
         inherited = set(cls.__mro__[1].__dataclass_fields__)
         untried = {f.name for f in cls.__dataclass_fields__.values() if "untried" in f.metadata}  # tested by themselves
@@ -366,7 +370,7 @@ def test_layers_to_transform_chooses_blocks(base, method, family):
     model = adapt(method, base, layers_to_transform=[1])
     with_parameters = {name.partition(f".{model.base_model.prefix}")[0] for name in adapter_parameters(model)}
     assert {roles.layer_index(base, name.removeprefix("base_model.model.")) for name in with_parameters} == {1}
-    if method in SEQUENCE:
+    if method in (*SEQUENCE, *IMAGE_LOGITS):
         with pytest.raises(ConfigError, match=r"layers_to_transform holds 2; .* blocks 0 to 1"):
             adapt(method, base, layers_to_transform=[1, 2])
         return
@@ -385,7 +389,7 @@ def test_regex_and_layers_do_not_contradict_in_silence(method):
 @pairs(OWN, MAIN)
 def test_exclude_modules_leaves_out(base, method, family):
     full = adapt(method, base).targeted_module_names
-    if method in SEQUENCE:  # a block left out would lose the slots on their way
+    if method in (*SEQUENCE, *IMAGE_LOGITS):  # a block left out would lose the slots on their way
         with pytest.raises(ConfigError, match=r"takes no exclude_modules.*layers_to_transform"):
             adapt(method, base, exclude_modules=[full[0]])
         return

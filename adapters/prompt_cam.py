@@ -1,0 +1,86 @@
+"""Prompt-CAM: one prompt per class, whose output scores the class and whose attention shows what the class looks at.
+
+The prompts stand in front of the class token. Deep, each block has its own; shallow, those of the first block pass
+through all. What the last block makes of them goes through the final norm and one scoring vector, the same for all
+classes: that gives the logits, and the model's own head is neither used nor trained. `peft_lab.attention_maps` draws
+the attention.
+
+Source: Chowdhury et al. 2025, Prompt-CAM, arXiv:2501.09333. Written from the paper's equations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from peft_lab.errors import ConfigError
+from peft_lab.registry import MethodInfo
+from peft_lab.sequence import Call
+from peft_lab.sequence_tuner import register_sequence
+from peft_lab.static_prompts import StaticConfig, StaticPrompts
+
+METHOD = MethodInfo(
+    name="prompt_cam",
+    title="Prompt-CAM",
+    paper="2501.09333",
+    kind="sequence",
+    config="PromptCAMConfig",
+    roles=("block",),
+    capabilities=("mixed_batch", "image_logits"),
+    learning_rate=1e-2,
+    budget=(1.4, 1.5),
+)
+
+
+@dataclass
+class PromptCAMConfig(StaticConfig):
+    """Configuration of Prompt-CAM. Trainable: classes x width for each block that writes prompts, and width + 1.
+
+    The number of classes is the model's `config.num_labels`.
+
+    Raises:
+        ConfigError: a dropout out of range; the model is no image classifier; its head in `modules_to_save`.
+    """
+
+    deep: bool = field(default=True, metadata={"help": "New prompts before every block.", "other": False})
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout on prompts, one for the whole batch; the paper takes 0.1.", "other": 0.5},
+    )
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout} must be at least 0 and below 1.")
+
+
+class PromptCAMLayer(StaticPrompts):
+    """A block before which class prompts (classes, width) are written; the last one also holds the scoring vector."""
+
+    adapter_layer_names = ("prompt_cam_prompts", "prompt_cam_weight", "prompt_cam_bias")
+
+    def initial_values(self, adapter: str, config: PromptCAMConfig) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        if self.depth in config.writing(self.depths):
+            values["prompt_cam_prompts"] = self.uniform(self.classes, self.width)
+        if self.depth == self.depths - 1:
+            bound = 1 / math.sqrt(self.width)
+            values["prompt_cam_weight"] = torch.empty(1, self.width).uniform_(-bound, bound)
+            values["prompt_cam_bias"] = torch.zeros(1)
+        return values
+
+    def stored(self, adapter: str, call: Call) -> Tensor | None:
+        prompts = super().stored(adapter, call)
+        if prompts is None:
+            return None
+        return nn.functional.dropout(prompts, self.configs[adapter].dropout, self.training)
+
+    def logits(self, adapter: str, slots: Tensor, call: Call) -> Tensor:
+        weight, bias = self.prompt_cam_weight[adapter], self.prompt_cam_bias[adapter]
+        return nn.functional.linear(self.normed(slots, call).to(weight.dtype), weight, bias).squeeze(-1)
+
+
+register_sequence(METHOD, PromptCAMConfig, PromptCAMLayer)
