@@ -148,7 +148,7 @@ def take_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def replace_logits(head: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Post-hook of a classification head: the logits that slots give instead, so that the model's own loss sees them."""
+    """Post-hook of a classification head: put the logits of the slots there, so that the model's own loss sees them."""
     found = (_INPUTS.get() or {}).get("logits")
     if found is None:
         return output

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from peft_lab import cli_compare, cli_share
+from peft_lab import cli_compare, cli_maps, cli_share
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
 
 if TYPE_CHECKING:
@@ -238,6 +238,7 @@ def demo(
 
 cli_share.register(app)
 cli_compare.register(app)
+cli_maps.register(app)
 
 
 def _check(config: Any) -> None:

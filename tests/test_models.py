@@ -340,7 +340,7 @@ FIELDS = [
 
 def test_every_own_field_names_a_value_to_try():
     """A knob without a value to try it with would escape the next test."""
-    for method in HAVE_FIELDS:
+    for method in CONFIGS:
         cls = registry.config_class(method)
         inherited = set(cls.__mro__[1].__dataclass_fields__)
         untried = {f.name for f in cls.__dataclass_fields__.values() if "untried" in f.metadata}  # tested by themselves

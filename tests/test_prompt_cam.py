@@ -99,7 +99,7 @@ def test_dropout_is_one_for_the_batch():
 
 @pytest.mark.parametrize("family", ["clip", "dinov3_vit", "bert", "gpt2", "llama"])
 def test_what_classifies_no_images_is_refused(family):
-    with pytest.raises(ConfigError, match="image classifier, and .* is none; load .*AutoModelForImageClassification"):
+    with pytest.raises(ConfigError, match=r"image classifier, and .* is none; load .*AutoModelForImageClassification"):
         adapt("prompt_cam", TINY[family]())
 
 
@@ -110,11 +110,8 @@ def test_families_without_a_place_for_prompts_are_refused(family):
 
 
 def test_bad_fields_are_refused():
-    with pytest.raises(ConfigError, match="modules_to_save holds classifier.*leave the head out"):
+    with pytest.raises(ConfigError, match=r"modules_to_save holds classifier.*leave the head out"):
         adapt("prompt_cam", TINY["vit"](), modules_to_save=["classifier"])
     adapt("prompt_cam", TINY["vit"](), modules_to_save=["layernorm"])
-    with pytest.raises(ConfigError, match="dropout=1.0 must be at least 0 and below 1"):
+    with pytest.raises(ConfigError, match=r"dropout=1\.0 must be at least 0 and below 1"):
         config("prompt_cam", dropout=1.0)
-    many = TINY["vit"]()
-    model = adapt("prompt_cam", many)
-    assert model.peft_config["default"].modules_to_save == []

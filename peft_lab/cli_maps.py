@@ -1,0 +1,78 @@
+"""The command `attention-maps` of `peft-lab`. Nothing here imports torch before the checks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peft_lab.errors import ConfigError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the `peft-lab` command."""
+    app.command("attention-maps")(attention_maps)
+
+
+def attention_maps(
+    adapter: Annotated[
+        str, typer.Argument(help="Folder of an adapter with class prompts, or a Hub id.", show_default=False)
+    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="The picture, a .png file.")] = Path("maps.png"),
+    classes: Annotated[
+        str | None, typer.Option(help="Classes to show, as `a,b`; by default the predicted one and two rivals.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads to keep for a class; 4, or half where there are fewer than 8.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The task whose labels apply, if the adapter names none.")] = None,
+    model_name_or_path: Annotated[
+        str | None, typer.Option("--model_name_or_path", help="Load this base instead of the one the adapter names.")
+    ] = None,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow_other_base", help="Warn instead of refusing if the base has other weights.")
+    ] = False,
+) -> None:
+    """Draw where each head looks for a class, and which heads the class needs (framed)."""
+    from peft_lab.run_folder import find_adapter
+    from peft_lab.task import load_task
+
+    for image in images:
+        if not image.is_file():
+            raise ConfigError(f'There is no image file "{image}".')
+    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
+        raise ConfigError(f'--output "{output}" must be a .png file in a folder that exists.')
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("Pictures need matplotlib: pip install 'peft-lab[plots]'.")
+    if task is not None:
+        load_task(task)
+    folder = find_adapter(adapter)
+    _check_method(folder)
+    from PIL import Image, UnidentifiedImageError
+
+    from peft_lab.attention_maps import write
+    from peft_lab.loading import load
+
+    try:
+        opened = [Image.open(image).convert("RGB") for image in images]
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"An image cannot be read: {error}.") from error
+    loaded = load(folder, task, model_name_or_path, allow_other_base=allow_other_base)
+    names = [name.strip() for name in classes.split(",")] if classes else None
+    write(loaded.model, loaded.processor, opened, output, typer.echo, classes=names, keep=heads)
+    typer.echo(f"Picture written to {output}")
+
+
+def _check_method(folder: Path) -> None:
+    from peft_lab import guard, registry
+    from peft_lab.run_folder import ADAPTER_CONFIG
+
+    path = folder / ADAPTER_CONFIG
+    name = str(guard.read_json(path).get("peft_type", "")).lower() if path.is_file() else "a baseline"
+    known = registry.methods()
+    if name not in known or not known[name].can("image_logits"):
+        able = ", ".join(n for n, info in known.items() if info.can("image_logits"))
+        raise ConfigError(f'"{folder}" holds {name}, which has no prompt for each class; methods that have: {able}.')
