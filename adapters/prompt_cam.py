@@ -29,7 +29,7 @@ METHOD = MethodInfo(
     kind="sequence",
     config="PromptCAMConfig",
     roles=("block",),
-    capabilities=("mixed_batch", "image_logits"),
+    capabilities=("mixed_batch", "images", "image_logits"),
     learning_rate=1e-2,
     budget=(1.4, 1.5),
 )

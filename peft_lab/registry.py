@@ -35,6 +35,7 @@ CAPABILITIES = {
     "lora_export": "converts exactly to LoRA",
     "mixed_batch": "serves rows of one batch with different adapters",
     "identity_start": "starts bit-exactly at the base model with its default configuration",
+    "images": "is made for images alone",
     "image_logits": "gives the logits of an image classifier in place of its head",
     "dtype_bound": "is only valid on base weights of the dtype it was trained on",
 }

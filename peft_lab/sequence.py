@@ -40,13 +40,14 @@ class SequenceLayer(AdapterLayer):
     Attributes:
         depth, depths: index of the block in its stack, and the number of blocks there.
         settings: config of the stack.
-        final_norm: path of the norm behind the last block inside the stack; None if there is none.
+        stem_norm, final_norm: paths, inside the stack, of the norms before and behind all blocks; None for none.
         classes: number of labels of the model.
     """
 
     depth: int
     depths: int
     settings: Any
+    stem_norm: str | None
     final_norm: str | None
     classes: int
 
@@ -124,6 +125,10 @@ class SequenceLayer(AdapterLayer):
         """
         raise NotImplementedError
 
+    def arguments(self, active: list[str], rows: Rows | None, call: Call, at: int) -> dict[str, Any]:
+        """Further arguments of the block, for hooks inside it that the method has put there; slots stand at `at`."""
+        return {}
+
     # What is the same for all -----------------------------------------------------------------------------------
 
     def _all_available_adapter_names(self) -> list[str]:
@@ -155,7 +160,8 @@ class SequenceLayer(AdapterLayer):
             self._enter_cache(call, own_cache(kwargs.get("past_key_values")), 0, tokens.shape[1])
             return self._run(tokens, positional, kwargs)
         at = self._position(active if rows is None else rows.names)
-        out = self._run(insert(tokens, call.states, at), positional, self._prefill(call, tokens, kwargs, at))
+        kwargs = self._prefill(call, tokens, kwargs, at) | self.arguments(active, rows, call, at)
+        out = self._run(insert(tokens, call.states, at), positional, kwargs)
         hidden = out[0] if isinstance(out, tuple) else out
         kept, call.states = split(hidden, call.states.shape[1], at)
         if self.depth == self.depths - 1 and self.info.can("image_logits"):

@@ -58,7 +58,11 @@ class SequenceTuner(AdapterTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         loaded = peft_config.fingerprints is not None
-        _, blocks = chosen_stack(self.model, peft_config.stack)
+        path, blocks = chosen_stack(self.model, peft_config.stack)
+        if self.info.can("images") and self.model.get_submodule(path).main_input_name != "pixel_values":
+            raise ConfigError(
+                f'Method "{self.info.name}" is made for images, and {type(self.model).__name__} reads none there.'
+            )
         depths = len(blocks)
         layers = peft_config.layers_to_transform
         for layer in [layers] if isinstance(layers, int) else layers or ():
@@ -79,10 +83,10 @@ class SequenceTuner(AdapterTuner):
         if not self.info.can("image_logits"):
             return
         heads = _class_heads(self.model)
-        if not heads or getattr(self.model, "main_input_name", None) != "pixel_values":
+        if not heads:
             raise ConfigError(
                 f'Method "{self.info.name}" gives class logits in place of the head of an image classifier, and '
-                f"{type(self.model).__name__} is none; load the backbone with AutoModelForImageClassification."
+                f"{type(self.model).__name__} has none; load the backbone with AutoModelForImageClassification."
             )
         given = config.modules_to_save or []
         taken = [name for name in given if any(f".{name}." in f".{head}." for head in heads)]
@@ -100,11 +104,15 @@ class SequenceTuner(AdapterTuner):
         stack, blocks = next((stack, blocks) for stack, blocks in stacks.items() if path in blocks)
         layer.depth, layer.depths = blocks.index(path), len(blocks)
         layer.settings = self.model.get_submodule(stack).config
-        inside = f"{stack}." if stack else ""
-        norms = [name for name in roles.modules_by_role(self.model, "norm.final") if name.startswith(inside)]
-        layer.final_norm = norms[0].removeprefix(inside) if norms else None
+        layer.stem_norm, layer.final_norm = (self._norm(stack, role) for role in ("norm.stem", "norm.final"))
         layer.classes = getattr(getattr(self.model, "config", None), "num_labels", 0)
         return layer
+
+    def _norm(self, stack: str, role: str) -> str | None:
+        """Path of a norm inside a stack."""
+        inside = f"{stack}." if stack else ""
+        found = [name for name in roles.modules_by_role(self.model, role) if name.startswith(inside)]
+        return found[0].removeprefix(inside) if found else None
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # peft's own looks for the weight of the module; the layer has already put its parameters on the right device
@@ -135,7 +143,7 @@ class SequenceTuner(AdapterTuner):
         model = super().unload()
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+                for key in [key for key, hook in hooks.items() if hook in _HOOKS or _of_layer(hook)]:
                     del hooks[key]
         return model
 
@@ -174,6 +182,11 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
     preferred = (path for word in _PREFERRED for path in stacks if word in path.lower())
     path = next(preferred, next(iter(stacks)))
     return path, stacks[path]
+
+
+def _of_layer(hook: Any) -> bool:
+    """Whether a hook was put there by the layer of a block."""
+    return isinstance(getattr(hook, "__self__", None), SequenceLayer)
 
 
 def _class_heads(model: nn.Module) -> list[str]:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from peft_lab import registry
 
 _ALL = [name for name, info in registry.methods().items() if info.kind not in ("peft", "baseline")]
-#: Those that are for image classifiers alone, whose head they leave untrained: in `pairs`, and none of the next lists.
-IMAGE_LOGITS = [name for name in _ALL if registry.method(name).can("image_logits")]
+#: Those that are for images alone: in `pairs`, and in none of the next lists.
+IMAGES = [name for name in _ALL if registry.method(name).can("images")]
+#: Those that leave the head of an image classifier untrained.
+IMAGE_LOGITS = [name for name in IMAGES if registry.method(name).can("image_logits")]
 #: Every other registered method with an adapter of its own; LoRA stands among them as the yardstick.
-METHODS = [name for name in _ALL if name not in IMAGE_LOGITS]
+METHODS = [name for name in _ALL if name not in IMAGES]
 #: Those built on peft-lab's shared layers.
 OWN = [name for name in METHODS if registry.method(name).module.startswith("peft_lab.")]
 #: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
@@ -27,6 +29,8 @@ ON_OPS = [name for name in OWN if name not in SEQUENCE]
 NO_SEQUENCE = ("swin", "convnext", "resnet", "efficientnet", "mobilenet_v2")
 #: Families of `backbones.TINY` that classify images and have a place for prompts.
 IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
+#: Those with a place for a branch between attention and MLP.
+PRE_NORM = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "siglip")
 
 
 def config(method: str, model: nn.Module | None = None, **fields: Any) -> Any:
@@ -38,7 +42,7 @@ def pairs(methods: Iterable[str], families: Iterable[str]) -> pytest.MarkDecorat
     """Parametrise a test over methods and the families of backbones that they go with."""
     families = list(families)
     found = [(m, f) for f in families for m in methods if not (m in SEQUENCE and f in NO_SEQUENCE)]
-    found += [(m, f) for f in families for m in IMAGE_LOGITS if f in IMAGE_CLASSIFIERS]
+    found += [(m, f) for f in families for m in IMAGES if f in (IMAGE_CLASSIFIERS if m in IMAGE_LOGITS else PRE_NORM)]
     return pytest.mark.parametrize(("method", "family"), found)
 
 

@@ -17,6 +17,7 @@ from peft import (
 )
 from properties import (
     IMAGE_LOGITS,
+    IMAGES,
     METHODS,
     NO_SEQUENCE,
     OWN,
@@ -133,7 +134,7 @@ def test_only_what_is_declared_trains(base, method, family):
 def test_declared_roles_are_the_ones_adapted(base, method, family):
     model = adapt(method, base)
     wanted = registry.method(method).roles
-    if method in (*SEQUENCE, *IMAGE_LOGITS):  # whole blocks of one stack
+    if method in (*SEQUENCE, *IMAGES):  # whole blocks of one stack
         blocks = roles.modules_by_role(base, wanted[0])
         assert wanted == ("block",)
         assert model.targeted_module_names == [name for name in blocks if name in model.targeted_module_names]
@@ -332,10 +333,8 @@ def test_compiled_equals_eager(base, method, family):
     assert_close(output(compiled, inputs), output(model, inputs))
 
 
-HAVE_FIELDS = [*OWN, *IMAGE_LOGITS]
-FIELDS = [
-    (m, f) for m in HAVE_FIELDS for f in registry.config_class(m).__dataclass_fields__.values() if "other" in f.metadata
-]
+CONFIGS = {m: registry.config_class(m).__dataclass_fields__ for m in (*OWN, *IMAGES)}
+FIELDS = [(m, f) for m, fields in CONFIGS.items() for f in fields.values() if "other" in f.metadata]
 
 
 def test_every_own_field_names_a_value_to_try():
@@ -370,7 +369,7 @@ def test_layers_to_transform_chooses_blocks(base, method, family):
     model = adapt(method, base, layers_to_transform=[1])
     with_parameters = {name.partition(f".{model.base_model.prefix}")[0] for name in adapter_parameters(model)}
     assert {roles.layer_index(base, name.removeprefix("base_model.model.")) for name in with_parameters} == {1}
-    if method in (*SEQUENCE, *IMAGE_LOGITS):
+    if method in (*SEQUENCE, *IMAGES):
         with pytest.raises(ConfigError, match=r"layers_to_transform holds 2; .* blocks 0 to 1"):
             adapt(method, base, layers_to_transform=[1, 2])
         return
@@ -389,7 +388,7 @@ def test_regex_and_layers_do_not_contradict_in_silence(method):
 @pairs(OWN, MAIN)
 def test_exclude_modules_leaves_out(base, method, family):
     full = adapt(method, base).targeted_module_names
-    if method in (*SEQUENCE, *IMAGE_LOGITS):  # a block left out would lose the slots on their way
+    if method in (*SEQUENCE, *IMAGES):  # a block left out would lose the slots on their way
         with pytest.raises(ConfigError, match=r"takes no exclude_modules.*layers_to_transform"):
             adapt(method, base, exclude_modules=[full[0]])
         return

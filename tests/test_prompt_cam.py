@@ -9,7 +9,7 @@ import torch
 from backbones import CLASSES, TINY, VARIANTS, tiny_inputs
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from properties import IMAGE_CLASSIFIERS, adapt, adapter_parameters, config, move, output
+from properties import IMAGE_CLASSIFIERS, IMAGES, adapt, adapter_parameters, config, move, output
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from peft_lab.errors import ConfigError
@@ -97,10 +97,17 @@ def test_dropout_is_one_for_the_batch():
     assert not torch.allclose(first, second)
 
 
-@pytest.mark.parametrize("family", ["clip", "dinov3_vit", "bert", "gpt2", "llama"])
-def test_what_classifies_no_images_is_refused(family):
-    with pytest.raises(ConfigError, match=r"image classifier, and .* is none; load .*AutoModelForImageClassification"):
+@pytest.mark.parametrize("family", ["clip", "dinov3_vit"])
+def test_what_has_no_head_is_refused(family):
+    with pytest.raises(ConfigError, match=r"image classifier, and .* has none; load .*AutoModelForImageClassification"):
         adapt("prompt_cam", TINY[family]())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("method", IMAGES)
+def test_text_is_refused(method, family):
+    with pytest.raises(ConfigError, match=f'Method "{method}" is made for images'):
+        adapt(method, TINY[family]())
 
 
 @pytest.mark.parametrize("family", ["swin", "resnet"])
