@@ -1,12 +1,11 @@
-"""DVPT: prompts that mine each image's features through a shared bottleneck beside the MLPs (Dynamic Visual Prompting).
+"""DVPT: prompts that mine each image's features through a shared bottleneck beside the MLPs.
 
 Prompts stand in front of the class token and pass through all blocks. Beside each MLP a gated bottleneck S reads the
 residual stream: x + MLP(x) + S(x). In the paper's form the prompts look, inside the bottleneck, at the features of the
 patches by cross-attention, and take what they find; the authors' code has the bottleneck alone. One bottleneck serves
-several blocks in a row. Class and patch tokens come out as without prompts, so a head
-for dense prediction can use them.
+several blocks in a row. The stack returns class and patch tokens alone, so a head for dense prediction can use them.
 
-Source: Ruan et al. 2023, DVPT, arXiv:2307.09787. Written from the equations.
+Source: He et al. 2023, Dynamic Visual Prompt Tuning, arXiv:2307.09787. Written from the equations.
 """
 
 from __future__ import annotations

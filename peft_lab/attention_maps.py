@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
+from peft_lab.compare.plots import plain
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.sequence import Call, SequenceLayer
 from peft_lab.sequence_tuner import chosen_stack
@@ -27,11 +29,16 @@ if TYPE_CHECKING:
 
 #: Heads that are left for a class where nothing else is said, as in the paper, or half of them where there are few.
 KEPT_HEADS = 4
+#: Longest class name in the picture.
+_LONGEST = 20
+_NOTE = "framed: heads that the class needs\nnumber: highest patch, in even shares among the patches"
 _HEAD_INCHES, _DPI, _INK, _ACCENT, _FAINT = 1.15, 160, "#1d2733", "#c8551b", "#d5dae0"
 
 
 class LastBlock:
     """The last block of a model with class prompts, as one batch of images runs through it.
+
+    The model is put into evaluation mode.
 
     Attributes:
         logits: (batch, classes).
@@ -45,7 +52,7 @@ class LastBlock:
     @torch.no_grad()
     def __init__(self, model: nn.Module, pixel_values: Tensor) -> None:
         model.eval()
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.layer = _scoring_layer(base)
         self.adapter = next(name for name in self.layer.active_adapters if name in self.layer.configs)
         path, _ = chosen_stack(base, self.layer.configs[self.adapter].stack)
@@ -141,7 +148,7 @@ class LastBlock:
 def _scoring_layer(model: nn.Module) -> Any:
     layers = [m for m in model.modules() if isinstance(m, SequenceLayer) and m.info.can("image_logits")]
     last = [m for m in layers if m.depth == m.depths - 1 and {*m.active_adapters} & {*m.configs}]
-    if not last:
+    if not last or last[0].disable_adapters:
         raise ConfigError(f"{type(model).__name__} has no active adapter with a prompt for each class.")
     return last[0]
 
@@ -207,11 +214,11 @@ def panels(
         probabilities = logits.softmax(-1)
         likely = probabilities.argsort(descending=True)[: 1 + rivals].tolist()
         for number, target in enumerate([names.index(name) for name in classes] if classes else likely):
-            mark = " (predicted)" if target == likely[0] else ""
+            mark = "  predicted" if target == likely[0] else ""
             found.append(
                 Panel(
                     _shown(pixels[row].float(), processor),
-                    f"{names[target]}{mark}\n{100 * float(probabilities[target]):.1f} %",
+                    f"{plain(names[target], _LONGEST)}\n{100 * float(probabilities[target]):.1f} %{mark}",
                     block.attention[row, target].cpu().numpy(),
                     block.needed_heads(row, target, keep),
                     first=number == 0,
@@ -232,12 +239,12 @@ def draw(rows: Sequence[Panel]) -> Figure:
     """A figure with one line for each panel: the image, then the map of each head over it.
 
     Heads that the class needs are framed. Each map is scaled from 0 to its own highest value, which stands below it as
-    a multiple of what a patch would get if all tokens got the same.
+    a multiple of an even share among the patches.
     """
     from matplotlib.figure import Figure
 
     heads = len(rows[0].maps)
-    size = (_HEAD_INCHES * (heads + 1) + 0.2, (_HEAD_INCHES + 0.28) * len(rows) + 0.35)
+    size = (_HEAD_INCHES * (heads + 1) + 0.2, (_HEAD_INCHES + 0.28) * len(rows) + 0.6)
     figure = Figure(figsize=size, dpi=_DPI, facecolor="white", layout="constrained")
     grid: Any = figure.subplots(len(rows), heads + 1, squeeze=False)
     for line, panel in zip(grid, rows, strict=True):
@@ -246,6 +253,7 @@ def draw(rows: Sequence[Panel]) -> Figure:
             _draw_map(axes, panel, head)
     for head, axes in enumerate(grid[0][1:], 1):
         axes.set_title(f"head {head}", size=8, color=_INK)
+    figure.supxlabel(_NOTE, size=7, color=_INK)
     return figure
 
 
@@ -263,7 +271,8 @@ def _draw_map(axes: Axes, panel: Panel, head: int) -> None:
     axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     heat = panel.maps[head]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axes.imshow(heat, cmap="inferno", vmin=0, alpha=0.6, interpolation="bilinear", extent=extent)
+    strength = 0.25 + 0.6 * heat / heat.max()  # the image shows where little is looked at
+    axes.imshow(heat, cmap="inferno", vmin=0, alpha=strength, interpolation="bilinear", extent=extent)
     axes.set_xlabel(f"{heat.max() * heat.size:.1f}x", size=7, color=_INK)
 
 

@@ -75,19 +75,20 @@ class SequenceTuner(AdapterTuner):
             ):
                 raise ConfigError(peft_config.no_choice("target_modules"))
             peft_config.target_modules = blocks
-            self._leave_head(peft_config)
+        if self.info.can("image_logits"):
+            self._leave_head(peft_config, loaded)
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def _leave_head(self, config: Any) -> None:
+    def _leave_head(self, config: Any, loaded: bool) -> None:
         """Keep the head untrained where the slots give the logits in its place."""
-        if not self.info.can("image_logits"):
-            return
         heads = _class_heads(self.model)
         if not heads:
             raise ConfigError(
                 f'Method "{self.info.name}" gives class logits in place of the head of an image classifier, and '
                 f"{type(self.model).__name__} has none; load the backbone with AutoModelForImageClassification."
             )
+        if loaded:
+            return
         given = config.modules_to_save or []
         taken = [name for name in given if any(f".{name}." in f".{head}." for head in heads)]
         if taken:

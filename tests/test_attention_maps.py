@@ -116,6 +116,9 @@ def test_what_has_no_class_prompts_is_refused():
     pixels = tiny_inputs(TINY["vit"]())["pixel_values"]
     with pytest.raises(ConfigError, match="no active adapter with a prompt for each class"):
         LastBlock(adapt("vpt", TINY["vit"]()), pixels)
+    model = adapt("prompt_cam", TINY["vit"]())
+    with model.disable_adapter(), pytest.raises(ConfigError, match="no active adapter"):
+        LastBlock(model, pixels)
     settings = TINY["beit"]().config
     settings.use_relative_position_bias = True
     with pytest.raises(ConfigError, match="also depends on positions"):
@@ -212,7 +215,7 @@ def test_rows_of_the_picture():
     images = [Image.new("RGB", (30, 30), colour) for colour in ("red", "blue")]
     rows = panels(model, processor, images, rivals=1)
     assert [row.first for row in rows] == [True, False, True, False]
-    assert [("(predicted)" in row.title) for row in rows] == [True, False, True, False]
+    assert [("predicted" in row.title) for row in rows] == [True, False, True, False]
     assert abs(rows[0].pixels - [1, 0, 0]).max() < 1e-2
     assert all(len(row.needed) == 1 and row.maps.shape == (2, 2, 2) for row in rows)
     named = panels(model, processor, images[:1], classes=["bird", "cat"], keep=2)

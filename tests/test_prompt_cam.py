@@ -103,6 +103,18 @@ def test_what_has_no_head_is_refused(family):
         adapt("prompt_cam", TINY[family]())
 
 
+def test_adapter_on_a_model_without_the_head_is_refused(tmp_path):
+    base = TINY["vit"]()
+    adapt("prompt_cam", base).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="ViTModel has none"):
+        PeftModel.from_pretrained(base.vit, tmp_path)
+    base.config.num_labels = 5
+    other = type(base)(base.config)
+    other.vit.load_state_dict(base.vit.state_dict())
+    with pytest.raises(ConfigError, match=r"shape \[3, 16\], expected \[5, 16\]"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 @pytest.mark.parametrize("method", IMAGES)
 def test_text_is_refused(method, family):
