@@ -91,8 +91,7 @@ class DVPTLayer(BranchLayer):
         prompts = super().stored(adapter, call)
         if prompts is None:
             return None
-        prompts = prompts + self.dvpt_positions[adapter]
-        return prompts if self.stem_norm is None else call.stack.get_submodule(self.stem_norm)(prompts)
+        return self.normed("norm.stem", prompts + self.dvpt_positions[adapter])
 
     def branch_weights(self, adapter: str, call: Call) -> tuple[Tensor, ...] | None:
         if not self.configs[adapter].writes(self.depth):

@@ -78,9 +78,9 @@ class PromptCAMLayer(StaticPrompts):
             return None
         return nn.functional.dropout(prompts, self.configs[adapter].dropout, self.training)
 
-    def logits(self, adapter: str, slots: Tensor, call: Call) -> Tensor:
+    def logits(self, adapter: str, slots: Tensor) -> Tensor:
         weight, bias = self.prompt_cam_weight[adapter], self.prompt_cam_bias[adapter]
-        return nn.functional.linear(self.normed(slots, call).to(weight.dtype), weight, bias).squeeze(-1)
+        return nn.functional.linear(self.normed("norm.final", slots).to(weight.dtype), weight, bias).squeeze(-1)
 
 
 register_sequence(METHOD, PromptCAMConfig, PromptCAMLayer)

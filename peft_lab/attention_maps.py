@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from peft_lab.compare.plots import plain
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.sequence import Call, SequenceLayer
-from peft_lab.sequence_tuner import chosen_stack
+from peft_lab.sequence import SequenceLayer
 from peft_lab.slots import split
 
 if TYPE_CHECKING:
@@ -55,8 +54,6 @@ class LastBlock:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.layer = _scoring_layer(base)
         self.adapter = next(name for name in self.layer.active_adapters if name in self.layer.configs)
-        path, _ = chosen_stack(base, self.layer.configs[self.adapter].stack)
-        self.call = Call(base.get_submodule(path))
         block: Any = self.layer.base_layer
         self._queries, self._keys = (_projection(block, name) for name in ("q_proj", "k_proj"))
         seen: dict[str, Any] = {}
@@ -120,7 +117,7 @@ class LastBlock:
             handle.remove()
         out = out[0] if isinstance(out, tuple) else out
         _, slots = split(out, self.layer.classes, self.at)
-        return self.layer.logits(self.adapter, slots, self.call).float().softmax(-1)[:, target]
+        return self.layer.logits(self.adapter, slots).float().softmax(-1)[:, target]
 
     def needed_heads(self, row: int, target: int, keep: int | None = None) -> list[int]:
         """Heads that a class needs in one image: greedily, the head whose loss costs least probability goes first.

@@ -40,15 +40,15 @@ class SequenceLayer(AdapterLayer):
     Attributes:
         depth, depths: index of the block in its stack, and the number of blocks there.
         settings: config of the stack.
-        stem_norm, final_norm: paths, inside the stack, of the norms before and behind all blocks; None for none.
+        norms: the norms before (`norm.stem`) and behind (`norm.final`) all blocks, as a module and a name in it: a norm
+            may be wrapped later.
         classes: number of labels of the model.
     """
 
     depth: int
     depths: int
     settings: Any
-    stem_norm: str | None
-    final_norm: str | None
+    norms: dict[str, tuple[nn.Module, str]]
     classes: int
 
     @property
@@ -118,7 +118,7 @@ class SequenceLayer(AdapterLayer):
         """Where in the sequence the slots stand: the number of tokens before them."""
         return 0
 
-    def logits(self, adapter: str, slots: Tensor, call: Call) -> Tensor:
+    def logits(self, adapter: str, slots: Tensor) -> Tensor:
         """Class logits (batch, classes) from what the last block made of the slots (batch, slots, dim).
 
         For a method that declares `image_logits`; the model's own loss gets them in place of the head's.
@@ -165,29 +165,27 @@ class SequenceLayer(AdapterLayer):
         hidden = out[0] if isinstance(out, tuple) else out
         kept, call.states = split(hidden, call.states.shape[1], at)
         if self.depth == self.depths - 1 and self.info.can("image_logits"):
-            call.logits = self._scored(active, rows, call.states, call)
+            call.logits = self._scored(active, rows, call.states)
         return (kept, *out[1:]) if isinstance(out, tuple) else kept
 
     def _run(self, hidden: Tensor, positional: Sequence[str], kwargs: dict[str, Any]) -> Any:
         """The block itself. What came by position goes on so: checkpointing cuts the graph at those arguments alone."""
         return self.base_layer(hidden, *(kwargs.pop(name) for name in positional[1:]), **kwargs)
 
-    def normed(self, slots: Tensor, call: Call) -> Tensor:
-        """Hidden states of the last block behind the final norm of the stack; as they are if it has none."""
-        return slots if self.final_norm is None else call.stack.get_submodule(self.final_norm)(slots)
+    def normed(self, role: str, hidden: Tensor) -> Tensor:
+        """Hidden states behind one of `norms`; as they are if the backbone has none there."""
+        return getattr(*self.norms[role])(hidden) if role in self.norms else hidden
 
-    def _scored(
-        self, active: list[str], rows: Rows | None, slots: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor | None] | None:
+    def _scored(self, active: list[str], rows: Rows | None, slots: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """`Call.logits` from the slots of the last block."""
         if rows is None:
-            return self.logits(active[0], slots, call), None
+            return self.logits(active[0], slots), None
         out = slots.new_zeros(len(slots), self.classes, dtype=torch.float32)
         scored = torch.zeros(len(slots), dtype=torch.bool, device=slots.device)
         for name in rows.names:
             if name != BASE and name in self.configs:
                 index = rows.of_adapter(name, len(slots), slots.device)
-                out = out.index_copy(0, index, self.logits(name, slots[index], call).to(out.dtype))
+                out = out.index_copy(0, index, self.logits(name, slots[index]).to(out.dtype))
                 scored[index] = True
         return out, scored
 

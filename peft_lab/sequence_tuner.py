@@ -105,15 +105,20 @@ class SequenceTuner(AdapterTuner):
         stack, blocks = next((stack, blocks) for stack, blocks in stacks.items() if path in blocks)
         layer.depth, layer.depths = blocks.index(path), len(blocks)
         layer.settings = self.model.get_submodule(stack).config
-        layer.stem_norm, layer.final_norm = (self._norm(stack, role) for role in ("norm.stem", "norm.final"))
+        layer.norms = self._norms(stack)
         layer.classes = getattr(getattr(self.model, "config", None), "num_labels", 0)
         return layer
 
-    def _norm(self, stack: str, role: str) -> str | None:
-        """Path of a norm inside a stack."""
-        inside = f"{stack}." if stack else ""
-        found = [name for name in roles.modules_by_role(self.model, role) if name.startswith(inside)]
-        return found[0].removeprefix(inside) if found else None
+    def _norms(self, stack: str) -> dict[str, tuple[nn.Module, str]]:
+        """The norms around the blocks of a stack, which stand in it or, as DINOv2's, in a module around it."""
+        found = {}
+        for role in ("norm.stem", "norm.final"):
+            homes = [name.rpartition(".") for name in roles.modules_by_role(self.model, role)]
+            around = [(home, name) for home, _, name in homes if f"{stack}.".startswith(f"{home}.") or not home]
+            if around:
+                home, name = max(around, key=lambda found: len(found[0]))
+                found[role] = (self.model.get_submodule(home), name)
+        return found
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # peft's own looks for the weight of the module; the layer has already put its parameters on the right device

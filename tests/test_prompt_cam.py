@@ -47,6 +47,23 @@ def test_equals_blocks_run_by_hand(deep):
     assert torch.equal(as_tuple[1], out.logits)
 
 
+@torch.no_grad()
+def test_final_norm_around_the_stack():
+    """DINOv2 has its norm outside of the module that runs the blocks; the one trained is the one used."""
+    base = TINY["dinov2_with_registers"]().eval()
+    model = move(adapt("prompt_cam", base, modules_to_save=["dinov2_with_registers.layernorm"]))
+    norm = model.get_base_model().dinov2_with_registers.layernorm.modules_to_save["default"]
+    norm.weight.normal_()
+    named = {".".join(name.split(".")[-3:-1]): p for name, p in adapter_parameters(model).items()}
+    inputs = tiny_inputs(base)
+    x = base.dinov2_with_registers.embeddings(**inputs)
+    for depth, block in enumerate(base.dinov2_with_registers.encoder.layer):
+        prompts = named[f"{depth}.prompt_cam_prompts"].expand(2, -1, -1)
+        x = block(torch.cat([prompts, x if depth == 0 else x[:, CLASSES:]], 1))
+    expected = norm(x[:, :CLASSES]) @ named["1.prompt_cam_weight"][0] + named["1.prompt_cam_bias"]
+    torch.testing.assert_close(output(model, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", [*IMAGE_CLASSIFIERS, "clip_classifier", "siglip_classifier", "deit_teacher"])
 @torch.no_grad()
 def test_head_is_not_used(family):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from backbones import TINY, tiny_inputs
 from peft import get_peft_model
-from properties import SEQUENCE, adapt, adapter_parameters, config, main_tensor, move, output
+from properties import IMAGE_LOGITS, IMAGES, SEQUENCE, adapt, adapter_parameters, config, main_tensor, move, output
 from torch import Tensor, nn
 from transformers import DynamicCache, ViTConfig, ViTForImageClassification
 
@@ -280,6 +280,19 @@ def test_head_and_pooler_see_the_tokens_alone(method, family, attention):
     seen = [_shapes(base, inputs), _shapes(model.get_base_model(), inputs)]
     assert seen[0] == seen[1]
     assert seen[0]
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2_with_registers"])
+@pytest.mark.parametrize("method", IMAGES)
+def test_methods_for_images_show_the_tokens_alone(method, family):
+    test_hidden_states_and_attentions_are_those_of_the_tokens(method, family, "eager")
+    base = TINY[family]()
+    inputs = tiny_inputs(base)
+    model = move(adapt(method, base, modules_to_save=[])).get_base_model()
+    plain, seen = _shapes(base, inputs), _shapes(model, inputs)
+    scored = int(method in IMAGE_LOGITS)  # the final norm also gets the slots
+    assert len(seen) == len(plain) + scored
+    assert seen[scored:] == plain
 
 
 def _shapes(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[str, torch.Size]]:
