@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from peft_lab.branches import BranchLayer, Part
@@ -35,7 +35,7 @@ METHOD = MethodInfo(
     roles=("block",),
     capabilities=("mixed_batch", "images"),
     learning_rate=5e-3,
-    budget=(2.0, 2.2),
+    budget=(2.0, 2.4),
 )
 
 
@@ -82,9 +82,12 @@ class DVPTLayer(BranchLayer):
             values["dvpt_prompts"] = torch.randn(config.num_prompts, width)
             values["dvpt_positions"] = torch.randn(config.num_prompts, width) / math.sqrt(width)
         if order % config.share_group == 0:
-            down, up = nn.Linear(width, config.bottleneck), nn.Linear(config.bottleneck, width)
-            values |= {"dvpt_down": down.weight.detach(), "dvpt_down_bias": down.bias.detach()}
-            values |= {"dvpt_up": up.weight.detach(), "dvpt_up_bias": up.bias.detach(), "dvpt_gate": torch.zeros(1)}
+            inner, outer = 1 / math.sqrt(width), 1 / math.sqrt(config.bottleneck)  # as nn.Linear starts
+            values["dvpt_down"] = torch.empty(config.bottleneck, width).uniform_(-inner, inner)
+            values["dvpt_down_bias"] = torch.empty(config.bottleneck).uniform_(-inner, inner)
+            values["dvpt_up"] = torch.empty(width, config.bottleneck).uniform_(-outer, outer)
+            values["dvpt_up_bias"] = torch.empty(width).uniform_(-outer, outer)
+            values["dvpt_gate"] = torch.zeros(1)
         return values
 
     def stored(self, adapter: str, call: Call) -> Tensor | None:

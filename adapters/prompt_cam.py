@@ -79,8 +79,8 @@ class PromptCAMLayer(StaticPrompts):
         return nn.functional.dropout(prompts, self.configs[adapter].dropout, self.training)
 
     def logits(self, adapter: str, slots: Tensor) -> Tensor:
-        weight, bias = self.prompt_cam_weight[adapter], self.prompt_cam_bias[adapter]
-        return nn.functional.linear(self.normed("norm.final", slots).to(weight.dtype), weight, bias).squeeze(-1)
+        hidden = self.normed("norm.final", slots)
+        return (hidden * self.prompt_cam_weight[adapter]).sum(-1) + self.prompt_cam_bias[adapter]
 
 
 register_sequence(METHOD, PromptCAMConfig, PromptCAMLayer)
