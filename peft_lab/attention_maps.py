@@ -236,7 +236,7 @@ def draw(rows: Sequence[Panel]) -> Figure:
     """A figure with one line for each panel: the image, then the map of each head over it.
 
     Heads that the class needs are framed. Each map is scaled from 0 to its own highest value, which stands below it as
-    a multiple of an even share among the patches.
+    a multiple of an even share among the patches; where that is below one, the map is faint.
     """
     from matplotlib.figure import Figure
 
@@ -268,9 +268,11 @@ def _draw_map(axes: Axes, panel: Panel, head: int) -> None:
     axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     heat = panel.maps[head]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    strength = 0.25 + 0.6 * heat / heat.max()  # the image shows where little is looked at
+    highest = heat.max() * heat.size
+    # the image shows where little is looked at; a head that looks at no patch at all leaves hardly a trace
+    strength = (0.25 + 0.6 * heat / heat.max()) * min(1.0, highest)
     axes.imshow(heat, cmap="inferno", vmin=0, alpha=strength, interpolation="bilinear", extent=extent)
-    axes.set_xlabel(f"{heat.max() * heat.size:.1f}x", size=7, color=_INK)
+    axes.set_xlabel(f"{highest:.1f}x", size=7, color=_INK)
 
 
 def _bare(axes: Axes, colour: str, width: float) -> None:
