@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peft_lab.call import prompt_inputs
     from peft_lab.inference import evaluate, predict
     from peft_lab.loading import load_adapter
+    from peft_lab.reading import ReadTrainingData
     from peft_lab.share.hub import push
     from peft_lab.share.lora import to_lora
     from peft_lab.task import tasks
@@ -31,6 +32,7 @@ __all__ = [
     "AlternatingActivation",
     "ConfigError",
     "PeftLabError",
+    "ReadTrainingData",
     "TaskError",
     "Tenants",
     "evaluate",
@@ -48,6 +50,7 @@ __all__ = [
 #: Public names whose modules import torch or datasets, resolved on first use.
 _LAZY = {
     "AlternatingActivation": "alternating",
+    "ReadTrainingData": "reading",
     "Tenants": "tenants",
     "evaluate": "inference",
     "load_adapter": "loading",

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from peft_lab.reading import ReadTrainingData
 from peft_lab.share import hub
 from peft_lab.timing import StepTimer, factor
 
@@ -58,6 +59,7 @@ class LabTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(StepTimer(max_seconds))
+        self.add_callback(ReadTrainingData())
         self.head_learning_rate = head_learning_rate
         self.head_modules = tuple(head_modules)
         self._frozen_norms: list[nn.Module] | None = None
