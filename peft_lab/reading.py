@@ -13,11 +13,11 @@ from transformers import TrainerCallback
 class ReadTrainingData(TrainerCallback):
     """Lets adapters read the training data, in order and without shuffling, at the start of each epoch.
 
-    An adapter that wants it has a tuner with `read_data(batches, epoch)`, where `batches` are as the model takes them
-    and on its device, and `epoch` counts from 0; without gradients, in eval mode. `peft_lab.train` adds this callback by
-    itself; a script with a `Trainer` of its own adds it by `trainer.add_callback`. All processes read all rows, so they
-    find the same. A training resumed within an epoch does not read it again: what was found is in the checkpoint. A stream of
-    rows without a length cannot be read.
+    An adapter that wants it has a tuner with `read_data(batches, epoch)`: `batches` are as the model takes them and on
+    its device, `epoch` counts from 0, the model is in eval mode. `peft_lab.train` adds this callback by itself; a
+    script with a `Trainer` of its own adds it by `trainer.add_callback`. All processes read all rows, so they find
+    the same. A training resumed within an epoch does not read again: what was found is in the checkpoint. The rows
+    must have a length.
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
