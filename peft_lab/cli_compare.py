@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(compare)
     app.command()(recommend)
+    app.command()(report)
 
 
 def compare(
@@ -82,6 +83,16 @@ def recommend(
     for sentence in (*found.reasons, *found.dropped):
         console.print(escape(sentence))
     console.print(f"[bold]{escape(found.arm)}[/], learning rate {found.learning_rate:g}: peft-lab train {found.file}")
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="The output_dir of a comparison.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for a copy to share: no runs, no paths of yours.")] = None,
+) -> None:
+    """Write the report of a comparison again, or a copy of it to share."""
+    from peft_lab.compare.report import write_report
+
+    Console(highlight=False, soft_wrap=True).print(f"Report: {escape(str(write_report(folder, out)))}")
 
 
 def _study(file: Path | None, task: str | None, backbone: str | None, max_steps: int | None) -> Study:

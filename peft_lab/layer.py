@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError
 from peft_lab.fingerprint import module_fingerprint, reference_weight
-from peft_lab.ops import Operation, apply_matrix, operation
+from peft_lab.ops import Operation, StandIn, apply_matrix, operation
 from peft_lab.registry import CAPABILITIES, MethodInfo
 from peft_lab.rows import BASE, Rows
 
 
-class AdapterLayer(nn.Module, BaseTunerLayer):
+class AdapterLayer(StandIn, BaseTunerLayer):
     """A wrapped base module with any number of named adapters.
 
     A subclass names its parameters in `adapter_layer_names` (each starts with the method's prefix), gives their start
@@ -179,16 +179,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     @staticmethod
     def _wide(tensor: Tensor) -> Tensor:
         return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-    def __getattr__(self, name: str) -> Any:
-        # Backbones read attributes of the module they think is there (stride, eps, normalized_shape, ...).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name == "base_layer":
-                raise
-            return getattr(base, name)
 
     def __repr__(self) -> str:
         return f"{self.info.name}." + super().__repr__()

@@ -15,6 +15,22 @@ from peft_lab.errors import ConfigError
 _TORCH_NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 
+class StandIn(nn.Module):
+    """A module around another one, its `base_layer`, that shows the other's attributes as its own.
+
+    Backbones read attributes of the module they think is there (weight, stride, eps, normalized_shape, ...).
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name == "base_layer":
+                raise
+            return getattr(base, name)
+
+
 @dataclass(frozen=True)
 class Operation:
     """What a wrapped module computes.

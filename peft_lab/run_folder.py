@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -187,3 +188,14 @@ def _download(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f'There is no folder "{name}", and the Hub gave no adapter of that name: {reason}') from error
+
+
+def without_paths(value: Any) -> Any:
+    """The same values, to be seen by others; of a text that is an absolute path the last part is left."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and re.match(r"(/|~/|[A-Za-z]:[\\/]).", value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value

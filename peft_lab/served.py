@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_lab.banks import Bank, Field, Layout, Span
 from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.ops import StandIn
 from peft_lab.rows import BASE, RowLayer
 
 #: Owner of the banks that hold `modules_to_save`.
@@ -149,7 +150,7 @@ class Request:
         return full
 
 
-class ServedModule(nn.Module):
+class ServedModule(StandIn):
     """A module of the base whose output depends on the request that the calling thread is in; without one, the base."""
 
     base_layer: nn.Module
@@ -164,16 +165,6 @@ class ServedModule(nn.Module):
         if request is None:
             return self.base_layer(x, *args, **kwargs)
         return request.output(self.path, self.base_layer, x, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        # Backbones read attributes of the module they think is there (weight, stride, eps, ...).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name == "base_layer":
-                raise
-            return getattr(base, name)
 
 
 class HeadRows:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_lab import guard, registry, run_folder
-from peft_lab.errors import ConfigError, PeftLabError
+from peft_lab.errors import ConfigError
+from peft_lab.peft_config import read_config
 from peft_lab.registry import MethodInfo
 from peft_lab.rows import RowLayer
 
@@ -68,12 +68,10 @@ def read_adapter(adapter: str | Path) -> AdapterFile:
         raise ConfigError(f'"{adapter}" is a whole model, not an adapter; load it by itself.')
     guard.check_folder(folder)
     guard.read_header(folder / run_folder.ADAPTER_WEIGHTS)
+    config: Any = read_config(folder)
     try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
         state = load_file(folder / run_folder.ADAPTER_WEIGHTS)
-    except PeftLabError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f'The adapter "{adapter}" cannot be read: {" ".join(str(error).split())}') from error
     prefix = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix
     values: dict[str, dict[str, Tensor]] = {}

@@ -6,7 +6,7 @@ import csv
 import importlib.util
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,8 +15,9 @@ import pytest
 
 from peft_lab.compare import plots, tables
 from peft_lab.compare.pareto import front_of_all
-from peft_lab.compare.report import as_html, as_markdown, build, overlapping, slug, without_paths, write_report
-from peft_lab.compare.results import RESULTS, Record
+from peft_lab.compare.report import as_html, as_markdown, build, overlapping, slug, write_report
+from peft_lab.compare.results import RESULTS, Record, read_results
+from peft_lab.compare.shared import without_paths
 from peft_lab.compare.statistics import rank_arms
 from peft_lab.errors import ConfigError
 from peft_lab.items import Items, write_items
@@ -246,6 +247,23 @@ def test_partial_results_are_readable(tmp_path: Path, plain: None, runs: list[Re
     path = write_report(comparison(tmp_path, runs))
     assert said in " ".join(Page(path.read_text()).text.split())
     assert said.split(",")[0] in (tmp_path / "report.md").read_text() or "(" in said
+
+
+def test_a_copy_to_share_has_no_runs_and_no_paths(tmp_path: Path, plain: None) -> None:
+    local = {"run": {"output_dir": str(tmp_path), "seed": 0}, "method_config": {"base_model_name_or_path": "/models/x"}}
+    runs = [record("a", seed) for seed in (0, 1)]
+    runs = [replace(run, metrics=run.metrics | local, backbone="/models/x") for run in runs]
+    page = write_report(comparison(tmp_path / "own", runs), tmp_path / "copy")
+    assert page.parent == tmp_path / "copy"
+    assert not (tmp_path / "own" / "report.html").exists()
+    for file in page.parent.iterdir():
+        assert str(tmp_path) not in file.read_text(), file
+        assert "/models" not in file.read_text(), file
+    assert [run.metrics["run"]["seed"] for run in read_results(tmp_path / "copy")] == [0, 0]
+    assert not [link for link in Page(page.read_text()).all("href") if link.startswith("./runs")]
+    (tmp_path / "own" / "runs").mkdir(exist_ok=True)
+    with pytest.raises(ConfigError, match="holds runs; name a new folder"):
+        write_report(tmp_path / "own", tmp_path / "own")
 
 
 def test_no_results(tmp_path: Path) -> None:

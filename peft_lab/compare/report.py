@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.util
 import itertools
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from peft_lab.backbones import is_local
 from peft_lab.compare import figures, tables
 from peft_lab.compare.findings import join, metric_title, words
 from peft_lab.compare.overall import over_tasks
 from peft_lab.compare.pareto import front_of_all
 from peft_lab.compare.results import Record, read_items, read_results, search_budgets
+from peft_lab.compare.shared import copy_records, without_paths
 from peft_lab.compare.statistics import Cell, rank_arms
 from peft_lab.run_config import dump_yaml
 
@@ -98,55 +97,52 @@ class Report:
     method: tuple[str, ...] = METHOD
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write report.html (one file that needs no network), report.md, results.csv and plots/*.png into a comparison.
+def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write report.html (one file that needs no network), report.md, results.csv and plots/*.png of a comparison.
 
     Runs that failed or are missing are named in it. Without matplotlib there are no plots, and the report says so.
 
     Args:
         folder: the output folder of a comparison, finished or not.
+        out: another folder for them, to be shared without the runs: it gets study.yaml and results.jsonl too, the
+            records without paths of this machine, and the page has no links to the folders of runs.
 
     Returns:
         The path of report.html.
 
     Raises:
-        ConfigError: the folder holds no results.jsonl, or a broken one.
+        ConfigError: the folder holds no results.jsonl, or a broken one, or `out` is a comparison's folder itself.
     """
-    folder = Path(folder)
+    folder, place = Path(folder), Path(out or folder)
     records = without_paths(read_results(folder))
-    report = build(folder, records)
-    (folder / CSV).write_text(tables.results_csv(records), encoding="utf-8")
-    (folder / MARKDOWN).write_text(as_markdown(report), encoding="utf-8")
-    page = folder / HTML
+    if out is not None:
+        copy_records(folder, place, records)
+    report = build(folder, records, place)
+    (place / CSV).write_text(tables.results_csv(records), encoding="utf-8")
+    (place / MARKDOWN).write_text(as_markdown(report), encoding="utf-8")
+    page = place / HTML
     page.write_text(as_html(report), encoding="utf-8")
     return page
 
 
-def without_paths(records: Sequence[Record]) -> list[Record]:
-    """The records with a backbone of a local folder named by the folder's last part, unless two would be the same."""
-    paths = {record.backbone for record in records}
-    names = {path: Path(path).name if is_local(path) else path for path in paths}
-    unique = {path: name if list(names.values()).count(name) == 1 else path for path, name in names.items()}
-    return [dataclasses.replace(record, backbone=unique[record.backbone]) for record in records]
-
-
-def build(folder: Path, records: Sequence[Record]) -> Report:
-    """Work out what the report says, and draw its plots into the folder."""
+def build(folder: Path, records: Sequence[Record], out: Path | None = None) -> Report:
+    """Work out what the report of a comparison's folder says, and draw its plots there or into another folder."""
+    place = out or folder
     cells = rank_arms(records, partial(read_items, folder))
     plots = importlib.util.find_spec("matplotlib") is not None
     order = figures.colour_order(cells, records)
     anchors = _anchors(cells)
     sections = [
-        _section(folder, anchor, cell, records, order, plots) for anchor, cell in zip(anchors, cells, strict=True)
+        _section(place, anchor, cell, records, order, plots) for anchor, cell in zip(anchors, cells, strict=True)
     ]
     mean = over_tasks(cells)
-    lines = [_line(folder, record) for record in records]
+    lines = [_line(folder, record, linked=place == folder) for record in records]
     return Report(
         title=", ".join(dict.fromkeys(record.study for record in records)) or "Comparison",
         summary=_summary(records),
         warnings=[*_warnings(records, cells), *([] if plots else [NO_PLOTS])],
         sections=sections,
-        overall=_overall(folder, mean, cells, plots) if mean else None,
+        overall=_overall(place, mean, cells, plots) if mean else None,
         budget=_budget(records),
         tuning=tables.tuning(records),
         groups=_groups(lines),
@@ -281,10 +277,10 @@ def _groups(lines: Sequence[RunLine]) -> list[RunGroup]:
     ]
 
 
-def _line(folder: Path, record: Record) -> RunLine:
+def _line(folder: Path, record: Record, linked: bool) -> RunLine:
     scores = [record.score(split) if record.ok else None for split in ("test", "validation")]
     shown = ["-" if score is None else f"{score:.4f}" for score in scores]
-    inside = bool(record.folder) and (folder / record.folder).resolve().is_relative_to(folder.resolve())
+    inside = linked and bool(record.folder) and (folder / record.folder).resolve().is_relative_to(folder.resolve())
     files = ("metrics.json", "run.yaml", "error.txt") if inside else ()
     present = tuple(name for name in files if (folder / record.folder / name).is_file())
     # "./" and quoting: whatever the record names, the link stays a relative path

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 #: Usual names of the argument that the number of trainable parameters grows with, the most telling first.
 SIZE_FIELDS = (
-    *("rank", "r", "bottleneck", "bottleneck_size", "hidden_dim", "num_tokens", "num_virtual_tokens", "n_frequency"),
-    *("adapter_len", "num_vectors", "d"),
+    *("rank", "r", "bottleneck", "bottleneck_size", "hidden_dim", "num_prompts", "num_tokens", "num_virtual_tokens"),
+    *("n_frequency", "adapter_len", "num_vectors", "d"),
 )
 #: No argument of this kind makes sense beyond it; a larger one would be refused by every backbone.
 LARGEST = 1 << 16

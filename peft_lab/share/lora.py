@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import re
 import shutil
 from collections import Counter
@@ -25,7 +24,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_lab import registry, run_folder
+from peft_lab import guard, registry, run_folder
 from peft_lab.backbones import resolve_model
 from peft_lab.card import card_text
 from peft_lab.errors import ConfigError
@@ -77,7 +76,7 @@ def to_lora(
     folder = run_folder.find_adapter(adapter)
     if not (folder / run_folder.ADAPTER_CONFIG).is_file():
         raise ConfigError(f'"{adapter}" is a whole model: there is no adapter to convert.')
-    config = json.loads((folder / run_folder.ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = guard.read_json(folder / run_folder.ADAPTER_CONFIG)
     _check_method(registry.method(str(config.get("peft_type", "")).lower()))
     done = convert(_load(folder, config, model_name_or_path), rank=rank)
     _write(done, folder, out)

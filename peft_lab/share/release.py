@@ -59,7 +59,7 @@ def stage(folder: Path, repo_id: str, out: Path, base_model: str | None = None, 
             shutil.copyfile(path, out / path.name)
     for name in _SETTINGS:
         if (folder / name).is_file():
-            _rewrite(folder / name, out / name, _without_paths)
+            _rewrite(folder / name, out / name, run_folder.without_paths)
     if adapter:
         named = {"base_model_name_or_path": base.name, "revision": base.revision}
         _rewrite(folder / run_folder.ADAPTER_CONFIG, out / run_folder.ADAPTER_CONFIG, lambda c: {**c, **named})
@@ -120,13 +120,15 @@ def _stage_run(folder: Path, metrics: dict[str, Any], repo_id: str, out: Path, b
         "model_name_or_path": run["model_name_or_path"] if run["model_name_or_path"] in BACKBONES else base.name,
         "output_dir": repo_id.rpartition("/")[2],
     }
-    public = _without_paths(public)
+    public = run_folder.without_paths(public)
     if base.revision and not public.get("model_revision") and public["model_name_or_path"] == base.name:
         public["model_revision"] = base.revision
     if own_task:
-        _rewrite(folder / run_folder.TASK, out / run_folder.TASK, _without_paths)
+        _rewrite(folder / run_folder.TASK, out / run_folder.TASK, run_folder.without_paths)
         public["task"] = run_folder.TASK
-    shown = _without_paths(metrics) | {"run": {k: v for k, v in public.items() if not (own_task and k == "task")}}
+    shown = run_folder.without_paths(metrics) | {
+        "run": {k: v for k, v in public.items() if not (own_task and k == "task")}
+    }
     if "base_model_name_or_path" in shown.get("method_config", {}):
         shown["method_config"] |= {"base_model_name_or_path": base.name}
     run_folder.write_json(out / run_folder.METRICS, shown)
@@ -202,14 +204,3 @@ def _rewrite(source: Path, target: Path, change: Callable[[dict[str, Any]], dict
     values = change(_read(source))
     text = dump_yaml(values) if target.suffix == ".yaml" else json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     target.write_text(text, encoding="utf-8")
-
-
-def _without_paths(value: Any) -> Any:
-    """The same values; of a text that is an absolute path the last part is left."""
-    if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
-    if isinstance(value, str) and re.match(r"(/|~/|[A-Za-z]:[\\/]).", value):
-        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return value

@@ -1,0 +1,49 @@
+"""A comparison as others may see it: the records without folders of this machine, in a folder without the runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft_lab import run_folder
+from peft_lab.backbones import is_local
+from peft_lab.compare.results import RESULTS, RUNS, STUDY, Record
+from peft_lab.errors import ConfigError
+
+
+def copy_records(folder: Path, out: Path, records: Sequence[Record]) -> None:
+    """Put the study of a comparison and its records, as `without_paths` gives them, into a folder without runs.
+
+    Raises:
+        ConfigError: `out` is a file, or holds runs.
+    """
+    if (out / RUNS).exists() or (out.exists() and not out.is_dir()):
+        raise ConfigError(f'"{out}" is a file or holds runs; name a new folder for the copy.')
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RESULTS).write_text(
+        "".join(f"{json.dumps(dataclasses.asdict(record))}\n" for record in records), encoding="utf-8"
+    )
+    if (folder / STUDY).is_file():
+        shutil.copyfile(folder / STUDY, out / STUDY)
+
+
+def without_paths(records: Sequence[Record]) -> list[Record]:
+    """The records without folders of this machine.
+
+    A backbone in a local folder is named by the folder's last part, unless two would be the same.
+    """
+    paths = {record.backbone for record in records}
+    names = {path: Path(path).name if is_local(path) else path for path in paths}
+    unique = {path: name if list(names.values()).count(name) == 1 else path for path, name in names.items()}
+    return [
+        dataclasses.replace(
+            record,
+            backbone=unique[record.backbone],
+            options=run_folder.without_paths(record.options),
+            metrics=run_folder.without_paths(record.metrics),
+        )
+        for record in records
+    ]
