@@ -171,3 +171,17 @@ def test_two_comparisons_on_one_folder_share_the_runs(place: Path) -> None:
     assert len(counts) == 4
     assert set(counts.values()) == {1}
     assert os.listdir(out / "runs")
+
+
+def test_arms_of_equal_size_within_a_time(place: Path) -> None:
+    methods = [{"method": "lora", "size": "r"}, {"method": "soft_prompt", "size": "num_virtual_tokens"}]
+    limits = {"seconds": 0.5, "trainable_parameters": 1500}
+    done = compare(tiny_study(place, methods=methods, seeds=1, limits=limits), place / "sized", workers=1, report=False)
+    assert done.failed == []
+    found = {record.method: record for record in done.records}
+    chosen = {name: record.method_args for name, record in found.items()}
+    sizes = {name: record.measures["trainable_parameters"] for name, record in found.items()}
+    assert all(750 <= size <= 1500 for size in sizes.values()), sizes
+    for name, size in (("lora", "r"), ("soft_prompt", "num_virtual_tokens")):
+        assert chosen[name][size] > 1, chosen
+    assert all(0.5 <= record.measures["train_seconds"] < 20 for record in done.records)
