@@ -2,7 +2,7 @@
 
 Each generator projects the hidden states of the instruction down, pools them into a few vectors, applies a learned
 activation and projects up to prompts, which stand at the left of the sequence. They are made once, when the text is
-read, and live on in the KV cache. Other choices of pooling, activation and insertion make it LPT or IDPG.
+read, and live on in the KV cache. Other choices of pooling, activation and insertion make it LPT or IDPG: the presets.
 
 The instruction is what `instruction_mask`, an argument of the model's forward, says it is; else the tokens whose label
 is -100; else the whole text but its padding. `generate` without a KV cache reads the text anew for every token: give
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,27 @@ METHOD = MethodInfo(
     capabilities=("mixed_batch",),
     learning_rate=1e-3,
     budget=(1.25, 1.35),
+    presets={
+        # Late Prompt Tuning: prompts from pooled tokens before one block in the middle, kept by those behind it
+        "lpt": {
+            "num_prompts": 5,
+            "bottleneck": 128,
+            "pool": "max",
+            "activation": "relu",
+            "biases": True,
+            "layers_to_transform": ...,
+        },
+        # Instance-Dependent Prompt Generation: prompts from the first token's state, at the input; the paper reads
+        # that state from a pass of its own through the whole backbone
+        "idpg": {
+            "num_prompts": 5,
+            "bottleneck": 128,
+            "pool": "first",
+            "activation": "relu",
+            "biases": True,
+            "layers_to_transform": 0,
+        },
+    },
 )
 
 #: Coefficients of P and Q in P(x) / (1 + |Q(x)|), degrees 6 and 5, Q from x^1 on: GeLU to 1.2e-4 on [-3, 3].
@@ -79,21 +100,6 @@ class IAPTConfig(SequenceConfig):
         for name in ("num_prompts", "bottleneck"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
-
-    @classmethod
-    def lpt(cls, layer: int, **fields: Any) -> IAPTConfig:
-        """Late Prompt Tuning: prompts from pooled tokens before one block in the middle, kept by those behind it."""
-        preset = {"num_prompts": 5, "bottleneck": 128, "pool": "max", "activation": "relu", "biases": True}
-        return cls(**{**preset, "layers_to_transform": layer, **fields})
-
-    @classmethod
-    def idpg(cls, **fields: Any) -> IAPTConfig:
-        """Instance-Dependent Prompt Generation: prompts from the first token's state, at the input.
-
-        The paper reads that state from a pass of its own through the whole backbone.
-        """
-        preset = {"num_prompts": 5, "bottleneck": 128, "pool": "first", "activation": "relu", "biases": True}
-        return cls(**{**preset, "layers_to_transform": 0, **fields})
 
 
 class IAPTLayer(SequenceLayer):

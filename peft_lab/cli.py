@@ -77,6 +77,9 @@ def _show_method(info: Any, fields: dict[str, Field]) -> None:
             field.name, _escape(field.annotation), _escape(str(field.default)), _escape(" ".join(field.help.split()))
         )
     _out().print(table)
+    for name, values in info.presets.items():
+        shown = ", ".join(f"{key}={'?' if value is ... else value}" for key, value in values.items())
+        _out().print(f"preset={name} stands for {_escape(shown)}")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from peft.utils import TaskType
 
 from peft_lab import guard
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
-from peft_lab.registry import MethodInfo
+from peft_lab.registry import MethodInfo, with_preset
 
 #: Sizes of an adapter (rank, tokens, ...) may always go up to this, whatever the dimensions of the base.
 _SMALL = 4096
@@ -63,6 +63,15 @@ class AdapterConfig(PeftConfig):
         # peft drops unknown keys of a file with a warning; a knob that is ignored must be an error instead.
         check_keys(kwargs, (f.name for f in fields(cls)), f'the config of method "{cls.info.name}"')
         return super().__new__(cls)
+
+    @classmethod
+    def from_preset(cls, preset: str, **fields: Any) -> Any:
+        """The config of a relative of the method, as its card's `presets` have it, with `fields` on top.
+
+        Raises:
+            ConfigError: the method has no such preset, or the preset needs a field that is not given.
+        """
+        return cls(**with_preset(cls.info.name, {"preset": preset, **fields}))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

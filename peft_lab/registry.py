@@ -14,7 +14,7 @@ import importlib.util
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class MethodInfo:
         learning_rate: default learning rate with AdamW.
         budget: most that a training step with the default config may cost, as (FLOPs, saved activations) relative to
             the frozen floor of a 384 wide ViT at 520 tokens; tested for every method.
+        presets: values of config fields by the name of a relative of the method: `preset=NAME` among its arguments
+            stands for them. A field whose value is `...` must be given beside it.
         module: dotted module that defines it, filled in by the registry.
         path: its source file, filled in by the registry.
     """
@@ -77,6 +79,7 @@ class MethodInfo:
     capabilities: tuple[str, ...] = ()
     learning_rate: float = _DEFAULT_LEARNING_RATE
     budget: tuple[float, float] = (1.1, 1.2)
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     module: str = ""
     path: Path | None = None
 
@@ -150,7 +153,28 @@ def check_method_args(name: str, args: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a method argument that the method's config does not have. Imports nothing heavy."""
     fields = config_fields(name)
     if fields or not method(name).config:
-        check_keys(args, fields, f'method "{name}"')
+        check_keys(with_preset(name, args), fields, f'method "{name}"')
+
+
+def with_preset(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Method arguments with those that a `preset` among them stands for; what is given beside it goes first.
+
+    Raises:
+        ConfigError: the method has no such preset, or the preset needs an argument that is not given.
+    """
+    given = dict(args)
+    info = method(name)
+    if "preset" not in given or info.kind == "peft":
+        return given
+    preset, presets = given.pop("preset"), info.presets
+    if preset not in presets:
+        known = f"Presets: {', '.join(presets)}." if presets else "It has none; give its arguments themselves."
+        raise ConfigError(f'Method "{name}" has no preset "{preset}".{did_you_mean(str(preset), presets)} {known}')
+    values = {**presets[preset], **given}
+    missing = next((key for key, value in values.items() if value is ...), None)
+    if missing is not None:
+        raise ConfigError(f'Preset "{preset}" of method "{name}" needs {missing}; give it beside preset={preset}.')
+    return values
 
 
 def config_class(name: str) -> type:
@@ -176,7 +200,7 @@ def make_config(name: str, args: Mapping[str, Any] | None = None, model: Any = N
     """
     cls = config_class(name)
     check_method_args(name, args or {})
-    values = {key: _plain(value) for key, value in (args or {}).items()}
+    values = {key: _plain(value) for key, value in with_preset(name, args or {}).items()}
     known = set(getattr(cls, "__dataclass_fields__", {}))
     values.update({k: v for k, v in common.items() if k in known and k not in values})
     if model is not None and method(name).module.startswith("peft."):

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from peft_lab.adapters.iapt import DENOMINATOR, NUMERATOR, IAPTConfig, rational
 from peft_lab.alternating import AlternatingActivation, activation_parameters
 from peft_lab.errors import ConfigError
+from peft_lab.registry import check_method_args, make_config
 from peft_lab.trainer import LabTrainer
 
 WIDTH, LAYERS = 16, 2
@@ -36,11 +37,11 @@ def test_counts(l, m):  # noqa: E741 - the letters of the formula
 
 def test_counts_of_late_prompt_tuning():
     base, d = TINY["llama"](), WIDTH
-    pooled = adapt("iapt", base, **_plain(IAPTConfig.lpt(1)))
+    pooled = adapt("iapt", base, **_plain(IAPTConfig.from_preset("lpt", layers_to_transform=1)))
     assert _count(pooled) == 2 * d * 128 + 128 + d
-    naive = adapt("iapt", base, **_plain(IAPTConfig.lpt(1, pool="first")))
+    naive = adapt("iapt", base, **_plain(IAPTConfig.from_preset("lpt", layers_to_transform=1, pool="first")))
     assert _count(naive) == d * 128 + 128 + 128 * 5 * d + 5 * d
-    idpg = adapt("iapt", base, **_plain(IAPTConfig.idpg(num_prompts=3)))
+    idpg = adapt("iapt", base, **_plain(IAPTConfig.from_preset("idpg", num_prompts=3)))
     assert _count(idpg) == d * 128 + 128 + 128 * 3 * d + 3 * d
 
 
@@ -104,9 +105,16 @@ def test_pools_are_those_of_each_row_alone(pool):
 
 def test_presets():
     assert IAPTConfig().pool == "self_attention"
-    assert IAPTConfig.lpt(12).layers_to_transform == 12
-    assert IAPTConfig.lpt(12, pool="average").pool == "average"
-    assert IAPTConfig.idpg().pool == "first"
+    lpt = make_config("iapt", {"preset": "lpt", "layers_to_transform": "12", "pool": "average"})
+    assert (lpt.layers_to_transform, lpt.pool, lpt.activation, lpt.biases) == (12, "average", "relu", True)
+    idpg = IAPTConfig.from_preset("idpg", num_prompts=3)
+    assert (idpg.layers_to_transform, idpg.pool, idpg.num_prompts) == (0, "first", 3)
+    with pytest.raises(ConfigError, match=r'Preset "lpt" of method "iapt" needs layers_to_transform'):
+        IAPTConfig.from_preset("lpt")
+    with pytest.raises(ConfigError, match=r'no preset "ltp"\. Did you mean "lpt"\? Presets: lpt, idpg'):
+        check_method_args("iapt", {"preset": "ltp"})
+    with pytest.raises(ConfigError, match=r'"svfit" has no preset "small"\. It has none'):
+        check_method_args("svfit", {"preset": "small"})
     with pytest.raises(ConfigError, match="bottleneck=0 must be at least 1"):
         IAPTConfig(bottleneck=0)
 
