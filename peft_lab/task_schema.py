@@ -157,6 +157,7 @@ _TEMPLATE_KEYS: dict[str, tuple[type, ...]] = {
     "answer": (str,),
     "reference": (str,),
     "extract": (str,),
+    "required": (str,),
     "chat": (bool,),
 }
 _TYPE_NAMES = {
@@ -338,14 +339,19 @@ def _template(mapping: Mapping[str, Any]) -> Template:
         if not fields(values.get(key, "")):
             raise TaskError(f'the template needs "{key}" with at least one column in braces, like "{{question}}".')
     fields(values.get("reference", ""))
-    if "extract" in values:
-        try:
-            groups = re.compile(values["extract"]).groups
-        except re.error as error:
-            raise TaskError(f'extract "{values["extract"]}" is no regular expression: {error}.') from error
-        if groups != 1:
-            raise TaskError(f'extract "{values["extract"]}" must have exactly one group, it has {groups}.')
+    for key in ("extract", "required"):
+        if key in values:
+            _one_group(key, values[key])
     return Template(**values)
+
+
+def _one_group(key: str, pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise TaskError(f'{key} "{pattern}" is no regular expression: {error}.') from error
+    if groups != 1:
+        raise TaskError(f'{key} "{pattern}" must have exactly one group, it has {groups}.')
 
 
 def _columns(mapping: Mapping[str, Any], rule: Kind, template: Template | None) -> dict[str, str]:
