@@ -55,7 +55,7 @@ class CausalLM(Kind):
             raise TaskError(f'the first metric is taken after every epoch, so it cannot be "{first}"; put it last.')
         if task.max_new_tokens is not None and not _written(task):
             names = ", ".join(WRITTEN)
-            raise TaskError(f'"max_new_tokens" has no effect without one of the metrics {names}; remove it or name one.')
+            raise TaskError(f'"max_new_tokens" has no effect without a metric of {names}; remove it or name one.')
         if bool(task.template.required) != ("coverage" in task.metrics):
             raise TaskError('the metric "coverage" and the key "required" of the template go together; give both.')
 
