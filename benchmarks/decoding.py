@@ -3,13 +3,15 @@
     python benchmarks/decoding.py --output benchmarks/results/decoding.md
     python benchmarks/decoding.py --model tiny --repeats 1     # a quick check on a small random Llama
 
-SmolLM2-135M, fp32. Adapters are not merged, and rows with adapters of their own are peft's ``adapter_names``.
+SmolLM2-135M, fp32. Adapters are not merged; rows have adapters of their own by peft's ``adapter_names``, LoRA's also by
+``load_many``.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from peft_lab.backbones import resolve_model
 from peft_lab.registry import make_config
 from peft_lab.roles import target_regex
+from peft_lab.tenants import Tenants, load_many
 
 #: The sizes that the arms of benchmarks/studies/generation.yaml have.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,7 +67,7 @@ def adapted(model: nn.Module, method: str, names: list[str]) -> nn.Module:
     return served.eval()
 
 
-def writer(model: nn.Module, prompt: torch.Tensor, **options: Any) -> Callable[[int], Any]:
+def writer(model: Any, prompt: torch.Tensor, **options: Any) -> Callable[[int], Any]:
     """A function that writes a number of tokens behind the prompt, no fewer where a row would have ended."""
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0, **options}
     return lambda new: model.generate(**inputs, do_sample=False, max_new_tokens=new, min_new_tokens=new)
@@ -76,13 +79,24 @@ def writers(name: str, methods: list[str], rows: int, length: int) -> tuple[dict
     prompt = torch.randint(10, base.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     found, sizes = {BASE: writer(base, prompt)}, ["0"]
     names = [f"tenant{index}" for index in range(rows)]
+    each = {"adapter_names": names}
     for method in methods:
         model = adapted(build(name), method, names)
         count = f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"
         found[f"{method}; one adapter"] = writer(model, prompt)
-        found[f"{method}; {rows} adapters"] = writer(model, prompt, adapter_names=names)
+        found[f"{method}; {rows} adapters"] = writer(model, prompt, **each)
         sizes += [count, count]
+        if METHODS[method][0] == "lora":
+            found[f"{method}; {rows} adapters by load_many"] = writer(tenants(name, model, names), prompt, **each)
+            sizes.append(count)
     return found, sizes
+
+
+def tenants(name: str, served: Any, names: list[str]) -> Tenants:
+    """The adapters of a model on a new base, by `load_many`."""
+    with tempfile.TemporaryDirectory() as folder:
+        served.save_pretrained(folder)
+        return load_many(build(name), {adapter: Path(folder) / adapter for adapter in names})
 
 
 def measure(found: dict[str, Callable[[int], Any]], new: int, repeats: int) -> dict[str, tuple[float, float]]:
@@ -113,10 +127,11 @@ def decoding(name: str, methods: list[str], rows: int, length: int, new: int, re
 
 
 ABOUT = """\
-fp32, adapters unmerged, greedy with a KV cache; medians of {repeats} runs, the methods in turns, CPU time of one thread.
-*Prompt* is the call that reads the prompt and writes the first token, *ms per token* one further step for all rows, and
-*tokens / s* counts the new tokens of all rows over the whole call. LoRA is on query and value. The base model is what a
-merged LoRA costs."""
+fp32, adapters unmerged, greedy with a KV cache; medians of {repeats} runs, the methods in turns, CPU time of one
+thread. *Prompt* is the call that reads the prompt and writes the first token, *ms per token* one further step for all
+rows, and *tokens / s* counts the new tokens of all rows over the whole call. LoRA is on query and value; its rows with
+adapters of their own are measured in peft, which goes through the adapters one by one, and in `load_many`, which does
+not. The base model is what a merged LoRA costs."""
 
 
 def main() -> None:
