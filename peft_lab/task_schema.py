@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.data_folder import DATA_PREFIX, DATA_VARIABLE
 from peft_lab.errors import TaskError, did_you_mean
 from peft_lab.metrics import METRICS, metric_path
 from peft_lab.template import Template, fields
@@ -17,7 +18,6 @@ from peft_lab.template import Template, fields
 if TYPE_CHECKING:
     from peft_lab.kind import Kind
 
-DATA_VARIABLE = "PEFT_LAB_DATA"
 SPLITS = ("train", "validation", "test")
 
 #: Options of each `datasets` builder that a task may set. The list is closed, for a YAML file is never trusted.
@@ -287,9 +287,8 @@ def _check_file(name: Any) -> None:
         raise TaskError(f"a file name must be text, not {_describe(name)}.")
     if "://" in name:
         raise TaskError(f'file "{name}" is an address; files are local, a Hub data set is named by "path".')
-    prefix = "${" + DATA_VARIABLE + "}"
-    if "$" in name.removeprefix(prefix) or name.startswith("~"):
-        raise TaskError(f'file "{name}": only a leading {prefix} is replaced, no other variable and no "~".')
+    if "$" in name.removeprefix(DATA_PREFIX) or name.startswith("~"):
+        raise TaskError(f'file "{name}": only a leading {DATA_PREFIX} is replaced, no other variable and no "~".')
 
 
 def _splits(mapping: Mapping[str, Any] | None, data: DataSource) -> dict[str, str]:
