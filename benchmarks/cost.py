@@ -1,6 +1,7 @@
 """Cost of one training step by method: FLOPs, kept activations, peak memory, time; and the two aims for SVFit.
 
     python benchmarks/cost.py --output benchmarks/results/cost.md
+    python benchmarks/cost.py --sections prompts --workloads vit-b     # a part of it
 
 The step is forward, loss, backward and AdamW, in training mode, fp32. Methods are timed in turns, so that a machine
 that slows down slows all of them.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,13 +28,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from peft_lab.backbones import resolve_model
-from peft_lab.cost import Cost, count_flops, frozen_floor, measure_step, training_step
+from peft_lab.cost import Cost, count_flops, frozen_floor, kept_activations, measure_step, training_step
 from peft_lab.registry import make_config
+from peft_lab.registry import method as card_of
 from peft_lab.roles import target_regex
 
 QUERY_VALUE = ("attn.q", "attn.v")
@@ -68,6 +73,15 @@ def bert(batch: int, length: int, **config: Any) -> Workload:
     )
 
 
+def llama(batch: int, length: int, **config: Any) -> Workload:
+    shape = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"
+    return Workload(
+        f"Llama, {shape}, random weights; {batch} x {length} tokens, the first half the instruction",
+        lambda: LlamaForCausalLM(LlamaConfig(**config)),
+        lambda: written(batch, length),
+    )
+
+
 def images(batch: int, size: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(batch, 3, size, size), "labels": torch.randint(0, 10, (batch,))}
 
@@ -75,6 +89,14 @@ def images(batch: int, size: int) -> dict[str, torch.Tensor]:
 def tokens(batch: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(1000, 30000, (batch, length)), "labels": torch.randint(0, 2, (batch,))}
 
+
+def written(batch: int, length: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(100, 30000, (batch, length))
+    return {"input_ids": ids, "labels": ids.where(torch.arange(length) >= length // 2, -100)}
+
+
+SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
 
 WORKLOADS: dict[str, Workload] = {
     "vit-b": vit(4),
@@ -102,21 +124,43 @@ METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "SSF": ("ssf", {}),
 }
 
+#: Workloads of the methods that act on the sequence, and those methods; they are counted and not timed.
+PROMPTED: dict[str, tuple[Workload, dict[str, tuple[str, dict[str, Any]]]]] = {
+    "vit-b": (
+        vit(4),
+        {
+            "VPT shallow, 10 prompts": ("vpt", {"num_prompts": 10, "deep": False}),
+            "VPT deep, 10 prompts": ("vpt", {"num_prompts": 10, "deep": True}),
+            "DVPT, 50 prompts": ("dvpt", {}),
+            "Prompt-CAM, 10 classes": ("prompt_cam", {}),
+        },
+    ),
+    "smollm2-135m-size": (
+        llama(4, 128, **SMOLLM2),
+        {
+            "IAPT, 4 prompts, bottleneck 13": ("iapt", {"num_prompts": 4, "bottleneck": 13}),
+            "soft prompts, 20 at the input": ("soft_prompt", {"num_virtual_tokens": 20}),
+            "soft prompts, 26 per block": ("soft_prompt", {"num_virtual_tokens": 26, "deep": True}),
+        },
+    ),
+}
+FLOOR, LORA = "frozen floor", "LoRA r=8 (peft)"
+
 
 def adapted(model: nn.Module, name: str, arguments: dict[str, Any]) -> nn.Module:
     """The model with a method on it; LoRA and SVFit on the same modules, no head trained."""
-    if name != "ssf":
+    if card_of(name).kind == "weight":
         arguments = {**arguments, "target_modules": target_regex(model, QUERY_VALUE)}
     config: PeftConfig = make_config(name, arguments, model)
     config.modules_to_save = None
     return get_peft_model(model, config)
 
 
-def prepare(workload: Workload, method: str, device: str) -> nn.Module:
+def prepare(workload: Workload, method: tuple[str, dict[str, Any]] | None, device: str = "cpu") -> nn.Module:
     torch.manual_seed(0)
     model = workload.build().train()
-    if METHODS[method] is not None:
-        model = adapted(model, *METHODS[method])
+    if method is not None:
+        model = adapted(model, *method)
         for parameter_name, parameter in model.named_parameters():
             if ".modules_to_save." in parameter_name:
                 parameter.requires_grad_(False)
@@ -135,9 +179,9 @@ class Entry:
 
 
 def measure(workload: Workload, method: str, device: str) -> Entry:
-    model = prepare(workload, method, device)
+    model = prepare(workload, METHODS[method], device)
     batch = {key: value.to(device) for key, value in workload.batch().items()}
-    if method == "frozen floor":
+    if method == FLOOR:
         context = frozen_floor(model)
         context.__enter__()  # for as long as this process measures it
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -159,7 +203,7 @@ def compare(name: str, repeats: int, device: str) -> str:
         for entry in entries.values():
             entry.step()  # untimed, so that no method pays for the memory that the one before it gave back
             entry.times.append(report.timed(entry.step, device))
-    full, floor, lora = (entries[name] for name in ("full fine-tuning", "frozen floor", "LoRA r=8 (peft)"))
+    full, floor, lora = (entries[name] for name in ("full fine-tuning", FLOOR, LORA))
     header = ["method", "trainable", "GFLOPs", "/ full", "/ floor", "/ LoRA"]
     header += ["kept MiB", "/ full", "/ floor", "/ LoRA", "peak MiB", "/ full", "/ LoRA", "ms", "/ full", "/ LoRA"]
     rows = []
@@ -181,6 +225,32 @@ def peak_of(entry: Entry) -> int:
 
 def seconds(entry: Entry) -> float:
     return min(entry.times)
+
+
+def prompts(name: str) -> str:
+    """FLOPs and kept activations of the methods that act on the sequence, against the floor and LoRA."""
+    workload, methods = PROMPTED[name]
+    found = {method: counts(workload, how) for method, how in {FLOOR: None, LORA: METHODS[LORA], **methods}.items()}
+    rows = []
+    for method, (trainable, flops, saved) in found.items():
+        row = [method, f"{trainable:,}", f"{flops / 1e9:.2f}"]
+        row += [f"{flops / found[other][1]:.3f}" for other in (FLOOR, LORA)]
+        rows.append([*row, f"{saved / MIB:.1f}", *(f"{saved / found[other][2]:.3f}" for other in (FLOOR, LORA))])
+    header = ["method", "trainable", "GFLOPs", "/ floor", "/ LoRA", "kept MiB", "/ floor", "/ LoRA"]
+    return f"## Prompts: {workload.title}\n\nCounted only.\n\n{report.table(header, rows)}"
+
+
+def counts(workload: Workload, method: tuple[str, dict[str, Any]] | None) -> tuple[int, int, int]:
+    """Trainable parameters, FLOPs and kept bytes of a step with a method, or of the floor."""
+    model, batch = prepare(workload, method), workload.batch()
+    with frozen_floor(model) if method is None else nullcontext():
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        flops = count_flops(training_step(model, batch))
+        with kept_activations(model, batch) as kept:
+            loss = model(**batch).loss
+            saved = kept.bytes()
+    del loss
+    return trainable, flops, saved
 
 
 SMALL = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
@@ -219,20 +289,30 @@ tensors held at one time during the step. *ms* is the best of {repeats} steps, t
 thread, or wall time on a GPU."""
 
 
+SECTIONS = ("steps", "prompts", "aims")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
+    known = list(dict.fromkeys([*WORKLOADS, *PROMPTED]))
+    parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
+    parser.add_argument("--workloads", nargs="+", default=known, choices=known)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--skip_aims", action="store_true")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     parts = ["# Cost of a training step", report.environment(arguments.device)]
     parts.append(ABOUT.format(repeats=arguments.repeats))
     # a process for each, which gives back what it held
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        found = [pool.submit(compare, name, arguments.repeats, arguments.device) for name in arguments.workloads]
-        found += [] if arguments.skip_aims else [pool.submit(aims)]
+        found = []
+        if "steps" in arguments.sections:
+            names = [name for name in arguments.workloads if name in WORKLOADS]
+            found += [pool.submit(compare, name, arguments.repeats, arguments.device) for name in names]
+        if "prompts" in arguments.sections:
+            found += [pool.submit(prompts, name) for name in arguments.workloads if name in PROMPTED]
+        if "aims" in arguments.sections:
+            found.append(pool.submit(aims))
         parts += [future.result() for future in found]
     report.publish("\n\n".join(parts), arguments.output)
 

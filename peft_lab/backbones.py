@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_lab.cache import cache_dir
+from peft_lab.data_folder import DATA_PREFIX, below_data
 from peft_lab.errors import ConfigError
 
 logger = logging.getLogger("peft_lab")
@@ -52,11 +53,16 @@ class Backbone:
 def resolve_model(name: str) -> str:
     """The path of a backbone that is known by a short name; any other name, a path or a Hub id, as it is.
 
+    Of a path, a leading `${PEFT_LAB_DATA}` is replaced.
+
     The first call for a backbone whose weights need converting does that, safely beside other processes.
 
     Raises:
-        ConfigError: the package that provides the backbone is not installed; the message has the command.
+        ConfigError: the package that provides the backbone is not installed; the message has the command. Or the
+            variable is not set.
     """
+    if name.startswith(DATA_PREFIX):
+        return str(below_data(name, "The backbone"))
     backbone = BACKBONES.get(name)
     if backbone is None:
         return name
@@ -95,7 +101,7 @@ def hub_id(name: str) -> str | None:
 
 def is_local(name: str) -> bool:
     """Whether a backbone's name is a path of this machine rather than a Hub id."""
-    return name.startswith((".", "/", "~")) or "\\" in name or Path(name).is_dir()
+    return name.startswith((".", "/", "~", DATA_PREFIX)) or "\\" in name or Path(name).is_dir()
 
 
 def cached_commit(name: str, revision: str | None = None) -> str | None:

@@ -23,8 +23,8 @@ class Items:
     Attributes:
         kind: "classification" (columns reference, prediction: class indices; confidence: probability of the predicted
             class), "regression" (reference, prediction: values) or "causal_lm" (loss: sum of the negative
-            log-probabilities of the answer's tokens, tokens: their number, hits: tokens predicted right, and
-            exact_match: 0 or 1, if that is a metric of the task).
+            log-probabilities of the answer's tokens, tokens: their number, hits: tokens predicted right, and, for
+            each metric of what the model writes that the task has, its value, by its name).
         columns: name -> array with one number for each row.
     """
 

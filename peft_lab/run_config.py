@@ -39,7 +39,7 @@ class RunConfig:
 
     task: str = field(metadata={"help": "Name of a built-in task, or the path of your own task YAML."})
     model_name_or_path: str = field(
-        metadata={"help": "Backbone: a Hub id, a local folder, or a short name such as minilm."}
+        metadata={"help": "Backbone: a Hub id, a local folder (${PEFT_LAB_DATA} is replaced), or a short name."}
     )
     method: str = field(metadata={"help": "Name of the method; `peft-lab methods` lists them."})
     output_dir: str = field(metadata={"help": "Folder for the adapter, its metrics and its checkpoints."})

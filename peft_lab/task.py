@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from peft_lab.data_folder import DATA_PREFIX, DATA_VARIABLE, below_data
 from peft_lab.errors import TaskError, did_you_mean
-from peft_lab.task_schema import DATA_VARIABLE, SPLITS, DataSource, Task, build, builtin_folders
+from peft_lab.task_schema import SPLITS, DataSource, Task, build, builtin_folders
 from peft_lab.template import Template
 
 if TYPE_CHECKING:
@@ -132,15 +133,9 @@ def parse_task(mapping: Mapping[str, Any], origin: Path | None = None) -> Task:
 
 
 def _expand(task: Task, name: str) -> Path:
-    prefix = "${" + DATA_VARIABLE + "}"
-    if not name.startswith(prefix):
+    if not name.startswith(DATA_PREFIX):
         return (task.folder / name).absolute()
-    root = os.environ.get(DATA_VARIABLE)
-    if not root:
-        raise TaskError(
-            f'Task "{task.name}" reads {name}: set the environment variable {DATA_VARIABLE} to that folder.'
-        )
-    return Path(root).absolute() / name[len(prefix) :].lstrip("/")
+    return below_data(name, f'Task "{task.name}"', TaskError)
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

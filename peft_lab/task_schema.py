@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.data_folder import DATA_PREFIX, DATA_VARIABLE
 from peft_lab.errors import TaskError, did_you_mean
 from peft_lab.metrics import METRICS, metric_path
 from peft_lab.template import Template, fields
@@ -17,7 +18,6 @@ from peft_lab.template import Template, fields
 if TYPE_CHECKING:
     from peft_lab.kind import Kind
 
-DATA_VARIABLE = "PEFT_LAB_DATA"
 SPLITS = ("train", "validation", "test")
 
 #: Options of each `datasets` builder that a task may set. The list is closed, for a YAML file is never trusted.
@@ -157,6 +157,7 @@ _TEMPLATE_KEYS: dict[str, tuple[type, ...]] = {
     "answer": (str,),
     "reference": (str,),
     "extract": (str,),
+    "required": (str,),
     "chat": (bool,),
 }
 _TYPE_NAMES = {
@@ -286,9 +287,8 @@ def _check_file(name: Any) -> None:
         raise TaskError(f"a file name must be text, not {_describe(name)}.")
     if "://" in name:
         raise TaskError(f'file "{name}" is an address; files are local, a Hub data set is named by "path".')
-    prefix = "${" + DATA_VARIABLE + "}"
-    if "$" in name.removeprefix(prefix) or name.startswith("~"):
-        raise TaskError(f'file "{name}": only a leading {prefix} is replaced, no other variable and no "~".')
+    if "$" in name.removeprefix(DATA_PREFIX) or name.startswith("~"):
+        raise TaskError(f'file "{name}": only a leading {DATA_PREFIX} is replaced, no other variable and no "~".')
 
 
 def _splits(mapping: Mapping[str, Any] | None, data: DataSource) -> dict[str, str]:
@@ -338,14 +338,19 @@ def _template(mapping: Mapping[str, Any]) -> Template:
         if not fields(values.get(key, "")):
             raise TaskError(f'the template needs "{key}" with at least one column in braces, like "{{question}}".')
     fields(values.get("reference", ""))
-    if "extract" in values:
-        try:
-            groups = re.compile(values["extract"]).groups
-        except re.error as error:
-            raise TaskError(f'extract "{values["extract"]}" is no regular expression: {error}.') from error
-        if groups != 1:
-            raise TaskError(f'extract "{values["extract"]}" must have exactly one group, it has {groups}.')
+    for key in ("extract", "required"):
+        if key in values:
+            _one_group(key, values[key])
     return Template(**values)
+
+
+def _one_group(key: str, pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise TaskError(f'{key} "{pattern}" is no regular expression: {error}.') from error
+    if groups != 1:
+        raise TaskError(f'{key} "{pattern}" must have exactly one group, it has {groups}.')
 
 
 def _columns(mapping: Mapping[str, Any], rule: Kind, template: Template | None) -> dict[str, str]:

@@ -25,6 +25,8 @@ class Template:
         answer: what the model learns to write after it.
         reference: what a generated answer must equal for `exact_match`; `answer` if empty.
         extract: regular expression whose only group is compared instead of the whole text, in answer and reference.
+        required: regular expression whose only group finds, in the prompt, what a generated answer must contain; for
+            `coverage`.
         chat: put the prompt through the tokenizer's chat template as the user's turn.
     """
 
@@ -32,6 +34,7 @@ class Template:
     answer: str
     reference: str = ""
     extract: str = ""
+    required: str = ""
     chat: bool = False
 
     def columns(self) -> tuple[str, ...]:
@@ -63,6 +66,22 @@ class Template:
             return normalise(text)
         match = re.search(self.extract, text)
         return normalise(match[1]) if match else ""
+
+    def demands(self, prompt: str) -> tuple[str, ...]:
+        """What `required` finds in a prompt, each once.
+
+        Raises:
+            TaskError: it finds nothing, so there is nothing that an answer could contain.
+        """
+        found = dict.fromkeys(normalise(text) for text in re.findall(self.required, prompt))
+        if not any(found):
+            raise TaskError(f'Template: required {self.required!r} finds nothing in the prompt "{prompt[:200]}".')
+        return tuple(filter(None, found))
+
+    def coverage(self, prompt: str, text: str) -> float:
+        """Share of the `demands` of a prompt that stand in a text as whole words, whatever their case."""
+        text, demands = normalise(text), self.demands(prompt)
+        return sum(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None for part in demands) / len(demands)
 
 
 def fields(text: str) -> list[str]:

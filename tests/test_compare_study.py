@@ -24,8 +24,20 @@ STUDY: dict[str, Any] = {
 }
 
 
+ROOT = Path(__file__).parent.parent
+SHIPPED = [ROOT / "examples" / "study.yaml", *sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))]
+
+
 def study(**changes: Any) -> dict[str, Any]:
     return {**STUDY, **changes}
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=[file.stem for file in SHIPPED])
+def test_a_shipped_study_is_valid_without_the_data(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PEFT_LAB_DATA", raising=False)
+    found = load_study(file)
+    assert found.name
+    assert all(len(arm.learning_rates) == found.search.trials for arm in found.arms)
 
 
 def test_a_list_of_values_makes_an_arm_of_each() -> None:

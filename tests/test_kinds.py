@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -401,6 +402,65 @@ def test_written_answers_do_not_depend_on_the_batch(llama: Path) -> None:
     assert rule.generation_metrics(model, tokenizer, rows, prompt_task()) == {}
     with pytest.raises(TaskError, match="a mapping with the keys question"):
         rule.predict(model, tokenizer, [7], task)
+
+
+def test_written_texts_are_scored_by_row_in_one_pass(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = {"prompt": "{question} [{item}]", "answer": " {answer}", "required": r"\[(\w+)\]"}
+    metrics = ["perplexity", "exact_match", "coverage"]
+    rule, task = kind("causal_lm"), prompt_task(template=template, metrics=metrics, max_new_tokens=6)
+    tokenizer, model = rule.load_processor(str(llama), task), rule.load_model(str(llama), task, None)
+    asked: list[int] = []
+
+    def predict(model: Any, processor: Any, inputs: list[Any], *args: Any) -> list[str]:
+        asked.append(len(inputs))
+        return [f"{row['question']} is Tea." for row in inputs]
+
+    monkeypatch.setattr(rule, "predict", predict)
+    rows = Dataset.from_dict(
+        {
+            "question": ["a", "b", "a", "a"],
+            "item": ["tea", "tea", "te", "tea"],
+            "answer": ["a is tea", "b is tea", "a is tea", "other"],
+        }
+    )
+    found = rule.generation_items(model, tokenizer, rows, task)
+    assert found == {"exact_match": [1.0, 1.0, 1.0, 0.0], "coverage": [1.0, 1.0, 0.0, 1.0]}
+    assert asked == [3], "rows with one prompt are written once, for all metrics"
+    assert rule.generation_metrics(model, tokenizer, rows, task) == {"exact_match": 0.75, "coverage": 0.75}
+    empty = Dataset.from_dict({"question": ["a"], "item": [""], "answer": ["b"]})
+    with pytest.raises(TaskError, match=r"finds nothing in the prompt \"a \[\]\""):
+        rule.preprocess(empty, tokenizer, task, model)
+
+
+def test_rouge_l_compares_what_is_written_with_the_whole_answer(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rouge_score")
+    template = {"prompt": "{question}", "answer": " so #### {answer}", "extract": "#### (.+)"}
+    rule, task = kind("causal_lm"), prompt_task(template=template, metrics=["perplexity", "rouge_l", "exact_match"])
+    monkeypatch.setattr(rule, "predict", lambda *args: ["so it is #### 7"])
+    rows = Dataset.from_dict({"question": ["a"], "answer": ["7"]})
+    found = rule.generation_items(None, None, rows, task)
+    assert found == {"exact_match": [1.0], "rouge_l": [pytest.approx(2 * 0.5 / 1.5)]}
+
+
+def test_a_run_that_could_not_be_scored_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "rouge_score" else find(name, *a))
+    with pytest.raises(TaskError, match="needs the package rouge_score"):
+        kind("causal_lm").compute_metrics(prompt_task(metrics=["perplexity", "rouge_l"]), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("Blue Spice is a LOW rated place near A+B.", 1.0),
+        ("Blue  Spice is slow near A+B", 2 / 3),
+        ("Blue and Spice", 0.0),
+    ],
+)
+def test_coverage_is_the_share_of_whole_words_that_the_prompt_asks_for(text: str, share: float) -> None:
+    template = Template(prompt="{mr}", answer="{ref}", required=r"(?<!yesno)\[([^\]]+)\]")
+    prompt = "name[Blue Spice], rating[low], near[A+B], near[a+b], yesno[no]"
+    assert template.coverage(prompt, text) == pytest.approx(share)
 
 
 def test_a_chat_template_is_used_when_asked_for(llama: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def test_a_shipped_metric_equals_its_reference(name: str, data: Any, expected: A
 
 
 def test_every_metric_has_a_case_or_a_test_of_its_own() -> None:
-    assert {name for name, _, _ in CASES} | {"perplexity"} == set(METRICS)
+    assert {name for name, _, _ in CASES} | {"perplexity", "rouge_l"} == set(METRICS)
     folders = {path.name for path in Path(load_metric.__code__.co_filename).parent.iterdir() if path.is_dir()}
     assert set(METRICS) <= folders
 
@@ -79,6 +80,33 @@ def test_exact_match_can_ignore_case() -> None:
     metric = load_metric("exact_match")
     assert metric.compute(predictions=["Yes", "no"], references=["yes", "no"]) == {"exact_match": 0.5}
     assert metric.compute(predictions=["Yes", "no"], references=["yes", "no"], ignore_case=True) == {"exact_match": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("written", "truth", "score"),
+    [
+        ("The cat sat on the mat.", "the cat sat on the mat", 1.0),
+        ("The cat sat on the mat", "the cat lay on a mat", 4 / 6),
+        ("mat the on", "the cat sat on the mat", 2 * (2 / 3) * (2 / 6) / (2 / 3 + 2 / 6)),
+        ("cats", "cat", 0.0),
+        ("", "cat", 0.0),
+    ],
+)
+def test_rouge_l_is_f1_of_the_longest_common_subsequence(
+    written: str, truth: str, score: float, no_network: None
+) -> None:
+    pytest.importorskip("rouge_score")
+    metric = load_metric("rouge_l")
+    assert metric.compute(predictions=[written], references=[truth]) == {"rouge_l": pytest.approx(score)}
+    both = metric.compute(predictions=[written, "a"], references=[truth, "a"])
+    assert both == {"rouge_l": pytest.approx((score + 1) / 2)}
+
+
+def test_a_metric_whose_package_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "rouge_score" else find(name, *a))
+    with pytest.raises(TaskError, match=r"needs the package rouge_score: pip install 'peft-lab\[text\]'"):
+        load_metric("rouge_l")
 
 
 def test_a_metric_of_the_users_own(tmp_path: Path, no_network: None) -> None:

@@ -215,6 +215,9 @@ def test_row_values_of_language_models() -> None:
     assert item_values("exact_match", items) is None
     assert item_values("f1", items) is None
     assert item_values("rouge", items) is None
+    written = rng.uniform(size=200)
+    value, rows = item_values("rouge_l", Items("causal_lm", {**columns, "rouge_l": written}))
+    assert (value, rows.tolist()) == (pytest.approx(written.mean()), written.tolist())
 
 
 def record(arm: str, seed: int, score: float | None, metric: str = "accuracy", **changes) -> Record:

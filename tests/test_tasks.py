@@ -126,6 +126,9 @@ def test_a_local_task_loads(name: str) -> None:
         for row in splits.test.select(range(18)):
             written = task.template.render(row)[1]
             assert task.template.found(written) == task.template.target(row) != "", "a perfect answer must count as one"
+    if task.template is not None and "coverage" in task.metrics:
+        shares = [task.template.coverage(*task.template.render(row)) for row in splits.test.select(range(300))]
+        assert 0.7 < sum(shares) / len(shares) <= 1, "people's answers must hold most of what the prompts ask for"
     if splits.labels:
         assert set(splits.validation["label"][:]) <= set(range(len(splits.labels)))
 
@@ -178,6 +181,12 @@ HOSTILE = [
     (PROMPT, {"template": {"prompt": "{a", "answer": "{b}"}}, "write a literal brace twice"),
     (PROMPT, {"template": {"prompt": "{a}", "answer": "{b}", "extract": "("}}, "is no regular expression"),
     (PROMPT, {"template": {"prompt": "{a}", "answer": "{b}", "extract": "x"}}, "exactly one group"),
+    (PROMPT, {"template": {"prompt": "{a}", "answer": "{b}", "required": "("}}, "is no regular expression"),
+    (PROMPT, {"template": {"prompt": "{a}", "answer": "{b}", "required": "x"}}, "must have exactly one group"),
+    (PROMPT, {"template": {"prompt": "{a}", "answer": "{b}", "required": "(x)"}}, "go together"),
+    (PROMPT, {"metrics": ["perplexity", "coverage"]}, '"coverage" and the key "required"'),
+    (PROMPT, {"metrics": ["rouge_l", "perplexity"]}, 'cannot be "rouge_l"'),
+    (TEXT, {"metrics": ["rouge_l"]}, "does not fit this kind of task"),
     (PROMPT, {"metrics": ["accuracy"]}, "does not fit this kind of task"),
     (PROMPT, {"metrics": ["exact_match"]}, "put it last"),
     (PROMPT, {"max_new_tokens": 5}, '"max_new_tokens" has no effect'),

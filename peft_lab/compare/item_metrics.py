@@ -17,7 +17,7 @@ Array = np.ndarray
 
 #: Least and greatest value of the metrics that have such; an interval is cut there.
 BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("accuracy", "exact_match", "token_accuracy", "f1"), (0.0, 1.0)),
+    **dict.fromkeys(("accuracy", "exact_match", "rouge_l", "coverage", "token_accuracy", "f1"), (0.0, 1.0)),
     **dict.fromkeys(("matthews_correlation", "pearsonr", "spearmanr"), (-1.0, 1.0)),
     "perplexity": (1.0, np.inf),
 }
@@ -44,6 +44,8 @@ def item_values(metric: str, items: Items, labels: int | None = None) -> tuple[f
     if metric in SHARES:
         correct = items.correct
         return None if correct is None or not count else (float(correct.mean()), correct)
+    if metric in items.columns:  # its value for each row, whose mean it is
+        return (float(items.columns[metric].mean()), items.columns[metric]) if count else None
     try:
         all_rows, without_each = _leave_one_out(metric, items, labels)
     except KeyError:  # another metric, or items of another kind

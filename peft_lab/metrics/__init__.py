@@ -7,6 +7,7 @@ keeps on the Hub is not: its code would run, so the user must have fetched it an
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,8 +26,12 @@ METRICS = (
     "matthews_correlation",
     "pearsonr",
     "perplexity",
+    "rouge_l",
     "spearmanr",
 )
+
+#: Package that one of ours needs and that is not installed with peft-lab itself, and the extra that brings it.
+_NEEDS = {"rouge_l": ("rouge_score", "text")}
 
 #: What the evaluate library keeps on the Hub under its own account and what takes plain predictions and references.
 HUB_METRICS = (
@@ -101,9 +106,13 @@ def load_metric(name: str) -> EvaluationModule:
     """Load a metric; ours needs no network.
 
     Raises:
-        TaskError: unknown name, or evaluate cannot load it (for instance one of the Hub's while offline).
+        TaskError: unknown name, a package is missing, or evaluate cannot load it (for instance one of the Hub's
+            while offline).
     """
     path = metric_path(name)
+    package, extra = _NEEDS.get(name, ("", ""))
+    if package and importlib.util.find_spec(package) is None:
+        raise TaskError(f"Metric \"{name}\" needs the package {package}: pip install 'peft-lab[{extra}]'")
     import evaluate
 
     if name in METRICS:

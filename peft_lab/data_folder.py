@@ -1,0 +1,23 @@
+"""Names that begin with `${PEFT_LAB_DATA}`: data and backbones of one's own, the same on every machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from peft_lab.errors import ConfigError, PeftLabError
+
+DATA_VARIABLE = "PEFT_LAB_DATA"
+DATA_PREFIX = "${" + DATA_VARIABLE + "}"
+
+
+def below_data(name: str, what: str, error: type[PeftLabError] = ConfigError) -> Path:
+    """The absolute path that a name with a leading `${PEFT_LAB_DATA}` means; `what` says in errors who reads it.
+
+    Raises:
+        ConfigError: the variable is not set; or the error that is given.
+    """
+    root = os.environ.get(DATA_VARIABLE)
+    if not root:
+        raise error(f"{what} reads {name}: set the environment variable {DATA_VARIABLE} to that folder.")
+    return Path(root).absolute() / name.removeprefix(DATA_PREFIX).lstrip("/")
