@@ -47,6 +47,8 @@ class Part:
 class BranchLayer(StaticPrompts):
     """A block with prompts and a branch. A method supplies `initial_values`, `branch_weights` and `branch`."""
 
+    in_windows = False  # the branch is as wide as the first block of its group
+
     def branch_weights(self, adapter: str, call: Call) -> tuple[Tensor, ...] | None:
         """The tensors of this block's branch; None if there is none here."""
         raise NotImplementedError

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_lab import roles
+from peft_lab import roles, windows
 from peft_lab.call import begin, drop_inputs, end, replace_logits, take_inputs
 from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError, did_you_mean
@@ -21,7 +21,7 @@ from peft_lab.tuner import AdapterTuner
 
 #: Which stack gets the prompts where a model has several, the first that is there.
 _PREFERRED = ("vision", "encoder")
-_HOOKS = (take_inputs, begin, end, drop_inputs, replace_logits)
+_HOOKS = (take_inputs, begin, end, drop_inputs, replace_logits, *windows.HOOKS)
 
 
 @dataclass
@@ -104,7 +104,13 @@ class SequenceTuner(AdapterTuner):
         stacks = stacks_of(self.model)
         stack, blocks = next((stack, blocks) for stack, blocks in stacks.items() if path in blocks)
         layer.depth, layer.depths = blocks.index(path), len(blocks)
-        layer.settings = self.model.get_submodule(stack).config
+        layer.settings = settings = self.model.get_submodule(stack).config
+        modules = [self.model.get_submodule(block) for block in blocks]
+        layer.widths = [windows.width(m) if windows.has_windows(m) else settings.hidden_size for m in modules]
+        layer.downsample = None
+        before = windows.stage_of(blocks[layer.depth - 1]) if layer.depth else ""
+        if windows.has_windows(layer) and before and before != windows.stage_of(path):
+            layer.downsample = (self.model.get_submodule(before), "downsample")
         layer.norms = self._norms(stack)
         layer.classes = getattr(getattr(self.model, "config", None), "num_labels", 0)
         return layer
@@ -125,7 +131,11 @@ class SequenceTuner(AdapterTuner):
         setattr(parent, child_name, new_module)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        stack = model.get_submodule(chosen_stack(model, config.stack)[0])
+        path, blocks = chosen_stack(model, config.stack)
+        stack = model.get_submodule(path)
+        for block in blocks:
+            if windows.has_windows(model.get_submodule(block)):
+                windows.hook_stage(model.get_submodule(windows.stage_of(block)))
         for module, before, after in ((model, take_inputs, drop_inputs), (stack, begin, end)):
             if before not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(before, with_kwargs=True)

@@ -25,8 +25,8 @@ OWN = [name for name in METHODS if registry.method(name).module.startswith("peft
 #: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
 SEQUENCE = [name for name in OWN if registry.method(name).kind == "sequence"]
 ON_OPS = [name for name in OWN if name not in SEQUENCE]
-#: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets, and windows of one size.
-NO_SEQUENCE = ("swin", "convnext", "resnet", "efficientnet", "mobilenet_v2")
+#: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets.
+NO_SEQUENCE = ("convnext", "resnet", "efficientnet", "mobilenet_v2")
 #: Families of `backbones.TINY` that classify images and have a place for prompts.
 IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
 #: Those with a place for a branch between attention and MLP.
