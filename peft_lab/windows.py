@@ -183,8 +183,9 @@ def _out_of_windows(attention: nn.Module, args: Any, output: tuple[Tensor, Tenso
 def _put_back(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Pre-hook of what stands between attention and the residual connection."""
     found = _RUNNING.get()
-    if found is None or found[1].inside is None:
+    if found is None:
         return args
+    assert found[1].inside is not None
     return (insert(args[0], found[1].inside, found[1].at), *args[1:])
 
 
