@@ -34,7 +34,7 @@ NO_SEQUENCE = ("convnext", "resnet", "efficientnet", "mobilenet_v2")
 #: Families of `backbones.TINY` that classify images and have a place for prompts.
 IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
 #: Those with a place for a branch between attention and MLP.
-PRE_NORM = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "siglip")
+PRE_NORM = (*IMAGE_CLASSIFIERS, "dinov3_vit", "clip", "siglip")
 
 
 def config(method: str, model: nn.Module | None = None, **fields: Any) -> Any:

@@ -7,12 +7,20 @@ import torch
 from backbones import TINY, VARIANTS, tiny_inputs
 from peft import get_peft_model
 from properties import PRE_NORM, adapt, adapter_parameters, config, move, output
-from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Data2VecVisionConfig,
+    Data2VecVisionForImageClassification,
+    ViTConfig,
+    ViTModel,
+)
 
 from peft_lab.errors import ConfigError
 from peft_lab.sequence import SequenceLayer
 
-PREFIX = {"vit": 1, "dinov2_with_registers": 5}
+PREFIX = {"vit": 1, "dinov2_with_registers": 5, "beit": 1}
 
 
 def _count(model) -> int:
@@ -42,13 +50,16 @@ def test_count_of_the_formula(k, p, r):
 @torch.no_grad()
 def test_equals_blocks_run_by_hand(variant, family, share):
     base = TINY[family]().eval()
+    for block in (m for m in base.modules() if hasattr(m, "drop_path")):
+        block.drop_path = nn.Softsign()  # in the place of dropped paths something that is no chance
     fields = {"num_prompts": 3, "bottleneck": 4, "share_group": share}
     model = move(adapt("dvpt", base, variant=variant, **fields))
     named = {".".join(name.split(".")[-3:-1]): p for name, p in adapter_parameters(model).items()}
     pixels = tiny_inputs(base)["pixel_values"]
     stack = getattr(base, base.base_model_prefix)
-    blocks = stack.layers if family == "vit" else stack.encoder.layer
+    blocks = stack.encoder.layer if "dino" in family else stack.layers
     x = stack.embeddings(pixels)
+    x = x[0] if isinstance(x, tuple) else x
     x = torch.cat([(named["0.dvpt_prompts"] + named["0.dvpt_positions"]).expand(2, -1, -1), x], 1)
     for depth, block in enumerate(blocks):
         own = 0 if share == 2 else depth
@@ -56,9 +67,12 @@ def test_equals_blocks_run_by_hand(variant, family, share):
         if family == "vit":
             x = x + block.attention(block.layernorm_before(x))[0]
             summand = block.mlp(block.layernorm_after(x))
+        elif family == "beit":
+            x = x + block.drop_path(block.lambda_1 * block.attention(block.layernorm_before(x))[0])
+            summand = block.drop_path(block.lambda_2 * block.mlp(block.layernorm_after(x)))
         else:
-            x = x + block.layer_scale1(block.attention(block.norm1(x))[0])
-            summand = block.layer_scale2(block.mlp(block.norm2(x)))
+            x = x + block.drop_path(block.layer_scale1(block.attention(block.norm1(x))[0]))
+            summand = block.drop_path(block.layer_scale2(block.mlp(block.norm2(x))))
         quick = lambda x: x * torch.sigmoid(1.702 * x)  # noqa: E731
         if variant == "paper":
             z = quick(x) @ down.T + named[f"{own}.dvpt_down_bias"]
@@ -155,8 +169,11 @@ def test_unloading_leaves_no_hooks(family):
 def test_what_it_refuses():
     with pytest.raises(ConfigError, match=r"share_group=0 must be at least 1"):
         config("dvpt", share_group=0)
-    with pytest.raises(ConfigError, match=r"no place for its branch between attention and MLP of BeitLayer"):
-        adapt("dvpt", TINY["beit"]())
+    other = Data2VecVisionForImageClassification(
+        Data2VecVisionConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16)
+    )
+    with pytest.raises(ConfigError, match=r"no place for its branch between attention and MLP of Data2VecVisionLayer"):
+        adapt("dvpt", other)
     for family in ("swin", "resnet"):
         with pytest.raises(ConfigError, match=r"prompts|branch"):
             adapt("dvpt", TINY[family]())
