@@ -34,7 +34,7 @@ _NO_INSTRUCTION = (
 #: Arguments of blocks that hold a bias for each pair of positions.
 _BIASES = ("position_bias", "relative_pos")
 #: Vision transformers whose sequence is of patches alone.
-_NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
+NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
 
 class SequenceLayer(AdapterLayer):
@@ -69,7 +69,7 @@ class SequenceLayer(AdapterLayer):
     def prefix_tokens(self) -> int:
         """Class and register tokens of a vision transformer, which stand before the patches; 0 for text."""
         settings = self.settings
-        none = self._windowed or settings.model_type in _NO_CLASS_TOKEN
+        none = self._windowed or settings.model_type in NO_CLASS_TOKEN
         if none or getattr(settings, "patch_size", None) is None:
             return 0
         distilled = 1 if settings.model_type == "deit" else 0
@@ -185,8 +185,10 @@ class SequenceLayer(AdapterLayer):
             out = self._run(insert(tokens, call.states, at), positional, kwargs)
         hidden = out[0] if isinstance(out, tuple) else out
         kept, call.states = split(hidden, call.states.shape[1], at)
-        if self.depth == self.depths - 1 and self.info.can("image_logits"):
-            call.logits = self._scored(active, rows, call.states)
+        if self.depth == self.depths - 1:
+            call.readout = self._readout(active, rows, call)
+            if self.info.can("image_logits"):
+                call.logits = self._scored(active, rows, call.states)
         return (kept, *out[1:]) if isinstance(out, tuple) else kept
 
     def _run(self, hidden: Tensor, positional: Sequence[str], kwargs: dict[str, Any]) -> Any:
@@ -210,6 +212,19 @@ class SequenceLayer(AdapterLayer):
                 out = out.index_copy(0, index, self.logits(name, slots[index]).to(out.dtype))
                 scored[index] = True
         return out, scored
+
+    def _readout(self, active: list[str], rows: Rows | None, call: Call) -> tuple[Tensor, Tensor] | None:
+        """`Call.readout` from the slots of the last block."""
+        names = [name for name in (active if rows is None else rows.names) if name in self.configs]
+        reading = [name for name in names if self.configs[name].reads_out()]
+        if not reading or call.states is None:
+            return None
+        used = call.states.new_ones(call.states.shape[:2], dtype=torch.bool)
+        if rows is not None:
+            used = torch.zeros_like(used)
+            for name in reading:
+                used[rows.of_adapter(name, len(used), used.device)] = True
+        return call.states, used if call.unused is None else used & ~call.unused
 
     def _position(self, names: Sequence[str]) -> int:
         found = {self.position(name) for name in names if name in self.configs}

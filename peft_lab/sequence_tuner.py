@@ -11,17 +11,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lab import roles, windows
-from peft_lab.call import begin, drop_inputs, end, replace_logits, take_inputs
+from peft_lab.call import begin, drop_inputs, end, read_out, replace_logits, take_inputs
 from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.layer import AdapterLayer
 from peft_lab.registry import MethodInfo, register
-from peft_lab.sequence import SequenceLayer
+from peft_lab.sequence import NO_CLASS_TOKEN, SequenceLayer
 from peft_lab.tuner import AdapterTuner
 
 #: Which stack gets the prompts where a model has several, the first that is there.
 _PREFERRED = ("vision", "encoder")
-_HOOKS = (take_inputs, begin, end, drop_inputs, replace_logits, *windows.HOOKS)
+_HOOKS = (take_inputs, begin, end, read_out, drop_inputs, replace_logits, *windows.HOOKS)
+#: Models with a class token whose head reads the patches alone.
+_PATCH_HEADS = ("CLIPForImageClassification", "MetaClip2ForImageClassification")
 
 
 @dataclass
@@ -47,6 +49,10 @@ class SequenceConfig(AdapterConfig):
             f'Method "{self.info.name}" adapts whole blocks and takes no {name}; choose blocks by layers_to_transform.'
         )
 
+    def reads_out(self) -> bool:
+        """Whether the head reads the mean of the slots and the class token in the place of that token."""
+        return False
+
     def writes(self, depth: int) -> bool:
         """Whether prompts may be written before the block of this index."""
         layers = self.layers_to_transform
@@ -63,6 +69,8 @@ class SequenceTuner(AdapterTuner):
             raise ConfigError(
                 f'Method "{self.info.name}" is made for images, and {type(self.model).__name__} reads none there.'
             )
+        if peft_config.reads_out():
+            self._check_readout(path)
         depths = len(blocks)
         layers = peft_config.layers_to_transform
         for layer in [layers] if isinstance(layers, int) else layers or ():
@@ -78,6 +86,16 @@ class SequenceTuner(AdapterTuner):
         if self.info.can("image_logits"):
             self._leave_head(peft_config, loaded)
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_readout(self, path: str) -> None:
+        """There must be a class token with a norm behind the blocks, and a head that reads it."""
+        stack: Any = self.model.get_submodule(path)
+        none = stack.config.model_type in NO_CLASS_TOKEN or type(self.model).__name__ in _PATCH_HEADS
+        if none or "norm.final" not in self._norms(path):
+            raise ConfigError(
+                f"{type(self.model).__name__} reads no class token behind a final norm, so it cannot read prompts in "
+                "its place."
+            )
 
     def _leave_head(self, config: Any, loaded: bool) -> None:
         """Keep the head untrained where the slots give the logits in its place."""
@@ -140,6 +158,10 @@ class SequenceTuner(AdapterTuner):
             if before not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(before, with_kwargs=True)
                 module.register_forward_hook(after, always_call=True)
+        if config.reads_out():
+            norm = getattr(*self._norms(path)["norm.final"])
+            if read_out not in norm._forward_hooks.values():
+                norm.register_forward_hook(read_out)
         for path in _class_heads(model) if self.info.can("image_logits") else ():
             head = model.get_submodule(path)
             if replace_logits not in head._forward_hooks.values():

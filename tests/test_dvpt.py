@@ -6,7 +6,7 @@ import pytest
 import torch
 from backbones import TINY, VARIANTS, tiny_inputs
 from peft import get_peft_model
-from properties import PRE_NORM, adapt, adapter_parameters, config, move, output
+from properties import PRE_NORM, adapt, adapter_parameters, config, main_tensor, move, output
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -101,6 +101,64 @@ def test_prompts_go_through_the_norm_before_the_blocks():
         p for name, p in adapter_parameters(model).items() if "prompts" in name or "positions" in name
     )
     torch.testing.assert_close(seen[0][0, :3], base.pre_layrnorm(prompts + positions), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2_with_registers", "clip_vision", "beit_final_norm"])
+@pytest.mark.parametrize("count", [1, 3])
+@torch.no_grad()
+def test_readout_is_the_mean_of_class_token_and_prompts_behind_the_norm(family, count):
+    base = (TINY.get(family) or VARIANTS[family])().eval()
+    inputs, seen = tiny_inputs(base), {}
+    found = []
+    for readout in ("class", "prompts"):
+        model = move(adapt("dvpt", base, num_prompts=count, readout=readout))
+        last = [m for m in model.modules() if isinstance(m, SequenceLayer)][-1]
+        norm = getattr(*last.norms["norm.final"])
+        last.base_layer.register_forward_hook(lambda m, args, out: seen.update(x=out))
+        out = model.get_base_model()(**inputs)
+        plain = norm(seen["x"][:, : count + 1])
+        read = plain.mean(1) if readout == "prompts" else plain[:, count]
+        rest = norm(seen["x"][:, count + 1 :])
+        if family == "clip_vision":
+            torch.testing.assert_close(out.pooler_output, read, atol=1e-5, rtol=1e-4)
+        else:
+            patches = [rest[:, PREFIX[family] - 1 :].mean(1)] if "dino" in family else []
+            expected = model.get_base_model().classifier(torch.cat([read, *patches], -1))
+            torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=1e-4)
+        found.append(main_tensor(out) if family != "clip_vision" else out.pooler_output)
+    assert not torch.allclose(*found, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+@torch.no_grad()
+def test_rows_read_what_their_adapter_reads(family):
+    base = TINY[family]()
+    model = adapt("dvpt", base, num_prompts=3, readout="prompts")
+    model.add_adapter("more", config("dvpt", num_prompts=5, readout="prompts"))
+    model.add_adapter("plain", config("dvpt", num_prompts=4))
+    for seed, name in enumerate(("default", "more", "plain")):
+        move(model, name, seed=seed)
+    inputs, names = tiny_inputs(base, batch=4), ["more", "plain", "__base__", "default"]
+    mixed = output(model, inputs, adapter_names=names)
+    for row, name in enumerate(names):
+        alone = output(model, inputs, adapter_names=[name] * 4)
+        torch.testing.assert_close(mixed[row], alone[row], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixed[2], output(base, inputs)[2], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_readout_without_a_class_token_behind_a_norm_is_refused():
+    for family in ("siglip", "beit", "clip_classifier"):
+        base = (TINY.get(family) or VARIANTS[family])()
+        with pytest.raises(ConfigError, match=f"{type(base).__name__} reads no class token behind a final norm"):
+            get_peft_model(base, config("dvpt", base, readout="prompts"))
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    base = TINY["dinov2"]()
+    with pytest.raises(ConfigError, match="call the whole model"):
+        adapt("dvpt", base, readout="prompts").get_base_model().dinov2(**tiny_inputs(base))
+    vit = TINY["vit"]()
+    inside = adapt("dvpt", vit, readout="prompts").get_base_model().vit  # the norm is in the stack
+    assert inside(**tiny_inputs(vit)).last_hidden_state.isfinite().all()
 
 
 def test_gate_starts_at_zero_and_moves_first():
