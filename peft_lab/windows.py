@@ -95,7 +95,8 @@ def run(block: Any, slots: Slots, function: Callable[[Tensor], Any], hidden: Ten
 def merge(downsample: Any, slots: Tensor) -> Tensor:
     """Slots (batch, count, dim) as the next stage has them (batch, count, dim of that stage)."""
     cells = slots.repeat_interleave(2, 1)  # each slot is a square of four equal cells, all squares in one row
-    return torch.as_tensor(downsample(torch.cat([cells, cells], 1), (2, cells.shape[1])))
+    merged: Tensor = downsample(torch.cat([cells, cells], 1), (2, cells.shape[1]))
+    return merged
 
 
 def hook_stage(stage: nn.Module) -> None:
