@@ -3,7 +3,8 @@
 Prompts stand in front of the class token and pass through all blocks. Beside each MLP a gated bottleneck S reads the
 residual stream: x + MLP(x) + S(x). In the paper's form the prompts look, inside the bottleneck, at the features of the
 patches by cross-attention, and take what they find; the authors' code has the bottleneck alone. One bottleneck serves
-several blocks in a row. The stack returns class and patch tokens alone, so a head for dense prediction can use them.
+several blocks in a row. The stack returns class and patch tokens alone, so a head for dense prediction can use them;
+where the authors' code classifies, it reads the mean of class token and prompts (`readout`).
 
 Source: He et al. 2023, Dynamic Visual Prompt Tuning, arXiv:2307.09787. Written from the equations.
 """
@@ -46,13 +47,20 @@ class DVPTConfig(StaticConfig):
     `layers_to_transform` says which blocks have a bottleneck; prompts enter before the first of them.
 
     Raises:
-        ConfigError: a number below 1.
+        ConfigError: a number below 1; a readout of prompts where no class token is read behind a final norm.
     """
 
     deep = False
     variant: Literal["paper", "author_code"] = field(
         default="paper",
         metadata={"help": "Cross-attention in the bottleneck, or the bottleneck alone.", "other": "author_code"},
+    )
+    readout: Literal["class", "prompts"] = field(
+        default="class",
+        metadata={
+            "help": "The head reads the class token, or its mean with the prompts, as the authors' code does.",
+            "other": "prompts",
+        },
     )
     num_prompts: int = field(default=50, metadata={"help": "Prompts in the sequence.", "other": 3})
     bottleneck: int = field(default=20, metadata={"help": "Width of the bottleneck.", "other": 5})
@@ -63,6 +71,9 @@ class DVPTConfig(StaticConfig):
         for name in ("num_prompts", "bottleneck", "share_group"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    def reads_out(self) -> bool:
+        return self.readout == "prompts"
 
 
 class DVPTLayer(BranchLayer):

@@ -115,7 +115,8 @@ class IAPTLayer(SequenceLayer):
     def initial_values(self, adapter: str, config: IAPTConfig) -> dict[str, Tensor]:
         if not config.writes(self.depth):
             return {}
-        first = not any(config.writes(depth) for depth in range(self.depth))
+        before = [depth for depth in range(self.depth) if config.writes(depth)]
+        first = all(self.widths[depth] != self.width for depth in before)
         out = self.width * (config.num_prompts if config.pool in ("first", "last") else 1)
         values: dict[str, Tensor] = {}
         if first or config.share not in ("down", "both"):

@@ -61,6 +61,7 @@ class PromptCAMLayer(StaticPrompts):
     """A block before which class prompts (classes, width) are written; the last one also holds the scoring vector."""
 
     adapter_layer_names = ("prompt_cam_prompts", "prompt_cam_weight", "prompt_cam_bias")
+    in_windows = False  # a class prompt looks at the whole image
 
     def initial_values(self, adapter: str, config: PromptCAMConfig) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}

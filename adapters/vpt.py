@@ -71,7 +71,10 @@ class VPTConfig(StaticConfig):
 
 
 class VPTLayer(StaticPrompts):
-    """A block before which prompts (p, width) are written; the first such block also holds the shared projection."""
+    """A block before which prompts (p, width) are written; the first such block also holds the shared projection.
+
+    Where stages have different widths, each has a projection of its own.
+    """
 
     adapter_layer_names = ("vpt_prompts", "vpt_projection_weight", "vpt_projection_bias")
 
@@ -85,7 +88,7 @@ class VPTLayer(StaticPrompts):
             raise ConfigError(f"num_prompts has {len(counts)} numbers, but {len(writing)} blocks get prompts.")
         width = config.projection or self.width
         values = {"vpt_prompts": self.uniform(counts[order], width)}
-        if config.projection and order == 0:
+        if config.projection and all(self.widths[depth] != self.width for depth in writing[:order]):
             weight = nn.init.kaiming_normal_(torch.empty(self.width, width), mode="fan_out", nonlinearity="linear")
             values |= {"vpt_projection_weight": weight, "vpt_projection_bias": torch.zeros(self.width)}
         return values

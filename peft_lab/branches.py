@@ -18,9 +18,10 @@ from peft_lab.rows import BASE, Rows
 from peft_lab.sequence import Call
 from peft_lab.static_prompts import StaticPrompts
 
-#: The norm before the MLP, and what makes the summand of the residual connection behind it, as blocks name them.
+#: The norm before the MLP, and what makes the summand of the residual connection behind it, as blocks name them: the
+#: branch is no more scaled or dropped with the MLP than in the equation.
 _NORMS = ("layernorm_after", "layer_norm2", "norm2")
-_SUMMANDS = ("layer_scale2", "mlp")
+_SUMMANDS = ("drop_path", "layer_scale2", "mlp")
 _ARGUMENT = "peft_lab_branch"
 
 
@@ -47,6 +48,8 @@ class Part:
 class BranchLayer(StaticPrompts):
     """A block with prompts and a branch. A method supplies `initial_values`, `branch_weights` and `branch`."""
 
+    in_windows = False  # the branch is as wide as the first block of its group
+
     def branch_weights(self, adapter: str, call: Call) -> tuple[Tensor, ...] | None:
         """The tensors of this block's branch; None if there is none here."""
         raise NotImplementedError
@@ -60,7 +63,7 @@ class BranchLayer(StaticPrompts):
         base = self.base_layer
         attention = [m for m in base.children() if hasattr(m, "q_proj")]
         norm, summand = (next((p for p in names if hasattr(base, p)), None) for names in (_NORMS, _SUMMANDS))
-        if len(attention) != 1 or norm is None or summand is None or hasattr(base, "lambda_2"):
+        if len(attention) != 1 or norm is None or summand is None:
             raise ConfigError(
                 f'Method "{self.info.name}" has no place for its branch between attention and MLP of '
                 f'{type(base).__name__} ("{name}").'
@@ -84,7 +87,7 @@ class BranchLayer(StaticPrompts):
         return {_ARGUMENT: parts} if parts else {}
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self._parts = kwargs.pop(_ARGUMENT, None)
+        self._parts, self._stream = kwargs.pop(_ARGUMENT, None), None
         return args, kwargs
 
     def _read(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -92,9 +95,9 @@ class BranchLayer(StaticPrompts):
 
     def _add(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
         parts, x = self._parts, self._stream
-        self._parts = self._stream = None
-        if not parts or x is None:
+        if not parts or x is None:  # also where the same module makes the summand behind attention
             return out
+        self._parts = self._stream = None
         for part in parts:
             if part.rows is None:
                 return out + self._branched(x, part).to(out.dtype)

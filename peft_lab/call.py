@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import find_first_full_attention_index
 
-from peft_lab.errors import check_keys
+from peft_lab.errors import ConfigError, check_keys
 from peft_lab.slots import parameter_names, split
 
 
@@ -48,6 +48,8 @@ class Call:
         unused: bool (batch, slots), the slots of `states` that a row does not have; None if every row has all.
         shared: what an earlier block of this call hands on to later ones, by a key of the method's choice.
         logits: class logits (batch, classes) in place of the head's, and the rows that have them; None for the head's.
+        readout: slots of the last block (batch, slots, dim) whose mean with the class token the head shall read, and
+            which of them count, bool (batch, slots); None if it reads the class token alone.
         refused: why prompts cannot go into this call; said by the first block that has some.
         length, position: number of tokens, and where among them the slots stand.
     """
@@ -64,6 +66,7 @@ class Call:
     unused: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
     logits: tuple[Tensor, Tensor | None] | None = None
+    readout: tuple[Tensor, Tensor] | None = None
     refused: str = ""
     length: int = 0
     position: int = 0
@@ -116,14 +119,20 @@ def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 def end(stack: nn.Module, args: Any, output: Any) -> Any:
-    """Post-hook of a stack, called after errors too: drop the `Call`, and take the slots out of what was recorded."""
+    """Post-hook of a stack, called after errors too: drop the `Call`, and take the slots out of what was recorded.
+
+    Raises:
+        ConfigError: what stands behind the stack shall read slots, and it was called alone.
+    """
     call = CALL.get()
     if call is None or call.stack is not stack or call.token is None:
         return output
     CALL.reset(call.token)
     inputs = _INPUTS.get()
-    if inputs is not None and call.logits is not None:
-        inputs["logits"] = call.logits
+    if inputs is not None:
+        inputs |= {name: value for name in ("logits", "readout") if (value := getattr(call, name)) is not None}
+    elif call.readout is not None and output is not None:
+        raise ConfigError("Prompts are read behind the stack of blocks; call the whole model.")
     for name, dims in (("hidden_states", (1,)), ("attentions", (2, 3))):
         recorded = getattr(output, name, None)
         if isinstance(recorded, tuple) and call.prefill and call.length:
@@ -154,6 +163,28 @@ def replace_logits(head: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output
     logits, rows = found[0].to(output.dtype), found[1]
     return logits if rows is None else torch.where(rows[:, None], logits, output)
+
+
+def read_out(norm: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Post-hook of the norm behind the blocks: put the mean of class token and slots in the place of the class token.
+
+    Args:
+        norm: the norm.
+        args: not used.
+        output: its output for all tokens (batch, tokens, dim), the class token first, or for that alone (batch, dim).
+    """
+    call, inputs = CALL.get(), _INPUTS.get() or {}
+    found = inputs.pop("readout", None) if call is None else call.readout
+    if found is None:
+        return output
+    if call is not None:
+        call.readout = None  # the norm runs again, for the slots
+    slots, used = found
+    read = torch.where(used[..., None], norm(slots), 0).sum(1)
+    first = output if output.ndim == 2 else output[:, 0]
+    mean = (first + read) / (1 + used.sum(1, keepdim=True))
+    mean = mean.to(output.dtype)
+    return mean if output.ndim == 2 else torch.cat([mean[:, None], output[:, 1:]], 1)
 
 
 def drop_inputs(model: nn.Module, args: Any, output: Any) -> Any:

@@ -6,18 +6,21 @@ states see the tokens alone. The slots have no position: learned position tables
 positions they stand at position 0, so text keeps the positions it has without them. Masks, rotary positions and biases,
 which the stack makes for the tokens alone, are extended on the way into each block (`peft_lab.slots`).
 
-With a KV cache the slots are filled at prefill and stay in the cache; a step of decoding only counts them.
+With a KV cache the slots are filled at prefill and stay in the cache; a step of decoding only counts them. Blocks that
+attend within windows are the matter of `peft_lab.windows`.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from peft_lab import windows
 from peft_lab.call import CACHES, CALL, CacheSlots, Call, own_cache
 from peft_lab.errors import ConfigError
 from peft_lab.layer import AdapterLayer
@@ -31,7 +34,7 @@ _NO_INSTRUCTION = (
 #: Arguments of blocks that hold a bias for each pair of positions.
 _BIASES = ("position_bias", "relative_pos")
 #: Vision transformers whose sequence is of patches alone.
-_NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
+NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
 
 class SequenceLayer(AdapterLayer):
@@ -39,6 +42,8 @@ class SequenceLayer(AdapterLayer):
 
     Attributes:
         depth, depths: index of the block in its stack, and the number of blocks there.
+        widths: width of the hidden states of each block of the stack.
+        downsample: what merges patches right before this block, as a module and a name in it; None if nothing does.
         settings: config of the stack.
         norms: the norms before (`norm.stem`) and behind (`norm.final`) all blocks, as a module and a name in it: a norm
             may be wrapped later.
@@ -47,20 +52,25 @@ class SequenceLayer(AdapterLayer):
 
     depth: int
     depths: int
+    widths: Sequence[int]
+    downsample: tuple[nn.Module, str] | None
     settings: Any
     norms: dict[str, tuple[nn.Module, str]]
     classes: int
+    #: Whether the method also has a meaning where a block attends within windows, each of which holds the prompts.
+    in_windows: ClassVar[bool] = True
 
     @property
     def width(self) -> int:
         """Width of the hidden states."""
-        return int(self.settings.hidden_size)
+        return self.widths[self.depth]
 
     @property
     def prefix_tokens(self) -> int:
         """Class and register tokens of a vision transformer, which stand before the patches; 0 for text."""
         settings = self.settings
-        if getattr(settings, "patch_size", None) is None or settings.model_type in _NO_CLASS_TOKEN:
+        none = self._windowed or settings.model_type in NO_CLASS_TOKEN
+        if none or getattr(settings, "patch_size", None) is None:
             return 0
         distilled = 1 if settings.model_type == "deit" else 0
         return 1 + distilled + (getattr(settings, "num_register_tokens", 0) or 0)
@@ -68,12 +78,16 @@ class SequenceLayer(AdapterLayer):
     def read_base(self, name: str) -> None:
         base = self.base_layer
         self._names = parameter_names(type(base).forward)
-        if "input_dimensions" in self._names:
+        self._windowed = windows.has_windows(base)
+        if self._windowed and not (self.in_windows and windows.can_hook(base)):
             raise ConfigError(
                 f'Method "{self.info.name}" cannot put prompts into the windows of {type(base).__name__} ("{name}").'
             )
         self._causal = any(getattr(module, "is_causal", False) for module in base.modules())
         self._biases = [m for m in base.modules() if type(m).__name__.endswith("RelativePositionBias")]
+        if self._windowed:
+            windows.hook(base)
+            return
         for module in self._biases:
             module.register_forward_hook(_extend_own_bias, with_kwargs=True)
 
@@ -152,6 +166,8 @@ class SequenceLayer(AdapterLayer):
         call.depth += 1
         if not call.prefill:
             return self._run(tokens, positional, self._decode(call, tokens, kwargs))
+        if self.downsample is not None and call.states is not None:
+            call.states = windows.merge(getattr(*self.downsample), call.states)
         if rows is None:
             self._write(active, tokens, call)
         else:
@@ -160,17 +176,25 @@ class SequenceLayer(AdapterLayer):
             self._enter_cache(call, own_cache(kwargs.get("past_key_values")), 0, tokens.shape[1])
             return self._run(tokens, positional, kwargs)
         at = self._position(active if rows is None else rows.names)
-        kwargs = self._prefill(call, tokens, kwargs, at) | self.arguments(active, rows, call, at)
-        out = self._run(insert(tokens, call.states, at), positional, kwargs)
+        if self._windowed:
+            slots = windows.Slots(call.states.shape[1], at, call.unused)
+            block = partial(self._run, positional=positional, kwargs=kwargs)
+            out = windows.run(self.base_layer, slots, block, insert(tokens, call.states, at))
+        else:
+            kwargs = self._prefill(call, tokens, kwargs, at) | self.arguments(active, rows, call, at)
+            out = self._run(insert(tokens, call.states, at), positional, kwargs)
         hidden = out[0] if isinstance(out, tuple) else out
         kept, call.states = split(hidden, call.states.shape[1], at)
-        if self.depth == self.depths - 1 and self.info.can("image_logits"):
-            call.logits = self._scored(active, rows, call.states)
+        if self.depth == self.depths - 1:
+            call.readout = self._readout(active, rows, call)
+            if self.info.can("image_logits"):
+                call.logits = self._scored(active, rows, call.states)
         return (kept, *out[1:]) if isinstance(out, tuple) else kept
 
     def _run(self, hidden: Tensor, positional: Sequence[str], kwargs: dict[str, Any]) -> Any:
         """The block itself. What came by position goes on so: checkpointing cuts the graph at those arguments alone."""
-        return self.base_layer(hidden, *(kwargs.pop(name) for name in positional[1:]), **kwargs)
+        by_name = {name: value for name, value in kwargs.items() if name not in positional}
+        return self.base_layer(hidden, *(kwargs[name] for name in positional[1:]), **by_name)
 
     def normed(self, role: str, hidden: Tensor) -> Tensor:
         """Hidden states behind one of `norms`; as they are if the backbone has none there."""
@@ -188,6 +212,19 @@ class SequenceLayer(AdapterLayer):
                 out = out.index_copy(0, index, self.logits(name, slots[index]).to(out.dtype))
                 scored[index] = True
         return out, scored
+
+    def _readout(self, active: list[str], rows: Rows | None, call: Call) -> tuple[Tensor, Tensor] | None:
+        """`Call.readout` from the slots of the last block."""
+        names = [name for name in (active if rows is None else rows.names) if name in self.configs]
+        reading = [name for name in names if self.configs[name].reads_out()]
+        if not reading or call.states is None:
+            return None
+        used = call.states.new_ones(call.states.shape[:2], dtype=torch.bool)
+        if rows is not None:
+            used = torch.zeros_like(used)
+            for name in reading:
+                used[rows.of_adapter(name, len(used), used.device)] = True
+        return call.states, used if call.unused is None else used & ~call.unused
 
     def _position(self, names: Sequence[str]) -> int:
         found = {self.position(name) for name in names if name in self.configs}

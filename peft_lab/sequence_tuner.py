@@ -10,18 +10,20 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_lab import roles
-from peft_lab.call import begin, drop_inputs, end, replace_logits, take_inputs
+from peft_lab import roles, windows
+from peft_lab.call import begin, drop_inputs, end, read_out, replace_logits, take_inputs
 from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.layer import AdapterLayer
 from peft_lab.registry import MethodInfo, register
-from peft_lab.sequence import SequenceLayer
+from peft_lab.sequence import NO_CLASS_TOKEN, SequenceLayer
 from peft_lab.tuner import AdapterTuner
 
 #: Which stack gets the prompts where a model has several, the first that is there.
 _PREFERRED = ("vision", "encoder")
-_HOOKS = (take_inputs, begin, end, drop_inputs, replace_logits)
+_HOOKS = (take_inputs, begin, end, read_out, drop_inputs, replace_logits, *windows.HOOKS)
+#: Models with a class token whose head reads the patches alone.
+_PATCH_HEADS = ("CLIPForImageClassification", "MetaClip2ForImageClassification")
 
 
 @dataclass
@@ -47,6 +49,10 @@ class SequenceConfig(AdapterConfig):
             f'Method "{self.info.name}" adapts whole blocks and takes no {name}; choose blocks by layers_to_transform.'
         )
 
+    def reads_out(self) -> bool:
+        """Whether the head reads the mean of the slots and the class token in the place of that token."""
+        return False
+
     def writes(self, depth: int) -> bool:
         """Whether prompts may be written before the block of this index."""
         layers = self.layers_to_transform
@@ -63,6 +69,8 @@ class SequenceTuner(AdapterTuner):
             raise ConfigError(
                 f'Method "{self.info.name}" is made for images, and {type(self.model).__name__} reads none there.'
             )
+        if peft_config.reads_out():
+            self._check_readout(path)
         depths = len(blocks)
         layers = peft_config.layers_to_transform
         for layer in [layers] if isinstance(layers, int) else layers or ():
@@ -78,6 +86,16 @@ class SequenceTuner(AdapterTuner):
         if self.info.can("image_logits"):
             self._leave_head(peft_config, loaded)
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_readout(self, path: str) -> None:
+        """There must be a class token with a norm behind the blocks, and a head that reads it."""
+        stack: Any = self.model.get_submodule(path)
+        none = stack.config.model_type in NO_CLASS_TOKEN or type(self.model).__name__ in _PATCH_HEADS
+        if none or "norm.final" not in self._norms(path):
+            raise ConfigError(
+                f"{type(self.model).__name__} reads no class token behind a final norm, so it cannot read prompts in "
+                "its place."
+            )
 
     def _leave_head(self, config: Any, loaded: bool) -> None:
         """Keep the head untrained where the slots give the logits in its place."""
@@ -104,7 +122,13 @@ class SequenceTuner(AdapterTuner):
         stacks = stacks_of(self.model)
         stack, blocks = next((stack, blocks) for stack, blocks in stacks.items() if path in blocks)
         layer.depth, layer.depths = blocks.index(path), len(blocks)
-        layer.settings = self.model.get_submodule(stack).config
+        layer.settings = settings = self.model.get_submodule(stack).config
+        modules = [self.model.get_submodule(block) for block in blocks]
+        layer.widths = [windows.width(m) if windows.has_windows(m) else settings.hidden_size for m in modules]
+        layer.downsample = None
+        before = windows.stage_of(blocks[layer.depth - 1]) if layer.depth else ""
+        if windows.has_windows(layer) and before and before != windows.stage_of(path):
+            layer.downsample = (self.model.get_submodule(before), "downsample")
         layer.norms = self._norms(stack)
         layer.classes = getattr(getattr(self.model, "config", None), "num_labels", 0)
         return layer
@@ -125,11 +149,19 @@ class SequenceTuner(AdapterTuner):
         setattr(parent, child_name, new_module)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        stack = model.get_submodule(chosen_stack(model, config.stack)[0])
+        path, blocks = chosen_stack(model, config.stack)
+        stack = model.get_submodule(path)
+        for block in blocks:
+            if windows.has_windows(model.get_submodule(block)):
+                windows.hook_stage(model.get_submodule(windows.stage_of(block)))
         for module, before, after in ((model, take_inputs, drop_inputs), (stack, begin, end)):
             if before not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(before, with_kwargs=True)
                 module.register_forward_hook(after, always_call=True)
+        if config.reads_out():
+            norm = getattr(*self._norms(path)["norm.final"])
+            if read_out not in norm._forward_hooks.values():
+                norm.register_forward_hook(read_out)
         for path in _class_heads(model) if self.info.can("image_logits") else ():
             head = model.get_submodule(path)
             if replace_logits not in head._forward_hooks.values():

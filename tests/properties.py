@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_lab import registry
 
 _ALL = [name for name, info in registry.methods().items() if info.kind not in ("peft", "baseline")]
-#: Those that are for images alone: in `pairs`, and in none of the next lists.
+#: Those that are for images alone: in `pairs`, `ON_BLOCKS` and `EVERY`, and in none of the other lists.
 IMAGES = [name for name in _ALL if registry.method(name).can("images")]
 #: Those that leave the head of an image classifier untrained.
 IMAGE_LOGITS = [name for name in IMAGES if registry.method(name).can("image_logits")]
@@ -25,17 +25,26 @@ OWN = [name for name in METHODS if registry.method(name).module.startswith("peft
 #: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
 SEQUENCE = [name for name in OWN if registry.method(name).kind == "sequence"]
 ON_OPS = [name for name in OWN if name not in SEQUENCE]
-#: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets, and windows of one size.
-NO_SEQUENCE = ("swin", "convnext", "resnet", "efficientnet", "mobilenet_v2")
+#: Those that are put on whole blocks.
+ON_BLOCKS = [*SEQUENCE, *IMAGES]
+#: All of them, and those of peft-lab; `text_or_image` names a family of `backbones.TINY` that goes with each.
+EVERY, EVERY_OWN = [*METHODS, *IMAGES], [*OWN, *IMAGES]
+#: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets.
+NO_SEQUENCE = ("convnext", "resnet", "efficientnet", "mobilenet_v2")
 #: Families of `backbones.TINY` that classify images and have a place for prompts.
 IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
 #: Those with a place for a branch between attention and MLP.
-PRE_NORM = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "siglip")
+PRE_NORM = (*IMAGE_CLASSIFIERS, "dinov3_vit", "clip", "siglip")
 
 
 def config(method: str, model: nn.Module | None = None, **fields: Any) -> Any:
     """A method's config; text and list fields are taken as they are."""
     return registry.make_config(method, fields, model=model)
+
+
+def text_or_image(method: str) -> str:
+    """A family with a head that the method goes with: a text encoder, or for images alone a vision transformer."""
+    return "vit" if method in IMAGES else "bert"
 
 
 def pairs(methods: Iterable[str], families: Iterable[str]) -> pytest.MarkDecorator:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from backbones import TINY, tiny
 from peft import AutoPeftModel, PeftModel, get_peft_model
-from properties import METHODS, OWN, SEQUENCE, config, equal_weights, move
+from properties import EVERY, EVERY_OWN, ON_BLOCKS, config, equal_weights, move
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -31,14 +31,14 @@ from peft_lab.task import data_files
 
 def _model(method: str = "") -> nn.Module:
     """The base of a method: two linear layers, or a stack of blocks for prompts."""
-    if method in SEQUENCE:
+    if method in ON_BLOCKS:
         return TINY["vit"]()
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
 def _adapted(method: str) -> nn.Module:
-    fields = {} if method in SEQUENCE else {"target_modules": ["0", "2"]}
+    fields = {} if method in ON_BLOCKS else {"target_modules": ["0", "2"]}
     torch.manual_seed(0)
     return move(get_peft_model(_model(method), config(method, **fields)))
 
@@ -47,7 +47,7 @@ def _adapted(method: str) -> nn.Module:
 _METHOD_OF: dict[Path, str] = {}
 
 
-@pytest.fixture(params=OWN)
+@pytest.fixture(params=EVERY_OWN)
 def folder(request, tmp_path):
     _adapted(request.param).save_pretrained(tmp_path)
     _METHOD_OF[tmp_path] = request.param
@@ -175,7 +175,7 @@ def test_adapter_name_inside_the_prefix_is_refused(folder):
 # Through peft_lab's own loader, for every method ----------------------------------------------------------------------
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=EVERY)
 def any_folder(request, tmp_path):
     model = _adapted(request.param)
     model.save_pretrained(tmp_path)
@@ -199,7 +199,7 @@ def test_pickles_are_never_read(any_folder, name):
     assert_refused(any_folder, "safetensors")
 
 
-@pytest.mark.parametrize("method", OWN)
+@pytest.mark.parametrize("method", EVERY_OWN)
 def test_peft_does_not_read_pickles_of_our_methods(method, tmp_path):
     _adapted(method).save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "adapter_model.bin").is_file()

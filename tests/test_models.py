@@ -9,6 +9,7 @@ import pytest
 import torch
 from backbones import TINY, VARIANTS, tiny_inputs
 from peft import (
+    AutoPeftModel,
     AutoPeftModelForSequenceClassification,
     PeftConfig,
     PeftModel,
@@ -16,10 +17,12 @@ from peft import (
     get_peft_model_state_dict,
 )
 from properties import (
+    EVERY_OWN,
     IMAGE_LOGITS,
     IMAGES,
     METHODS,
     NO_SEQUENCE,
+    ON_BLOCKS,
     OWN,
     SEQUENCE,
     adapt,
@@ -33,14 +36,15 @@ from properties import (
     pairs,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from peft_lab import registry, roles
 from peft_lab.errors import ConfigError
+from peft_lab.sequence_tuner import stacks_of
 
 #: One of each shape of model: encoder, decoder, fused attention, encoder-decoder, vision transformer, two conv nets.
 MAIN = ["bert", "vit", "llama", "gpt2", "t5", "swin", "resnet", "efficientnet"]
-own = pytest.mark.parametrize("method", OWN)
+own = pytest.mark.parametrize("method", EVERY_OWN)
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +138,9 @@ def test_only_what_is_declared_trains(base, method, family):
 def test_declared_roles_are_the_ones_adapted(base, method, family):
     model = adapt(method, base)
     wanted = registry.method(method).roles
-    if method in (*SEQUENCE, *IMAGES):  # whole blocks of one stack
-        blocks = roles.modules_by_role(base, wanted[0])
+    if method in ON_BLOCKS:  # whole blocks of one stack
         assert wanted == ("block",)
-        assert model.targeted_module_names == [name for name in blocks if name in model.targeted_module_names]
-        assert len({name.rpartition(".")[0] for name in model.targeted_module_names}) == 1
+        assert model.targeted_module_names in stacks_of(base).values()
     else:
         assert model.peft_config["default"].target_modules == roles.target_regex(base, wanted)
     head = {n for h in roles.head_modules(base) for n, _ in base.named_modules() if n.startswith(h)}
@@ -182,7 +184,7 @@ def test_every_way_to_load_gives_the_same(base, method, family, tmp_path):
     assert_close(output(renamed, inputs), expected, 1e-6)
 
 
-@own
+@pytest.mark.parametrize("method", OWN)
 def test_auto_peft_model(method, tmp_path):
     base = TINY["bert"]()
     base.save_pretrained(tmp_path / "base")
@@ -191,6 +193,17 @@ def test_auto_peft_model(method, tmp_path):
     expected = output(model, tiny_inputs(base))
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3)
+    assert torch.equal(output(loaded, tiny_inputs(base)), expected)
+
+
+@pytest.mark.parametrize("method", IMAGES)
+def test_auto_peft_model_for_images(method, tmp_path):
+    TINY["vit"]().save_pretrained(tmp_path / "base")
+    base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    model = move(get_peft_model(base, config(method)))
+    expected = output(model, tiny_inputs(base))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter")
     assert torch.equal(output(loaded, tiny_inputs(base)), expected)
 
 
@@ -333,7 +346,7 @@ def test_compiled_equals_eager(base, method, family):
     assert_close(output(compiled, inputs), output(model, inputs))
 
 
-CONFIGS = {m: registry.config_class(m).__dataclass_fields__ for m in (*OWN, *IMAGES)}
+CONFIGS = {m: registry.config_class(m).__dataclass_fields__ for m in EVERY_OWN}
 FIELDS = [(m, f) for m, fields in CONFIGS.items() for f in fields.values() if "other" in f.metadata]
 
 
@@ -369,7 +382,7 @@ def test_layers_to_transform_chooses_blocks(base, method, family):
     model = adapt(method, base, layers_to_transform=[1])
     with_parameters = {name.partition(f".{model.base_model.prefix}")[0] for name in adapter_parameters(model)}
     assert {roles.layer_index(base, name.removeprefix("base_model.model.")) for name in with_parameters} == {1}
-    if method in (*SEQUENCE, *IMAGES):
+    if method in ON_BLOCKS:
         with pytest.raises(ConfigError, match=r"layers_to_transform holds 2; .* blocks 0 to 1"):
             adapt(method, base, layers_to_transform=[1, 2])
         return
@@ -381,14 +394,14 @@ def test_layers_to_transform_chooses_blocks(base, method, family):
 
 @own
 def test_regex_and_layers_do_not_contradict_in_silence(method):
-    with pytest.raises(ConfigError, match="takes no target_modules" if method in SEQUENCE else "regex"):
+    with pytest.raises(ConfigError, match="takes no target_modules" if method in ON_BLOCKS else "regex"):
         adapt(method, TINY["vit"](), layers_to_transform=[1], target_modules=r".*q_proj")
 
 
 @pairs(OWN, MAIN)
 def test_exclude_modules_leaves_out(base, method, family):
     full = adapt(method, base).targeted_module_names
-    if method in (*SEQUENCE, *IMAGES):  # a block left out would lose the slots on their way
+    if method in ON_BLOCKS:  # a block left out would lose the slots on their way
         with pytest.raises(ConfigError, match=r"takes no exclude_modules.*layers_to_transform"):
             adapt(method, base, exclude_modules=[full[0]])
         return
@@ -400,7 +413,8 @@ def test_exclude_modules_leaves_out(base, method, family):
 def test_modules_to_save_can_be_set_empty_or_otherwise(method, tmp_path):
     base = TINY["vit"]()
     assert adapt(method, base, modules_to_save=[]).peft_config["default"].modules_to_save == []
-    model = adapt(method, base, modules_to_save=["classifier", "layernorm"])
+    heads = [] if method in IMAGE_LOGITS else ["classifier"]
+    model = adapt(method, base, modules_to_save=[*heads, "layernorm"])
     assert any("layernorm.modules_to_save" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
@@ -408,7 +422,7 @@ def test_modules_to_save_can_be_set_empty_or_otherwise(method, tmp_path):
 def test_adapters_named_in_the_old_way_load(method, tmp_path):
     """Module names of transformers 4 in the config, the fingerprints and the file."""
     base = TINY["vit"]()
-    targets = {} if method in SEQUENCE else {"target_modules": ["q_proj", "v_proj"]}
+    targets = {} if method in ON_BLOCKS else {"target_modules": ["q_proj", "v_proj"]}
     model = move(adapt(method, base, **targets))
     expected = output(model, tiny_inputs(base))
     model.save_pretrained(tmp_path)

@@ -18,7 +18,19 @@ import pytest
 import torch
 from backbones import MODELS, bare, tiny, tiny_inputs
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from properties import METHODS, OWN, SEQUENCE, assert_close, config, move, output
+from properties import (
+    EVERY,
+    EVERY_OWN,
+    IMAGE_LOGITS,
+    IMAGES,
+    METHODS,
+    ON_BLOCKS,
+    assert_close,
+    config,
+    move,
+    output,
+    text_or_image,
+)
 from torch import Tensor, nn
 
 from peft_lab import portable, registry
@@ -27,13 +39,13 @@ from peft_lab.families import FAMILIES, Family
 from peft_lab.loading import load_adapter
 from peft_lab.roles import head_modules, modules_by_role, places, target_regex
 
-ALL = [*METHODS, "ia3"]
-ON_PROJECTIONS = [name for name in ALL if name not in SEQUENCE]
+ALL = [*EVERY, "ia3"]
+ON_PROJECTIONS = [name for name in ALL if name not in ON_BLOCKS]
 
 
 def _adapted(method: str, model: nn.Module, **fields: Any) -> Any:
     torch.manual_seed(0)
-    if method in SEQUENCE:  # whole blocks, whatever others adapt
+    if method in ON_BLOCKS:  # whole blocks, whatever others adapt
         fields.pop("target_modules", None)
     if method == "ia3":
         wanted: Any = IA3Config(**fields, feedforward_modules=[], modules_to_save=head_modules(model) or None)
@@ -58,7 +70,7 @@ def _in_old_names(folder: Path, old: Callable[[str], str]) -> None:
     values = json.loads(path.read_text())
     if values.get("fingerprints"):
         values["fingerprints"] = {old(k): v for k, v in values["fingerprints"].items()}
-    if values["peft_type"].lower() in SEQUENCE:
+    if values["peft_type"].lower() in ON_BLOCKS:
         values["target_modules"] = [old(name) for name in values["target_modules"]]
     else:
         values["target_modules"] = ["query", "value"]
@@ -86,7 +98,7 @@ def test_adapter_of_an_old_vit_loads(method: str, recorded: bool, tmp_path: Path
     model = _adapted(method, base, target_modules=targets)
     folder = _save(model, tmp_path)
     _in_old_names(folder, renames.old)
-    renamed = "vit.encoder.layer.0" if method in SEQUENCE else "vit.encoder.layer.0.attention.attention.query"
+    renamed = "vit.encoder.layer.0" if method in ON_BLOCKS else "vit.encoder.layer.0.attention.attention.query"
     assert renamed in _module_names(folder)
     if not recorded:
         (folder / "base_fingerprint.json").unlink(missing_ok=True)
@@ -97,7 +109,7 @@ def test_adapter_of_an_old_vit_loads(method: str, recorded: bool, tmp_path: Path
     inputs, wanted = tiny_inputs(base), output(model, tiny_inputs(base))
     assert not torch.equal(output(base, inputs), wanted)
     assert torch.equal(output(load_adapter(copy.deepcopy(base), folder), inputs), wanted)
-    if method in OWN:
+    if method in EVERY_OWN:
         assert torch.equal(output(PeftModel.from_pretrained(copy.deepcopy(base), folder), inputs), wanted)
     else:
         renamed = portable.adapt_folder(folder, base, tmp_path / "here")
@@ -112,11 +124,14 @@ def _module_names(folder: Path) -> str:
 
 
 def test_names_that_no_table_knows_are_found_by_role_and_block(tmp_path: Path) -> None:
-    base = tiny("bert")
     for method in ALL:
+        base = tiny(text_or_image(method))
         model = _adapted(method, base, target_modules=target_regex(base, ["attn.q", "attn.v"]))
         folder = _save(model, tmp_path / method)
-        _in_old_names(folder, lambda name: name.replace("bert.encoder.layer", "deepnet.stack").replace("self", "mine"))
+        _in_old_names(
+            folder,
+            lambda name: re.sub(r"bert\.encoder\.layer|vit\.layers", "deepnet.stack", name).replace("self", "mine"),
+        )
         inputs = tiny_inputs(base)
         assert torch.equal(output(load_adapter(copy.deepcopy(base), folder), inputs), output(model, inputs))
 
@@ -132,8 +147,10 @@ def test_places_name_each_module_once(name: str) -> None:
 # With a head and without ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ALL)
-@pytest.mark.parametrize("name", ["bert", "vit"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(m, n) for m in ALL if m not in IMAGE_LOGITS for n in ("bert", "vit") if m not in IMAGES or n == "vit"],
+)
 def test_bare_to_head_and_back(method: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full, backbone = MODELS[name](), bare(MODELS[name]())
     inputs = tiny_inputs(full)
@@ -144,10 +161,10 @@ def test_bare_to_head_and_back(method: str, name: str, tmp_path: Path, caplog: p
         again = load_adapter(copy.deepcopy(target), folder)
         assert torch.equal(_hidden(again, inputs), _hidden(model, inputs))
         assert not torch.equal(_hidden(target, inputs), _hidden(model, inputs))
-        if method in OWN:
+        if method in EVERY_OWN:
             again = PeftModel.from_pretrained(copy.deepcopy(target), folder)
             assert torch.equal(_hidden(again, inputs), _hidden(model, inputs))
-    if method in OWN:
+    if method in EVERY_OWN:
         assert "is left out" in caplog.text
     else:
         assert "has no place" in caplog.text
@@ -304,7 +321,7 @@ def test_without_a_record_nothing_is_guessed(nets: dict[str, nn.Module], tmp_pat
 
 @pytest.mark.parametrize("method", ALL)
 def test_other_base_is_refused_unless_allowed(method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    base = tiny("bert")
+    base = tiny(text_or_image(method))
     folder = _save(_adapted(method, base, target_modules=target_regex(base, ["attn.q"])), tmp_path)
     other = copy.deepcopy(base)
     with torch.no_grad():
@@ -318,8 +335,7 @@ def test_other_base_is_refused_unless_allowed(method: str, tmp_path: Path, caplo
     assert output(model, tiny_inputs(base)).isfinite().all()
     with pytest.raises(AdapterMismatchError):  # the word of one call does not hold for the next
         load_adapter(copy.deepcopy(other), folder)
-    wider = MODELS["bert"]()
-    wider.resize_token_embeddings(len(wider.get_input_embeddings().weight))
+    wider = MODELS[text_or_image(method)]()
     wider.get_submodule(modules_by_role(wider, "attn.q")[0]).weight = nn.Parameter(torch.randn(24, 16))
     with pytest.raises(AdapterMismatchError, match="shape"):
         load_adapter(wider, folder, allow_other_base=True)
@@ -361,8 +377,8 @@ def test_command_line_passes_the_word_on(command: str, tmp_path: Path, monkeypat
 
 
 def test_second_adapter_and_training_on(tmp_path: Path) -> None:
-    base = tiny("bert")
-    for method in METHODS:
+    for method in EVERY:
+        base = tiny(text_or_image(method))
         folder = _save(_adapted(method, base, target_modules=target_regex(base, ["attn.q"])), tmp_path / method)
         model = load_adapter(copy.deepcopy(base), folder, "first", is_trainable=True)
         assert any(p.requires_grad for p in model.parameters())
@@ -382,8 +398,8 @@ def test_untouched_folders_are_not_rewritten(tmp_path: Path) -> None:
 
 
 def test_every_saved_adapter_says_where_its_modules_stand(tmp_path: Path) -> None:
-    base = tiny("bert")
-    for method in METHODS:
+    for method in EVERY:
+        base = tiny(text_or_image(method))
         folder = _save(_adapted(method, base), tmp_path / method)
         values = json.loads((folder / "adapter_config.json").read_text())
         own = registry.method(method).module.startswith("peft_lab.")

@@ -244,7 +244,7 @@ def test_two_forwards_before_one_backward_with_checkpointing(method, family, ree
 # What others see ------------------------------------------------------------------------------------------------------
 
 
-@spread([*DECODERS, *ENCODERS, *VISION, "clip", "siglip", "t5"])
+@spread([*DECODERS, *ENCODERS, *VISION, "swin", "clip", "siglip", "t5"])
 @torch.no_grad()
 def test_hidden_states_and_attentions_are_those_of_the_tokens(method, family, attention):
     base = TINY[family]()
@@ -324,7 +324,7 @@ def test_padding_at_the_right_changes_nothing(method, family, attention):
     assert_near(ours[:, : alone.shape[1]], alone, 1e-5)
 
 
-@pytest.mark.parametrize("family", [*DECODERS, "bert", "vit", "dinov2_with_registers", "t5", "beit"])
+@pytest.mark.parametrize("family", [*DECODERS, "bert", "vit", "dinov2_with_registers", "t5", "beit", "swin"])
 @pytest.mark.parametrize("method", [name for name in SEQUENCE if registry.method(name).can("mixed_batch")])
 @torch.no_grad()
 def test_hidden_slots_change_nothing(method, family):

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from properties import SEQUENCE
-from tiny_runs import make_backbone, make_decoder, make_task, make_writing_task, options
+from properties import IMAGES, SEQUENCE
+from tiny_runs import (
+    make_backbone,
+    make_decoder,
+    make_image_backbone,
+    make_image_task,
+    make_task,
+    make_writing_task,
+    options,
+)
 
 from peft_lab.errors import ConfigError
 from peft_lab.inference import evaluate, merge, predict
+from peft_lab.share.release import stage
 from peft_lab.training import train
 
 
@@ -32,3 +41,19 @@ def test_a_run_of_a_decoder(method, tmp_path):
     rows = ["food", "rain and snow now with a song"]
     together = predict(run.output_dir, rows)
     assert together == [answer for row in rows for answer in predict(run.output_dir, [row])]
+
+
+@pytest.mark.parametrize(("method", "family"), [*((name, "vit") for name in IMAGES), ("vpt", "swin")])
+def test_a_run_on_images(method, family, tmp_path):
+    backbone, task = make_image_backbone(tmp_path / "base", family), make_image_task(tmp_path / "data")
+    run = train(options(task, backbone, tmp_path / "out", method=method, max_steps=30))
+    found = evaluate(run.output_dir)["accuracy"]
+    assert found == run.metrics["metrics"]["test"]["accuracy"]
+    assert found > 0.6  # chance is 0.33
+    answer = predict(run.output_dir, [str(tmp_path / "data" / "test.png")])[0]
+    assert answer["label"] in ("red", "green", "blue")
+    with pytest.raises(ConfigError, match="its prompts are tokens of the sequence"):
+        merge(run.output_dir, tmp_path / "merged")
+    (tmp_path / "staged").mkdir()
+    stage(run.output_dir, "someone/colours", tmp_path / "staged", base_model="org/base")
+    assert "image-classification" in (tmp_path / "staged" / "README.md").read_text()

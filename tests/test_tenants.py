@@ -14,7 +14,7 @@ import pytest
 import torch
 from backbones import TINY, tiny_inputs
 from peft import PeftModel, get_peft_model
-from properties import METHODS, adapt, assert_close, config, main_tensor, move, output
+from properties import EVERY, adapt, assert_close, config, main_tensor, move, output, text_or_image
 from safetensors.torch import load_file, save_file
 from test_layers import OPS, make
 from torch import nn
@@ -25,7 +25,7 @@ from peft_lab.errors import AdapterMismatchError, ConfigError
 from peft_lab.tenant_file import row_layer_class
 from peft_lab.tenants import Tenants, load_many
 
-MIXED = [name for name in METHODS if registry.method(name).can("mixed_batch")]
+MIXED = [name for name in EVERY if registry.method(name).can("mixed_batch")]
 
 
 def _is_served(method: str) -> bool:
@@ -117,8 +117,8 @@ def test_bfloat16_base(method, tmp_path):
 
 
 def test_methods_that_mix_batches_are_served_or_say_so(tmp_path):
-    base = TINY["bert"]()
     for method in {*MIXED, "ia3", "vera"}:
+        base = TINY[text_or_image(method)]()
         folder = save(adapt(method, base), tmp_path / method, 0)
         if method in SERVED:
             assert len(load_many(copy.deepcopy(base), {"a": folder})) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -198,6 +200,48 @@ def make_writing_task(folder: Path) -> Path:
     values["template"] = {"prompt": "{topic}", "answer": "{sentence}"}
     path = folder / "writing.yaml"
     path.write_text(yaml.safe_dump(values))
+    return path
+
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 220, 40), "blue": (40, 40, 220)}
+
+
+def make_image_backbone(folder: Path, family: str = "vit") -> Path:
+    """A random ViT or Swin of about 10,000 parameters for 32 x 32 pixels, with its image processor."""
+    from transformers import SwinConfig, SwinModel, ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    if family == "swin":
+        stages = {"embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
+        SwinModel(SwinConfig(image_size=32, patch_size=4, **stages)).save_pretrained(folder)
+    else:
+        sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        ViTModel(ViTConfig(image_size=32, patch_size=8, initializer_range=0.2, **sizes)).save_pretrained(folder)
+    values = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    values |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def make_image_task(folder: Path) -> Path:
+    """A task of noisy images of three colours, with train, validation and test files beside it."""
+    from datasets import ClassLabel, Dataset, Features, Image
+    from PIL import Image as PILImage
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    features = Features(image=Image(), label=ClassLabel(names=list(COLOURS)))
+    for split, count in (("train", 48), ("validation", 12), ("test", 12)):
+        noise = draw.integers(-40, 35, (count, 20, 20, 3))
+        pixels = (noise + [[[colour]] for colour in [*COLOURS.values()] * (count // 3)]).astype(np.uint8)
+        rows = {"image": [PILImage.fromarray(image) for image in pixels], "label": [0, 1, 2] * (count // 3)}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+        rows["image"][0].save(folder / f"{split}.png")
+    path = folder / "colours.yaml"
+    values = {"name": "colours", "kind": "image_classification", "metrics": ["accuracy"], "version": "1"}
+    values["data"] = {"builder": "parquet", "files": {s: f"{s}.parquet" for s in ("train", "validation", "test")}}
+    values["columns"] = {"image": "image", "label": "label"}
+    path.write_text(yaml.safe_dump(values | {"licence": "CC0-1.0"}))
     return path
 
 
