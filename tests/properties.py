@@ -25,6 +25,9 @@ OWN = [name for name in METHODS if registry.method(name).module.startswith("peft
 #: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
 SEQUENCE = [name for name in OWN if registry.method(name).kind == "sequence"]
 ON_OPS = [name for name in OWN if name not in SEQUENCE]
+#: Those whose values come from the training data: in a test, from `fill`.
+UNTRAINED = [name for name in OWN if registry.method(name).can("untrained")]
+TRAINED = [name for name in OWN if name not in UNTRAINED]
 #: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets, and windows of one size.
 NO_SEQUENCE = ("swin", "convnext", "resnet", "efficientnet", "mobilenet_v2")
 #: Families of `backbones.TINY` that classify images and have a place for prompts.
@@ -50,7 +53,16 @@ def adapt(method: str, model: nn.Module, seed: int = 0, **fields: Any) -> Any:
     """A copy of `model` with a fresh adapter on it, in evaluation mode."""
     torch.manual_seed(seed)
     model = copy.deepcopy(model)
-    return get_peft_model(model, config(method, model, **fields)).eval()
+    return fill(get_peft_model(model, config(method, model, **fields))).eval()
+
+
+@torch.no_grad()
+def fill(model: Any) -> Any:
+    """Give some values to what an adapter would take from training data."""
+    if model.peft_config["default"].peft_type.lower() in UNTRAINED:
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_()
+    return model
 
 
 def adapter_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
