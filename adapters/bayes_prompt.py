@@ -85,6 +85,9 @@ class BayesPromptLayer(StaticPrompts):
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: self.adapter_layer_names}
         super().update_layer(adapter, config)
 
+    def begin_unread(self, adapter: str) -> None:
+        """Nothing to say: particles that are not there are refused, and those that are need no data."""
+
     def stored(self, adapter: str, call: Call) -> Tensor | None:
         particles = self._particles(adapter)
         return None if particles is None else particles.mean(1)

@@ -94,8 +94,8 @@ class SoftPromptConfig(StaticConfig):
             raise ConfigError("tokenizer_name_or_path is for a prompt_tuning_init_text that is no list of token ids.")
         if self.domain_components is not None and self.prompt_tuning_init != "RANDOM":
             raise ConfigError(
-                f"domain_components={self.domain_components} and prompt_tuning_init={self.prompt_tuning_init!r} are two "
-                "starts of the same prompts; leave one out."
+                f"domain_components={self.domain_components} and prompt_tuning_init={self.prompt_tuning_init!r} both "
+                "say where prompts start; leave one out."
             )
         if tokenizer is not None:
             from transformers import AutoTokenizer

@@ -116,10 +116,13 @@ class StoredPrompts(SequenceLayer):
 
     def _write(self, active: list[str], tokens: Tensor, call: Call) -> None:
         if self.training and torch.is_grad_enabled() and not self.waiting.isdisjoint(active):
-            config = self.configs[active[0]]
-            warnings.warn(_NOT_READ.format(config.domain_components, self.info.name), stacklevel=2)
-            self.waiting.difference_update(active)
+            self.begin_unread(active[0])
         super()._write(active, tokens, call)
+
+    def begin_unread(self, adapter: str) -> None:
+        """Say that training begins and the data were not read: from now on the values that are there stand."""
+        self.waiting.discard(adapter)
+        warnings.warn(_NOT_READ.format(self.configs[adapter].domain_components, self.info.name), stacklevel=2)
 
 
 class StaticPrompts(StoredPrompts):
@@ -162,7 +165,7 @@ class StaticTuner(SequenceTuner):
 
     def read_data(self, batches: Iterable[Mapping[str, Any]], epoch: int) -> None:
         """Read the training data before the first epoch (`peft_lab.ReadTrainingData`), if prompts wait for them."""
-        from peft_lab.domain_prompts import domain_prompts
+        from peft_lab.domain_start import domain_prompts
 
         layers = [module for module in self.model.modules() if isinstance(module, StoredPrompts)]
         if epoch == 0 and any(not layer.waiting.isdisjoint(layer.active_adapters) for layer in layers):
