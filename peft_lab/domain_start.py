@@ -103,7 +103,7 @@ def _sample(batches: Iterable[Tensor], seed: int) -> Points:
     kept: list[Tensor] = []
     for index, row in enumerate(row for batch in batches for row in batch.cpu()):
         if index < MAX_ROWS:
-            kept.append(row)
+            kept.append(row.clone())  # not a view that keeps its batch
         elif (place := int(random.integers(index + 1))) < MAX_ROWS:
-            kept[place] = row
+            kept[place] = row.clone()
     return torch.stack(kept).double().numpy() if kept else np.zeros((0, 1))
