@@ -23,9 +23,8 @@ from peft_lab.branches import BranchLayer, Part
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.sequence import Call
-from peft_lab.sequence_tuner import register_sequence
 from peft_lab.slots import insert, split
-from peft_lab.static_prompts import StaticConfig
+from peft_lab.static_prompts import StaticConfig, register_static
 
 METHOD = MethodInfo(
     name="dvpt",
@@ -131,4 +130,4 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-register_sequence(METHOD, DVPTConfig, DVPTLayer)
+register_static(METHOD, DVPTConfig, DVPTLayer)

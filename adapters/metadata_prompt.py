@@ -18,9 +18,7 @@ from torch import Tensor
 from peft_lab.call import Call
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.sequence import SequenceLayer
-from peft_lab.sequence_tuner import register_sequence
-from peft_lab.static_prompts import StaticConfig
+from peft_lab.static_prompts import StaticConfig, StoredPrompts, register_static
 
 METHOD = MethodInfo(
     name="metadata_prompt",
@@ -59,7 +57,7 @@ class MetadataPromptConfig(StaticConfig):
             raise ConfigError(f"default_mode={self.default_mode} must be from 0 to {self.num_modes - 1}.")
 
 
-class MetadataPromptLayer(SequenceLayer):
+class MetadataPromptLayer(StoredPrompts):
     """A block before which each row's own set of prompts, of a table (modes, prompts, width), is written."""
 
     adapter_layer_names = ("metadata_prompt_table",)
@@ -88,4 +86,4 @@ class MetadataPromptLayer(SequenceLayer):
         return table[ids.to(table.device)]
 
 
-register_sequence(METHOD, MetadataPromptConfig, MetadataPromptLayer)
+register_static(METHOD, MetadataPromptConfig, MetadataPromptLayer)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.sequence import Call
-from peft_lab.sequence_tuner import register_sequence
-from peft_lab.static_prompts import StaticConfig, StaticPrompts
+from peft_lab.static_prompts import StaticConfig, StaticPrompts, register_static
 
 METHOD = MethodInfo(
     name="prompt_cam",
@@ -84,4 +83,4 @@ class PromptCAMLayer(StaticPrompts):
         return (hidden * self.prompt_cam_weight[adapter]).sum(-1) + self.prompt_cam_bias[adapter]
 
 
-register_sequence(METHOD, PromptCAMConfig, PromptCAMLayer)
+register_static(METHOD, PromptCAMConfig, PromptCAMLayer)

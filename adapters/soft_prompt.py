@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo, register
 from peft_lab.sequence import SequenceLayer
-from peft_lab.sequence_tuner import SequenceTuner, chosen_stack
-from peft_lab.static_prompts import StaticConfig, StaticPrompts
+from peft_lab.sequence_tuner import chosen_stack
+from peft_lab.static_prompts import StaticConfig, StaticPrompts, StaticTuner
 
 METHOD = MethodInfo(
     name="soft_prompt",
@@ -45,7 +45,7 @@ class SoftPromptConfig(StaticConfig):
     saved as such: loading an adapter never looks for a tokenizer.
 
     Raises:
-        ConfigError: no tokens, a start value without what it is made of, or a file that names a tokenizer.
+        ConfigError: no tokens, a start value without what it is made of, two of them, or a file that names a tokenizer.
     """
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Prompts of each block.", "other": 3})
@@ -92,6 +92,11 @@ class SoftPromptConfig(StaticConfig):
             raise ConfigError('prompt_tuning_init="TEXT" and prompt_tuning_init_text go together.')
         if (tokenizer is not None) != isinstance(text, str):
             raise ConfigError("tokenizer_name_or_path is for a prompt_tuning_init_text that is no list of token ids.")
+        if self.domain_components is not None and self.prompt_tuning_init != "RANDOM":
+            raise ConfigError(
+                f"domain_components={self.domain_components} and prompt_tuning_init={self.prompt_tuning_init!r} both "
+                "say where prompts start; leave one out."
+            )
         if tokenizer is not None:
             from transformers import AutoTokenizer
 
@@ -115,7 +120,7 @@ class SoftPromptLayer(StaticPrompts):
         return {"soft_prompt_tokens": start}
 
 
-class SoftPromptTuner(SequenceTuner):
+class SoftPromptTuner(StaticTuner):
     """Starts prompts at the hidden states that the backbone itself makes of a text, before the block they are for."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from peft_lab.call import Call
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.sequence_tuner import register_sequence
-from peft_lab.static_prompts import StaticConfig, StaticPrompts
+from peft_lab.static_prompts import StaticConfig, StaticPrompts, register_static
 
 METHOD = MethodInfo(
     name="vpt",
@@ -37,7 +36,7 @@ class VPTConfig(StaticConfig):
     """Configuration of VPT. Trainable parameters: `num_prompts` x width for each block that writes prompts.
 
     Raises:
-        ConfigError: a number of prompts, a dropout or a projection out of range.
+        ConfigError: a number of prompts, a dropout or a projection out of range; a projection with `domain_components`.
     """
 
     num_prompts: int | list[int] = field(
@@ -66,6 +65,11 @@ class VPTConfig(StaticConfig):
             raise ConfigError(f"dropout={self.dropout} must be at least 0 and below 1.")
         if self.projection is not None and self.projection < 1:
             raise ConfigError(f"projection={self.projection} must be at least 1.")
+        if self.projection is not None and self.domain_components is not None:
+            raise ConfigError(
+                f"domain_components={self.domain_components} gives prompts of the full width, and projection="
+                f"{self.projection} stores narrower ones; leave one out."
+            )
         if self.position not in ("after", "before"):
             raise ConfigError(f'position="{self.position}" must be "after" or "before".')
 
@@ -111,4 +115,4 @@ class VPTLayer(StaticPrompts):
         return self.prefix_tokens if self.configs[adapter].position == "after" else 0
 
 
-register_sequence(METHOD, VPTConfig, VPTLayer)
+register_static(METHOD, VPTConfig, VPTLayer)

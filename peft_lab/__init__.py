@@ -16,6 +16,7 @@ from peft_lab.registry import methods
 if TYPE_CHECKING:
     from peft_lab.alternating import AlternatingActivation
     from peft_lab.call import prompt_inputs
+    from peft_lab.domain_start import domain_prompts
     from peft_lab.inference import evaluate, predict
     from peft_lab.loading import load_adapter
     from peft_lab.reading import ReadTrainingData
@@ -35,6 +36,7 @@ __all__ = [
     "ReadTrainingData",
     "TaskError",
     "Tenants",
+    "domain_prompts",
     "evaluate",
     "load_adapter",
     "load_many",
@@ -52,6 +54,7 @@ _LAZY = {
     "AlternatingActivation": "alternating",
     "ReadTrainingData": "reading",
     "Tenants": "tenants",
+    "domain_prompts": "domain_start",
     "evaluate": "inference",
     "load_adapter": "loading",
     "load_many": "tenants",

@@ -68,13 +68,19 @@ def adapt(
     if info.kind != "baseline":
         config = registry.make_config(info.name, args, model=model, task_type=task_type)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except PeftLabError:
             raise
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ConfigError(
                 f'Method "{info.name}" with {dict(args)} does not fit this model: {" ".join(str(error).split())}'
             ) from error
+        if not any(parameter.requires_grad for parameter in adapted.parameters()):
+            raise ConfigError(
+                f'Method "{info.name}" with {dict(args)} leaves nothing to train in {type(model).__name__}; name what '
+                "to train in modules_to_save."
+            )
+        return adapted
     if info.roles:
         model.requires_grad_(False)
         paths = [path for role in info.roles for path in roles.modules_by_role(model, role)]

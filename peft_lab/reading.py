@@ -24,9 +24,8 @@ class ReadTrainingData(TrainerCallback):
         """Hand the training data to the tuners that read it."""
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         readers = [module for module in model.modules() if hasattr(module, "read_data")]
-        steps = math.ceil(len(loader) / args.gradient_accumulation_steps)
-        if not readers or state.global_step % steps:  # resumed within an epoch
-            return
+        if not readers or state.global_step % math.ceil(len(loader) / args.gradient_accumulation_steps):
+            return  # nothing to do, or resumed within an epoch
         training = model.training
         model.eval()
         for reader in readers:

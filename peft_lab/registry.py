@@ -37,6 +37,7 @@ CAPABILITIES = {
     "identity_start": "starts bit-exactly at the base model with its default configuration",
     "images": "is made for images alone",
     "image_logits": "gives the logits of an image classifier in place of its head",
+    "untrained": "takes its own values from the training data, and trains the task head alone",
     "dtype_bound": "is only valid on base weights of the dtype it was trained on",
 }
 

@@ -1,24 +1,67 @@
-"""Prompts that are parameters and depend on no input: the same for every sample of a batch that has one adapter."""
+"""Prompts that are stored and depend on no input, and where their first values come from.
+
+`StaticPrompts` are the same for every sample of a batch that has one adapter; `StoredPrompts` need not be.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from peft_lab.call import Call
+from peft_lab.errors import ConfigError
+from peft_lab.registry import MethodInfo, register
 from peft_lab.rows import Rows
 from peft_lab.sequence import SequenceLayer
-from peft_lab.sequence_tuner import SequenceConfig
+from peft_lab.sequence_tuner import SequenceConfig, SequenceTuner
+
+#: Particles that prompts start from, shared out among them.
+PARTICLES = 64
+_NOT_READ = (
+    'Training begins without domain_components={} of method "{}" having read any data, so the prompts keep their usual '
+    "start: train by peft_lab.train, add the callback peft_lab.ReadTrainingData, or call peft_lab.domain_prompts first."
+)
 
 
 @dataclass
 class StaticConfig(SequenceConfig):
-    """Base of the configs of prompts that stand at the input (`deep=False`) or anew before every block."""
+    """Base of the configs of prompts that stand at the input (`deep=False`) or anew before every block.
+
+    Raises:
+        ConfigError: a number of components or dimensions below 1, or dimensions without components.
+    """
+
+    domain_components: int | None = field(
+        default=None,
+        metadata={
+            "help": "Start the first block's prompts at particles of a mixture of so many Gaussians, fitted to the "
+            "training data; nothing means the method's own start."
+        },
+    )
+    domain_dimensions: int | None = field(
+        default=None,
+        metadata={"help": "Principal directions of the data with full covariances there; nothing means at most 64."},
+    )
+
+    def check(self) -> None:
+        super().check()
+        for name in ("domain_components", "domain_dimensions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1.")
+        if self.domain_dimensions is not None and self.domain_components is None:
+            raise ConfigError(f"domain_dimensions={self.domain_dimensions} goes with domain_components; give both.")
+
+    def domain_share(self, prompts: int) -> int:
+        """Particles that each of so many prompts is the mean of."""
+        return max(PARTICLES // prompts, 1)
 
     def writing(self, depths: int) -> list[int]:
         """Indices of the blocks that write prompts, of `depths` blocks."""
@@ -26,8 +69,64 @@ class StaticConfig(SequenceConfig):
         return chosen if getattr(self, "deep", True) else chosen[:1]
 
 
-class StaticPrompts(SequenceLayer):
-    """A block before which stored prompts are written. A method supplies `initial_values`.
+class StoredPrompts(SequenceLayer):
+    """A block before which prompts that are stored are written. A method supplies `initial_values` and `prompts`.
+
+    The first of `adapter_layer_names` holds the prompts (..., width).
+
+    Attributes:
+        waiting: adapters whose first values here are to come from the training data, until these are read.
+    """
+
+    waiting: set[str]
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        self.waiting = set()
+
+    @property
+    def stored_values(self) -> nn.ParameterDict:
+        """The stored prompts of each adapter."""
+        found: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
+        return found
+
+    def takes_domain(self, adapter: str) -> bool:
+        """Whether an adapter's prompts before this block take their first values from the training data."""
+        config = self.configs.get(adapter)
+        return (
+            config is not None
+            and config.domain_components is not None
+            and config.writing(self.depths)[:1] == [self.depth]
+        )
+
+    def update_layer(self, adapter: str, config: Any) -> None:
+        super().update_layer(adapter, config)
+        if self.takes_domain(adapter) and config.fingerprints is None:
+            self.waiting.add(adapter)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.waiting.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # Values that were trained before are no start: a checkpoint, or an adapter that is trained on.
+        loaded = {name for name in self.waiting if f"{prefix}{self.adapter_layer_names[0]}.{name}" in state_dict}
+        self.waiting -= loaded
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _write(self, active: list[str], tokens: Tensor, call: Call) -> None:
+        if self.training and torch.is_grad_enabled() and not self.waiting.isdisjoint(active):
+            self.begin_unread(active[0])
+        super()._write(active, tokens, call)
+
+    def begin_unread(self, adapter: str) -> None:
+        """Say that training begins and the data were not read: from now on the values that are there stand."""
+        self.waiting.discard(adapter)
+        warnings.warn(_NOT_READ.format(self.configs[adapter].domain_components, self.info.name), stacklevel=2)
+
+
+class StaticPrompts(StoredPrompts):
+    """A block before which the same stored prompts are written in every row. A method supplies `initial_values`.
 
     The first of `adapter_layer_names` holds the prompts (slots, width).
     """
@@ -41,8 +140,7 @@ class StaticPrompts(SequenceLayer):
 
     def stored(self, adapter: str, call: Call) -> Tensor | None:
         """The prompts of one adapter (slots, width), None if it writes none here."""
-        prompts = getattr(self, self.adapter_layer_names[0])
-        return prompts.get(adapter)
+        return self.stored_values.get(adapter)
 
     def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
         found = self.stored(adapter, call)
@@ -60,3 +158,20 @@ class StaticPrompts(SequenceLayer):
         writes = torch.tensor([found.get(name) is not None for name in rows.names], device=tokens.device)
         index = rows.index(tokens.shape[0], tokens.device)
         self._merge(call, bank[index], counts[index], writes[index])
+
+
+class StaticTuner(SequenceTuner):
+    """Puts `StoredPrompts` around the blocks of a stack, and reads the training data for prompts that wait for them."""
+
+    def read_data(self, batches: Iterable[Mapping[str, Any]], epoch: int) -> None:
+        """Read the training data before the first epoch (`peft_lab.ReadTrainingData`), if prompts wait for them."""
+        from peft_lab.domain_start import domain_prompts
+
+        layers = [module for module in self.model.modules() if isinstance(module, StoredPrompts)]
+        if epoch == 0 and any(not layer.waiting.isdisjoint(layer.active_adapters) for layer in layers):
+            domain_prompts(self.model, batches)
+
+
+def register_static(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None:
+    """`peft_lab.registry.register` for a method of stored prompts."""
+    register(info, config_cls, layer_cls, StaticTuner)

@@ -29,6 +29,9 @@ ON_OPS = [name for name in OWN if name not in SEQUENCE]
 ON_BLOCKS = [*SEQUENCE, *IMAGES]
 #: All of them, and those of peft-lab; `text_or_image` names a family of `backbones.TINY` that goes with each.
 EVERY, EVERY_OWN = [*METHODS, *IMAGES], [*OWN, *IMAGES]
+#: Those whose values come from the training data: in a test, from `fill`.
+UNTRAINED = [name for name in OWN if registry.method(name).can("untrained")]
+TRAINED = [name for name in OWN if name not in UNTRAINED]
 #: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets.
 NO_SEQUENCE = ("convnext", "resnet", "efficientnet", "mobilenet_v2")
 #: Families of `backbones.TINY` that classify images and have a place for prompts.
@@ -59,7 +62,16 @@ def adapt(method: str, model: nn.Module, seed: int = 0, **fields: Any) -> Any:
     """A copy of `model` with a fresh adapter on it, in evaluation mode."""
     torch.manual_seed(seed)
     model = copy.deepcopy(model)
-    return get_peft_model(model, config(method, model, **fields)).eval()
+    return fill(get_peft_model(model, config(method, model, **fields))).eval()
+
+
+@torch.no_grad()
+def fill(model: Any) -> Any:
+    """Give some values to what an adapter would take from training data."""
+    if model.peft_config["default"].peft_type.lower() in UNTRAINED:
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_()
+    return model
 
 
 def adapter_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
