@@ -37,6 +37,7 @@ CAPABILITIES = {
     "identity_start": "starts bit-exactly at the base model with its default configuration",
     "images": "is made for images alone",
     "image_logits": "gives the logits of an image classifier in place of its head",
+    "keeps_head": "keeps the head that an image classifier was trained with",
     "dtype_bound": "is only valid on base weights of the dtype it was trained on",
 }
 
@@ -136,6 +137,7 @@ _CONFIG_BASES = {
     "AdapterConfig": "config.py",
     "SequenceConfig": "sequence_tuner.py",
     "StaticConfig": "static_prompts.py",
+    "MappedHeadConfig": "mapped_head.py",
 }
 #: Fields that peft or peft-lab fills in; a user never sets them as method arguments.
 _MACHINE_FIELDS = frozenset(

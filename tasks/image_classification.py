@@ -62,6 +62,9 @@ class ImageClassification(ClassificationKind):
             processor.do_center_crop = False
         return processor
 
+    def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:
+        return super().adapter_settings(processor, labels) | _pixel_statistics(processor)
+
     def preprocess(self, rows: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
         # both columns have names of the model's forward, so that Trainer leaves them in place for the transform
         rows = rows.rename_columns({"image": "pixel_values", "label": "labels"})
@@ -99,6 +102,16 @@ def _open(value: Any) -> Any:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise TaskError(f'"{value}" cannot be read as an image: {error}.') from error
+
+
+def _pixel_statistics(processor: Any) -> dict[str, list[float]]:
+    """Mean and standard deviation by channel, in units of white, that a processor normalises by: found by using it."""
+    from PIL import Image
+
+    images = [Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 255)]
+    black, white = processor(images, return_tensors="pt")["pixel_values"].flatten(2).double().quantile(0.5, dim=2)
+    mean, std = -black / (white - black), 1 / (white - black)
+    return {"image_mean": mean.tolist(), "image_std": std.tolist()}
 
 
 def _has_fixed_grid(model_name_or_path: str, hub_kwargs: dict[str, Any]) -> bool:

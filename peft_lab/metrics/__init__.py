@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 #: Our own, each a folder beside this file.
 METRICS = (
     "accuracy",
+    "ece",
     "exact_match",
     "f1",
     "matthews_correlation",
@@ -27,6 +28,9 @@ METRICS = (
     "perplexity",
     "spearmanr",
 )
+
+#: Those of ours that take the probabilities of the classes, (n, classes), in the place of the predicted class.
+PROBABILITIES = frozenset({"ece"})
 
 #: What the evaluate library keeps on the Hub under its own account and what takes plain predictions and references.
 HUB_METRICS = (
@@ -49,6 +53,7 @@ HUB_METRICS = (
 
 _LOWER_IS_BETTER = frozenset(
     (
+        "ece",
         "perplexity",
         "loss",
         "brier_score",
