@@ -66,16 +66,14 @@ class MappedHeadConfig(AdapterConfig):
         default="iterative",
         metadata={
             "help": "Source class of each target: `iterative` (by counts on the training data, anew at each epoch), "
-            "`frequency` (once, without the prompt), `random`, or `first` (target k is source k).",
-            "other": "random",
+            "`frequency` (once, without the prompt), `random`, or `first` (target k is source k)."
         },
     )
     sparsity: float = field(
         default=0.0,
         metadata={
             "help": "Share of the base's linear and convolution weights set to zero while the adapter is on it, the "
-            "smallest ones; the head is spared.",
-            "other": 0.5,
+            "smallest ones; the head is spared."
         },
     )
 
@@ -285,7 +283,9 @@ class MappedHead(AdapterLayer):
         self.counting = True
         try:
             for batch in batches:
-                logits = self.whole[0](pixel_values=batch["pixel_values"]).logits
+                # a Trainer's autocast is around the whole adapter only
+                images = batch["pixel_values"].to(self.base_weight.dtype)
+                logits = self.whole[0](pixel_values=images).logits
                 counts += (logits.argmax(-1) * targets + batch["labels"]).cpu().bincount(minlength=len(counts))
         finally:
             self.counting = False

@@ -18,6 +18,7 @@ from peft import (
 from properties import (
     IMAGE_LOGITS,
     IMAGES,
+    KEEPS_HEAD,
     METHODS,
     NO_SEQUENCE,
     OWN,
@@ -55,7 +56,7 @@ def base(models, family):
     return models[family]
 
 
-@pairs(OWN, TINY)
+@pairs([*OWN, *KEEPS_HEAD], TINY)
 @torch.no_grad()
 def test_life_of_an_adapter(base, method, family, tmp_path):
     """Start, effect, disabling, saving, loading, merging and unmerging on one model."""
@@ -105,12 +106,12 @@ def _all_equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-@pairs(METHODS, TINY)
+@pairs([*METHODS, *KEEPS_HEAD], TINY)
 def test_only_what_is_declared_trains(base, method, family):
     if (method, family) == ("lora", "mobilenet_v2"):
         pytest.skip("peft's LoRA layer hides the stride that MobileNetV2 reads to pad")
     model = adapt(method, base).train()
-    heads = [] if method in IMAGE_LOGITS else roles.head_modules(base)
+    heads = [] if method in (*IMAGE_LOGITS, *KEEPS_HEAD) else roles.head_modules(base)
     assert set(model.peft_config["default"].modules_to_save or ()) == set(heads)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -162,7 +163,7 @@ def test_file_holds_exactly_the_adapter_and_the_head(base, method, family, tmp_p
     ]
 
 
-@pairs(OWN, MAIN)
+@pairs([*OWN, *KEEPS_HEAD], MAIN)
 def test_every_way_to_load_gives_the_same(base, method, family, tmp_path):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))
@@ -194,7 +195,7 @@ def test_auto_peft_model(method, tmp_path):
     assert torch.equal(output(loaded, tiny_inputs(base)), expected)
 
 
-@own
+@pytest.mark.parametrize("method", [*OWN, *KEEPS_HEAD])
 def test_transformers_own_adapter_methods(method, tmp_path):
     base = TINY["vit"]()
     inputs = tiny_inputs(base)
@@ -218,7 +219,7 @@ def test_transformers_own_adapter_methods(method, tmp_path):
     assert torch.equal(output(again, inputs), first)
 
 
-@pairs(OWN, MAIN)
+@pairs([*OWN, *KEEPS_HEAD], MAIN)
 def test_several_adapters_on_one_model(base, method, family):
     inputs = tiny_inputs(base)
     model = adapt(method, base)
@@ -272,7 +273,7 @@ def test_generation_with_one_adapter_a_row(base, method, family, beams):
     assert torch.equal(mixed[0, : alone.shape[1]], alone[0, : mixed.shape[1]])
 
 
-@pairs(OWN, MAIN)
+@pairs([*OWN, *KEEPS_HEAD], MAIN)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentrant):
     if not base.supports_gradient_checkpointing:
@@ -299,7 +300,7 @@ def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentr
     assert compared or reentrant
 
 
-@pairs(OWN, MAIN)
+@pairs([*OWN, *KEEPS_HEAD], MAIN)
 def test_bfloat16_base_with_float32_adapter(base, method, family):
     model = adapt(method, copy.deepcopy(base).to(torch.bfloat16))
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
@@ -311,7 +312,7 @@ def test_bfloat16_base_with_float32_adapter(base, method, family):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
 
 
-@pairs(OWN, MAIN)
+@pairs([*OWN, *KEEPS_HEAD], MAIN)
 def test_autocast_keeps_gradients_finite(base, method, family):
     model = adapt(method, base).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -320,7 +321,7 @@ def test_autocast_keeps_gradients_finite(base, method, family):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
 
 
-@pairs(OWN, ["bert", "vit", "llama"])
+@pairs([*OWN, *KEEPS_HEAD], ["bert", "vit", "llama"])
 def test_compiled_equals_eager(base, method, family):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))
@@ -333,7 +334,7 @@ def test_compiled_equals_eager(base, method, family):
     assert_close(output(compiled, inputs), output(model, inputs))
 
 
-CONFIGS = {m: registry.config_class(m).__dataclass_fields__ for m in (*OWN, *IMAGES)}
+CONFIGS = {m: registry.config_class(m).__dataclass_fields__ for m in (*OWN, *IMAGES, *KEEPS_HEAD)}
 FIELDS = [(m, f) for m, fields in CONFIGS.items() for f in fields.values() if "other" in f.metadata]
 
 
