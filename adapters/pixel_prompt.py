@@ -185,7 +185,7 @@ class PixelPromptLayer(MappedHead):
         """Where the pixels of an adapter are on this model's images.
 
         Raises:
-            ConfigError: the sizes leave no image or no border.
+            ConfigError: the sizes leave no image or no border, or a statistic is not one number for each channel.
         """
         vision = getattr(self.settings, "vision_config", self.settings)
         own = getattr(vision, "image_size", None) or _IMAGE_SIZE
@@ -200,17 +200,22 @@ class PixelPromptLayer(MappedHead):
         if not (0 < inner < size or config.program == "full"):
             named = f"inner_size={inner}" if config.inner_size is not None else f"border={(size - inner) // 2}"
             raise ConfigError(f"{named} leaves no place for the image or the border on images of {size} pixels.")
-        return Canvas(getattr(vision, "num_channels", 3), size, inner)
+        channels = getattr(vision, "num_channels", 3)
+        for name in ("image_mean", "image_std"):
+            given = getattr(config, name)
+            if given is not None and len(given) != channels:
+                raise ConfigError(f"{name}={given} must have one number for each of the {channels} channels.")
+        return Canvas(channels, size, inner)
 
     def prompted(self, adapter: str, images: Tensor) -> Tensor:
         config, values = self.configs[adapter], self.pixel_prompt_program[adapter]
         canvas = self.canvas(config)
         if config.program != "frame":
             images = resized(images, canvas.size)
-            return images + canvas.image(values).to(images.dtype)
+            return images + canvas.image(values).to(images)
         mean, std = (_column(given, canvas.channels, values) for given in (config.image_mean, config.image_std))
         border = canvas.image((values.sigmoid() - mean) / std)
-        return canvas.frame(images) + border.to(images.dtype)
+        return canvas.frame(images) + border.to(images)
 
 
 def _column(given: list[float] | None, channels: int, like: Tensor) -> Tensor:

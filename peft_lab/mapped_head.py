@@ -231,7 +231,7 @@ class MappedHead(AdapterLayer):
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         if adapter is None or kwargs.get("pixel_values") is None:
             return None
-        if self.training and adapter in self.unread and self._has_moved(adapter):
+        if self.training and not self.counting and adapter in self.unread and self._has_moved(adapter):
             raise ConfigError(
                 f'mapping="{self.configs[adapter].mapping}" reads the training data, and nobody has handed them over: '
                 "add peft_lab.ReadTrainingData() to the callbacks of the Trainer."
@@ -248,7 +248,7 @@ class MappedHead(AdapterLayer):
         logits, adapter = self.base_layer(x, *args, **kwargs), first.current
         if adapter is None or first.counting:
             return logits
-        return logits[..., first.mappings[adapter]]
+        return logits[..., first.mappings[adapter].to(logits.device)]
 
     # Training data ----------------------------------------------------------------------------------------------
 
