@@ -42,6 +42,7 @@ METHOD = MethodInfo(
 PROGRAMS = ("frame", "pad", "full")
 #: Image size of a model whose config names none.
 _IMAGE_SIZE = 224
+_LARGEST = 2048
 #: Width of the border at 224 pixels: around an image of 128 (ILM-VP), on the image (Bahng).
 _BORDERS = {"frame": 48, "pad": 30}
 
@@ -79,6 +80,7 @@ class PixelPromptConfig(MappedHeadConfig):
         default=None,
         metadata={
             "help": "Side of the image that the model sees; nothing means its config's, or 224.",
+            "most": _LARGEST,
             "untried": "a backbone of one size",
         },
     )
@@ -115,6 +117,8 @@ class PixelPromptConfig(MappedHeadConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1.")
+        if self.image_size is not None and self.image_size > _LARGEST:
+            raise ConfigError(f"image_size={self.image_size} is larger than {_LARGEST}, which no classifier takes.")
         if not 0 <= self.init_std <= 10:
             raise ConfigError(f"init_std={self.init_std} must be between 0 and 10.")
         if self.image_std is not None and not all(value > 0 for value in self.image_std):

@@ -73,7 +73,7 @@ class Kind:
 
     def load_classifier(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> PreTrainedModel:
         """The backbone with the head that it was trained with; raises `ConfigError` if it has none."""
-        raise ConfigError(f'Kind "{self.name}" has no backbones with a trained head of classes.')
+        raise ConfigError(f'A method that keeps the head of an image classifier does not go with kind "{self.name}".')
 
     def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:
         """What a method may have to know of processor and labels, by the names of the config fields that hold it."""
@@ -145,19 +145,6 @@ class ClassificationKind(Kind):
         for key in sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get("mismatched_keys", ())):
             if key.startswith(body):
                 raise TaskError(f'"{model_name_or_path}": the shape of its weight {key} does not fit its own config.')
-        return model
-
-    def load_classifier(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> PreTrainedModel:
-        hub_kwargs.setdefault("dtype", self.default_dtype)
-        model, info = self.auto_class().from_pretrained(
-            model_name_or_path, problem_type=task.problem_type, output_loading_info=True, **hub_kwargs
-        )
-        missing = sorted(info.get("missing_keys", ()))
-        if missing:
-            raise ConfigError(
-                f'"{model_name_or_path}" brings no trained head ({missing[0]} is not in its weights), and the method '
-                "keeps the head; choose a backbone that was trained to classify."
-            )
         return model
 
     def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:

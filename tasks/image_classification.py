@@ -7,11 +7,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft_lab.errors import TaskError
+from peft_lab.errors import ConfigError, TaskError
 from peft_lab.kind import ClassificationKind, Record
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
     from peft_lab.task import Task
 
@@ -61,6 +62,19 @@ class ImageClassification(ClassificationKind):
             processor.size = {"height": task.image_size, "width": task.image_size}
             processor.do_center_crop = False
         return processor
+
+    def load_classifier(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> PreTrainedModel:
+        hub_kwargs.setdefault("dtype", self.default_dtype)
+        model, info = self.auto_class().from_pretrained(
+            model_name_or_path, problem_type=task.problem_type, output_loading_info=True, **hub_kwargs
+        )
+        missing = sorted(info.get("missing_keys", ()))
+        if missing:
+            raise ConfigError(
+                f'"{model_name_or_path}" brings no trained head ({missing[0]} is not in its weights), and the method '
+                "keeps the head; choose a backbone that was trained to classify."
+            )
+        return model
 
     def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:
         return super().adapter_settings(processor, labels) | _pixel_statistics(processor)

@@ -344,6 +344,19 @@ def test_layers_of_zeros_alone_are_not_counted_as_pruned():
     assert share == pytest.approx(0.5, abs=0.01)
 
 
+@torch.no_grad()
+def test_a_copy_is_a_model_of_its_own():
+    base = ViT(_vit_config(9))
+    model = put_on(base, labels=["a", "b"], mapping="random", sparsity=0.5)
+    inputs = tiny_inputs(base)
+    before, other = output(model, inputs), copy.deepcopy(model)
+    move(other)
+    head_of(other).pixel_prompt_mapping["default"].copy_(torch.tensor([8, 7]))
+    assert not torch.allclose(output(other, inputs), before, atol=1e-4)
+    assert equal_weights(other.unload(), base)
+    assert torch.equal(output(model, inputs), before)
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +371,7 @@ def test_layers_of_zeros_alone_are_not_counted_as_pruned():
         ({"border": 8}, "border=8 leaves no place .* 16 pixels"),
         ({"inner_size": 16}, "inner_size=16 leaves no place"),
         ({"border": 0}, "border=0 must be at least 1"),
+        ({"image_size": 5000}, "image_size=5000 is larger than 2048"),
         ({"init_std": -1.0}, "init_std=-1.0 must be between"),
         ({"image_std": [1.0, 0.0, 1.0]}, "must be positive"),
         ({"image_mean": [0.5]}, "one number for each of the 3 channels"),
@@ -545,6 +559,16 @@ def test_a_backbone_without_a_trained_head_or_with_too_few_classes_is_refused(ta
         run(task, bare, tmp_path / "run")
     with pytest.raises(ConfigError, match="tells 2 apart, the task 3"):
         run(task, small, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["text_classification", "causal_lm"])
+def test_tasks_of_text_are_refused(kind, tmp_path):
+    from tiny_runs import make_backbone, make_decoder, make_task, make_writing_task
+
+    words = make_task(tmp_path) if kind == "text_classification" else make_writing_task(tmp_path)
+    folder = make_backbone(tmp_path / "base") if kind == "text_classification" else make_decoder(tmp_path / "base")
+    with pytest.raises(ConfigError, match=f'keeps the head of an image classifier does not go with kind "{kind}"'):
+        run(words, folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize("method", KEEPS_HEAD)
