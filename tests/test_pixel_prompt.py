@@ -177,14 +177,16 @@ def counted(model, batches, sources, targets):
 def test_mapping_counts_what_the_base_says_under_the_prompt(mapping):
     """Class 1 has no image, and `frequency` counts without the prompt, whatever the pixels start at."""
     base = ViT(_vit_config(7))
-    model = put_on(base, labels=["a", "b", "c"], mapping=mapping, program="full", init_std=3.0)
+    model = put_on(base, labels=["a", "b", "c"], mapping=mapping, program="full", init_std=10.0)
     values = next(iter(adapter_parameters(model).values())).detach().clone()
     batches = marked_batches(base)
-    shown = values.reshape(3, 16, 16) if mapping == "iterative" else torch.zeros(3, 16, 16)
-    counts = counted(base, [{**b, "pixel_values": b["pixel_values"] + shown} for b in batches], 7, 3)
+    prompts = {"iterative": values.reshape(3, 16, 16), "frequency": torch.zeros(3, 16, 16)}
+    shown = {way: [{**b, "pixel_values": b["pixel_values"] + p} for b in batches] for way, p in prompts.items()}
+    expected = {way: brute_force(counted(base, seen, 7, 3)) for way, seen in shown.items()}
+    assert expected["iterative"] != expected["frequency"]
     head_of(model).read_data(iter(batches), 0)
     found = head_of(model).pixel_prompt_mapping["default"].tolist()
-    assert found == brute_force(counts)
+    assert found == expected[mapping]
     assert len({*found}) == 3
     assert torch.equal(next(iter(adapter_parameters(model).values())), values)
     logits = output(model, batches[0])
@@ -192,8 +194,8 @@ def test_mapping_counts_what_the_base_says_under_the_prompt(mapping):
         source = base(batches[0]["pixel_values"] + values.reshape(3, 16, 16)).logits
     torch.testing.assert_close(logits, source[:, found])
 
-    move(model, scale=5.0)
-    head_of(model).read_data(iter(batches), 1)
+    swapped = [{**b, "labels": 2 - b["labels"]} for b in batches]
+    head_of(model).read_data(iter(swapped), 1)
     again = head_of(model).pixel_prompt_mapping["default"].tolist()
     assert (again == found) == (mapping == "frequency")
 
@@ -217,7 +219,7 @@ def test_random_mapping_is_injective_and_drawn():
     assert head.pixel_prompt_mapping["default"].tolist() == [0, 1, 2]
 
 
-def test_training_without_the_data_that_the_mapping_needs_is_an_error():
+def test_training_without_the_data_that_the_mapping_needs_is_an_error(tmp_path):
     base = TINY["vit"]()
     model = put_on(base, labels=["a", "b"]).train()
     inputs = {**tiny_inputs(base), "labels": torch.tensor([0, 1])}
@@ -228,6 +230,8 @@ def test_training_without_the_data_that_the_mapping_needs_is_an_error():
         model(**inputs)
     head_of(model).read_data([inputs], 0)
     model(**inputs)
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True).train()(**inputs)  # has a mapping
 
 
 # The kept head, disabling, several adapters, the pruned base ---------------------------------------------------------
