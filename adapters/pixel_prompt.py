@@ -35,7 +35,7 @@ METHOD = MethodInfo(
     config="PixelPromptConfig",
     roles=("head",),
     capabilities=("images", "keeps_head"),
-    learning_rate=1e-2,
+    learning_rate=1e-1,
     budget=(1.02, 1.02),
 )
 
