@@ -174,10 +174,10 @@ def usage(folder: str, info: MethodInfo, kind: Kind, labels: int | None, by_path
         return f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{folder}")'
     if not by_path:
         return f'from peft_lab.loading import load\nmodel = load("{folder}").model'
-    options = "" if labels is None else f", num_labels={labels}"
+    options = "" if labels is None or info.can("keeps_head") else f", num_labels={labels}"
     if kind.task_type is None:
         # peft loads the class that the base was; a head for other labels is replaced by the saved one
-        auto, options = "AutoModel", options + (", ignore_mismatched_sizes=True" if labels is not None else "")
+        auto, options = "AutoModel", f"{options}, ignore_mismatched_sizes=True" if options else ""
     auto = auto.replace("AutoModel", "AutoPeftModel")
     return f'{_ours(info)}from peft import {auto}\nmodel = {auto}.from_pretrained("{folder}"{options})'
 

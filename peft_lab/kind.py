@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft_lab.errors import TaskError
+from peft_lab.errors import ConfigError, TaskError
 from peft_lab.items import Items
-from peft_lab.metrics import load_metric
+from peft_lab.metrics import PROBABILITIES, load_metric
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,6 +71,14 @@ class Kind:
         """The backbone with a head for the task."""
         raise NotImplementedError
 
+    def load_classifier(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> PreTrainedModel:
+        """The backbone with the head that it was trained with; raises `ConfigError` if it has none."""
+        raise ConfigError(f'A method that keeps the head of an image classifier does not go with kind "{self.name}".')
+
+    def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:
+        """What a method may have to know of processor and labels, by the names of the config fields that hold it."""
+        return {}
+
     def preprocess(self, rows: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
         """Rows as `Trainer` takes them: columns are arguments of the model's forward, and `labels`."""
         raise NotImplementedError
@@ -111,7 +119,7 @@ class ClassificationKind(Kind):
     def metrics(self, problem_type: str) -> tuple[str, ...]:
         if problem_type == "regression":
             return ("pearsonr", "spearmanr")
-        return ("accuracy", "f1", "matthews_correlation")
+        return ("accuracy", "f1", "matthews_correlation", "ece")
 
     def load_model(
         self, model_name_or_path: str, task: Task, labels: Sequence[str] | None, **hub_kwargs: Any
@@ -139,6 +147,9 @@ class ClassificationKind(Kind):
                 raise TaskError(f'"{model_name_or_path}": the shape of its weight {key} does not fit its own config.')
         return model
 
+    def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:
+        return {"labels": list(labels)} if labels is not None else {}
+
     def compute_metrics(self, task: Task, labels: Sequence[str] | None) -> Callable[[EvalPrediction], dict[str, float]]:
         modules = {name: load_metric(name) for name in task.metrics}
 
@@ -151,8 +162,9 @@ class ClassificationKind(Kind):
             for name, module in modules.items():
                 average = "binary" if labels is not None and len(labels) == 2 else "macro"
                 options = {"average": average, "labels": list(range(len(labels or ())))} if name == "f1" else {}
+                given = _probabilities(logits) if name in PROBABILITIES else predicted
                 found |= plain_results(
-                    name, module.compute(predictions=predicted, references=prediction.label_ids, **options)
+                    name, module.compute(predictions=given, references=prediction.label_ids, **options)
                 )
             return found
 
@@ -160,14 +172,14 @@ class ClassificationKind(Kind):
 
     def items(self, prediction: EvalPrediction) -> Items:
         import numpy as np
-        from scipy.special import softmax
 
         logits = prediction.predictions
         logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float32)
         references: Any = prediction.label_ids
         if logits.shape[-1] == 1:
             return Items("regression", {"reference": references.reshape(-1), "prediction": logits.reshape(-1)})
-        columns = {"reference": references, "prediction": logits.argmax(-1), "confidence": softmax(logits, -1).max(-1)}
+        confidence = _probabilities(logits).max(-1)
+        columns = {"reference": references, "prediction": logits.argmax(-1), "confidence": confidence}
         return Items("classification", columns)
 
     def records(self, logits: Any, model: Any) -> list[Record]:
@@ -195,6 +207,14 @@ class ClassificationKind(Kind):
         finally:
             model.train(training)
         return found
+
+
+def _probabilities(logits: Any) -> Any:
+    """Probabilities of the classes, float32 (n, classes)."""
+    import numpy as np
+    from scipy.special import softmax
+
+    return softmax(np.asarray(logits, dtype=np.float32), -1)
 
 
 def plain_results(name: str, results: Mapping[str, Any]) -> dict[str, float]:

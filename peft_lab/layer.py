@@ -89,6 +89,9 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         """The output where each row has its own `row_fields`; see `peft_lab.rows.RowLayer`."""
         raise NotImplementedError
 
+    def check_values(self, adapter: str, values: Mapping[str, Tensor]) -> None:
+        """Raise `ConfigError` where the tensors of an adapter's file, by name, are not such as the method makes."""
+
     # What is the same for all -----------------------------------------------------------------------------------
 
     def row_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:

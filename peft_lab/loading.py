@@ -31,9 +31,15 @@ if TYPE_CHECKING:
 
 
 def load_base(
-    kind: Any, task: Task, labels: Any, name: str, revision: str | None = None, dtype: str | None = None
+    kind: Any,
+    task: Task,
+    labels: Any,
+    name: str,
+    revision: str | None = None,
+    dtype: str | None = None,
+    keep_head: bool = False,
 ) -> tuple[Any, PreTrainedModel]:
-    """Processor and model of a backbone for a task.
+    """Processor and model of a backbone for a task, with a head for its labels or the one it was trained with.
 
     Raises:
         ConfigError: there is no such backbone, or it does not fit the kind of task.
@@ -42,7 +48,11 @@ def load_base(
     hub: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         processor = kind.load_processor(path, task, **hub)
-        model = kind.load_model(path, task, labels, **hub, **({"dtype": dtype} if dtype else {}))
+        options = {**hub, **({"dtype": dtype} if dtype else {})}
+        if keep_head:
+            model = kind.load_classifier(path, task, **options)
+        else:
+            model = kind.load_model(path, task, labels, **options)
     except PeftLabError:
         raise
     except (OSError, ValueError, ImportError) as error:
@@ -56,17 +66,22 @@ def _why_not(name: str, kind: Any, error: Exception) -> str:
 
 
 def adapt(
-    model: PreTrainedModel, info: MethodInfo, args: Mapping[str, Any], task_type: str | None = None
+    model: PreTrainedModel,
+    info: MethodInfo,
+    args: Mapping[str, Any],
+    task_type: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Put a method on a model, or for a baseline choose which of the model's own weights are trained.
 
-    A baseline trains the modules that play its `roles`, or everything if it names none.
+    A baseline trains the modules that play its `roles`, or everything if it names none. `settings` are values for
+    those config fields that the method has of them, such as `Kind.adapter_settings` gives; `args` come first.
 
     Raises:
         ConfigError: nothing would be trained.
     """
     if info.kind != "baseline":
-        config = registry.make_config(info.name, args, model=model, task_type=task_type)
+        config = registry.make_config(info.name, args, model=model, task_type=task_type, **settings or {})
         try:
             adapted = get_peft_model(model, config)
         except PeftLabError:
@@ -149,7 +164,7 @@ def load(
     dtype = dtype or run.get("dtype")
     revision = run.get("model_revision") if model_name_or_path is None else None
     base = model_name_or_path or base_of(folder, run, download)
-    processor, bare = load_base(kind, found, labels, base, revision, dtype)
+    processor, bare = load_base(kind, found, labels, base, revision, dtype, keeps_head(folder))
     model: Any = bare
     if (folder / run_folder.ADAPTER_CONFIG).is_file():
         model = load_adapter(bare, folder, allow_other_base=allow_other_base)
@@ -231,6 +246,13 @@ def _put_on(model: Any, base: Any, folder: Path, scratch: Path, adapter_name: st
     if not own:
         _check_complete(model, guard.read_header(source / run_folder.ADAPTER_WEIGHTS), adapter_name)
     return model
+
+
+def keeps_head(folder: Path) -> bool:
+    """Whether the adapter in a folder is for a base with the head that it was trained with."""
+    name = str(guard.read_json(folder / run_folder.ADAPTER_CONFIG).get("peft_type", "")).lower()
+    info = registry.methods().get(name)
+    return info is not None and info.can("keeps_head")
 
 
 def _base_name(base: Any) -> str:

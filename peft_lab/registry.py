@@ -38,6 +38,7 @@ CAPABILITIES = {
     "images": "is made for images alone",
     "image_logits": "gives the logits of an image classifier in place of its head",
     "untrained": "takes its own values from the training data, and trains the task head alone",
+    "keeps_head": "keeps the head that an image classifier was trained with",
     "dtype_bound": "is only valid on base weights of the dtype it was trained on",
 }
 
@@ -140,6 +141,7 @@ _CONFIG_BASES = {
     "AdapterConfig": "config.py",
     "SequenceConfig": "sequence_tuner.py",
     "StaticConfig": "static_prompts.py",
+    "MappedHeadConfig": "mapped_head.py",
 }
 #: Fields that peft or peft-lab fills in; a user never sets them as method arguments.
 _MACHINE_FIELDS = frozenset(

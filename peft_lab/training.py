@@ -245,10 +245,12 @@ class _Run:
             self.config.model_name_or_path,
             self.config.model_revision,
             self.config.dtype,
+            self.info.can("keeps_head"),
         )
-        self.head_modules = roles.head_modules(base)
+        self.head_modules = [] if self.info.can("keeps_head") else roles.head_modules(base)
         set_seed(seed)  # the backbone's own random draws must not shift the adapter's
-        self.model = adapt(base, self.info, self.config.method_args, self.kind.task_type)
+        settings = self.kind.adapter_settings(self.processor, self.labels)
+        self.model = adapt(base, self.info, self.config.method_args, self.kind.task_type, settings)
         limits = (self.config.max_train_samples, self.config.max_eval_samples, self.config.max_test_samples)
         parts = (self.splits.train, self.splits.validation, self.splits.test)
         named = zip(("train", "validation", "test"), parts, limits, strict=True)

@@ -237,9 +237,17 @@ def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Te
             raise ConfigError(
                 f'Adapter entry "{key}" has shape {list(state[key].shape)}, expected {list(known[key].shape)}.'
             )
+        if not known[key].is_floating_point() and known[key].dtype != state[key].dtype:
+            raise ConfigError(f'Adapter entry "{key}" holds {state[key].dtype}, expected {known[key].dtype}.')
     for key, value in state.items():
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
+        whole = key in ours and not known[key].is_floating_point()  # a table of indices
+        if not whole and not (value.is_floating_point() and bool(value.isfinite().all())):
             raise ConfigError(f'Adapter entry "{key}" holds values that are not finite numbers; train it again.')
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterLayer) and adapter in module.configs:
+            names = (*module.adapter_layer_names, *module.other_param_names)
+            keys = {name: f"{path}.{name}.{adapter}" for name in names}
+            module.check_values(adapter, {name: state[key] for name, key in keys.items() if key in state})
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:

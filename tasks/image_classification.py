@@ -7,11 +7,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft_lab.errors import TaskError
+from peft_lab.errors import ConfigError, TaskError
 from peft_lab.kind import ClassificationKind, Record
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
     from peft_lab.task import Task
 
@@ -62,6 +63,22 @@ class ImageClassification(ClassificationKind):
             processor.do_center_crop = False
         return processor
 
+    def load_classifier(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> PreTrainedModel:
+        hub_kwargs.setdefault("dtype", self.default_dtype)
+        model, info = self.auto_class().from_pretrained(
+            model_name_or_path, problem_type=task.problem_type, output_loading_info=True, **hub_kwargs
+        )
+        missing = sorted(info.get("missing_keys", ()))
+        if missing:
+            raise ConfigError(
+                f'"{model_name_or_path}" brings no trained head ({missing[0]} is not in its weights), and the method '
+                "keeps the head; choose a backbone that was trained to classify."
+            )
+        return model
+
+    def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:
+        return super().adapter_settings(processor, labels) | _pixel_statistics(processor)
+
     def preprocess(self, rows: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
         # both columns have names of the model's forward, so that Trainer leaves them in place for the transform
         rows = rows.rename_columns({"image": "pixel_values", "label": "labels"})
@@ -99,6 +116,16 @@ def _open(value: Any) -> Any:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise TaskError(f'"{value}" cannot be read as an image: {error}.') from error
+
+
+def _pixel_statistics(processor: Any) -> dict[str, list[float]]:
+    """Mean and standard deviation by channel, in units of white, that a processor normalises by: found by using it."""
+    from PIL import Image
+
+    images = [Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 255)]
+    black, white = processor(images, return_tensors="pt")["pixel_values"].flatten(2).double().quantile(0.5, dim=2)
+    mean, std = -black / (white - black), 1 / (white - black)
+    return {"image_mean": mean.tolist(), "image_std": std.tolist()}
 
 
 def _has_fixed_grid(model_name_or_path: str, hub_kwargs: dict[str, Any]) -> bool:

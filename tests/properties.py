@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from backbones import tiny_inputs
 from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_lab import registry
 
 _ALL = [name for name, info in registry.methods().items() if info.kind not in ("peft", "baseline")]
+#: Those that keep the head of an image classifier: in none of the next lists.
+KEEPS_HEAD = [name for name in _ALL if registry.method(name).can("keeps_head")]
 #: Those that are for images alone: in `pairs`, `ON_BLOCKS` and `EVERY`, and in none of the other lists.
-IMAGES = [name for name in _ALL if registry.method(name).can("images")]
+IMAGES = [name for name in _ALL if registry.method(name).can("images") and name not in KEEPS_HEAD]
 #: Those that leave the head of an image classifier untrained.
 IMAGE_LOGITS = [name for name in IMAGES if registry.method(name).can("image_logits")]
 #: Every other registered method with an adapter of its own; LoRA stands among them as the yardstick.
-METHODS = [name for name in _ALL if name not in IMAGES]
+METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD)]
 #: Those built on peft-lab's shared layers.
 OWN = [name for name in METHODS if registry.method(name).module.startswith("peft_lab.")]
 #: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
@@ -36,6 +39,8 @@ TRAINED = [name for name in OWN if name not in UNTRAINED]
 NO_SEQUENCE = ("convnext", "resnet", "efficientnet", "mobilenet_v2")
 #: Families of `backbones.TINY` that classify images and have a place for prompts.
 IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
+#: Those that classify images.
+CLASSIFIERS = (*IMAGE_CLASSIFIERS, "swin", *NO_SEQUENCE)
 #: Those with a place for a branch between attention and MLP.
 PRE_NORM = (*IMAGE_CLASSIFIERS, "dinov3_vit", "clip", "siglip")
 
@@ -54,15 +59,20 @@ def pairs(methods: Iterable[str], families: Iterable[str]) -> pytest.MarkDecorat
     """Parametrise a test over methods and the families of backbones that they go with."""
     families = list(families)
     found = [(m, f) for f in families for m in methods if not (m in SEQUENCE and f in NO_SEQUENCE)]
+    found = [(m, f) for m, f in found if m not in KEEPS_HEAD or f in CLASSIFIERS]
     found += [(m, f) for f in families for m in IMAGES if f in (IMAGE_CLASSIFIERS if m in IMAGE_LOGITS else PRE_NORM)]
     return pytest.mark.parametrize(("method", "family"), found)
 
 
 def adapt(method: str, model: nn.Module, seed: int = 0, **fields: Any) -> Any:
-    """A copy of `model` with a fresh adapter on it, in evaluation mode."""
+    """A copy of `model` with a fresh adapter on it, which has read data if it wants to; in evaluation mode."""
     torch.manual_seed(seed)
     model = copy.deepcopy(model)
-    return fill(get_peft_model(model, config(method, model, **fields))).eval()
+    adapted = fill(get_peft_model(model, config(method, model, **fields))).eval()
+    for module in adapted.modules() if method in KEEPS_HEAD else ():
+        if hasattr(type(module), "read_data"):
+            module.read_data([{**tiny_inputs(model), "labels": torch.arange(2)}], 0)
+    return adapted
 
 
 @torch.no_grad()

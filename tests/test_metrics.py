@@ -53,7 +53,7 @@ def test_a_shipped_metric_equals_its_reference(name: str, data: Any, expected: A
 
 
 def test_every_metric_has_a_case_or_a_test_of_its_own() -> None:
-    assert {name for name, _, _ in CASES} | {"perplexity", "rouge_l"} == set(METRICS)
+    assert {name for name, _, _ in CASES} | {"ece", "perplexity", "rouge_l"} == set(METRICS)
     folders = {path.name for path in Path(load_metric.__code__.co_filename).parent.iterdir() if path.is_dir()}
     assert set(METRICS) <= folders
 
@@ -64,6 +64,22 @@ def test_perplexity_counts_every_token_the_same(no_network: None) -> None:
     assert found["perplexity"] == pytest.approx(np.prod(probabilities) ** (-1 / 50))
     uniform = load_metric("perplexity").compute(predictions=[np.log(1 / 7)] * 9)
     assert uniform["perplexity"] == pytest.approx(7)
+
+
+def test_calibration_error_equals_a_loop_over_bins(no_network: None) -> None:
+    probabilities = DRAW.dirichlet(np.full(5, 0.3), 200).astype(np.float32)
+    references = CLASSES[1]
+    sure, right = probabilities.max(1), probabilities.argmax(1) == references
+    for bins in (15, 4):
+        error = 0.0
+        for lower in range(bins):
+            inside = (sure * bins >= lower) & (sure * bins < lower + 1 + (lower == bins - 1))
+            if inside.any():
+                error += inside.mean() * abs(right[inside].mean() - sure[inside].mean())
+        found = load_metric("ece").compute(predictions=probabilities, references=references, bins=bins)
+        assert found == {"ece": pytest.approx(error, abs=1e-6)}
+    assert load_metric("ece").compute(predictions=np.eye(5), references=range(5)) == {"ece": 0.0}
+    assert load_metric("ece").compute(predictions=np.eye(5), references=[1, 2, 3, 4, 0]) == {"ece": 1.0}
 
 
 def test_a_constant_prediction_has_no_correlation() -> None:
@@ -155,4 +171,5 @@ def test_the_better_direction() -> None:
     assert greater_is_better("eval_accuracy")
     assert greater_is_better("my_own")
     assert not greater_is_better("eval_perplexity")
+    assert not greater_is_better("eval_ece")
     assert not greater_is_better("loss")

@@ -20,6 +20,7 @@ from properties import (
     EVERY_OWN,
     IMAGE_LOGITS,
     IMAGES,
+    KEEPS_HEAD,
     METHODS,
     NO_SEQUENCE,
     ON_BLOCKS,
@@ -61,7 +62,7 @@ def base(models, family):
     return models[family]
 
 
-@pairs(OWN, TINY)
+@pairs([*OWN, *KEEPS_HEAD], TINY)
 @torch.no_grad()
 def test_life_of_an_adapter(base, method, family, tmp_path):
     """Start, effect, disabling, saving, loading, merging and unmerging on one model."""
@@ -111,12 +112,12 @@ def _all_equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-@pairs(METHODS, TINY)
+@pairs([*METHODS, *KEEPS_HEAD], TINY)
 def test_only_what_is_declared_trains(base, method, family):
     if (method, family) == ("lora", "mobilenet_v2"):
         pytest.skip("peft's LoRA layer hides the stride that MobileNetV2 reads to pad")
     model = adapt(method, base).train()
-    heads = [] if method in IMAGE_LOGITS else roles.head_modules(base)
+    heads = [] if method in (*IMAGE_LOGITS, *KEEPS_HEAD) else roles.head_modules(base)
     assert set(model.peft_config["default"].modules_to_save or ()) == set(heads)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -170,7 +171,7 @@ def test_file_holds_exactly_the_adapter_and_the_head(base, method, family, tmp_p
     ]
 
 
-@pairs(OWN, MAIN)
+@pairs([*OWN, *KEEPS_HEAD], MAIN)
 def test_every_way_to_load_gives_the_same(base, method, family, tmp_path):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))
@@ -213,7 +214,7 @@ def test_auto_peft_model_for_images(method, tmp_path):
     assert torch.equal(output(loaded, tiny_inputs(base)), expected)
 
 
-@own
+@pytest.mark.parametrize("method", [*OWN, *KEEPS_HEAD])
 def test_transformers_own_adapter_methods(method, tmp_path):
     base = TINY["vit"]()
     inputs = tiny_inputs(base)
@@ -237,7 +238,7 @@ def test_transformers_own_adapter_methods(method, tmp_path):
     assert torch.equal(output(again, inputs), first)
 
 
-@pairs(OWN, MAIN)
+@pairs([*OWN, *KEEPS_HEAD], MAIN)
 def test_several_adapters_on_one_model(base, method, family):
     inputs = tiny_inputs(base)
     model = adapt(method, base)
@@ -291,7 +292,7 @@ def test_generation_with_one_adapter_a_row(base, method, family, beams):
     assert torch.equal(mixed[0, : alone.shape[1]], alone[0, : mixed.shape[1]])
 
 
-@pairs(TRAINED, MAIN)
+@pairs([*TRAINED, *KEEPS_HEAD], MAIN)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentrant):
     if not base.supports_gradient_checkpointing:
@@ -318,7 +319,7 @@ def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentr
     assert compared or reentrant
 
 
-@pairs(TRAINED, MAIN)
+@pairs([*TRAINED, *KEEPS_HEAD], MAIN)
 def test_bfloat16_base_with_float32_adapter(base, method, family):
     model = adapt(method, copy.deepcopy(base).to(torch.bfloat16))
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
@@ -330,7 +331,7 @@ def test_bfloat16_base_with_float32_adapter(base, method, family):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
 
 
-@pairs(TRAINED, MAIN)
+@pairs([*TRAINED, *KEEPS_HEAD], MAIN)
 def test_autocast_keeps_gradients_finite(base, method, family):
     model = adapt(method, base).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -339,7 +340,7 @@ def test_autocast_keeps_gradients_finite(base, method, family):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
 
 
-@pairs(OWN, ["bert", "vit", "llama"])
+@pairs([*OWN, *KEEPS_HEAD], ["bert", "vit", "llama"])
 def test_compiled_equals_eager(base, method, family):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))
@@ -352,7 +353,7 @@ def test_compiled_equals_eager(base, method, family):
     assert_close(output(compiled, inputs), output(model, inputs))
 
 
-CONFIGS = {m: registry.config_class(m).__dataclass_fields__ for m in EVERY_OWN}
+CONFIGS = {m: registry.config_class(m).__dataclass_fields__ for m in (*EVERY_OWN, *KEEPS_HEAD)}
 FIELDS = [(m, f) for m, fields in CONFIGS.items() for f in fields.values() if "other" in f.metadata]
 
 

@@ -29,9 +29,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from peft_lab import run_folder
+from peft_lab.calibration import BINS, expected_calibration_error
 from peft_lab.compare.plan import Run
 from peft_lab.items import ITEMS, Items, read_item_file
 from peft_lab.metrics import greater_is_better
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from peft_lab.task import Task
 
 CONTROL_ROWS = 1000
-BINS = 15
 
 
 def measure(run: Run, place: Path, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -98,9 +96,7 @@ def calibration_error(items: Items, bins: int = BINS) -> float:
     """Expected calibration error of a classifier's items, from bins of equal width."""
     confidence, correct = items.columns["confidence"], items.correct
     assert correct is not None, "classification items are right or wrong"
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(which, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(confidence))
+    return expected_calibration_error(confidence, correct, bins)
 
 
 def _shifted(place: Path, task: str, metrics: Mapping[str, Any], batch_size: int) -> dict[str, float]:

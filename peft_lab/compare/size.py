@@ -122,11 +122,13 @@ def _counter(run: Run, name: str) -> Callable[[int], int]:
 
     task, options = load_task(str(run.options["task"])), run.options
     rule = kind(task.kind)
-    names = ("model_revision", "dtype")
-    _, base = load_base(rule, task, load_splits(task).labels, run.backbone, *(options.get(key) for key in names))
+    info, labels = registry.method(run.method), load_splits(task).labels
+    revision, dtype = options.get("model_revision"), options.get("dtype")
+    processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, info.can("keeps_head"))
+    settings = rule.adapter_settings(processor, labels)
 
     def count(value: int) -> int:
         arguments = {**run.method_args, name: value}
-        return count_parameters(adapt(copy.deepcopy(base), registry.method(run.method), arguments, rule.task_type))[0]
+        return count_parameters(adapt(copy.deepcopy(base), info, arguments, rule.task_type, settings))[0]
 
     return count

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 #: Our own, each a folder beside this file.
 METRICS = (
     "accuracy",
+    "ece",
     "exact_match",
     "f1",
     "matthews_correlation",
@@ -32,6 +33,9 @@ METRICS = (
 
 #: Package that one of ours needs and that is not installed with peft-lab itself, and the extra that brings it.
 _NEEDS = {"rouge_l": ("rouge_score", "text")}
+
+#: Those of ours that take the probabilities of the classes, (n, classes), in the place of the predicted class.
+PROBABILITIES = frozenset({"ece"})
 
 #: What the evaluate library keeps on the Hub under its own account and what takes plain predictions and references.
 HUB_METRICS = (
@@ -54,6 +58,7 @@ HUB_METRICS = (
 
 _LOWER_IS_BETTER = frozenset(
     (
+        "ece",
         "perplexity",
         "loss",
         "brier_score",

@@ -1,0 +1,20 @@
+"""How far a classifier's confidence is from its accuracy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+BINS = 15
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error from bins of equal width: the sum of share of rows x |accuracy - mean confidence|.
+
+    Args:
+        confidence: probability of the predicted class of each row, (n,).
+        correct: 1 where the prediction is right, else 0, (n,).
+        bins: number of bins from 0 to 1; a row at an edge belongs to the bin above.
+    """
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(which, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))

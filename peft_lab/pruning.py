@@ -1,0 +1,73 @@
+"""Magnitude pruning of a frozen base, for one adapter at a time and without loss: the dense weights come back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from peft_lab.errors import ConfigError
+
+
+class Pruning:
+    """Global unstructured L1 pruning of the linear and convolution weights of a model, but for some modules.
+
+    Layers whose weights are all zero count for nothing: a share of them would be no pruning. While the base is pruned
+    its dense weights are kept aside, which takes the memory of the base once more. The pruned entries are found on the
+    CPU, so that ties fall alike on every device.
+
+    Args:
+        model: the base.
+        spared: modules that are never pruned, the task head for one.
+    """
+
+    def __init__(self, model: nn.Module, spared: list[nn.Module]) -> None:
+        kept = {inner for module in spared for inner in module.modules()}
+        self._modules = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m not in kept]
+        self._dense: list[Tensor] = []
+        self._masks: dict[float, list[Tensor]] = {}
+        self.sparsity = 0.0
+
+    def set(self, sparsity: float) -> None:
+        """Make this share of the weights zero; 0 puts the dense base back, bit for bit.
+
+        Raises:
+            ConfigError: the base has no weights of numbers to prune, or they are not loaded.
+        """
+        if sparsity == self.sparsity:
+            return
+        for module, dense in zip(self._modules, self._dense, strict=False):
+            module.weight.data = dense.to(module.weight)
+        self._dense, self.sparsity = [], 0.0
+        if not sparsity:
+            return
+        if sparsity not in self._masks:
+            self._masks[sparsity] = self._find(sparsity)
+        self._dense = [module.weight.data for module in self._modules]
+        for module, mask in zip(self._modules, self._masks[sparsity], strict=True):
+            module.weight.data = module.weight.data * mask.to(module.weight.device)
+        self.sparsity = sparsity
+
+    def _find(self, sparsity: float) -> list[Tensor]:
+        """For each module a bool mask of its weight, False where it is pruned."""
+        weights: list[Tensor] = [module.weight for module in self._modules]
+        if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
+            raise ConfigError(
+                f"sparsity={sparsity} prunes the base by the size of its weights: load it into memory, not quantised."
+            )
+        copies = [_Copy(weight) for weight in weights if bool(weight.any())]
+        if not copies:
+            raise ConfigError(f"sparsity={sparsity}: the base has no linear or convolution weights to prune.")
+        prune.global_unstructured([(copy, "weight") for copy in copies], prune.L1Unstructured, amount=sparsity)
+        masks = iter([copy.weight_mask.bool() for copy in copies])
+        return [next(masks) if bool(weight.any()) else torch.ones(weight.shape, dtype=torch.bool) for weight in weights]
+
+
+class _Copy(nn.Module):
+    """A weight on the CPU, for torch's pruning to work on."""
+
+    weight_mask: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().cpu().clone())
