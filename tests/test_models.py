@@ -24,6 +24,7 @@ from properties import (
     METHODS,
     NO_SEQUENCE,
     ON_BLOCKS,
+    ON_OPS,
     OWN,
     SEQUENCE,
     TRAINED,
@@ -340,7 +341,12 @@ def test_autocast_keeps_gradients_finite(base, method, family):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
 
 
-@pairs([*OWN, *KEEPS_HEAD], ["bert", "vit", "llama"])
+#: What is compiled: one family of each sort is enough where the layers are those of the sequence.
+COMPILED = [(m, f) for m in ON_OPS for f in ("bert", "vit", "llama")]
+COMPILED += [(m, "llama") for m in SEQUENCE] + [(m, "vit") for m in (*IMAGES, *KEEPS_HEAD)]
+
+
+@pytest.mark.parametrize(("method", "family"), COMPILED)
 def test_compiled_equals_eager(base, method, family):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))

@@ -68,8 +68,8 @@ def test_importing_and_listing_do_not_import_torch():
 @pytest.mark.parametrize(
     "order",
     ["import peft_lab, peft", "import peft, peft_lab", "from peft import PeftModel; import peft_lab",
-     "from peft_lab.adapters import SVFitConfig; import peft", "import peft_lab.layer", "import peft_lab.tuner",
-     "import peft_lab.sequence_tuner", "import peft_lab.static_prompts", "import peft_lab.training"],
+     "from peft_lab.adapters import SVFitConfig; import peft", "import peft_lab.layer",
+     "import peft_lab.static_prompts"],
 )  # fmt: skip
 def test_methods_are_registered_whatever_is_imported_first(order):
     result = python(f"""

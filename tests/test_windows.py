@@ -11,7 +11,7 @@ import pytest
 import torch
 from backbones import CLASSES
 from peft import PeftModel, get_peft_model
-from properties import SEQUENCE, adapt, adapter_parameters, assert_close, config, equal_weights, move, output
+from properties import SEQUENCE, TRAINED, adapt, adapter_parameters, assert_close, config, equal_weights, move, output
 from torch import Tensor, nn
 from transformers import (
     SwinBackbone,
@@ -192,7 +192,7 @@ def test_rows_of_a_batch_answer_as_alone(method, shape):
     assert (mixed[0] - output(model, inputs)[0]).abs().max() > 1e-3
 
 
-@methods
+@pytest.mark.parametrize("method", [method for method in SEQUENCE if method in TRAINED])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_two_forwards_before_one_backward_with_checkpointing(method, reentrant):
     """Blocks are run again with the prompts of their own call, and slots that leave a stage have a gradient."""
@@ -254,6 +254,7 @@ def _hooks(model: nn.Module) -> int:
 def test_an_error_in_a_stage_leaves_its_checkpointing_on(method):
     model = adapt(method, _swin()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(0)  # of prompts that are drawn in training
     expected = model(**_pixels()).logits
     stage = model.get_base_model().swin.encoder.layers[1]
     handle = stage.blocks[1].mlp.register_forward_pre_hook(lambda module, args: args[0].view(7))
@@ -262,6 +263,7 @@ def test_an_error_in_a_stage_leaves_its_checkpointing_on(method):
     handle.remove()
     assert stage.gradient_checkpointing
     assert stage.blocks[1].gradient_checkpointing
+    torch.manual_seed(0)
     assert torch.equal(model(**_pixels()).logits, expected)
 
 
