@@ -387,6 +387,12 @@ def test_over_tasks() -> None:
     assert over_tasks(cells[:1]) is None
 
 
+def test_interval_of_a_mean_over_tasks_stays_within_the_metric() -> None:
+    scores = {"a": (1.0, 0.99, 0.6), "b": (0.5, 0.5, 0.5)}
+    runs = [record(arm, seed, scores[arm][seed], task=task) for task in "xy" for arm in scores for seed in (0, 1, 2)]
+    assert over_tasks(rank_arms(runs)).arms[0].score.high == 1.0
+
+
 def test_mean_over_tasks_of_one_seed_has_no_seed_part() -> None:
     seeds, rows = Part(0.01, 2, "seeds"), Part(0.04, 99, "rows")
     score = SimpleNamespace(value=0.5, parts=(seeds, rows))

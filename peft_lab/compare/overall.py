@@ -36,9 +36,10 @@ def over_tasks(cells: Sequence[Cell]) -> Cell | None:
     if len(cells) < 2 or len(labels) < 2:
         return None
     arms = []
+    least, greatest = np.mean([BOUNDS[cell.metric] for cell in cells], axis=0).tolist()
     for label in labels:
         found = [arm for cell in cells if (arm := cell.arm(label)) is not None]
-        score = mean_of([cell.task for cell in cells], [arm.score for arm in found])
+        score = mean_of([cell.task for cell in cells], [arm.score for arm in found], (least, greatest))
         arms.append(Arm(label, score, {}, tuple(record for arm in found for record in arm.records)))
     comparisons = [_compare(first, second, cells) for first, second in itertools.combinations(labels, 2)]
     metrics = sorted({cell.metric for cell in cells})
@@ -71,8 +72,8 @@ def average_ranks(cells: Sequence[Cell]) -> dict[str, float]:
     return dict(zip(labels, np.mean(ranks, axis=0).tolist(), strict=True))
 
 
-def mean_of(tasks: Sequence[str], scores: Sequence[Estimate]) -> Estimate:
-    """The mean of estimates on several tasks, with its interval.
+def mean_of(tasks: Sequence[str], scores: Sequence[Estimate], bounds: tuple[float, float] | None = None) -> Estimate:
+    """The mean of estimates on several tasks, with its interval, cut at `bounds`.
 
     Seeds count as drawn anew for each task; the rows of one task, seen by several backbones, as the same ones. There is
     no interval if one of the estimates has none, and none over seeds if one of them has none over seeds.
@@ -89,7 +90,7 @@ def mean_of(tasks: Sequence[str], scores: Sequence[Estimate]) -> Estimate:
         rows = [(task, part) for task, part in rows if part.source == "rows"]
         by_task = [sum(part.variance**0.5 for name, part in rows if name == task) ** 2 for task in dict.fromkeys(tasks)]
         parts.append(_joined([part for _, part in rows], sum(by_task), count, "rows"))
-    return with_interval(mean, parts)
+    return with_interval(mean, parts, bounds)
 
 
 def _joined(parts: Sequence[Part], variance: float, count: int, source: str) -> Part:
