@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from peft_lab.call import Call
+from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.static_prompts import StaticConfig, StaticPrompts, register_static
@@ -81,7 +82,7 @@ class BayesPromptLayer(StaticPrompts):
             return {}
         return {"bayes_prompt_particles": torch.zeros(config.num_prompts, config.num_particles, self.width)}
 
-    def update_layer(self, adapter: str, config: BayesPromptConfig) -> None:
+    def update_layer(self, adapter: str, config: AdapterConfig) -> None:
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: self.adapter_layer_names}
         super().update_layer(adapter, config)
 
