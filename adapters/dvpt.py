@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from peft_lab.branches import BranchLayer, Part
+from peft_lab.call import Call
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.sequence import Call
 from peft_lab.slots import insert, split
 from peft_lab.static_prompts import StaticConfig, register_static
 

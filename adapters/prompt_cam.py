@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from peft_lab.call import Call
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.sequence import Call
 from peft_lab.static_prompts import StaticConfig, StaticPrompts, register_static
 
 METHOD = MethodInfo(

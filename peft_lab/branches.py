@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_lab.call import Call
 from peft_lab.errors import ConfigError
 from peft_lab.rows import BASE, Rows
-from peft_lab.sequence import Call
 from peft_lab.static_prompts import StaticPrompts
 
 #: The norm before the MLP, and what makes the summand of the residual connection behind it, as blocks name them: the

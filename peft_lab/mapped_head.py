@@ -349,11 +349,7 @@ class MappedHeadTuner(AdapterTuner):
 def class_heads(model: nn.Module) -> list[str]:
     """Paths of the linear maps that give an image classifier's logits, wrapped or not."""
     wrapped = [name for name, module in model.named_modules() if isinstance(module, MappedHead)]
-    classes = getattr(getattr(model, "config", None), "num_labels", None)
-    if wrapped or not classes:
-        return wrapped
-    heads = roles.head_modules(model)
-    return [path for path in heads if getattr(model.get_submodule(path), "out_features", None) == classes]
+    return wrapped or roles.class_heads(model)
 
 
 def register_mapped_head(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None:

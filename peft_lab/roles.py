@@ -158,6 +158,13 @@ def head_modules(model: nn.Module, task_type: str | None = None) -> list[str]:
     return [head for head in heads if not _clashes(model, head, heads)]
 
 
+def class_heads(model: nn.Module) -> list[str]:
+    """Paths of the linear maps of the task head that give the class logits; `[]` for a model without classes."""
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    heads = head_modules(model) if classes else []
+    return [path for path in heads if getattr(model.get_submodule(path), "out_features", None) == classes]
+
+
 def layer_index(model_or_family: nn.Module | Family | str, path: str) -> int | None:
     """Index of the block that a module path lies in; None outside the blocks.
 

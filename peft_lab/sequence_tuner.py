@@ -99,7 +99,7 @@ class SequenceTuner(AdapterTuner):
 
     def _leave_head(self, config: Any, loaded: bool) -> None:
         """Keep the head untrained where the slots give the logits in its place."""
-        heads = _class_heads(self.model)
+        heads = roles.class_heads(self.model)
         if not heads:
             raise ConfigError(
                 f'Method "{self.info.name}" gives class logits in place of the head of an image classifier, and '
@@ -162,7 +162,7 @@ class SequenceTuner(AdapterTuner):
             norm = getattr(*self._norms(path)["norm.final"])
             if read_out not in norm._forward_hooks.values():
                 norm.register_forward_hook(read_out)
-        for path in _class_heads(model) if self.info.can("image_logits") else ():
+        for path in roles.class_heads(model) if self.info.can("image_logits") else ():
             head = model.get_submodule(path)
             if replace_logits not in head._forward_hooks.values():
                 head.register_forward_hook(replace_logits)
@@ -225,13 +225,6 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
 def _of_layer(hook: Any) -> bool:
     """Whether a hook was put there by the layer of a block."""
     return isinstance(getattr(hook, "__self__", None), SequenceLayer)
-
-
-def _class_heads(model: nn.Module) -> list[str]:
-    """Paths of the linear maps that give the class logits."""
-    classes = getattr(getattr(model, "config", None), "num_labels", None)
-    heads = roles.head_modules(model) if classes else []
-    return [path for path in heads if getattr(model.get_submodule(path), "out_features", None) == classes]
 
 
 def _is_transformer(stack: nn.Module) -> bool:
