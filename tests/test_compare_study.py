@@ -126,6 +126,13 @@ def test_paths_start_from_the_file_of_the_study(tmp_path: Path) -> None:
     assert load_study(file).cells[0].task == "topics"
 
 
+def test_a_task_with_steps_of_its_own_is_searched_with_the_same_part_of_them() -> None:
+    tasks = [{"task": "snips", "model_name_or_path": "minilm", "name": str(n), "max_steps": n} for n in (60, 600)]
+    found = load_study(study(tasks=tasks, search={"max_steps": 20}))
+    searched = [next(arm_runs(found, cell, found.arms[0]))[0].options["max_steps"] for cell in found.cells]
+    assert searched == [20, 200]
+
+
 @pytest.mark.parametrize("strategy", ["grid", "halving", "none"])
 def test_every_arm_has_the_same_budget(strategy: str) -> None:
     search = {"strategy": strategy} | ({} if strategy == "none" else {"trials": 8})

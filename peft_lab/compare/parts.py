@@ -67,7 +67,8 @@ class Search:
             lets the best 1/`factor` go on to `factor` times the steps; "none" takes the method's default.
         trials: candidates of each arm.
         seeds: runs of each candidate.
-        max_steps: steps of a full training in the search; by default those of the final runs.
+        max_steps: steps of a full training in the search; by default those of the final runs. A task with `max_steps`
+            of its own is searched with the same part of them.
     """
 
     strategy: str = "grid"
@@ -120,6 +121,11 @@ class Study:
             "method_args": dict(arm.args),
             **found,
         }
+
+    def search_steps(self, cell: Cell) -> int | None:
+        """Steps of a full training in the search on a cell; None if they are those of its final runs."""
+        steps, limit, own = self.search.max_steps, self.limits.max_steps, cell.options.get("max_steps")
+        return max(1, round(steps * own / limit)) if steps and limit and own else steps
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_mapping` reads back: paths are absolute, grids are written out as arms."""

@@ -202,7 +202,7 @@ def _run(
     args = {**arguments, **trial.tuned}
     options = {**study.options(cell, arm), "method_args": args, "learning_rate": trial.learning_rate, "seed": seed}
     if stage == "search":
-        options = {**shortened(options, part, study.search.max_steps), "do_predict": False}
+        options = {**shortened(options, part, study.search_steps(cell)), "do_predict": False}
     further = {"shifted": cell.shifted, "control": cell.control} if stage == "final" else {}
     return Run(
         id=run_id(options, stage, study.launcher, **further),
