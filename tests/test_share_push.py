@@ -14,7 +14,16 @@ import torch
 import yaml
 from hub_stand_in import TOKEN, Hub, Repository
 from huggingface_hub import ModelCard, constants, parse_eval_result_entries
-from tiny_runs import command, environment, flags, make_backbone, make_task, options
+from tiny_runs import (
+    command,
+    environment,
+    flags,
+    make_backbone,
+    make_image_backbone,
+    make_image_task,
+    make_task,
+    options,
+)
 
 from peft_lab.cli import main
 from peft_lab.errors import ConfigError
@@ -162,6 +171,29 @@ def test_it_loads_from_the_hub_in_every_way(pushed, place, tmp_path):
     assert score == metrics["metrics"]["test"]["accuracy"]
     assert answers[:2] == answers[2:]
     assert {json.loads(line)["label"] for line in answers} <= {"food", "music", "weather"}
+
+
+@pytest.mark.parametrize("method", ["vpt", "prompt_cam"])
+def test_prompts_of_images_come_back_from_the_hub(method, hub, at_hub, tmp_path):
+    backbone, task = make_image_backbone(tmp_path / "vit"), make_image_task(tmp_path / "data")
+    hub.publish("org/vit", backbone)
+    run = train(options(task, backbone, tmp_path / "out", method=method, max_steps=10))
+    name = f"someone/{method}"
+    assert at_hub("push", str(run.output_dir), name, "--base_model", "org/vit", "--token", TOKEN) == 0
+    assert {"adapter_model.safetensors", "preprocessor_config.json"} <= set(hub.repositories[name].files)
+    image = tmp_path / "data" / "test.png"
+    printed = python(
+        """
+        import json, sys
+        from peft_lab.inference import predict
+        for folder in sys.argv[1:3]:
+            print(json.dumps(predict(folder, [sys.argv[3]])))
+        """,
+        *(name, run.output_dir, image),
+        env=hub.environment(tmp_path / "home"),
+    )
+    there, here = printed.strip().splitlines()[-2:]
+    assert there == here
 
 
 def test_a_branch_and_a_public_repository(place, hub, at_hub, capsys):
