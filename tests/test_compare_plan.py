@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from compare_helpers import PretendBackend, tiny_study
 
-from peft_lab.compare import Comparison, compare, load_study, read_results
+from peft_lab.compare import Comparison, compare, load_study, plan, read_results
 from peft_lab.compare.plan import Run
 from peft_lab.compare.results import COMPARISON, Journal, search_budgets
 from peft_lab.compare.size import fit
 from peft_lab.errors import ConfigError
+from peft_lab.task import load_task
+from peft_lab.task_schema import Task
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,24 @@ def test_the_best_learning_rate_on_validation_rows_is_taken(place: Path, tmp_pat
     first, second = search_budgets(done.records)
     assert (first.trials, first.runs, first.steps) == (second.trials, second.runs, second.steps)
     assert json.loads((tmp_path / COMPARISON).read_text())["equal_budgets"] is True
+
+
+def test_a_key_that_tasks_did_not_have_before_changes_no_run_that_leaves_it_out(place: Path, monkeypatch: Any) -> None:
+    @dataclass(frozen=True)
+    class Newer(Task):
+        fresh: str = ""
+
+    task = load_task(tiny_study(place)["tasks"][0]["task"])
+    known = {f.name: getattr(task, f.name) for f in fields(task)}
+
+    def id_of(found: Task) -> str:
+        monkeypatch.setattr(plan, "load_task", lambda source: found)
+        plan._task_content.cache_clear()
+        return plan.run_id({"task": "t", "model_name_or_path": "m", "method": "lora"}, "final", {})
+
+    assert id_of(task) == id_of(Newer(**known)) != id_of(Newer(**known, fresh="given"))
+    assert id_of(task) != id_of(replace(task, split_seed=1))
+    plan._task_content.cache_clear()
 
 
 def test_halving_spends_less_than_the_grid(place: Path, tmp_path: Path) -> None:
