@@ -57,8 +57,7 @@ class PromptCAMConfig(StaticConfig):
             raise ConfigError(f"dropout={self.dropout} must be at least 0 and below 1.")
         if self.domain_draws is not None:
             raise ConfigError(
-                f"domain_draws={self.domain_draws} leaves prompts untrained, so they cannot stand for classes; leave it "
-                "out."
+                f"domain_draws={self.domain_draws} leaves prompts untrained, so they stand for no class; leave it out."
             )
 
 
