@@ -62,8 +62,8 @@ class StaticConfig(SequenceConfig):
     domain_particles: int | None = field(
         default=None,
         metadata={
-            "help": f"Particles of each prompt there; nothing means {PARTICLES} shared out among the prompts, or "
-            f"{PARTICLES_DRAWN} each with domain_draws."
+            "help": "Particles of each prompt there; nothing means 64 shared out among the prompts, or 16 each with "
+            "domain_draws."
         },
     )
     domain_draws: int | None = field(

@@ -231,8 +231,8 @@ def _arm(
 ) -> Arm:
     good, failed = {}, []
     for record in records:
-        score = record.score() if record.ok else None
-        if score is not None and np.isfinite(score) and record.main_metric == metric:
+        reached = record.score() if record.ok else None
+        if reached is not None and np.isfinite(reached) and record.main_metric == metric:
             good[record.seed] = record
         else:
             failed.append(record)
