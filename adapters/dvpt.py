@@ -100,8 +100,8 @@ class DVPTLayer(BranchLayer):
             values["dvpt_gate"] = torch.zeros(1)
         return values
 
-    def stored(self, adapter: str, call: Call) -> Tensor | None:
-        prompts = super().stored(adapter, call)
+    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
+        prompts = super().stored(adapter, call, rows)
         if prompts is None:
             return None
         return self.normed("norm.stem", prompts + self.dvpt_positions[adapter])

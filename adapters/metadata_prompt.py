@@ -69,13 +69,14 @@ class MetadataPromptLayer(StoredPrompts):
         return {"metadata_prompt_table": table.uniform_(-0.5, 0.5)}
 
     def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
-        if adapter not in self.metadata_prompt_table:
+        config, ids, table = self.configs.get(adapter), call.prompt_ids, self.values(adapter, len(tokens))
+        if config is None or table is None:
             return None
-        config, table, ids = self.configs[adapter], self.metadata_prompt_table[adapter], call.prompt_ids
+        table = table.expand(len(tokens), -1, -1, -1)
         if ids is None:
             if config.default_mode is None:
                 raise ConfigError('A call without prompt_ids, which method "metadata_prompt" needs: pass one per row.')
-            return table[config.default_mode].expand(len(tokens), -1, -1)
+            return table[:, config.default_mode]
         if ids.shape != tokens.shape[:1] or ids.is_floating_point():
             raise ConfigError(
                 f"prompt_ids has shape {list(ids.shape)} and dtype {ids.dtype}, expected one integer for each of "
@@ -83,7 +84,7 @@ class MetadataPromptLayer(StoredPrompts):
             )
         if bool(((ids < 0) | (ids >= config.num_modes)).any()):
             raise ConfigError(f"prompt_ids={ids.tolist()} must be from 0 to {config.num_modes - 1}.")
-        return table[ids.to(table.device)]
+        return table[torch.arange(len(tokens), device=table.device), ids.to(table.device)]
 
 
 register_static(METHOD, MetadataPromptConfig, MetadataPromptLayer)

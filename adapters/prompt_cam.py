@@ -41,7 +41,8 @@ class PromptCAMConfig(StaticConfig):
     The number of classes is the model's `config.num_labels`.
 
     Raises:
-        ConfigError: a dropout out of range; the model is no image classifier; its head in `modules_to_save`.
+        ConfigError: a dropout out of range; prompts that are drawn; the model is no image classifier; its head in
+            `modules_to_save`.
     """
 
     deep: bool = field(default=True, metadata={"help": "New prompts before every block.", "other": False})
@@ -54,6 +55,10 @@ class PromptCAMConfig(StaticConfig):
         super().check()
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout} must be at least 0 and below 1.")
+        if self.domain_draws is not None:
+            raise ConfigError(
+                f"domain_draws={self.domain_draws} leaves prompts untrained, so they stand for no class; leave it out."
+            )
 
 
 class PromptCAMLayer(StaticPrompts):
@@ -72,8 +77,8 @@ class PromptCAMLayer(StaticPrompts):
             values["prompt_cam_bias"] = torch.zeros(1)
         return values
 
-    def stored(self, adapter: str, call: Call) -> Tensor | None:
-        prompts = super().stored(adapter, call)
+    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
+        prompts = super().stored(adapter, call, rows)
         if prompts is None:
             return None
         return nn.functional.dropout(prompts, self.configs[adapter].dropout, self.training)

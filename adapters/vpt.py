@@ -97,8 +97,8 @@ class VPTLayer(StaticPrompts):
             values |= {"vpt_projection_weight": weight, "vpt_projection_bias": torch.zeros(self.width)}
         return values
 
-    def stored(self, adapter: str, call: Call) -> Tensor | None:
-        prompts = super().stored(adapter, call)
+    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
+        prompts = super().stored(adapter, call, rows)
         if adapter in self.vpt_projection_weight:
             call.shared[adapter] = (self.vpt_projection_weight[adapter], self.vpt_projection_bias[adapter])
         if prompts is None or adapter not in call.shared:

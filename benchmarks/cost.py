@@ -34,6 +34,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from peft_lab import domain_prompts
 from peft_lab.backbones import resolve_model
 from peft_lab.cost import Cost, count_flops, frozen_floor, kept_activations, measure_step, training_step
 from peft_lab.registry import make_config
@@ -124,7 +125,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "SSF": ("ssf", {}),
 }
 
-#: Workloads of the methods that act on the sequence, and those methods; they are counted and not timed.
+#: Workloads of the methods that act on the input or the sequence, and those methods; they are counted and not timed.
 PROMPTED: dict[str, tuple[Workload, dict[str, tuple[str, dict[str, Any]]]]] = {
     "vit-b": (
         vit(4),
@@ -133,6 +134,8 @@ PROMPTED: dict[str, tuple[Workload, dict[str, tuple[str, dict[str, Any]]]]] = {
             "VPT deep, 10 prompts": ("vpt", {"num_prompts": 10, "deep": True}),
             "DVPT, 50 prompts": ("dvpt", {}),
             "Prompt-CAM, 10 classes": ("prompt_cam", {}),
+            "BayesPrompt, 4 prompts, head trained": ("bayes_prompt", {}),
+            "pixel prompts, a frame of 48 pixels": ("pixel_prompt", {}),
         },
     ),
     "smollm2-135m-size": (
@@ -141,6 +144,7 @@ PROMPTED: dict[str, tuple[Workload, dict[str, tuple[str, dict[str, Any]]]]] = {
             "IAPT, 4 prompts, bottleneck 13": ("iapt", {"num_prompts": 4, "bottleneck": 13}),
             "soft prompts, 20 at the input": ("soft_prompt", {"num_virtual_tokens": 20}),
             "soft prompts, 26 per block": ("soft_prompt", {"num_virtual_tokens": 26, "deep": True}),
+            "prompts by metadata, 1 in each of 2 modes": ("metadata_prompt", {}),
         },
     ),
 }
@@ -148,11 +152,12 @@ FLOOR, LORA = "frozen floor", "LoRA r=8 (peft)"
 
 
 def adapted(model: nn.Module, name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The model with a method on it; LoRA and SVFit on the same modules, no head trained."""
+    """The model with a method on it; LoRA and SVFit on the same modules, a head trained only where nothing else is."""
     if card_of(name).kind == "weight":
         arguments = {**arguments, "target_modules": target_regex(model, QUERY_VALUE)}
     config: PeftConfig = make_config(name, arguments, model)
-    config.modules_to_save = None
+    if not card_of(name).can("untrained"):
+        config.modules_to_save = None
     return get_peft_model(model, config)
 
 
@@ -161,9 +166,12 @@ def prepare(workload: Workload, method: tuple[str, dict[str, Any]] | None, devic
     model = workload.build().train()
     if method is not None:
         model = adapted(model, *method)
-        for parameter_name, parameter in model.named_parameters():
-            if ".modules_to_save." in parameter_name:
-                parameter.requires_grad_(False)
+        if card_of(method[0]).can("untrained"):
+            domain_prompts(model, [workload.batch()])
+        else:
+            for parameter_name, parameter in model.named_parameters():
+                if ".modules_to_save." in parameter_name:
+                    parameter.requires_grad_(False)
     return model.to(device).train()
 
 
@@ -228,7 +236,7 @@ def seconds(entry: Entry) -> float:
 
 
 def prompts(name: str) -> str:
-    """FLOPs and kept activations of the methods that act on the sequence, against the floor and LoRA."""
+    """FLOPs and kept activations of the methods that act on input or sequence, against the floor and LoRA."""
     workload, methods = PROMPTED[name]
     found = {method: counts(workload, how) for method, how in {FLOOR: None, LORA: METHODS[LORA], **methods}.items()}
     rows = []
@@ -281,12 +289,12 @@ ABOUT = """\
 One step: forward, loss, backward, AdamW; fp32, training mode with the dropout of each model's configuration. *Frozen
 floor*: nothing is trained, and gradient flows through all layers down to the first embedding, as it must for an adapter
 on that; adapters that start later can be below it. LoRA and SVFit adapt query and value (in EfficientNet the pointwise
-convolutions), SSF every op; heads are frozen, except in full fine-tuning. *FLOPs* are those of products, convolutions
-and attention. *Kept* is what autograd holds between forward and backward, each storage once, without parameters,
-buffers, frozen bases and the batch. With dropout inside the attention torch has no fused attention on CPUs: it then
-keeps probabilities and copies of query, key and value. *Peak* is weights, buffers, optimiser state and the most that
-tensors held at one time during the step. *ms* is the best of {repeats} steps, the methods in turns: CPU time of one
-thread, or wall time on a GPU."""
+convolutions), SSF every op; heads are frozen, except in full fine-tuning and with BayesPrompt, which trains nothing
+else and sends no gradient through the backbone. *FLOPs* are those of products, convolutions and attention. *Kept* is
+what autograd holds between forward and backward, each storage once, without parameters, buffers, frozen bases and the
+batch. With dropout inside the attention torch has no fused attention on CPUs: it then keeps probabilities and copies of
+query, key and value. *Peak* is weights, buffers, optimiser state and the most that tensors held at one time during the
+step. *ms* is the best of {repeats} steps, the methods in turns: CPU time of one thread, or wall time on a GPU."""
 
 
 SECTIONS = ("steps", "prompts", "aims")

@@ -15,6 +15,10 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
         correct: 1 where the prediction is right, else 0, (n,).
         bins: number of bins from 0 to 1; a row at an edge belongs to the bin above.
     """
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(which, weights=correct - confidence, minlength=bins)
+    gaps = np.bincount(bins_of(confidence, bins), weights=correct - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(confidence))
+
+
+def bins_of(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """The bin of each row, (n,), from 0."""
+    return np.minimum((confidence * bins).astype(int), bins - 1)

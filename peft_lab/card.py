@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from peft_lab.items import ITEMS, Items, read_item_file
 from peft_lab.task import kind as task_kind
 
 if TYPE_CHECKING:
+    from peft_lab.compare.standing import Standing
     from peft_lab.kind import Kind
     from peft_lab.registry import MethodInfo
     from peft_lab.task_schema import Task
@@ -57,6 +59,7 @@ def card_text(
     base: Base | None = None,
     repo: str = "",
     items: Items | None = None,
+    standing: Standing | None = None,
 ) -> str:
     """The card as Markdown with the Hub's YAML head. A local path is never given as the base model.
 
@@ -67,6 +70,7 @@ def card_text(
         base: how to name the base model; by default what its name in the run tells.
         repo: Hub id that the lines of code load from; by default they load from the folder `name`.
         items: what was found for each test row, for the interval of a metric that is no share of right answers.
+        standing: where the run stands in the comparison it belongs to.
     """
     run, kind = metrics["run"], task_kind(task.kind)
     base = base or base_of(metrics)
@@ -79,7 +83,7 @@ def card_text(
         datasets=[task.data.path] if task.data.path else None,
         metrics=[Path(metric).stem for metric in task.metrics],
         model_name=name,
-        eval_results=eval_results(metrics, task, kind),
+        eval_results=eval_results(metrics, task, kind, standing),
     )
     code = usage(repo or name, info, kind, metrics["data"]["labels"], by_path=repo == "" or base.on_hub)
     parts = [
@@ -92,6 +96,7 @@ def card_text(
         "## Results",
         _table(("split", "metric", "value"), _scores(metrics["metrics"])),
         *_interval(metrics, task, items),
+        *([_in_study(standing, metrics["seed"])] if standing else []),
         *_converted(metrics),
         _table(("measured", "value"), _measured(metrics)),
         "## Training",
@@ -192,15 +197,20 @@ def base_of(metrics: Mapping[str, Any]) -> Base:
     return Base(name, on_hub, revision if on_hub and not is_local(named) else None)
 
 
-def eval_results(metrics: Mapping[str, Any], task: Task, kind: Kind) -> list[EvalResult]:
-    """The task's metrics on every split as entries of the card's `model-index`."""
-    return [
-        EvalResult(
-            task_type=kind.pipeline_tag or task.kind,
-            dataset_type=task.data.path or task.name,
-            dataset_name=task.title or task.name,
-            dataset_config=task.data.name or None,
-            dataset_revision=task.data.revision or None,
+def eval_results(
+    metrics: Mapping[str, Any], task: Task, kind: Kind, standing: Standing | None = None
+) -> list[EvalResult]:
+    """The task's metrics on every split as entries of the card's `model-index`, and the mean of the run's arm."""
+    entry = partial(
+        EvalResult,
+        task_type=kind.pipeline_tag or task.kind,
+        dataset_type=task.data.path or task.name,
+        dataset_name=task.title or task.name,
+        dataset_config=task.data.name or None,
+        dataset_revision=task.data.revision or None,
+    )
+    found = [
+        entry(
             dataset_split=task.splits.get(split, split),
             metric_type=name,
             metric_value=value,
@@ -210,10 +220,27 @@ def eval_results(metrics: Mapping[str, Any], task: Task, kind: Kind) -> list[Eva
         for name, value in values.items()
         if name != "loss"
     ]
+    if standing:
+        interval = {} if standing.low is None else {"interval_95": [standing.low, standing.high], "over": standing.over}
+        found.append(
+            entry(
+                dataset_split=task.splits.get("test", "test"),
+                metric_type=standing.metric,
+                metric_value=standing.mean,
+                metric_name=f"{standing.metric} (test, mean of {_seeds(standing)})",
+                metric_args={"study": standing.study, "arm": standing.arm, "seeds": list(standing.seeds), **interval},
+            )
+        )
+    return found
 
 
-def eval_entries(metrics: Mapping[str, Any], info: MethodInfo, task: Task) -> list[EvalResultEntry]:
-    """The main metric on the test rows as an entry of `.eval_results`; empty for data that is not on the Hub."""
+def eval_entries(
+    metrics: Mapping[str, Any], info: MethodInfo, task: Task, standing: Standing | None = None
+) -> list[EvalResultEntry]:
+    """The main metric on the test rows as an entry of `.eval_results`; empty for data that is not on the Hub.
+
+    The value is that of the pushed run; the mean of its arm in a comparison stands in the notes.
+    """
     value = metrics["metrics"].get("test", {}).get(metrics["main_metric"])
     if value is None or not task.data.path:
         return []
@@ -225,7 +252,8 @@ def eval_entries(metrics: Mapping[str, Any], info: MethodInfo, task: Task) -> li
             dataset_revision=task.data.revision or None,
             value=value,
             notes=f"{metrics['main_metric']} on {rows} rows of split {task.splits.get('test', 'test')}; {info.title}, "
-            f"seed {metrics['seed']}, peft-lab {metrics['versions']['peft-lab']}",
+            f"seed {metrics['seed']}, peft-lab {metrics['versions']['peft-lab']}"
+            + (f'; arm {standing.arm} in the study "{standing.study}": {_mean(standing)}' if standing else ""),
         )
     ]
 
@@ -286,6 +314,25 @@ def _interval(metrics: Mapping[str, Any], task: Task, items: Items | None) -> li
         f"{begin}, 95 % {how} {low:.4f} to {high:.4f}. It covers the choice of the test rows, not that of the seed: "
         "this is one run."
     ]
+
+
+def _in_study(standing: Standing, seed: int) -> str:
+    """What the comparison that the run belongs to says of its arm, and of the others on that task."""
+    from peft_lab.compare.tables import markdown_text
+
+    run = f'This is the run with seed {seed} of the arm {standing.arm} in the study "{standing.study}"'
+    return markdown_text(f"{run}, {standing.task}: {_mean(standing)}. Of all arms there, {standing.words}")
+
+
+def _mean(standing: Standing) -> str:
+    found = f"mean {standing.metric} {standing.mean:.4f} of {_seeds(standing)}"
+    if standing.low is None:
+        return found
+    return f"{found} (95 % interval {standing.low:.4f} to {standing.high:.4f} over {standing.over})"
+
+
+def _seeds(standing: Standing) -> str:
+    return f"{len(standing.seeds)} seed{'s' if len(standing.seeds) > 1 else ''}"
 
 
 def _jackknife(metric: str, items: Items | None, labels: int | None) -> tuple[float, float] | None:

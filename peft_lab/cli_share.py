@@ -28,6 +28,9 @@ def push(
     base_model: Annotated[
         str | None, typer.Option("--base_model", help="Hub id of the base, if the adapter names a local folder.")
     ] = None,
+    comparison: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison that the run is of, if it lies elsewhere.")
+    ] = None,
 ) -> None:
     """Push an adapter to the Hub with a filled card: private, without checkpoints and without local paths."""
     from peft_lab.share import push as run_push
@@ -40,6 +43,7 @@ def push(
         token=token,
         commit_message=commit_message,
         base_model=base_model,
+        comparison=comparison,
     )
     typer.echo(f"Pushed to {done.commit_url}")
 

@@ -1,4 +1,4 @@
-"""Prompts that start where the training data lie: particles of a mixture fitted to the mean token of each row.
+"""Prompts from where the training data lie: particles of a mixture fitted to the mean token of each row.
 
 The tokens are the hidden states that enter the block which writes the prompts, as the frozen backbone makes them: the
 space that the prompts themselves are in. Padding counts for nothing, and neither do the class and register tokens of a
@@ -53,12 +53,12 @@ def domain_prompts(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
     ((layer, adapter),) = found
     config, target = layer.configs[adapter], layer.stored_values[adapter]
     rows = _sample(_pooled(model, layer, batches), seed)
-    count = target.shape[:-1].numel()
-    each = config.domain_share(count)
-    points = particles(rows, count * each, config.domain_components, config.domain_dimensions, seed)
-    values = torch.from_numpy(points).reshape(*target.shape[:-1], each, target.shape[-1]).mean(-2)
+    prompts = target.shape[: -2 if layer.draws(adapter) else -1]
+    each = config.domain_share(prompts.numel())
+    points = particles(rows, prompts.numel() * each, config.domain_components, config.domain_dimensions, seed)
+    values = torch.from_numpy(points).reshape(*prompts, each, target.shape[-1])
     with torch.no_grad():
-        target.copy_(values)
+        target.copy_(values if layer.draws(adapter) else values.mean(-2))
     layer.waiting.discard(adapter)
 
 

@@ -46,7 +46,7 @@ def _written(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["bert", "vit", "llama"])
 def test_trained_is_the_head_alone_and_saved_are_the_particles(family, tmp_path):
     base = TINY[family]()
-    model = get_peft_model(base, config("bayes_prompt", base, num_prompts=3, num_particles=9))
+    model = get_peft_model(base, config("bayes_prompt", base, num_prompts=3, domain_particles=9))
     domain_prompts(model, [tiny_inputs(base, batch=6)])
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert all("modules_to_save" in name for name in trainable)
@@ -66,7 +66,7 @@ def test_particles_are_those_of_the_data(monkeypatch):
         "peft_lab.domain_start.particles", lambda rows, *args: seen.append(rows) or particles(rows, *args)
     )
     base = TINY["bert"]()
-    model = adapt("bayes_prompt", base, num_prompts=2, num_particles=8, domain_components=3)
+    model = adapt("bayes_prompt", base, num_prompts=2, domain_particles=8, domain_components=3)
     domain_prompts(model, [tiny_inputs(base, batch=20)], seed=5)
     (values,) = adapter_parameters(model).values()
     assert np.allclose(values.reshape(16, -1), particles(seen[0], 16, 3, seed=5), atol=1e-5)
@@ -75,7 +75,7 @@ def test_particles_are_those_of_the_data(monkeypatch):
 @pytest.mark.parametrize("draws", [1, 2, 4])
 def test_training_draws_for_each_row_and_evaluation_takes_the_mean(draws):
     base = TINY["bert"]()
-    model = adapt("bayes_prompt", base, num_prompts=3, num_particles=4, draws=draws)
+    model = adapt("bayes_prompt", base, num_prompts=3, domain_particles=4, domain_draws=draws)
     inputs = tiny_inputs(base, batch=40)
     (values,) = adapter_parameters(model).values()
     torch.testing.assert_close(_written(model.eval(), inputs), values.mean(1).expand(40, -1, -1))
@@ -157,7 +157,7 @@ def test_a_decoder_writes_with_them():
 
 def test_a_run_reads_its_own_rows(tmp_path):
     backbone, task = make_backbone(tmp_path / "bert"), make_task(tmp_path / "data")
-    arguments = {"num_prompts": 2, "num_particles": 4, "draws": 2}
+    arguments = {"num_prompts": 2, "domain_particles": 4, "domain_draws": 2}
     run = train(options(task, backbone, tmp_path / "out", method="bayes_prompt", method_args=arguments))
     assert run.metrics["parameters"]["adapter"] == 0
     assert run.metrics["parameters"]["trainable"] == 32 * 3 + 3
@@ -175,10 +175,12 @@ def test_a_run_with_nothing_to_train_is_refused(tmp_path):
     ("fields", "message"),
     [
         ({"num_prompts": 0}, "num_prompts=0 must be at least 1"),
-        ({"num_particles": 0}, "num_particles=0 must be at least 1"),
-        ({"draws": 0}, "draws=0 must be at least 1"),
-        ({"draws": 17}, "draws=17 must be at most num_particles=16"),
-        ({"domain_components": None}, "needs a number of domain_components"),
+        ({"domain_particles": 0}, "domain_particles=0 must be at least 1"),
+        ({"domain_draws": 0}, "domain_draws=0 must be at least 1"),
+        ({"domain_draws": 17}, "domain_draws=17 must be at most domain_particles=16"),
+        ({"domain_draws": 5, "domain_particles": 4}, "domain_draws=5 must be at most domain_particles=4"),
+        ({"domain_draws": None}, "needs domain_components and domain_draws"),
+        ({"domain_components": None, "domain_draws": None}, "needs domain_components and domain_draws"),
         ({"domain_components": 0}, "domain_components=0 must be at least 1"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import warnings
 from functools import partial
@@ -106,6 +107,112 @@ def test_the_first_block_starts_at_means_of_particles(method, fields, count, eac
     assert np.allclose(values.detach().reshape(count, -1), wanted, atol=1e-5)
     assert len(rows[0]) == 12
     assert len(np.unique(wanted, axis=0)) == count, "prompts that are the same would stay the same"
+
+
+#: A method, its fields, the shape of the prompts that are drawn, and whether something else of it is trained.
+DRAWN = [
+    ("soft_prompt", {"num_virtual_tokens": 3}, (3,), False),
+    ("soft_prompt", {"num_virtual_tokens": 3, "deep": True}, (3,), True),
+    ("vpt", {"num_prompts": 2}, (2,), True),
+    ("vpt", {"num_prompts": 2, "deep": False, "dropout": 0.0}, (2,), False),
+    ("metadata_prompt", {"num_modes": 3, "num_prompts": 2}, (3, 2), False),
+    ("metadata_prompt", {"num_modes": 2, "num_prompts": 2, "deep": True}, (2, 2), True),
+    ("dvpt", {"num_prompts": 4}, (4,), True),
+]
+
+
+def _drawn(method: str, fields: dict[str, Any]) -> tuple[Any, Any, torch.Tensor]:
+    """A model whose prompts are drawn, its first block with prompts, and its particles."""
+    base = TINY["vit"]().eval()
+    fields = {**fields, "domain_components": 2, "domain_particles": 4, "domain_draws": 2}
+    model = adapt(method, base, **fields)
+    domain_prompts(model, [tiny_inputs(base, batch=12)])
+    layer = next(m for m in model.modules() if isinstance(m, StoredPrompts) and m.draws("default"))
+    return model, layer, layer.stored_values["default"]
+
+
+@pytest.mark.parametrize(("method", "fields", "shape", "more"), DRAWN)
+def test_prompts_are_drawn_for_each_row_in_training_and_are_the_mean_in_evaluation(method, fields, shape, more, rows):
+    _, layer, values = _drawn(method, fields)
+    assert values.shape == (*shape, 4, 16)
+    wanted = particles(rows[0], values.shape[:-1].numel(), 2).reshape(values.shape)
+    assert np.allclose(values, wanted, atol=1e-5)
+    assert torch.equal(layer.eval().values("default", 30), values.mean(-2))
+    assert torch.equal(layer.train().values("default"), values.mean(-2))
+    found = layer.values("default", 30)
+    assert found.shape == (30, *shape, 16)
+    means = torch.stack([values[..., list(pair), :].mean(-2) for pair in itertools.combinations(range(4), 2)])
+    distances = (found[:, None] - means).abs().amax(-1)  # (rows, choices, ...)
+    assert distances.amin(1).max() < 1e-5, "every prompt is the mean of two of its own particles"
+    assert len({tuple(row) for row in distances.argmin(1).flatten(1).tolist()}) > 3, "rows draw for themselves"
+
+
+@pytest.mark.parametrize(("method", "fields", "shape", "more"), DRAWN)
+def test_drawn_prompts_are_not_trained_and_reach_the_blocks(method, fields, shape, more):
+    model, _, values = _drawn(method, fields)
+    inputs = tiny_inputs(model, batch=2)
+    own = {n: p for n, p in adapter_parameters(model).items() if p.requires_grad}
+    assert not values.requires_grad
+    assert bool(own) == more
+    model.set_adapter("default")
+    assert not values.requires_grad
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(model.train()(**inputs).logits)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-6)
+    evaluated = output(model, inputs)
+    assert torch.equal(evaluated, output(model, inputs))
+    with torch.no_grad():
+        values.copy_(values.mean(-2, keepdim=True).expand_as(values))
+    torch.testing.assert_close(output(model, inputs), evaluated)
+
+
+@pytest.mark.parametrize(("method", "fields", "shape", "more"), DRAWN)
+def test_drawn_prompts_are_saved_and_needed(method, fields, shape, more, tmp_path):
+    model, _, values = _drawn(method, fields)
+    model.save_pretrained(tmp_path / "read")
+    again = PeftModel.from_pretrained(TINY["vit"](), tmp_path / "read")
+    assert torch.equal(output(again, tiny_inputs(model)), output(model, tiny_inputs(model)))
+    with torch.no_grad():
+        values.zero_()
+    for training in (True, False):
+        with pytest.raises(ConfigError, match=f'Method "{method}" has read no training data to draw prompts from'):
+            model.train(training)(**tiny_inputs(model))
+
+
+def test_each_row_draws_of_its_own_mode():
+    model, layer, values = _drawn("metadata_prompt", {"num_modes": 3, "num_prompts": 1})
+    written: list[torch.Tensor] = []
+    original = layer.prompts
+    layer.prompts = lambda *args: written.append(original(*args)) or written[-1]
+    modes = torch.tensor([2, 0, 1, 2])
+    model.train()(**tiny_inputs(model, batch=4), prompt_ids=modes)
+    means = torch.stack([values[:, 0, list(pair)].mean(1) for pair in itertools.combinations(range(4), 2)], 1)
+    distances = (written[0][:, :, None] - means[None]).abs().amax(-1)  # (rows, modes, choices)
+    assert distances.amin(-1).argmin(-1).tolist() == modes.tolist()
+
+
+def test_bayes_prompt_is_soft_prompts_that_are_drawn():
+    base, found = TINY["bert"]().eval(), []
+    inputs = tiny_inputs(base, batch=8)
+    drawn = {"domain_components": 8, "domain_draws": 8}
+    for method, fields in (("bayes_prompt", {}), ("soft_prompt", {"num_virtual_tokens": 4, **drawn})):
+        model = adapt(method, base, **fields)
+        domain_prompts(model, [inputs])
+        torch.manual_seed(5)
+        found.append((output(model, inputs), model.train()(**inputs).logits))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_number_of_particles_can_be_given(rows):
+    base = TINY["vit"]()
+    model = adapt("vpt", base, num_prompts=2, domain_components=2, domain_particles=5)
+    domain_prompts(model, [tiny_inputs(base, batch=12)])
+    value = next(iter(adapter_parameters(model).values()))
+    assert np.allclose(value.detach(), particles(rows[0], 10, 2).reshape(2, 5, -1).mean(1), atol=1e-5)
 
 
 def test_the_backbone_runs_up_to_the_block_only_and_stays_in_its_mode():
@@ -235,6 +342,10 @@ def test_a_bfloat16_base():
         ("soft_prompt", {"domain_components": 0}, "domain_components=0 must be at least 1"),
         ("vpt", {"domain_components": 2, "domain_dimensions": 0}, "domain_dimensions=0 must be at least 1"),
         ("metadata_prompt", {"domain_dimensions": 4}, "domain_dimensions=4 goes with domain_components"),
+        ("dvpt", {"domain_draws": 4}, "domain_draws=4 goes with domain_components"),
+        ("vpt", {"domain_particles": 4}, "domain_particles=4 goes with domain_components"),
+        ("vpt", {"domain_components": 2, "domain_draws": 17}, "domain_draws=17 must be at most domain_particles=16"),
+        ("prompt_cam", {"domain_components": 2, "domain_draws": 4}, "domain_draws=4 leaves prompts untrained"),
         ("vpt", {"domain_components": 2, "projection": 4}, "projection=4 stores narrower ones"),
         ("soft_prompt", {"domain_components": 2, "prompt_tuning_init": "SAMPLE_VOCAB"}, "both say where prompts start"),
     ],

@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 
 from peft_lab.compare import plots, tables
+from peft_lab.compare.findings import interval_text
+from peft_lab.compare.further import further
+from peft_lab.compare.item_metrics import item_values
 from peft_lab.compare.pareto import front_of_all
 from peft_lab.compare.report import as_html, as_markdown, build, overlapping, slug, write_report
 from peft_lab.compare.results import RESULTS, Record, read_results
 from peft_lab.compare.shared import without_paths
-from peft_lab.compare.statistics import rank_arms
+from peft_lab.compare.statistics import rank_arms, score_of
 from peft_lab.errors import ConfigError
 from peft_lab.items import Items, write_items
 
@@ -264,6 +267,61 @@ def test_a_copy_to_share_has_no_runs_and_no_paths(tmp_path: Path, plain: None) -
     (tmp_path / "own" / "runs").mkdir(exist_ok=True)
     with pytest.raises(ConfigError, match="holds runs; name a new folder"):
         write_report(tmp_path / "own", tmp_path / "own")
+
+
+def with_metrics(one: Record, **scores: float | None) -> Record:
+    """The run with further metrics on its test rows."""
+    one.metrics["metrics"]["test"] |= {"loss": 0.3, **{name: value for name, value in scores.items() if value}}
+    return one
+
+
+def test_further_metrics_stand_in_a_table_of_their_own(tmp_path: Path, plain: None) -> None:
+    """With the rows' part of their intervals, in the order of the main metric, and named as neither best nor worst."""
+    rng, runs = np.random.default_rng(0), []
+    reference = rng.integers(0, 2, ROWS).astype(float)
+    for arm, accuracy in (("a", 0.9), ("b", 0.7)):
+        for seed in (0, 1, 2):
+            prediction = np.where(rng.random(ROWS) < accuracy, reference, 1 - reference)
+            columns = {"reference": reference, "prediction": prediction, "confidence": rng.uniform(0.5, 1, ROWS)}
+            items = Items("classification", columns)
+            f1, ece = (item_values(name, items, 2)[0] for name in ("f1", "ece"))
+            score = float((reference == prediction).mean())
+            runs.append(with_metrics(record(arm, seed, score=score), f1=f1, ece=ece, bleu=score))
+            (tmp_path / runs[-1].folder).mkdir(parents=True)
+            write_items(tmp_path / runs[-1].folder, items)
+    report = build(tmp_path, runs)
+    section = report.sections[0]
+    assert [column.title for column in section.further.table.columns] == [
+        "arm",
+        "F1 (higher is better)",
+        "calibration error (lower is better)",
+        "bleu (higher is better)",
+    ]
+    assert "Intervals of bleu are over seeds alone" in section.further.words
+    assert "calibration error" not in [column.title for column in section.table.columns]
+    assert [row[0].text for row in section.further.table.rows] == [arm.label for arm in rank_arms(runs)[0].arms]
+    f1 = [run.score(metric="f1") for run in runs[:3]]
+    assert section.further.table.rows[0][1].sort == pytest.approx(np.mean(f1))
+    over_seeds = interval_text(score_of(dict(enumerate(runs[:3])), "f1", None)[0])
+    assert section.further.table.rows[0][1].text != over_seeds
+    assert section.further.table.rows[0][1].group == ("words", "tiny", "a")
+    assert not any(entry.strong for row in section.further.table.rows for entry in row)
+    page = Page(as_html(report))
+    assert [attributes.get("class") for tag, attributes in page.elements if tag == "table"].count("sortable") >= 2
+    for text in (" ".join(page.text.split()), as_markdown(report)):
+        assert text.count("Further metrics") >= 1
+        assert section.further.table.rows[1][2].text.replace("[", "").split()[0] in text
+    write_report(comparison(tmp_path, runs), tmp_path / "copy")
+    assert "### Further metrics" in (tmp_path / "copy" / "report.md").read_text()
+
+
+def test_further_metrics_that_some_runs_lack(tmp_path: Path, plain: None) -> None:
+    runs = [with_metrics(record("a", seed), f1=0.5 if seed else None) for seed in (0, 1, 2)]
+    runs += [with_metrics(record("b", seed, score=0.8)) for seed in (0, 1)]
+    rows = further(rank_arms(runs)[0]).table.rows
+    assert [entry.text for row in rows for entry in row] == ["a", "0.500 [0.500, 0.500], 2 of 3 seeds", "b", "-"]
+    assert further(rank_arms([with_metrics(record("a", 0))])[0]) is None
+    assert "Further" not in as_markdown(build(tmp_path, [record("a", 0)]))
 
 
 def test_no_results(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
+from peft_lab.calibration import expected_calibration_error
 from peft_lab.compare import resample
 from peft_lab.compare.findings import metric_title, words
 from peft_lab.compare.item_metrics import item_values
-from peft_lab.compare.overall import average_ranks, mean_of, over_tasks
+from peft_lab.compare.overall import average_ranks, has_scale, mean_of, over_tasks
 from peft_lab.compare.pareto import pareto_front
 from peft_lab.compare.results import Record
 from peft_lab.compare.statistics import (
@@ -200,6 +201,20 @@ def test_row_values_agree_with_a_bootstrap(metric: str) -> None:
     assert rows.mean() == pytest.approx(value, abs=0.01)
     expected = resampled(functions[metric], reference, prediction)
     assert rows.std(ddof=1) / math.sqrt(300) == pytest.approx(expected, rel=0.15)
+
+
+def test_row_values_of_the_calibration_error() -> None:
+    rng = np.random.default_rng(4)
+    confidence = rng.uniform(0.4, 1, 400)
+    reference = np.where(rng.random(400) < 0.7 * confidence, 1.0, 0.0)
+    columns = {"reference": reference, "prediction": np.ones(400), "confidence": confidence}
+    value, rows = item_values("ece", Items("classification", columns))
+    assert value == pytest.approx(expected_calibration_error(confidence, reference))
+    left = expected_calibration_error(confidence[1:], reference[1:])
+    assert rows[0] == pytest.approx(400 * value - 399 * left)
+    expected = resampled(expected_calibration_error, confidence, reference)
+    assert rows.std(ddof=1) / math.sqrt(400) == pytest.approx(expected, rel=0.15)
+    assert item_values("ece", Items("classification", {"reference": reference, "prediction": reference})) is None
 
 
 def test_row_values_of_language_models() -> None:
@@ -391,6 +406,11 @@ def test_interval_of_a_mean_over_tasks_stays_within_the_metric() -> None:
     scores = {"a": (1.0, 0.99, 0.6), "b": (0.5, 0.5, 0.5)}
     runs = [record(arm, seed, scores[arm][seed], task=task) for task in "xy" for arm in scores for seed in (0, 1, 2)]
     assert over_tasks(rank_arms(runs)).arms[0].score.high == 1.0
+
+
+def test_errors_and_shares_are_not_averaged() -> None:
+    cells = rank_arms([record(arm, seed, 0.1 * seed, "ece") for arm in "ab" for seed in (1, 2)])
+    assert [has_scale(cell) for cell in cells] == [False]
 
 
 def test_mean_over_tasks_of_one_seed_has_no_seed_part() -> None:

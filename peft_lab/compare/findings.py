@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from peft_lab.compare.statistics import ALL_TASKS, Cell, Estimate
 
 _TITLES = {
+    "ece": "calibration error",
     "f1": "F1",
     "matthews_correlation": "Matthews correlation",
     "pearsonr": "Pearson correlation",
+    "rouge_l": "ROUGE-L",
     "spearmanr": "Spearman correlation",
 }
 

@@ -11,13 +11,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from peft_lab.calibration import BINS, bins_of
 from peft_lab.items import Items
 
 Array = np.ndarray
 
 #: Least and greatest value of the metrics that have such; an interval is cut there.
 BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("accuracy", "exact_match", "rouge_l", "coverage", "token_accuracy", "f1"), (0.0, 1.0)),
+    **dict.fromkeys(("accuracy", "exact_match", "rouge_l", "coverage", "token_accuracy", "f1", "ece"), (0.0, 1.0)),
     **dict.fromkeys(("matthews_correlation", "pearsonr", "spearmanr"), (-1.0, 1.0)),
     "perplexity": (1.0, np.inf),
 }
@@ -136,7 +137,16 @@ def _token_accuracy(columns: dict[str, Array], labels: int | None) -> tuple[Arra
     return np.stack([columns["hits"], columns["tokens"]], axis=1), lambda sums: _ratio(sums[:, 0], sums[:, 1])
 
 
+def _ece(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    gaps = (columns["reference"] == columns["prediction"]) - columns["confidence"]
+    moments = np.zeros((len(gaps), 1 + BINS))
+    moments[:, 0] = 1
+    moments[np.arange(len(gaps)), 1 + bins_of(columns["confidence"])] = gaps
+    return moments, lambda sums: _ratio(np.abs(sums[:, 1:]).sum(1), sums[:, 0])
+
+
 _MOMENTS = {
+    "ece": _ece,
     "f1": _f1,
     "matthews_correlation": _matthews,
     "pearsonr": _pearson,

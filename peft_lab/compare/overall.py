@@ -49,7 +49,7 @@ def over_tasks(cells: Sequence[Cell]) -> Cell | None:
 
 def has_scale(cell: Cell) -> bool:
     """Whether 1 is the best value of the cell's metric, so that a mean with other such metrics has a meaning."""
-    return BOUNDS.get(cell.metric, (0.0, np.inf))[1] == 1.0
+    return cell.higher_is_better and BOUNDS.get(cell.metric, (0.0, np.inf))[1] == 1.0
 
 
 def arm_labels(cells: Sequence[Cell]) -> list[str]:

@@ -6,7 +6,7 @@ import datetime
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,13 @@ from urllib.parse import quote
 
 from peft_lab.compare import figures, tables
 from peft_lab.compare.findings import join, metric_title, words
+from peft_lab.compare.further import Further, further
 from peft_lab.compare.overall import over_tasks
 from peft_lab.compare.pareto import front_of_all
 from peft_lab.compare.results import Record, read_items, read_results, search_budgets
 from peft_lab.compare.shared import copy_records, without_paths
 from peft_lab.compare.statistics import Cell, rank_arms
+from peft_lab.items import Items
 from peft_lab.run_config import dump_yaml
 
 HTML, MARKDOWN, CSV, PLOTS = "report.html", "report.md", "results.csv", "plots"
@@ -53,6 +55,7 @@ class Section:
     words: str
     table: tables.Table | None
     front: str = ""
+    further: Further | None = None
     pictures: list[figures.Picture] = field(default_factory=list)
 
 
@@ -128,12 +131,13 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 def build(folder: Path, records: Sequence[Record], out: Path | None = None) -> Report:
     """Work out what the report of a comparison's folder says, and draw its plots there or into another folder."""
     place = out or folder
-    cells = rank_arms(records, partial(read_items, folder))
+    items = partial(read_items, folder)
+    cells = rank_arms(records, items)
     plots = importlib.util.find_spec("matplotlib") is not None
     order = figures.colour_order(cells, records)
     anchors = _anchors(cells)
     sections = [
-        _section(place, anchor, cell, records, order, plots) for anchor, cell in zip(anchors, cells, strict=True)
+        _section(place, anchor, cell, records, items, order, plots) for anchor, cell in zip(anchors, cells, strict=True)
     ]
     mean = over_tasks(cells)
     lines = [_line(folder, record, linked=place == folder) for record in records]
@@ -165,14 +169,21 @@ def _anchors(cells: Sequence[Cell]) -> list[str]:
 
 
 def _section(
-    folder: Path, anchor: str, cell: Cell, records: Sequence[Record], order: Sequence[str], plots: bool
+    folder: Path,
+    anchor: str,
+    cell: Cell,
+    records: Sequence[Record],
+    items: Callable[[Record], Items],
+    order: Sequence[str],
+    plots: bool,
 ) -> Section:
     labels, costs = front_of_all(cell)
     front = ""
     if len(cell.arms) > 1 and labels:
         axes = join([metric_title(cell.metric), *costs])
         front = f"Pareto front of the means, over {axes} at once: {join(labels)}."
-    section = Section(anchor, f"{cell.task}, {cell.backbone}", words(cell), tables.headline(cell), front)
+    title = f"{cell.task}, {cell.backbone}"
+    section = Section(anchor, title, words(cell), tables.headline(cell), front, further(cell, items))
     if plots:
         mine = [record for record in records if (record.task, record.backbone) == (cell.task, cell.backbone)]
         for plan in figures.of_cell(cell, mine, order):
@@ -346,6 +357,9 @@ def as_markdown(report: Report) -> str:
         parts += [f"## {text(section.title)}", text(section.words)]
         parts += [tables.markdown(section.table)] if section.table else []
         parts += [text(section.front)] if section.front else []
+        if section.further:
+            more = section.further
+            parts += [f"### {more.title}", text(more.words), tables.markdown(more.table)]
     parts += ["## Tuning", text(report.budget)]
     parts += [tables.markdown(report.tuning)] if report.tuning else []
     if report.failed:

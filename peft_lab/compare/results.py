@@ -121,10 +121,16 @@ class Record:
         """Whether more of the main metric is better."""
         return greater_is_better(self.main_metric)
 
-    def score(self, split: str = "test") -> float | None:
-        """The main metric on a split; None if it was not taken there."""
-        value = self.metrics.get("metrics", {}).get(split, {}).get(self.main_metric)
+    def score(self, split: str = "test", metric: str = "") -> float | None:
+        """The main metric, or the one named, on a split; None if it was not taken there."""
+        value = self.metrics.get("metrics", {}).get(split, {}).get(metric or self.main_metric)
         return None if value is None else float(value)
+
+    @property
+    def further_metrics(self) -> list[str]:
+        """Names of the task's metrics on the test rows besides the main one; the loss is none of them."""
+        taken = self.metrics.get("metrics", {}).get("test", {})
+        return [name for name in taken if name not in (self.main_metric, "loss")]
 
     @property
     def steps(self) -> int:

@@ -231,26 +231,33 @@ def _arm(
 ) -> Arm:
     good, failed = {}, []
     for record in records:
-        score = record.score() if record.ok else None
-        if score is not None and np.isfinite(score) and record.main_metric == metric:
+        reached = record.score() if record.ok else None
+        if reached is not None and np.isfinite(reached) and record.main_metric == metric:
             good[record.seed] = record
         else:
             failed.append(record)
-    good = dict(sorted(good.items()))
-    by_seed = {seed: float(record.score() or 0.0) for seed, record in good.items()}
-    values = {seed: _row_values(record, metric, items) for seed, record in good.items()}
-    kept = {seed: rows for seed, rows in values.items() if rows is not None}
-    if len(kept) < len(good) or len({len(rows) for rows in kept.values()}) > 1:
-        kept = {}
+    score, values = score_of(good := dict(sorted(good.items())), metric, items)
     return Arm(
         label=label,
-        score=estimate(list(by_seed.values()), list(kept.values()), metric, BOUNDS.get(metric)),
-        by_seed=by_seed,
+        score=score,
+        by_seed={seed: float(record.score() or 0.0) for seed, record in good.items()},
         records=tuple(good.values()),
         missing=tuple(seed for seed in seeds if seed not in good),
         failed=tuple(failed),
-        values=kept,
+        values=values,
     )
+
+
+def score_of(
+    runs: Mapping[int, Record], metric: str, items: Callable[[Record], Items] | None
+) -> tuple[Estimate, Mapping[int, np.ndarray]]:
+    """The mean of any metric over runs by seed, and its rows' values, which are empty if not all seeds have them."""
+    values = {seed: _row_values(record, metric, items) for seed, record in runs.items()}
+    kept = {seed: rows for seed, rows in values.items() if rows is not None}
+    if len(kept) < len(runs) or len({len(rows) for rows in kept.values()}) > 1:
+        kept = {}
+    scores = [record.score(metric=metric) or 0.0 for record in runs.values()]
+    return estimate(scores, list(kept.values()), metric, BOUNDS.get(metric)), kept
 
 
 def _row_values(record: Record, metric: str, items: Callable[[Record], Items] | None) -> np.ndarray | None:
@@ -261,7 +268,7 @@ def _row_values(record: Record, metric: str, items: Callable[[Record], Items] | 
         found = item_values(metric, items(record), record.metrics.get("data", {}).get("labels"))
     except ConfigError:  # the estimate's basis will say that rows are not accounted for
         return None
-    reported = record.score()
+    reported = record.score(metric=metric)
     if found is None or reported is None or not np.isclose(found[0], reported, rtol=0.01, atol=0.01):
         return None
     return found[1] if np.isfinite(found[1]).all() else None
@@ -293,8 +300,7 @@ def estimate(
     if rows > 1:
         variance = float(np.var(np.mean(values, axis=0), ddof=1)) / rows
         parts.append(Part(variance + (2 / rows**2 if metric in SHARES else 0.0), rows - 1, "rows"))
-    mean = float(np.mean(scores))
-    return with_interval(mean, parts, bounds)
+    return with_interval(float(np.mean(scores)), parts, bounds)
 
 
 def _seed_parts(variance: float, seeds: int, pooled: Part | None) -> list[Part]:

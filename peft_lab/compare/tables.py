@@ -68,7 +68,7 @@ _SHOWN: dict[str, tuple[str, float, int]] = {
 }
 #: The measures that are costs, against which scores are drawn.
 COSTS = ("trainable_parameters", "peak_memory_bytes", "step_seconds", "adapter_bytes")
-_MISSING = Entry("-")
+MISSING = Entry("-")
 
 
 def measured(records: Iterable[Record], name: str) -> float | None:
@@ -89,7 +89,10 @@ def scaled(name: str, value: float) -> float:
 
 def headline(cell: Cell) -> Table:
     """The arms of a cell: score with interval, distance to the best, costs, and what else was measured."""
+    # a measure that the task has as a metric too stands among those, with its interval
+    metrics = {cell.metric, *further_names(cell)}
     shown = [name for name in _SHOWN if any(measured(arm.records, name) is not None for arm in cell.arms)]
+    shown = [name for name in shown if name not in metrics]
     columns = [
         Column("arm", numeric=False),
         Column(metric_title(cell.metric), help="mean over seeds on the test rows, with the 95 % interval"),
@@ -114,14 +117,19 @@ def headline(cell: Cell) -> Table:
     for label, runs in cell.without_score.items():
         group = (cell.task, cell.backbone, label)
         failed = Entry(f"failed ({len(runs)} of {len(runs)} runs)" if runs else "no final run", None, group)
-        rows.append((Entry(label, label, group), failed, *[_MISSING] * (len(columns) - 2)))
+        rows.append((Entry(label, label, group), failed, *[MISSING] * (len(columns) - 2)))
     return Table(f"{cell.task}, {cell.backbone}", tuple(columns), tuple(rows))
+
+
+def further_names(cell: Cell) -> list[str]:
+    """The task's metrics on the test rows besides the one that arms are ranked by."""
+    return list(dict.fromkeys(name for arm in cell.arms for record in arm.records for name in record.further_metrics))
 
 
 def _score_entries(cell: Cell, arm: Arm, group: tuple[str, str, str]) -> tuple[Entry, ...]:
     score = Entry(interval_text(arm.score), arm.score.value, group, strong=arm.versus_top is None)
     ends = bootstrap_interval(list(arm.values.values()))
-    plain = Entry(f"[{number(ends[0])}, {number(ends[1])}]", ends[0], group) if ends else _MISSING
+    plain = Entry(f"[{number(ends[0])}, {number(ends[1])}]", ends[0], group) if ends else MISSING
     if arm.versus_top is None:
         versus = (Entry("best mean", 0.0), Entry("-"))
     else:
@@ -139,7 +147,7 @@ def _score_entries(cell: Cell, arm: Arm, group: tuple[str, str, str]) -> tuple[E
 def _measure(arm: Arm, name: str, group: tuple[str, str, str]) -> Entry:
     value = measured(arm.records, name)
     if value is None:
-        return _MISSING
+        return MISSING
     _, unit, decimals = _SHOWN[name]
     small = 0 < abs(value / unit) < 0.5 / 10**decimals
     return Entry(f"{value / unit:.2g}" if small else f"{value / unit:,.{decimals}f}", value, group)
@@ -160,11 +168,11 @@ def overall(mean: Cell, cells: Sequence[Cell]) -> Table:
         entries = [Entry(arm.label, arm.label, strong=strong)]
         entries.append(Entry(interval_text(arm.score), arm.score.value, strong=strong))
         rank = ranks.get(arm.label)
-        entries.append(_MISSING if rank is None else Entry(f"{rank:.2f}", rank))
+        entries.append(MISSING if rank is None else Entry(f"{rank:.2f}", rank))
         for cell in cells:
             found = cell.arm(arm.label)
             group = (cell.task, cell.backbone, arm.label)
-            entries.append(Entry(number(found.score.value), found.score.value, group) if found else _MISSING)
+            entries.append(Entry(number(found.score.value), found.score.value, group) if found else MISSING)
         rows.append(tuple(entries))
     return Table("All tasks", tuple(columns), tuple(rows))
 
@@ -185,7 +193,7 @@ def tuning(records: Sequence[Record]) -> Table | None:
         tried = sorted({record.learning_rate for record in mine if record.stage == "search"})
         chosen = sorted({record.learning_rate for record in mine if record.stage == "final"})
         edge = " (edge)" if len(tried) > 2 and any(rate in (tried[0], tried[-1]) for rate in chosen) else ""
-        picked = Entry(", ".join(f"{rate:g}" for rate in chosen) + edge, chosen[0], group) if chosen else _MISSING
+        picked = Entry(", ".join(f"{rate:g}" for rate in chosen) + edge, chosen[0], group) if chosen else MISSING
         rows.append(
             (
                 *(Entry(name, name) for name in (one.task, one.backbone)),

@@ -25,11 +25,12 @@ def push(
     token: str | None = None,
     commit_message: str | None = None,
     base_model: str | None = None,
+    comparison: str | Path | None = None,
 ) -> CommitInfo:
     """Upload an adapter with its card, evaluation results, processor, labels and metrics in one commit.
 
     Nothing else of the folder is uploaded: no checkpoint, no optimizer state, no pickle, no path of this machine. The
-    card is written anew from metrics.json.
+    card is written anew from metrics.json; that of a comparison's run states its arm's mean over seeds too.
 
     Args:
         adapter: folder of a run, or any folder of a peft adapter.
@@ -39,17 +40,20 @@ def push(
         token: token with write permission; the one of `hf auth login` by default.
         commit_message: title of the commit.
         base_model: Hub id of the base model, if the adapter was trained on a folder of this machine.
+        comparison: folder of the comparison that the run belongs to, if it does not lie in that folder's `runs`.
 
     Returns:
         What huggingface_hub says of the commit: `commit_url`, `oid`, ...
 
     Raises:
-        ConfigError: no such adapter, a base that others cannot load, or the Hub refuses; nothing was uploaded.
+        ConfigError: no such adapter, a base that others cannot load, a comparison that has no such run, or the Hub
+            refuses; nothing was uploaded.
     """
     check_repo_id(repo_id)
     folder = local_adapter(adapter)
     with tempfile.TemporaryDirectory() as scratch:
-        stage(folder, repo_id, Path(scratch), base_model, secrets=[token or get_token() or ""])
+        secrets = [token or get_token() or ""]
+        stage(folder, repo_id, Path(scratch), base_model, secrets, comparison)
         create_repository(repo_id, private, token)
         message = commit_message or "Upload adapter with peft-lab"
         with hub_errors(repo_id):

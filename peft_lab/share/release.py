@@ -18,6 +18,7 @@ from peft_lab import registry, run_folder
 from peft_lab.backbones import BACKBONES, is_local, public_name
 from peft_lab.cache import cache_dir
 from peft_lab.card import LOCAL_OPTIONS, Base, card_text, eval_entries, items_of, plain_card
+from peft_lab.compare.standing import Standing, find_standing
 from peft_lab.errors import ConfigError
 from peft_lab.run_config import dump_yaml
 
@@ -38,7 +39,14 @@ _SETTINGS = (
 EVAL_RESULTS = ".eval_results"
 
 
-def stage(folder: Path, repo_id: str, out: Path, base_model: str | None = None, secrets: Iterable[str] = ()) -> None:
+def stage(
+    folder: Path,
+    repo_id: str,
+    out: Path,
+    base_model: str | None = None,
+    secrets: Iterable[str] = (),
+    comparison: str | Path | None = None,
+) -> None:
     """Write what a repository shall hold into the empty folder `out`.
 
     Args:
@@ -47,11 +55,14 @@ def stage(folder: Path, repo_id: str, out: Path, base_model: str | None = None, 
         out: an empty folder.
         base_model: Hub id of the base model, if the folder does not tell one.
         secrets: texts that no file may contain.
+        comparison: folder of the comparison that the run belongs to; one whose `runs` it lies in needs no naming.
 
     Raises:
-        ConfigError: the base has no name that others know, or a file would give away a path or a secret.
+        ConfigError: the base has no name that others know, the run is not of that comparison, or a file would give
+            away a path or a secret.
     """
     metrics = run_folder.read_metrics(folder)
+    standing = find_standing(folder, metrics, comparison)
     adapter = (folder / run_folder.ADAPTER_CONFIG).is_file()
     base = find_base(folder, metrics, base_model, needed=adapter)
     for pattern in _AS_THEY_ARE:
@@ -64,7 +75,7 @@ def stage(folder: Path, repo_id: str, out: Path, base_model: str | None = None, 
         named = {"base_model_name_or_path": base.name, "revision": base.revision}
         _rewrite(folder / run_folder.ADAPTER_CONFIG, out / run_folder.ADAPTER_CONFIG, lambda c: {**c, **named})
     if metrics.get("run"):
-        _stage_run(folder, metrics, repo_id, out, base)
+        _stage_run(folder, metrics, repo_id, out, base, standing)
     else:
         _stage_plain(folder, repo_id, out, base)
     refuse_private(out, [*local_paths(folder), *secrets])
@@ -107,7 +118,9 @@ def _checked_id(name: str) -> str:
     return name
 
 
-def _stage_run(folder: Path, metrics: dict[str, Any], repo_id: str, out: Path, base: Base) -> None:
+def _stage_run(
+    folder: Path, metrics: dict[str, Any], repo_id: str, out: Path, base: Base, standing: Standing | None
+) -> None:
     """metrics.json, run.yaml, task.yaml, the card and the evaluation results of a run of peft-lab."""
     from peft_lab.loading import trained_task  # imports torch
 
@@ -135,9 +148,9 @@ def _stage_run(folder: Path, metrics: dict[str, Any], repo_id: str, out: Path, b
     if "lora_export" not in metrics:
         (out / run_folder.RUN).write_text(dump_yaml(public), encoding="utf-8")
     title, items = repo_id.rpartition("/")[2], items_of(folder)
-    card = card_text(title, shown | {"run": public}, info, task, base, repo_id, items)
+    card = card_text(title, shown | {"run": public}, info, task, base, repo_id, items, standing)
     (out / run_folder.CARD).write_text(card, encoding="utf-8")
-    entries = eval_entries(metrics, info, task)
+    entries = eval_entries(metrics, info, task, standing)
     if entries:
         (out / EVAL_RESULTS).mkdir()
         text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
