@@ -17,7 +17,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_determinism, set_seed
 
-from peft_lab import portable, roles, run_folder
+from peft_lab import portable, roles, row_prompts, run_folder
 from peft_lab.backbones import cached_commit
 from peft_lab.card import write_card
 from peft_lab.data import Splits, load_splits, per_class, subset
@@ -250,6 +250,7 @@ class _Run:
         self.head_modules = [] if self.info.can("keeps_head") else roles.head_modules(base)
         set_seed(seed)  # the backbone's own random draws must not shift the adapter's
         settings = self.kind.adapter_settings(self.processor, self.labels)
+        settings |= row_prompts.settings(self.splits.prompt_values)
         self.model = adapt(base, self.info, self.config.method_args, self.kind.task_type, settings)
         limits = (self.config.max_train_samples, self.config.max_eval_samples, self.config.max_test_samples)
         parts = (self.splits.train, self.splits.validation, self.splits.test)
@@ -257,11 +258,14 @@ class _Run:
         self.raw = {name: subset(rows, limit) for name, rows, limit in named if rows is not None}
         if self.config.examples_per_class is not None:
             self.raw["train"] = per_class(self.raw["train"], self.config.examples_per_class, seed)
+        self.raw = {name: row_prompts.for_model(rows, self.model, self.task) for name, rows in self.raw.items()}
         with self.process.main_process_first():
             self.rows = {
                 name: self.kind.preprocess(rows, self.processor, self.task, self.model)
                 for name, rows in self.raw.items()
             }
+        drops = bool(self.arguments.remove_unused_columns)
+        row_prompts.check_kept(self.rows["train"], self.raw["train"], self.kind, drops)
 
     def _build_trainer(self) -> None:
         patience = self.config.early_stopping_patience
