@@ -17,8 +17,9 @@ from peft_lab.errors import ConfigError
 class AlternatingActivation(TrainerCallback):
     """Train the activations of an adapter on a dataset of their own, after every few steps of all other parameters.
 
-    First-order bi-level training, as of IAPT's and MiLoRA's rational activations. `trainer.add_callback` takes it; the
-    training itself leaves the activations alone. The moments of its AdamW start anew when a run is resumed.
+    First-order bi-level training, as of IAPT's and MiLoRA's rational activations. `trainer.add_callback` takes it, and
+    the run option `alternating_every` adds it; the training itself leaves the activations alone. The moments of its
+    AdamW start anew when a run is resumed.
 
     Args:
         dev_dataset: held-out rows, preprocessed as those of training.

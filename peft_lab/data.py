@@ -70,11 +70,11 @@ def load_splits(task: Task, seed: int | None = None, *, test: bool = False) -> S
     train = _encode_labels(task, "train", train, labels)
     parts: dict[str, Dataset] = {}
     if "test" not in task.splits and task.test_fraction:
-        train, parts["test"] = _carve(task, train, "test", task.test_fraction, seed)
+        train, parts["test"] = carve(task, train, "test", task.test_fraction, seed)
     if "validation" in task.splits:
         validation = _encode_labels(task, "validation", _canonical(task, "validation"), labels)
     else:
-        train, validation = _carve(task, train, "validation", task.validation_fraction, seed)
+        train, validation = carve(task, train, "validation", task.validation_fraction, seed)
     parts |= {"train": train, "validation": validation}
     if test and "test" in task.splits:
         parts["test"] = _encode_labels(task, "test", _canonical(task, "test"), labels)
@@ -262,8 +262,12 @@ def _index(task: Task, split: str, value: Any, number: Callable[[Any], int | Non
     return index
 
 
-def _carve(task: Task, rows: Dataset, split: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split rows into (rest, carved), stratified by label where every class is frequent enough."""
+def carve(task: Task, rows: Dataset, split: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split rows into (rest, carved), stratified by label where every class is frequent enough.
+
+    Raises:
+        TaskError: there are too few rows.
+    """
     from datasets import ClassLabel
 
     count = round(fraction * len(rows))
