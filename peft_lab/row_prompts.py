@@ -160,5 +160,5 @@ def predict(
 
 def _mapping(model: Any) -> Callable[[Sequence[str | None]], list[int]] | None:
     """How the adapter of a model maps values to its prompts; None if it does not."""
-    config = getattr(model, "active_peft_config", None)
+    config: Any = getattr(model, "active_peft_config", None)
     return config.ids_of_values if getattr(config, "prompt_values", None) else None
