@@ -13,6 +13,9 @@ from transformers import TrainerCallback
 
 from peft_lab.errors import ConfigError
 
+#: Of the activations: IAPT's, far below that of the other parameters.
+LEARNING_RATE = 1e-6
+
 
 class AlternatingActivation(TrainerCallback):
     """Train the activations of an adapter on a dataset of their own, after every few steps of all other parameters.
@@ -35,7 +38,7 @@ class AlternatingActivation(TrainerCallback):
         self,
         dev_dataset: Dataset[Any],
         every: int = 1,
-        learning_rate: float = 1e-6,
+        learning_rate: float = LEARNING_RATE,
         collator: Callable[[list[Any]], dict[str, Any]] | None = None,
     ) -> None:
         if every < 1:

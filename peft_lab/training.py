@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_determinism, set_seed
 
 from peft_lab import portable, roles, row_prompts, run_folder
-from peft_lab.alternating import AlternatingActivation, activation_parameters
+from peft_lab.alternating import LEARNING_RATE, AlternatingActivation, activation_parameters
 from peft_lab.backbones import cached_commit
 from peft_lab.card import write_card
 from peft_lab.data import Splits, carve, load_splits, per_class, subset
@@ -288,8 +288,8 @@ class _Run:
         if config.early_stopping_patience is not None:
             found.append(EarlyStoppingCallback(config.early_stopping_patience))
         if config.alternating_every is not None:
-            rate = {} if (lr := config.alternating_learning_rate) is None else {"learning_rate": lr}
-            found.append(AlternatingActivation(self.rows[HELD_OUT], config.alternating_every, **rate))
+            rate = config.alternating_learning_rate or LEARNING_RATE
+            found.append(AlternatingActivation(self.rows[HELD_OUT], config.alternating_every, rate))
         return found
 
     def _build_trainer(self) -> None:
