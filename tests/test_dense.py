@@ -125,7 +125,7 @@ def test_a_bright_quadrant_is_learned(name, method):
         optimizer.step()
         losses.append(loss.item())
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in adapter_parameters(model).values())
-    assert min(losses[-3:]) < 0.97 * losses[0]
+    assert losses[-1] < 0.98 * losses[0]
     assert equal_weights(model.unload(), frozen)
 
 
