@@ -1,8 +1,11 @@
 """Prompts chosen by what is known of a row: its domain, its source, its resolution, the mode it is to be read in.
 
 An adapter has a few sets of prompts, and each row of a batch names one by `prompt_ids`, an argument of the model's
-forward; where a call cannot take it (`generate`), `peft_lab.call.prompt_inputs` gives it around the call. Prefix
-Conditioning, the resolution prefix of Tiny Time Mixers and the mode tokens of UL2 are this.
+forward; where a call cannot take it (`generate`), `peft_lab.call.prompt_inputs` gives it around the call. A task file
+that names a column of such values, `columns: {prompt_ids: domain, ...}`, has it given in training, evaluation and
+prediction: the adapter keeps the values in the order of its sets, as `prompt_values`.
+
+Prefix Conditioning, the resolution prefix of Tiny Time Mixers and the mode tokens of UL2 are this.
 
 Source: Saito et al. 2022, Prefix Conditioning Unifies Language and Label Supervision, arXiv:2206.01125. Written from
 the paper.
@@ -10,15 +13,20 @@ the paper.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from peft_lab.call import Call
-from peft_lab.errors import ConfigError
+from peft_lab.config import shorten
+from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.registry import MethodInfo
 from peft_lab.static_prompts import StaticConfig, StoredPrompts, register_static
+
+logger = logging.getLogger("peft_lab")
 
 METHOD = MethodInfo(
     name="metadata_prompt",
@@ -38,23 +46,72 @@ class MetadataPromptConfig(StaticConfig):
     """Configuration of prompts by metadata. Trainable: modes x prompts x width for each block that writes prompts.
 
     Raises:
-        ConfigError: a number below 1, or a default that is none of the modes.
+        ConfigError: a number below 1, a default that is none of the modes, or fewer modes than values.
     """
 
-    num_modes: int = field(default=2, metadata={"help": "Sets of prompts, one for each kind of row.", "other": 3})
+    num_modes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sets of prompts, one for each kind of row; nothing means one per value, else 2.",
+            "other": 3,
+        },
+    )
+    prompt_values: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Values of the task's column prompt_ids in the order of the sets; filled in from the task.",
+            "other": ["a", "b", "c"],
+        },
+    )
     num_prompts: int = field(default=1, metadata={"help": "Prompts of each set.", "other": 3})
     deep: bool = field(default=False, metadata={"help": "New prompts before every block.", "other": True})
     default_mode: int | None = field(
-        default=0, metadata={"help": "The set for calls without prompt_ids; null makes them an error.", "other": 1}
+        default=0,
+        metadata={
+            "help": "The set for calls without prompt_ids and for unknown values; null makes them an error.",
+            "other": 1,
+        },
     )
 
     def check(self) -> None:
         super().check()
+        values = self.prompt_values or []
+        if self.prompt_values is not None and (not values or len(set(values)) < len(values)):
+            raise ConfigError(f"prompt_values={shorten(values)} must be different values, at least one.")
         for name in ("num_modes", "num_prompts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.default_mode is not None and not 0 <= self.default_mode < self.num_modes:
-            raise ConfigError(f"default_mode={self.default_mode} must be from 0 to {self.num_modes - 1}.")
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ConfigError(f"{name}={count} must be at least 1.")
+        if self.modes < len(values):
+            raise ConfigError(
+                f"num_modes={self.num_modes} is too few for {len(values)} prompt_values, {shorten(values)}; "
+                "leave it out."
+            )
+        if self.default_mode is not None and not 0 <= self.default_mode < self.modes:
+            raise ConfigError(f"default_mode={self.default_mode} must be from 0 to {self.modes - 1}.")
+
+    @property
+    def modes(self) -> int:
+        """Sets of prompts."""
+        return self.num_modes or len(self.prompt_values or ()) or 2
+
+    def ids_of_values(self, values: Sequence[str | None]) -> list[int]:
+        """The set of prompts of each value; `default_mode` for an unknown one, with a warning, and for None.
+
+        Raises:
+            ConfigError: there is no default, and a value is None or unknown.
+        """
+        known = {value: mode for mode, value in enumerate(self.prompt_values or ())}
+        strange = sorted({value for value in values if value is not None and value not in known})
+        shown = f"{', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}" if strange else "none"
+        if self.default_mode is None and (strange or None in values):
+            raise ConfigError(
+                f"A row's value for prompt_ids is {shown}, and default_mode is null; known: {', '.join(known)}."
+                f"{did_you_mean(shown, known)}"
+            )
+        if strange:
+            logger.warning("Unknown values for prompt_ids (%s) take the prompts of set %s.", shown, self.default_mode)
+        fallback = self.default_mode or 0
+        return [fallback if value is None else known.get(value, fallback) for value in values]
 
 
 class MetadataPromptLayer(StoredPrompts):
@@ -65,7 +122,7 @@ class MetadataPromptLayer(StoredPrompts):
     def initial_values(self, adapter: str, config: MetadataPromptConfig) -> dict[str, Tensor]:
         if self.depth not in config.writing(self.depths):
             return {}
-        table = torch.empty(config.num_modes, config.num_prompts, self.width)
+        table = torch.empty(config.modes, config.num_prompts, self.width)
         return {"metadata_prompt_table": table.uniform_(-0.5, 0.5)}
 
     def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
@@ -82,8 +139,8 @@ class MetadataPromptLayer(StoredPrompts):
                 f"prompt_ids has shape {list(ids.shape)} and dtype {ids.dtype}, expected one integer for each of "
                 f"{len(tokens)} rows."
             )
-        if bool(((ids < 0) | (ids >= config.num_modes)).any()):
-            raise ConfigError(f"prompt_ids={ids.tolist()} must be from 0 to {config.num_modes - 1}.")
+        if bool(((ids < 0) | (ids >= config.modes)).any()):
+            raise ConfigError(f"prompt_ids={ids.tolist()} must be from 0 to {config.modes - 1}.")
         return table[torch.arange(len(tokens), device=table.device), ids.to(table.device)]
 
 

@@ -5,8 +5,12 @@ right where peft's own prompt tuning is not: in batches padded at the left (peft
 padding), with `generate(inputs_embeds=...)`, with `use_cache=False`, under gradient checkpointing, and where the rows
 of a batch have different adapters (peft ignores `adapter_names`).
 
+With `prefix_projection` a small MLP makes them from embeddings, and is trained and saved along: for the embeddings e
+(tokens, width), the prompts before block i are U_i tanh(W e + b) + c_i, with e, W and b the same for all blocks.
+
 Source: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691; per block, Liu
-et al. 2021, P-Tuning v2, arXiv:2110.07602. Written from the papers.
+et al. 2021, P-Tuning v2, arXiv:2110.07602; the MLP, Li and Liang 2021, Prefix-Tuning, arXiv:2101.00190. Written from
+the papers.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peft_lab.call import Call
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo, register
 from peft_lab.sequence import SequenceLayer
@@ -41,11 +46,14 @@ METHOD = MethodInfo(
 class SoftPromptConfig(StaticConfig):
     """Configuration of soft prompts. Trainable: `num_virtual_tokens` x width for each block that writes prompts.
 
-    The names are those of peft's `PromptTuningConfig`. A text is turned into token ids when the config is made, and
-    saved as such: loading an adapter never looks for a tokenizer.
+    With `prefix_projection`, for n tokens, width d, m hidden units and L such blocks: n d + m (d + 1) + L d (m + 1).
+
+    The names are those of peft's `PromptTuningConfig` and `PrefixTuningConfig`. A text is turned into token ids when
+    the config is made, and saved as such: loading an adapter never looks for a tokenizer.
 
     Raises:
-        ConfigError: no tokens, a start value without what it is made of, two of them, or a file that names a tokenizer.
+        ConfigError: no tokens, a start value without what it is made of, two of them, one together with an MLP, hidden
+            units without an MLP, or a file that names a tokenizer.
     """
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Prompts of each block.", "other": 3})
@@ -73,6 +81,19 @@ class SoftPromptConfig(StaticConfig):
         default=None, metadata={"help": "The tokenizer that turns the text into ids.", "untried": "needs its files"}
     )
 
+    prefix_projection: bool = field(
+        default=False,
+        metadata={"help": "Make the prompts from embeddings by a trained MLP of two layers.", "other": True},
+    )
+    encoder_hidden_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Hidden units of that MLP; nothing means the width of the backbone.",
+            "other": 8,
+            "with": {"prefix_projection": True},
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.tokenizer_name_or_path is not None and self.peft_type is not None:
             raise ConfigError("An adapter file must not name a tokenizer; remove tokenizer_name_or_path from it.")
@@ -97,6 +118,7 @@ class SoftPromptConfig(StaticConfig):
                 f"domain_components={self.domain_components} and prompt_tuning_init={self.prompt_tuning_init!r} both "
                 "say where prompts start; leave one out."
             )
+        self._check_projection()
         if tokenizer is not None:
             from transformers import AutoTokenizer
 
@@ -105,19 +127,68 @@ class SoftPromptConfig(StaticConfig):
         if self.prompt_tuning_init_text is not None and not self.prompt_tuning_init_text:
             raise ConfigError("prompt_tuning_init_text has no tokens.")
 
+    def _check_projection(self) -> None:
+        hidden = self.encoder_hidden_size
+        if hidden is not None and not self.prefix_projection:
+            raise ConfigError(f"encoder_hidden_size={hidden} has no effect without prefix_projection=True; give both.")
+        if hidden is not None and hidden < 1:
+            raise ConfigError(f"encoder_hidden_size={hidden} must be at least 1.")
+        for name, usual in (("prompt_tuning_init", "RANDOM"), ("domain_components", None)):
+            if self.prefix_projection and getattr(self, name) != usual:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} says where prompts start, and with prefix_projection=True an MLP "
+                    "makes them; leave one out."
+                )
+
 
 class SoftPromptLayer(StaticPrompts):
-    """A block before which prompts (tokens, width) are written."""
+    """A block before which prompts (tokens, width) are written.
 
-    adapter_layer_names = ("soft_prompt_tokens",)
+    With an MLP, the first such block holds the embeddings (tokens, width) and the MLP's first layer for all of them,
+    and each one its own part of the second.
+    """
+
+    adapter_layer_names = (
+        *("soft_prompt_tokens", "soft_prompt_in_weight", "soft_prompt_in_bias"),
+        *("soft_prompt_out_weight", "soft_prompt_out_bias"),
+    )
 
     def initial_values(self, adapter: str, config: SoftPromptConfig) -> dict[str, Tensor]:
-        if self.depth not in config.writing(self.depths):
+        writing = config.writing(self.depths)
+        if self.depth not in writing:
             return {}
+        if config.prefix_projection:
+            return self._projection(config, writing[0])
         start = getattr(config, "starts", {}).get(self.depth)
         if start is None:
             start = torch.empty(config.num_virtual_tokens, self.width).uniform_(-0.5, 0.5)
         return {"soft_prompt_tokens": start}
+
+    def _projection(self, config: SoftPromptConfig, first: int) -> dict[str, Tensor]:
+        """Embeddings and MLP, or what is this block's own of them, as torch starts such layers."""
+        width = self.widths[first]
+        hidden = config.encoder_hidden_size or width
+        shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+        values: dict[str, Tensor] = {}
+        if self.depth == first:
+            values["soft_prompt_tokens"] = torch.randn(config.num_virtual_tokens, width)
+            shapes = {"soft_prompt_in_weight": ((hidden, width), width), "soft_prompt_in_bias": ((hidden,), width)}
+        shapes["soft_prompt_out_weight"] = ((self.width, hidden), hidden)
+        shapes["soft_prompt_out_bias"] = ((self.width,), hidden)
+        for name, (shape, inputs) in shapes.items():
+            bound = 1 / math.sqrt(inputs)
+            values[name] = torch.empty(shape).uniform_(-bound, bound)
+        return values
+
+    def stored(self, adapter: str, call: Call) -> Tensor | None:
+        prompts = super().stored(adapter, call)
+        if adapter not in self.soft_prompt_out_weight:
+            return prompts
+        if prompts is not None:
+            call.shared[adapter] = (prompts, self.soft_prompt_in_weight[adapter], self.soft_prompt_in_bias[adapter])
+        # each block computes it anew, for one that is recomputed in the backward pass must not look at another's
+        hidden = nn.functional.linear(*call.shared[adapter]).tanh()
+        return nn.functional.linear(hidden, self.soft_prompt_out_weight[adapter], self.soft_prompt_out_bias[adapter])
 
 
 class SoftPromptTuner(StaticTuner):

@@ -13,12 +13,16 @@ from transformers import TrainerCallback
 
 from peft_lab.errors import ConfigError
 
+#: Of the activations: IAPT's, far below that of the other parameters.
+LEARNING_RATE = 1e-6
+
 
 class AlternatingActivation(TrainerCallback):
     """Train the activations of an adapter on a dataset of their own, after every few steps of all other parameters.
 
-    First-order bi-level training, as of IAPT's and MiLoRA's rational activations. `trainer.add_callback` takes it; the
-    training itself leaves the activations alone. The moments of its AdamW start anew when a run is resumed.
+    First-order bi-level training, as of IAPT's and MiLoRA's rational activations. `trainer.add_callback` takes it, and
+    the run option `alternating_every` adds it; the training itself leaves the activations alone. The moments of its
+    AdamW start anew when a run is resumed.
 
     Args:
         dev_dataset: held-out rows, preprocessed as those of training.
@@ -34,7 +38,7 @@ class AlternatingActivation(TrainerCallback):
         self,
         dev_dataset: Dataset[Any],
         every: int = 1,
-        learning_rate: float = 1e-6,
+        learning_rate: float = LEARNING_RATE,
         collator: Callable[[list[Any]], dict[str, Any]] | None = None,
     ) -> None:
         if every < 1:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from peft_lab import row_prompts
 from peft_lab.errors import TaskError, did_you_mean
+from peft_lab.row_prompts import PROMPT_IDS
 from peft_lab.task import data_files, kind
 from peft_lab.task_schema import QUOTING, Task
 
@@ -30,6 +32,7 @@ class Splits:
         train, validation: disjoint; the validation rows are carved from train if the source has none.
         test: None unless it was asked for.
         labels: label names in the order of the model's outputs; None for regression and generation.
+        prompt_values: values of the column `prompt_ids`, which holds texts; None if the task names none.
         fingerprints: split -> hash of its content, the same on every machine.
     """
 
@@ -37,6 +40,7 @@ class Splits:
     validation: Dataset
     test: Dataset | None
     labels: tuple[str, ...] | None
+    prompt_values: tuple[str, ...] | None
     fingerprints: dict[str, str]
 
     @property
@@ -62,22 +66,22 @@ def load_splits(task: Task, seed: int | None = None, *, test: bool = False) -> S
     if test and not has_test:
         raise TaskError(f'Task "{task.name}" has no test rows: name a "test" split or set "test_fraction".')
     train = _canonical(task, "train")
-    labels = _label_names(task, train)
+    labels, prompt_values = _label_names(task, train), row_prompts.values_of(task, train)
     train = _encode_labels(task, "train", train, labels)
     parts: dict[str, Dataset] = {}
     if "test" not in task.splits and task.test_fraction:
-        train, parts["test"] = _carve(task, train, "test", task.test_fraction, seed)
+        train, parts["test"] = carve(task, train, "test", task.test_fraction, seed)
     if "validation" in task.splits:
         validation = _encode_labels(task, "validation", _canonical(task, "validation"), labels)
     else:
-        train, validation = _carve(task, train, "validation", task.validation_fraction, seed)
+        train, validation = carve(task, train, "validation", task.validation_fraction, seed)
     parts |= {"train": train, "validation": validation}
     if test and "test" in task.splits:
         parts["test"] = _encode_labels(task, "test", _canonical(task, "test"), labels)
     if not test:
         parts.pop("test", None)
     fingerprints = {name: fingerprint(part) for name, part in parts.items()}
-    return Splits(train, validation, parts.get("test"), labels, fingerprints)
+    return Splits(train, validation, parts.get("test"), labels, prompt_values, fingerprints)
 
 
 def subset(rows: Dataset, count: int | None, seed: int = 0) -> Dataset:
@@ -154,10 +158,14 @@ def _canonical(task: Task, split: str) -> Dataset:
                 f'Task "{task.name}": the {split} data has no column "{source}" for "{name}".'
                 f"{did_you_mean(source, rows.column_names)} Columns: {', '.join(rows.column_names)}."
             )
-    rows = rows.select_columns(list(task.columns.values()))
-    rows = rows.rename_columns({source: name for name, source in task.columns.items() if source != name})
     if len(rows) == 0:
         raise TaskError(f'Task "{task.name}": the {split} data has no rows.')
+    texts = row_prompts.texts(task, split, rows) if PROMPT_IDS in task.columns else None
+    columns = {name: source for name, source in task.columns.items() if name != PROMPT_IDS}
+    rows = rows.select_columns(list(columns.values()))
+    rows = rows.rename_columns({source: name for name, source in columns.items() if source != name})
+    if texts is not None:
+        rows = rows.add_column(PROMPT_IDS, texts)
     return kind(task.kind).cast(rows, task)
 
 
@@ -254,8 +262,12 @@ def _index(task: Task, split: str, value: Any, number: Callable[[Any], int | Non
     return index
 
 
-def _carve(task: Task, rows: Dataset, split: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split rows into (rest, carved), stratified by label where every class is frequent enough."""
+def carve(task: Task, rows: Dataset, split: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split rows into (rest, carved), stratified by label where every class is frequent enough.
+
+    Raises:
+        TaskError: there are too few rows.
+    """
     from datasets import ClassLabel
 
     count = round(fraction * len(rows))

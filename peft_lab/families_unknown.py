@@ -53,7 +53,7 @@ def _stacks(module: nn.Module, path: str, heads: Collection[str]) -> Iterator[tu
 
     for name, child in module.named_children():
         here = f"{path}.{name}" if path else name
-        members = list(child.children())
+        members = [getattr(m, "base_layer", m) for m in child.children()]  # an adapter may be around some of them
         alike = len({type(m) for m in members}) == 1 and any(members[0].children()) and _size(child) > 0
         if alike and (isinstance(child, nn.ModuleList) or (isinstance(child, nn.Sequential) and len(members) > 1)):
             if not any(head.startswith(f"{here}.") for head in heads):

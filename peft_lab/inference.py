@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
-from peft_lab import run_folder
+from peft_lab import row_prompts, run_folder
 from peft_lab.data import load_splits, subset
 from peft_lab.errors import ConfigError
 from peft_lab.loading import load
@@ -51,7 +51,9 @@ def evaluate(
             f'"{loaded.task.name}" ({", ".join(splits.labels[:5])}, ...).'
         )
     raw = subset(getattr(splits, split), max_samples)
+    raw = row_prompts.for_model(raw, loaded.model, loaded.task)
     rows = loaded.kind.preprocess(raw, loaded.processor, loaded.task, loaded.model)
+    row_prompts.check_kept(rows, raw, loaded.kind)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = LabTrainer(
             model=loaded.model,
@@ -85,7 +87,8 @@ def predict(
 
     Args:
         adapter, task, model_name_or_path: as for `load`.
-        inputs: one input or several: texts, pairs of texts, image files, PIL images; or one .txt, .csv or .jsonl file.
+        inputs: one input or several: texts, pairs of texts, image files, PIL images, or mappings of the task's columns;
+            or one .txt, .csv or .jsonl file. The column that chooses prompts may be among those of a mapping.
         batch_size: rows in one batch.
         allow_other_base: as for `load`.
 
@@ -94,8 +97,9 @@ def predict(
     """
     rows = read_inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
+    ids = row_prompts.ids_of_inputs(rows, loaded.model, loaded.task)
     rows = [_input(row, loaded.task) if isinstance(row, Mapping) else row for row in rows]
-    return loaded.kind.predict(loaded.model, loaded.processor, rows, loaded.task, batch_size)
+    return row_prompts.predict(loaded.kind, loaded.model, loaded.processor, rows, loaded.task, batch_size, ids)
 
 
 def read_inputs(inputs: list[Any]) -> list[Any]:
@@ -123,7 +127,7 @@ def read_inputs(inputs: list[Any]) -> list[Any]:
 
 def _input(row: Mapping[str, Any], task: Task) -> Any:
     """The input columns of a row of a file, which may have the names of the task's own data and further columns."""
-    names = {name: source for name, source in task.columns.items() if name != "label"}
+    names = {name: task.columns[name] for name in task.inputs}
     chosen = {
         name: row[name] if name in row else row[source] for name, source in names.items() if {name, source} & {*row}
     }
@@ -131,7 +135,7 @@ def _input(row: Mapping[str, Any], task: Task) -> Any:
         raise ConfigError(
             f"A row of the input file lacks {', '.join(sorted({*names} - {*chosen}))}; it has {', '.join(row)}."
         )
-    return next(iter(chosen.values())) if len(chosen) == 1 else chosen or row
+    return next(iter(chosen.values())) if len(chosen) == 1 and task.template is None else chosen or row
 
 
 def merge(

@@ -80,7 +80,10 @@ class Kind:
         return {}
 
     def preprocess(self, rows: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
-        """Rows as `Trainer` takes them: columns are arguments of the model's forward, and `labels`."""
+        """Rows as `Trainer` takes them: columns are arguments of the model's forward, and `labels`.
+
+        A column `prompt_ids` of numbers, which is there for methods that choose prompts by row, is left as it is.
+        """
         raise NotImplementedError
 
     def data_collator(self, processor: Any, model: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

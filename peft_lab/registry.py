@@ -39,6 +39,7 @@ CAPABILITIES = {
     "image_logits": "gives the logits of an image classifier in place of its head",
     "untrained": "takes its own values from the training data, and trains the task head alone",
     "keeps_head": "keeps the head that an image classifier was trained with",
+    "learned_activation": "learns an activation, which may be trained in turn on held-out rows",
     "dtype_bound": "is only valid on base weights of the dtype it was trained on",
 }
 

@@ -71,6 +71,20 @@ class RunConfig:
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the task head, if it differs from --learning_rate."}
     )
+    alternating_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train the method's learned activation in turn, once after this many steps, on training rows that "
+            "are held out for it alone: bi-level training, as of IAPT. Without it, it trains as everything else does."
+        },
+    )
+    alternating_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of these steps (1e-6 by default)."}
+    )
+    alternating_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of the training rows that is held out, drawn by the run's seed (0.1 by default)."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the run that stands in output_dir. Without it nothing is replaced."}
     )
@@ -127,6 +141,7 @@ class RunConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}; leave it out for no limit.")
         self._check_time()
+        self._check_alternating(info)
         if self.examples_per_class is not None and self.max_train_samples is not None:
             raise ConfigError("examples_per_class and max_train_samples both choose the examples; give one of them.")
         if self.head_learning_rate is not None and self.head_learning_rate <= 0:
@@ -149,6 +164,25 @@ class RunConfig:
         if (self.training_arguments.get("warmup_steps") or 0) >= 1:
             raise ConfigError("warmup_steps must be a part of the time, such as 0.1, if max_seconds is given.")
 
+    def _check_alternating(self, info: registry.MethodInfo) -> None:
+        every, rate, fraction = (getattr(self, name) for name in ALTERNATING)
+        if every is None:
+            given = next((name for name in ALTERNATING if getattr(self, name) is not None), None)
+            if given is not None:
+                raise ConfigError(f"{given}={getattr(self, given)} has no effect without alternating_every; give both.")
+            return
+        if not info.can("learned_activation"):
+            raise ConfigError(
+                f'alternating_every={every} is for methods that learn an activation, and "{info.name}" has none; '
+                "leave it out."
+            )
+        if every < 1:
+            raise ConfigError(f"alternating_every must be at least 1, got {every}.")
+        if rate is not None and rate <= 0:
+            raise ConfigError(f"alternating_learning_rate must be positive, got {rate}.")
+        if fraction is not None and not 0 < fraction <= 0.5:
+            raise ConfigError(f"alternating_fraction must be over 0 and at most 0.5, got {fraction}.")
+
     def to_dict(self) -> dict[str, Any]:
         """Flat plain values that `from_mapping` reads back; unset options are left out."""
         values = asdict(self)
@@ -164,6 +198,9 @@ class RunConfig:
             if name not in _NO_INFLUENCE and not name.startswith(_NO_INFLUENCE_BEGINNINGS)
         }
 
+
+#: Options of bi-level training.
+ALTERNATING = ("alternating_every", "alternating_learning_rate", "alternating_fraction")
 
 _COUNTS = (
     *("max_train_samples", "max_eval_samples", "max_test_samples", "examples_per_class"),

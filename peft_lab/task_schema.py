@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peft_lab.data_folder import DATA_PREFIX, DATA_VARIABLE
 from peft_lab.errors import TaskError, did_you_mean
 from peft_lab.metrics import METRICS, metric_path
+from peft_lab.row_prompts import PROMPT_IDS, check_column
 from peft_lab.template import Template, fields
 
 if TYPE_CHECKING:
@@ -66,8 +67,11 @@ class Task:
 
     Attributes:
         splits: our split names -> the source's; what is missing is carved from train by `load_splits`.
-        columns: canonical column names of the kind (`text`, `label`, `image`, ...) -> the source's.
+        columns: canonical column names of the kind (`text`, `label`, `image`, ...) -> the source's. With any kind,
+            `prompt_ids` names a column of texts or whole numbers whose value chooses the prompts of a row (its domain,
+            its source, ...); methods without such a choice do not see it.
         labels: label names in the order of the model's outputs; empty if they are read from the data.
+        prompt_values: values of `prompt_ids` in the order of the sets of prompts; empty for the sorted values of train.
         metrics: names or paths, the first one chooses the best checkpoint.
         validation_fraction, test_fraction: share of train to carve where the source has no such split.
         split_seed: seed of that carving, the same for every run.
@@ -85,6 +89,7 @@ class Task:
     splits: Mapping[str, str] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    prompt_values: tuple[str, ...] = ()
     problem_type: str = "single_label_classification"
     metrics: tuple[str, ...] = ()
     template: Template | None = None
@@ -106,6 +111,12 @@ class Task:
     def main_metric(self) -> str:
         """The metric that chooses the best checkpoint, under the name it has in the results."""
         return Path(self.metrics[0]).stem
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The canonical columns that hold what a model may look at: neither the answer nor `prompt_ids`."""
+        known = self.template.inputs() if self.template else tuple(name for name in self.columns if name != "label")
+        return tuple(name for name in known if name != PROMPT_IDS)
 
     @property
     def folder(self) -> Path:
@@ -140,6 +151,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "data": (dict,),
     "splits": (dict,),
     "columns": (dict,),
+    "prompt_values": (list,),
     "metrics": (list, str),
     "validation_fraction": (float, int),
     "test_fraction": (float, int),
@@ -207,7 +219,7 @@ def build(mapping: Mapping[str, Any], origin: Path | None, kind_of: Callable[[st
         if values.get(key, 1) < 1:
             raise TaskError(f'"{key}" must be at least 1, not {values[key]}.')
     if "labels" in values:
-        values["labels"] = _labels(values["labels"])
+        values["labels"] = _names(values["labels"], "label", least=2)
     problem_type = values.get("problem_type", PROBLEM_TYPES[0])
     _one_of(problem_type, PROBLEM_TYPES, "problem_type")
     if problem_type == "regression" and values.get("labels"):
@@ -218,7 +230,10 @@ def build(mapping: Mapping[str, Any], origin: Path | None, kind_of: Callable[[st
     allowed = rule.metrics(problem_type)
     values["metrics"] = _metrics(values.get("metrics", list(allowed[:1])), allowed, rule.name, origin)
     values["version"] = str(values.get("version", "1"))
+    if "prompt_values" in values:
+        values["prompt_values"] = _names(values["prompt_values"], "prompt_value", least=1)
     task = Task(**values, origin=origin)
+    check_column(task)
     rule.check(task)
     return task
 
@@ -318,17 +333,17 @@ def _fractions(values: dict[str, Any]) -> None:
         raise TaskError(f'"split_seed" must not be negative, not {values["split_seed"]}.')
 
 
-def _labels(labels: list[Any]) -> tuple[str, ...]:
-    for label in labels:
-        if isinstance(label, bool) or not isinstance(label, (str, int)):
+def _names(values: list[Any], what: str, least: int) -> tuple[str, ...]:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
             # YAML 1.1 reads no, off and yes as booleans
-            raise TaskError(f"a label must be text, not {_describe(label)}; put label names in quotes.")
-    names = tuple(str(label) for label in labels)
-    if len(names) < 2:
-        raise TaskError(f'"labels" needs at least two names, not {len(names)}.')
+            raise TaskError(f"a {what} must be text, not {_describe(value)}; put {what} names in quotes.")
+    names = tuple(str(value) for value in values)
+    if len(names) < least:
+        raise TaskError(f'"{what}s" needs at least {"two names" if least == 2 else "one name"}, not {len(names)}.')
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
-        raise TaskError(f'the label "{double}" is given twice.')
+        raise TaskError(f'the {what} "{double}" is given twice.')
     return names
 
 
@@ -355,15 +370,18 @@ def _one_group(key: str, pattern: str) -> None:
 
 def _columns(mapping: Mapping[str, Any], rule: Kind, template: Template | None) -> dict[str, str]:
     known = dict(rule.columns) if template is None else dict.fromkeys(template.columns(), False)
-    values = _checked(mapping, dict.fromkeys(known, (str,)), "the columns")
+    if PROMPT_IDS in known:
+        raise TaskError(f'"{PROMPT_IDS}" is the column that chooses prompts; call the one of the template otherwise.')
+    values = _checked(mapping, dict.fromkeys((*known, PROMPT_IDS), (str,)), "the columns")
     for name, required in known.items():
         if required and name not in values:
             raise TaskError(f'the kind "{rule.name}" needs "columns" to name the column of "{name}".')
+    chosen = {PROMPT_IDS: values.pop(PROMPT_IDS)} if PROMPT_IDS in values else {}
     columns = values if template is None else {name: values.get(name, name) for name in known}
     double = next((c for c in columns.values() if list(columns.values()).count(c) > 1), None)
     if double is not None:
         raise TaskError(f'the column "{double}" is named for two purposes.')
-    return columns
+    return columns | chosen
 
 
 def _metrics(names: Any, allowed: tuple[str, ...], kind_name: str, origin: Path | None) -> tuple[str, ...]:

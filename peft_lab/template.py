@@ -42,6 +42,10 @@ class Template:
         names = [name for text in (self.prompt, self.answer, self.reference) for name in fields(text)]
         return tuple(dict.fromkeys(name.split(".")[0] for name in names))
 
+    def inputs(self) -> tuple[str, ...]:
+        """The columns that the prompt reads, in order of appearance."""
+        return tuple(dict.fromkeys(name.split(".")[0] for name in fields(self.prompt)))
+
     def render(self, row: Mapping[str, Any]) -> tuple[str, str]:
         """Prompt and answer of a row."""
         return fill(self.prompt, row), fill(self.answer, row)

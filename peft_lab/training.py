@@ -17,10 +17,11 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_determinism, set_seed
 
-from peft_lab import portable, roles, run_folder
+from peft_lab import portable, roles, row_prompts, run_folder
+from peft_lab.alternating import LEARNING_RATE, AlternatingActivation, activation_parameters
 from peft_lab.backbones import cached_commit
 from peft_lab.card import write_card
-from peft_lab.data import Splits, load_splits, per_class, subset
+from peft_lab.data import Splits, carve, load_splits, per_class, subset
 from peft_lab.environment import device_name, versions
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
 from peft_lab.items import Items, write_items
@@ -34,7 +35,7 @@ from peft_lab.task_schema import check_classes
 from peft_lab.trainer import LabTrainer, PeakMemory, last_complete_checkpoint, remove_checkpoints, scores
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction, PreTrainedModel
+    from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
 
     from peft_lab.task_schema import Task
 
@@ -44,6 +45,8 @@ _T = TypeVar("_T")
 
 #: Steps of a training that only the time ends.
 _WITHOUT_END = 10_000_000
+#: Rows of train that bi-level training holds out, and their share unless the run says otherwise.
+HELD_OUT, HELD_OUT_FRACTION = "held_out", 0.1
 
 
 @dataclass
@@ -250,6 +253,7 @@ class _Run:
         self.head_modules = [] if self.info.can("keeps_head") else roles.head_modules(base)
         set_seed(seed)  # the backbone's own random draws must not shift the adapter's
         settings = self.kind.adapter_settings(self.processor, self.labels)
+        settings |= row_prompts.settings(self.splits.prompt_values)
         self.model = adapt(base, self.info, self.config.method_args, self.kind.task_type, settings)
         limits = (self.config.max_train_samples, self.config.max_eval_samples, self.config.max_test_samples)
         parts = (self.splits.train, self.splits.validation, self.splits.test)
@@ -257,14 +261,38 @@ class _Run:
         self.raw = {name: subset(rows, limit) for name, rows, limit in named if rows is not None}
         if self.config.examples_per_class is not None:
             self.raw["train"] = per_class(self.raw["train"], self.config.examples_per_class, seed)
+        if self.config.alternating_every is not None:
+            self._hold_out(self.config.alternating_fraction or HELD_OUT_FRACTION, seed)
+        self.raw = {name: row_prompts.for_model(rows, self.model, self.task) for name, rows in self.raw.items()}
         with self.process.main_process_first():
             self.rows = {
                 name: self.kind.preprocess(rows, self.processor, self.task, self.model)
                 for name, rows in self.raw.items()
             }
+        drops = bool(self.arguments.remove_unused_columns)
+        row_prompts.check_kept(self.rows["train"], self.raw["train"], self.kind, drops)
+
+    def _hold_out(self, fraction: float, seed: int) -> None:
+        """Take rows out of those that are trained on, for the activation alone."""
+        if not activation_parameters(self.model):
+            raise ConfigError(
+                f'alternating_every={self.config.alternating_every}: method "{self.info.name}" with '
+                f"{self.config.method_args} learns no activation; leave one of them out."
+            )
+        rest, held_out = carve(self.task, self.raw["train"], HELD_OUT, fraction, seed)
+        self.raw |= {"train": rest, HELD_OUT: held_out}
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        config = self.config
+        found: list[TrainerCallback] = []
+        if config.early_stopping_patience is not None:
+            found.append(EarlyStoppingCallback(config.early_stopping_patience))
+        if config.alternating_every is not None:
+            rate = config.alternating_learning_rate or LEARNING_RATE
+            found.append(AlternatingActivation(self.rows[HELD_OUT], config.alternating_every, rate))
+        return found
 
     def _build_trainer(self) -> None:
-        patience = self.config.early_stopping_patience
         self.trainer = _refusing(
             LabTrainer,
             model=self.model,
@@ -275,7 +303,7 @@ class _Run:
             data_collator=self.kind.data_collator(self.processor, self.model),
             compute_metrics=self._keeping_items(self.kind.compute_metrics(self.task, self.labels)),
             preprocess_logits_for_metrics=self.kind.preprocess_logits_for_metrics,
-            callbacks=[EarlyStoppingCallback(patience)] if patience is not None else [],
+            callbacks=self._callbacks(),
             head_learning_rate=self.config.head_learning_rate,
             head_modules=self.head_modules,
             max_seconds=self.config.max_seconds,

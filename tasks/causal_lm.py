@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft_lab import row_prompts
 from peft_lab.errors import TaskError
 from peft_lab.items import Items
 from peft_lab.kind import Kind, length_limit
 from peft_lab.metrics import load_metric
+from peft_lab.row_prompts import PROMPT_IDS
 from peft_lab.template import Template, fields, fill
 
 if TYPE_CHECKING:
@@ -96,7 +98,8 @@ class CausalLM(Kind):
             end = [*processor(answer, add_special_tokens=False)["input_ids"], processor.eos_token_id]
             return answer_only(start, end, limit, processor.bos_token_id)
 
-        return rows.map(encode, remove_columns=rows.column_names, desc="Tokenising")
+        read = [name for name in rows.column_names if name != PROMPT_IDS]
+        return rows.map(encode, remove_columns=read, desc="Tokenising")
 
     def data_collator(self, processor: Any, model: Any) -> Any:
         from transformers import DataCollatorForSeq2Seq
@@ -159,9 +162,13 @@ class CausalLM(Kind):
             return {}
         plain = list(rows)
         prompts = [fill(template.prompt, row) for row in plain]
-        once = dict(zip(prompts, plain, strict=True))  # rows may share a prompt, and with it what is written
-        texts = dict(zip(once, self.predict(model, processor, list(once.values()), task, batch_size), strict=True))
-        written = [texts[prompt] for prompt in prompts]
+        # rows may share a prompt, and with it what is written
+        keys = [(prompt, row.get(PROMPT_IDS)) for prompt, row in zip(prompts, plain, strict=True)]
+        once = dict(zip(keys, plain, strict=True))
+        ids = [number for _, number in once] if PROMPT_IDS in rows.column_names else None
+        answers = row_prompts.predict(self, model, processor, list(once.values()), task, batch_size, ids)
+        texts = dict(zip(once, answers, strict=True))
+        written = [texts[key] for key in keys]
         found: dict[str, list[float]] = {}
         if "exact_match" in wanted:
             pairs = [(template.found(text), template.target(row)) for text, row in zip(written, plain, strict=True)]

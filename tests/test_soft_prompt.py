@@ -7,9 +7,9 @@ import json
 
 import pytest
 import torch
-from backbones import TINY
+from backbones import TINY, tiny_inputs
 from peft import PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
-from properties import adapt, adapter_parameters, config, move, output
+from properties import adapt, adapter_parameters, config, main_tensor, move, output
 
 from peft_lab.adapters.soft_prompt import SoftPromptConfig
 from peft_lab.errors import ConfigError
@@ -136,3 +136,116 @@ def test_bad_fields(fields, match):
 def test_a_backbone_without_a_vocabulary():
     with pytest.raises(ConfigError, match=r'ViTModel has no vocabulary.*"RANDOM"'):
         adapt("soft_prompt", TINY["vit"](), prompt_tuning_init="SAMPLE_VOCAB")
+
+
+# Prompts that an MLP makes ------------------------------------------------------------------------------------------
+
+PROJECTED = {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 6}
+
+
+def _named(model) -> dict[str, torch.Tensor]:
+    """The parameters of the MLP by `name`, or `name block` where each block has its own."""
+    found = {}
+    for name, value in adapter_parameters(model).items():
+        part = next(p for p in name.split(".") if p.startswith("soft_prompt_")).removeprefix("soft_prompt_")
+        block = next(p for p in name.split(".") if p.isdigit())
+        found[f"{part} {block}" if part.startswith("out") else part] = value
+    return found
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("family", ["llama", "bert", "vit"])
+@torch.no_grad()
+def test_an_mlp_makes_the_prompts_by_its_formula(family, deep):
+    base = TINY[family]().eval()
+    model = move(adapt("soft_prompt", base, deep=deep, **PROJECTED))
+    values = _named(model)
+    plain = adapt("soft_prompt", base, deep=deep, num_virtual_tokens=4)
+    blocks = list(adapter_parameters(plain).values())
+    assert len(blocks) == (2 if deep else 1)
+    for block, prompts in enumerate(blocks):
+        hidden = torch.tanh(values["tokens"] @ values["in_weight"].T + values["in_bias"])
+        prompts.copy_(hidden @ values[f"out_weight {block}"].T + values[f"out_bias {block}"])
+    inputs = tiny_inputs(base)
+    torch.testing.assert_close(output(model, inputs), output(plain, inputs), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(output(model, inputs), base(**inputs)[0], atol=1e-3)
+    n, d, m, blocks = 4, 16, 6, 2 if deep else 1
+    assert sum(v.numel() for v in values.values()) == n * d + m * (d + 1) + blocks * d * (m + 1)
+
+
+def test_the_prompts_are_those_of_pefts_encoder():
+    """peft's, for keys and values, on an equal seed of weights: its second layer is that of all blocks in one."""
+    from peft import PrefixEncoder, PrefixTuningConfig
+
+    model = adapt("soft_prompt", TINY["llama"](), deep=True, **PROJECTED)
+    values = _named(model)
+    wanted = PrefixTuningConfig(
+        num_virtual_tokens=4, num_layers=1, token_dim=16, encoder_hidden_size=6, prefix_projection=True
+    )
+    encoder = PrefixEncoder(wanted)
+    with torch.no_grad():
+        encoder.embedding.weight.copy_(values["tokens"])
+        first, second = encoder.transform[0], encoder.transform[2]
+        first.weight.copy_(values["in_weight"]), first.bias.copy_(values["in_bias"])
+        second.weight.copy_(torch.cat([values["out_weight 0"], values["out_weight 1"]]))
+        second.bias.copy_(torch.cat([values["out_bias 0"], values["out_bias 1"]]))
+        theirs = encoder(torch.arange(4)).split(16, -1)
+    plain = adapt("soft_prompt", TINY["llama"](), deep=True, num_virtual_tokens=4)
+    with torch.no_grad():
+        for prompts, block in zip(adapter_parameters(plain).values(), theirs, strict=True):
+            prompts.copy_(block)
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    torch.testing.assert_close(output(model, inputs), output(plain, inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("family", ["llama", "t5", "vit", "swin"])
+def test_an_mlp_trains_and_is_saved(family, deep, tmp_path):
+    base = TINY[family]().eval()
+    model = adapt("soft_prompt", base, deep=deep, num_virtual_tokens=3, prefix_projection=True)
+    inputs = tiny_inputs(base)
+    main_tensor(model(**inputs)).float().square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in adapter_parameters(model).values())
+    move(model).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(output(loaded, inputs), output(model, inputs))
+
+
+def test_adapters_with_and_without_an_mlp_in_one_batch():
+    model = adapt("soft_prompt", TINY["bert"](), deep=True, **PROJECTED)
+    model.add_adapter("plain", config("soft_prompt", deep=True, num_virtual_tokens=2))
+    model.add_adapter("wide", config("soft_prompt", deep=True, num_virtual_tokens=3, prefix_projection=True))
+    for seed, name in enumerate(("default", "plain", "wide")):
+        move(model, name, seed=seed)
+    inputs, names = tiny_inputs(TINY["bert"](), batch=4), ["wide", "default", "__base__", "plain"]
+    mixed = output(model, inputs, adapter_names=names)
+    for row, name in enumerate(names):
+        part = {key: value[row : row + 1] for key, value in inputs.items()}
+        alone = output(model, part, adapter_names=[name])
+        torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_an_mlp_under_gradient_checkpointing():
+    grads = []
+    for checkpointing in (False, True):
+        model = adapt("soft_prompt", TINY["llama"](), deep=True, **PROJECTED).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=IDS, attention_mask=MASK, labels=IDS).loss.backward()
+        grads.append([p.grad for p in adapter_parameters(model).values()])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"encoder_hidden_size": 8}, "encoder_hidden_size=8 has no effect without prefix_projection=True"),
+        ({"encoder_hidden_size": 0, "prefix_projection": True}, "encoder_hidden_size=0 must be at least 1"),
+        ({"prompt_tuning_init": "SAMPLE_VOCAB", "prefix_projection": True}, "'SAMPLE_VOCAB' says where prompts start"),
+        ({"domain_components": 2, "prefix_projection": True}, "domain_components=2 says where prompts start"),
+    ],
+)
+def test_bad_fields_of_an_mlp(fields, match):
+    with pytest.raises(ConfigError, match=match):
+        SoftPromptConfig(**fields)

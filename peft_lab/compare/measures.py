@@ -29,7 +29,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_lab import run_folder
+from peft_lab import row_prompts, run_folder
 from peft_lab.calibration import BINS, expected_calibration_error
 from peft_lab.compare.plan import Run
 from peft_lab.items import ITEMS, Items, read_item_file
@@ -161,6 +161,7 @@ def _batches(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -
 
     device = _device()
     model.to(device)
+    rows = row_prompts.for_model(rows, model, task)
     prepared: Any = loaded.kind.preprocess(rows, loaded.processor, task, model)
     for batch in DataLoader(prepared, size, collate_fn=loaded.kind.data_collator(loaded.processor, model)):
         yield {name: value.to(device) for name, value in batch.items()}

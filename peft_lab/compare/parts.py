@@ -28,6 +28,7 @@ class Arm:
         tune: argument -> values that are searched along with the learning rate, the first one being the default.
         learning_rates: the ones to try; empty for a grid around the method's own.
         size: the argument that sets its number of parameters, for `limits: {trainable_parameters: ...}`.
+        training: run options that only its method has, those of bi-level training.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Arm:
     tune: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = ()
     size: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Study:
             "method": arm.method,
             "method_args": dict(arm.args),
             **found,
+            **arm.training,
         }
 
     def search_steps(self, cell: Cell) -> int | None:
@@ -135,7 +138,7 @@ class Study:
         ]
         arms = [
             _filled(method=a.method, name=a.label, args=_single(a), tune={k: list(v) for k, v in a.tune.items()})
-            | _filled(learning_rates=list(a.learning_rates), size=a.size)
+            | _filled(learning_rates=list(a.learning_rates), size=a.size, training=dict(a.training))
             for a in self.arms
         ]
         return {

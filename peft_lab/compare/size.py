@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_lab import registry
+from peft_lab import registry, row_prompts
 from peft_lab.compare.results import RUNS
 from peft_lab.errors import ConfigError
 from peft_lab.run_folder import write_json
@@ -122,10 +122,11 @@ def _counter(run: Run, name: str) -> Callable[[int], int]:
 
     task, options = load_task(str(run.options["task"])), run.options
     rule = kind(task.kind)
-    info, labels = registry.method(run.method), load_splits(task).labels
+    info, splits = registry.method(run.method), load_splits(task)
+    labels = splits.labels
     revision, dtype = options.get("model_revision"), options.get("dtype")
     processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, info.can("keeps_head"))
-    settings = rule.adapter_settings(processor, labels)
+    settings = rule.adapter_settings(processor, labels) | row_prompts.settings(splits.prompt_values)
 
     def count(value: int) -> int:
         arguments = {**run.method_args, name: value}

@@ -10,6 +10,7 @@ methods:              # a name, or a mapping; a list of values in `args` makes o
   - {method: svfit, args: {rank: [8, 64, full]}}
   - {method: lora, args: {use_dora: true}, name: dora, learning_rates: [1e-3, 3e-3, 1e-2]}
   - {method: ssf, tune: {init_std: [0.0, 0.02]}}   # searched along with the learning rate, in the same budget
+  - {method: iapt, training: {alternating_every: 1}}   # options of bi-level training, for methods that can
 seeds: 3              # a number or a list
 search: {strategy: grid, trials: 3, seeds: 1}      # or halving, or none
 limits: {max_steps: 60}             # or seconds; and trainable_parameters (set by the argument an arm names as `size`)
@@ -30,7 +31,7 @@ from peft_lab import registry
 from peft_lab.compare.parts import Arm, Cell, Limits, Search, Study, is_grid
 from peft_lab.compare.size import size_field
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
-from peft_lab.run_config import RunConfig, method_args, read_run_file
+from peft_lab.run_config import ALTERNATING, RunConfig, method_args, read_run_file
 from peft_lab.task import load_task, validate_task
 from peft_lab.task_schema import Task, check_classes
 
@@ -182,7 +183,10 @@ def _arms(entry: Any) -> list[Arm]:
         raise ConfigError(f'Each of "methods" must name a method, as in {{method: lora}}, not {entry!r}.')
     info = registry.method(values["method"])
     what = f'the arm of method "{info.name}"'
-    check_keys(values, ("method", "name", "args", "tune", "learning_rates", "size"), what)
+    check_keys(values, ("method", "name", "args", "tune", "learning_rates", "size", "training"), what)
+    training = _mapping(values.get("training"), f"training of {what}")
+    check_keys(training, ALTERNATING, f"training of {what}")
+    training = _run_options(training, f"training of {what}")
     args = method_args(_mapping(values.get("args"), f"args of {what}"))
     tune = {k: tuple(_list(v)) for k, v in method_args(_mapping(values.get("tune"), f"tune of {what}")).items()}
     for given, key in ((args, "args"), (tune, "tune")):
@@ -201,7 +205,7 @@ def _arms(entry: Any) -> list[Arm]:
     for combination in itertools.product(*grids.values()):
         chosen = dict(zip(grids, combination, strict=True))
         parts = [str(values.get("name", info.name)), *(f"{k}={v}" for k, v in chosen.items() if len(grids[k]) > 1)]
-        arms.append(Arm(" ".join(parts), info.name, {**args, **chosen}, tune, rates, size))
+        arms.append(Arm(" ".join(parts), info.name, {**args, **chosen}, tune, rates, size, training))
     return arms
 
 
