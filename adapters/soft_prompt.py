@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from peft_lab.call import Call
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo, register
-from peft_lab.sequence import SequenceLayer
 from peft_lab.sequence_tuner import chosen_stack
 from peft_lab.static_prompts import StaticConfig, StaticPrompts, StaticTuner
+from peft_lab.text_start import states_before
 
 METHOD = MethodInfo(
     name="soft_prompt",
@@ -180,8 +180,8 @@ class SoftPromptLayer(StaticPrompts):
             values[name] = torch.empty(shape).uniform_(-bound, bound)
         return values
 
-    def stored(self, adapter: str, call: Call) -> Tensor | None:
-        prompts = super().stored(adapter, call)
+    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
+        prompts = super().stored(adapter, call, rows)
         if adapter not in self.soft_prompt_out_weight:
             return prompts
         if prompts is not None:
@@ -209,7 +209,6 @@ class SoftPromptTuner(StaticTuner):
             prepared.starts = self._states(prepared)
         return prepared
 
-    @torch.no_grad()
     def _states(self, config: SoftPromptConfig) -> dict[int, Tensor]:
         path, blocks = chosen_stack(self.model, config.stack)
         stack: Any = self.model.get_submodule(path)
@@ -225,31 +224,7 @@ class SoftPromptTuner(StaticTuner):
             if int(given.min()) < 0 or int(given.max()) >= vocabulary:
                 raise ConfigError(f"prompt_tuning_init_text has token ids outside of the vocabulary of {vocabulary}.")
             ids = given.repeat(math.ceil(len(ids) / len(given)))[: len(ids)]
-        found: dict[int, Tensor] = {}
-
-        def keep(depth: int) -> Any:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                found[depth] = hidden[0].float()
-
-            return hook
-
-        modules = [self.model.get_submodule(block) for block in blocks]
-        handles = [m.register_forward_pre_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
-        layers = [m for m in self.model.modules() if isinstance(m, SequenceLayer)]
-        switched, training = [layer.disable_adapters for layer in layers], stack.training
-        try:
-            stack.eval()
-            for layer in layers:
-                layer._disable_adapters = True
-            stack(input_ids=ids[None].to(stack.device))
-        finally:
-            stack.train(training)
-            for layer, off in zip(layers, switched, strict=True):
-                layer._disable_adapters = off
-            for handle in handles:
-                handle.remove()
-        return found
+        return states_before(self.model, stack, blocks, ids)
 
 
 register(METHOD, SoftPromptConfig, SoftPromptLayer, SoftPromptTuner)
