@@ -300,6 +300,16 @@ def test_no_winner_is_named_where_nothing_separates() -> None:
     assert "better" not in words(equal)
 
 
+def test_what_only_the_correction_for_many_comparisons_hides_is_named() -> None:
+    arms = {f"arm {index}": 0.9 for index in range(11)} | {"low": 0.87}
+    cell = Study(arms, spread=0.008).cell()
+    low = cell.arm("low").versus_top
+    assert low.p < 0.05 < low.p_adjusted
+    assert "without the correction for all 66 comparisons" in words(cell)
+    assert "low would be told from it" in words(cell)
+    assert "Looked at alone" not in words(Study({"a": 0.9, "b": 0.9}).cell())
+
+
 def test_less_is_better_for_perplexity() -> None:
     runs = [
         record(arm, seed, value + 0.01 * seed * value, "perplexity")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_lab.compare.statistics import ALL_TASKS, Cell, Estimate
+from peft_lab.compare.statistics import ALL_TASKS, LEVEL, Arm, Cell, Estimate
 
 _TITLES = {
     "ece": "calibration error",
@@ -52,9 +52,20 @@ def _against_others(cell: Cell) -> str:
         text = f"it is not distinguishable from {join(same)} {at_level}, and better than {join(worse)}."
     else:
         text = "it could be tested against no other arm."
+    alone = [arm.label for arm in others if arm.label in same and _apart_alone(arm)]
+    if alone:
+        text += (
+            f" Looked at alone, without the correction for all {len(cell.comparisons)} comparisons, {join(alone)} would "
+            "be told from it; more seeds could settle that."
+        )
     if untested:
         text += f" There is no test against {join(untested)}: fewer than two seeds are shared."
     return text
+
+
+def _apart_alone(arm: Arm) -> bool:
+    """Whether the arm would be told from the best if this were the only comparison."""
+    return arm.versus_top is not None and arm.versus_top.p is not None and arm.versus_top.p < LEVEL
 
 
 def _any_of(labels: list[str], cell: Cell) -> str:
