@@ -55,8 +55,8 @@ def _against_others(cell: Cell) -> str:
     alone = [arm.label for arm in others if arm.label in same and _apart_alone(arm)]
     if alone:
         text += (
-            f" Looked at alone, without the correction for all {len(cell.comparisons)} comparisons, {join(alone)} would "
-            "be told from it; more seeds could settle that."
+            f" Looked at alone, without the correction for all {len(cell.comparisons)} comparisons, {join(alone)} "
+            "would be told from it; more seeds could settle that."
         )
     if untested:
         text += f" There is no test against {join(untested)}: fewer than two seeds are shared."
