@@ -68,7 +68,8 @@ class LocalBackend:
     """
 
     def __init__(self, workers: int | None = None) -> None:
-        self._context = forkserver("peft_lab.training")
+        # what every run imports, so that it is imported once
+        self._context = forkserver("peft_lab.training", "evaluate", "sklearn.metrics")
         devices, cores = gpus(), usable_cores()
         self.workers = workers or len(devices) or max(1, cores // 2)
         self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // self.workers))
