@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from peft_lab.task import Task
 
 CONTROL_ROWS = 1000
+COST_BATCHES = 4  # batches of rows prepared to count the cost of one: every class and some length of text occurs
 
 
 def measure(run: Run, place: Path, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -235,12 +236,16 @@ def _pooled(features: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
-    """FLOPs of a training step (forward and backward) on one real batch, and the activations kept in between."""
+    """FLOPs of a training step (forward and backward) on one batch of train rows, and the activations kept for it."""
     from peft_lab.cost import count_flops, kept_activations, training_step
     from peft_lab.trainer import frozen_norms
     from peft_lab.training import prepare
 
-    with prepare(options) as trainer:
+    few: dict[str, Any] = {"max_eval_samples": 1, "do_predict": False}
+    if options.get("examples_per_class") is None:  # nothing but the one batch is looked at
+        rows = COST_BATCHES * int(options.get("per_device_train_batch_size", 8))
+        few["max_train_samples"] = min(rows, options.get("max_train_samples") or rows)
+    with prepare({**options, **few}) as trainer:
         model = trainer.model.train()
         for norm in frozen_norms(model):
             norm.eval()
