@@ -134,6 +134,25 @@ def test_a_task_with_steps_of_its_own_is_searched_with_the_same_part_of_them() -
 
 
 @pytest.mark.parametrize("strategy", ["grid", "halving", "none"])
+def test_a_task_scales_the_learning_rates_of_all_arms_alike(strategy: str) -> None:
+    tasks = [
+        {"task": "snips", "model_name_or_path": "minilm"},
+        {"task": "snips", "model_name_or_path": "minilm", "name": "scaled", "learning_rate_factor": 0.3},
+    ]
+    trials = {} if strategy == "none" else {"trials": 4}
+    arms = ["head", "svfit", {"method": "lora", "learning_rates": [1e-3, 3e-3, 1e-2, 0.1][: trials.get("trials", 1)]}]
+    found = load_study(study(tasks=tasks, methods=arms, search={"strategy": strategy} | trials))
+    found = load_study(found.to_dict())  # as a folder of results keeps it
+    for arm in found.arms:
+        plain, scaled = ([c.learning_rate for c in candidates(found, arm, cell)] for cell in found.cells)
+        assert scaled == pytest.approx([0.3 * rate for rate in plain], rel=0.02)
+        runs = next(arm_runs(found, found.cells[1], arm))
+        assert [run.learning_rate for run, _ in zip(runs, scaled, strict=False)] == scaled
+    with pytest.raises(PeftLabError, match=r'"learning_rate_factor" of task "snips" must be a positive number, got 0'):
+        load_study(study(tasks=[{**tasks[0], "learning_rate_factor": 0}]))
+
+
+@pytest.mark.parametrize("strategy", ["grid", "halving", "none"])
 def test_every_arm_has_the_same_budget(strategy: str) -> None:
     search = {"strategy": strategy} | ({} if strategy == "none" else {"trials": 8})
     arms = ["lora", "head", {"method": "svfit", "tune": {"rank": [8, 4, "full"]}}] if search.get("trials") else ["lora"]
@@ -143,7 +162,7 @@ def test_every_arm_has_the_same_budget(strategy: str) -> None:
         waves = arm_runs(found, found.cells[0], arm)
         first = next(waves)
         budgets.add((len(first), sum(run.options["max_steps"] for run in first)))
-        assert len(candidates(found, arm)) == found.search.trials
+        assert len(candidates(found, arm, found.cells[0])) == found.search.trials
     assert len(budgets) == 1
 
 
@@ -158,7 +177,7 @@ def test_search_runs_never_see_the_test_rows() -> None:
 def test_tuned_values_are_searched_within_the_trials() -> None:
     arms = [{"method": "svfit", "tune": {"rank": [8, 4]}}]
     found = load_study(study(methods=arms, search={"trials": 4}))
-    tried = candidates(found, found.arms[0])
+    tried = candidates(found, found.arms[0], found.cells[0])
     assert len(tried) == 4
     assert len({(t.learning_rate, t.tuned["rank"]) for t in tried}) == 4
     assert {t.tuned["rank"] for t in tried} <= {8, 4}

@@ -122,7 +122,7 @@ def recommend(
 def _pilot(study: Study, arm: Arm) -> Generator[list[Run], Sequence[Record], Choice]:
     """One short run of an arm, which sees the train and validation rows only."""
     short = replace(study, search=replace(study.search, max_steps=PILOT_STEPS))
-    yield [plan.search_run(short, study.cells[0], arm, plan.candidates(study, arm)[0])]
+    yield [plan.search_run(short, study.cells[0], arm, plan.candidates(study, arm, study.cells[0])[0])]
     return Choice(arm.label, study.cells[0].task, study.cells[0].backbone, None)
 
 

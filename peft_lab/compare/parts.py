@@ -50,6 +50,8 @@ class Cell:
         backbone: its backbone.
         options: run options of this task alone.
         shifted, control: tasks of further measures ("" for none), see `peft_lab.compare.measures`.
+        learning_rate_factor: of every learning rate that is tried here, for all arms alike: backbones and batch sizes
+            differ in the rates that they want.
     """
 
     task: str
@@ -58,6 +60,7 @@ class Cell:
     options: Mapping[str, Any] = field(default_factory=dict)
     shifted: str = ""
     control: str = ""
+    learning_rate_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Study:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_mapping` reads back: paths are absolute, grids are written out as arms."""
         cells = [
-            {"task": c.source, "name": c.task, "model_name_or_path": c.backbone, **c.options, **_measures(c)}
+            {"task": c.source, "name": c.task, "model_name_or_path": c.backbone, **c.options, **_further(c)}
             for c in self.cells
         ]
         arms = [
@@ -169,5 +172,6 @@ def _filled(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value not in (None, "", [], {}, ())}
 
 
-def _measures(cell: Cell) -> dict[str, Any]:
-    return _filled(shifted=cell.shifted, control=cell.control)
+def _further(cell: Cell) -> dict[str, Any]:
+    factor = {} if cell.learning_rate_factor == 1 else {"learning_rate_factor": cell.learning_rate_factor}
+    return _filled(shifted=cell.shifted, control=cell.control) | factor

@@ -87,12 +87,13 @@ def rate_grid(center: float, count: int) -> tuple[float, ...]:
     return tuple(float(f"{center * RATE_FACTOR**step:.2g}") for step in range(-((count - 1) // 2), count // 2 + 1))
 
 
-def candidates(study: Study, arm: Arm) -> list[Candidate]:
+def candidates(study: Study, arm: Arm, cell: Cell) -> list[Candidate]:
     """The trials of an arm's search, equally many for every arm; the default values are always among them."""
     center = registry.method(arm.method).learning_rate
     if study.search.strategy == "none":
-        return [Candidate(arm.learning_rates[0] if arm.learning_rates else center)]
-    rates = arm.learning_rates or rate_grid(center, study.search.trials)
+        return [Candidate(_scaled(arm.learning_rates[0] if arm.learning_rates else center, cell))]
+    center = _scaled(center, cell)
+    rates = [_scaled(r, cell) for r in arm.learning_rates] or rate_grid(center, study.search.trials)
     tuned = [dict(zip(arm.tune, values, strict=True)) for values in itertools.product(*arm.tune.values())]
     every = [Candidate(rate, values) for rate in rates for values in tuned]
     default = Candidate(min(rates, key=lambda rate: abs(math.log(rate / center))), tuned[0])
@@ -102,6 +103,11 @@ def candidates(study: Study, arm: Arm) -> list[Candidate]:
     random.Random(f"{study.name}/{arm.label}").shuffle(others)
     chosen = [default, *others[: study.search.trials - 1]]
     return [candidate for candidate in every if candidate in chosen]
+
+
+def _scaled(rate: float, cell: Cell) -> float:
+    factor = cell.learning_rate_factor
+    return rate if factor == 1 else float(f"{rate * factor:.3g}")
 
 
 def rounds(search: Search) -> list[tuple[int, float]]:
@@ -128,7 +134,7 @@ def arm_runs(
         sized: the arguments that make the arm as large as the study wants it.
     """
     arguments = {**arm.args, **(sized or {})}
-    trials = candidates(study, arm)
+    trials = candidates(study, arm, cell)
     left, scores = trials, dict.fromkeys(range(len(trials)), math.nan)
     if len(trials) > 1:
         order = list(range(len(trials)))
@@ -231,7 +237,7 @@ def search_run(study: Study, cell: Cell, arm: Arm, trial: Candidate) -> Run:
 
 def size_run(study: Study, cell: Cell, arm: Arm, name: str, limit: int) -> Run:
     """The run that stands for the question how large an arm's argument `name` may be on a cell's backbone."""
-    run = _run(study, cell, arm, arm.args, candidates(study, arm)[0], 0, "size", 0, 1.0)
+    run = _run(study, cell, arm, arm.args, candidates(study, arm, cell)[0], 0, "size", 0, 1.0)
     return replace(run, id=hashlib.blake2b(f"{run.id} {name} {limit}".encode(), digest_size=8).hexdigest())
 
 

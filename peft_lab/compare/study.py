@@ -4,6 +4,7 @@ name: coffee
 tasks:                # a name or a YAML path, or a mapping with its backbone(s) and run options of its own
   - {task: snips, model_name_or_path: minilm, max_steps: 60}
   - {task: snips, name: snips-10-shot, model_name_or_path: minilm, examples_per_class: 10}
+  - {task: sign-digits, model_name_or_path: efficientnet-lite0, learning_rate_factor: 0.3}   # of all rates tried here
 model_name_or_path: minilm          # backbone(s) of the tasks that name none
 methods:              # a name, or a mapping; a list of values in `args` makes one arm of each value
   - lora
@@ -144,10 +145,11 @@ def _cells(entry: Any, backbones: list[Any], measures: Mapping[str, Any], folder
             own, beside = getattr(task, key), task.folder
         further[key] = _task_source(str(own), beside) if own else ""
     _check_further(label, task, **further)
+    factor = _positive(values.pop("learning_rate_factor", 1.0), f'"learning_rate_factor" of task "{label}"')
     options = _run_options(values, f'task "{label}"')
     if options.get("examples_per_class") is not None:
         check_classes(task)
-    return [Cell(label, source, str(model), options, **further) for model in models]
+    return [Cell(label, source, str(model), options, **further, learning_rate_factor=factor) for model in models]
 
 
 def _task_source(name: str, folder: Path) -> str:
