@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -134,22 +135,48 @@ def test_a_task_with_steps_of_its_own_is_searched_with_the_same_part_of_them() -
 
 
 @pytest.mark.parametrize("strategy", ["grid", "halving", "none"])
-def test_a_task_scales_the_learning_rates_of_all_arms_alike(strategy: str) -> None:
-    tasks = [
-        {"task": "snips", "model_name_or_path": "minilm"},
-        {"task": "snips", "model_name_or_path": "minilm", "name": "scaled", "learning_rate_factor": 0.3},
-    ]
-    trials = {} if strategy == "none" else {"trials": 4}
-    arms = ["head", "svfit", {"method": "lora", "learning_rates": [1e-3, 3e-3, 1e-2, 0.1][: trials.get("trials", 1)]}]
-    found = load_study(study(tasks=tasks, methods=arms, search={"strategy": strategy} | trials))
-    found = load_study(found.to_dict())  # as a folder of results keeps it
-    for arm in found.arms:
-        plain, scaled = ([c.learning_rate for c in candidates(found, arm, cell)] for cell in found.cells)
-        assert scaled == pytest.approx([0.3 * rate for rate in plain], rel=0.02)
-        runs = next(arm_runs(found, found.cells[1], arm))
-        assert [run.learning_rate for run, _ in zip(runs, scaled, strict=False)] == scaled
-    with pytest.raises(PeftLabError, match=r'"learning_rate_factor" of task "snips" must be a positive number, got 0'):
-        load_study(study(tasks=[{**tasks[0], "learning_rate_factor": 0}]))
+def test_a_task_has_learning_rates_of_its_own_for_the_arms_that_it_names(strategy: str) -> None:
+    trials = 1 if strategy == "none" else 4
+    plain, own = ([rate * step for step in (1, 3, 10, 30)[:trials]] for rate in (1e-3, 1e-4))
+    task = {"task": "snips", "model_name_or_path": "minilm"}
+    tasks = [task, {**task, "name": "own", "learning_rates": {"lora": own}}]
+    search = {"strategy": strategy} | ({"trials": trials} if trials > 1 else {})
+    values = study(tasks=tasks, methods=[{"method": "lora", "learning_rates": plain}, "svfit"], search=search)
+    found = load_study(load_study(values).to_dict())  # as a folder of results keeps it
+    lora, _ = found.arms
+    tried = {
+        (arm.label, cell.task): [c.learning_rate for c in candidates(found, arm, cell)]
+        for arm, cell in product(found.arms, found.cells)
+    }
+    assert tried["lora", "snips"] == plain
+    assert tried["lora", "own"] == own
+    assert tried["svfit", "own"] == tried["svfit", "snips"]
+    runs = next(arm_runs(found, found.cells[1], lora))
+    assert [run.options["learning_rate"] for run, _ in zip(runs, own, strict=False)] == own
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"lor": [1e-3]}, r'"learning_rates" of task "snips" names the arm "lor", .* Did you mean "lora"\?'),
+        ({"lora": [1e-3]}, r'Arm "lora" on task "snips" gives 1 candidates, but every arm has 3 trials'),
+        ({"lora": [1e-3, 1e-2, 0.1, 1]}, r'Arm "lora" on task "snips" gives 4 learning rates, but .* 3 trials'),
+        ({"lora": [1e-3, 1e-2, "high"]}, r'learning_rates of task "snips" for arm "lora" must be a positive number'),
+        ([1e-3], r'"learning_rates" of task "snips" must be a mapping'),
+    ],
+)
+def test_wrong_learning_rates_of_a_task_are_refused(rates: Any, message: str) -> None:
+    task = {"task": "snips", "model_name_or_path": "minilm", "learning_rates": rates}
+    with pytest.raises(PeftLabError, match=message):
+        load_study(study(tasks=[task]))
+
+
+def test_the_head_alone_is_searched_where_the_rate_of_heads_is_fixed() -> None:
+    task = {"task": "snips", "model_name_or_path": "minilm", "head_learning_rate": 3e-3}
+    found = load_study(study(tasks=[task], methods=["head", "lora"]))
+    head, lora = (found.options(found.cells[0], arm) for arm in found.arms)
+    assert "head_learning_rate" not in head
+    assert lora["head_learning_rate"] == 3e-3
 
 
 @pytest.mark.parametrize("strategy", ["grid", "halving", "none"])

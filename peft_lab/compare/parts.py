@@ -50,8 +50,8 @@ class Cell:
         backbone: its backbone.
         options: run options of this task alone.
         shifted, control: tasks of further measures ("" for none), see `peft_lab.compare.measures`.
-        learning_rate_factor: of every learning rate that is tried here, for all arms alike: backbones and batch sizes
-            differ in the rates that they want.
+        learning_rates: by the label of an arm those that it tries here, in place of its own: backbones differ in the
+            rates that they want.
     """
 
     task: str
@@ -60,7 +60,7 @@ class Cell:
     options: Mapping[str, Any] = field(default_factory=dict)
     shifted: str = ""
     control: str = ""
-    learning_rate_factor: float = 1.0
+    learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ class Study:
         """The options that all runs of an arm on a cell share; learning rate, seed and output folder are left out."""
         limits = {"max_steps": self.limits.max_steps, "max_seconds": self.limits.seconds}
         found = {**DEFAULTS, **self.training, **{k: v for k, v in limits.items() if v is not None}, **cell.options}
+        if arm.method == "head":  # the rate of all that it trains is the one that is searched
+            found.pop("head_learning_rate", None)
         found.setdefault("logging_steps", 10 if "max_seconds" in found else 0.05)
         if not {"early_stopping_patience", "load_best_model_at_end"} & found.keys():
             found.setdefault("save_strategy", "no")
@@ -127,6 +129,10 @@ class Study:
             **found,
             **arm.training,
         }
+
+    def learning_rates(self, cell: Cell, arm: Arm) -> tuple[float, ...]:
+        """The learning rates that the study gives an arm on a cell; none, and they lie around the method's default."""
+        return cell.learning_rates.get(arm.label, arm.learning_rates)
 
     def search_steps(self, cell: Cell) -> int | None:
         """Steps of a full training in the search on a cell; None if they are those of its final runs."""
@@ -173,5 +179,5 @@ def _filled(**values: Any) -> dict[str, Any]:
 
 
 def _further(cell: Cell) -> dict[str, Any]:
-    factor = {} if cell.learning_rate_factor == 1 else {"learning_rate_factor": cell.learning_rate_factor}
-    return _filled(shifted=cell.shifted, control=cell.control) | factor
+    rates = {arm: list(values) for arm, values in cell.learning_rates.items()}
+    return _filled(shifted=cell.shifted, control=cell.control, learning_rates=rates)

@@ -89,11 +89,10 @@ def rate_grid(center: float, count: int) -> tuple[float, ...]:
 
 def candidates(study: Study, arm: Arm, cell: Cell) -> list[Candidate]:
     """The trials of an arm's search, equally many for every arm; the default values are always among them."""
-    center = registry.method(arm.method).learning_rate
+    center, given = registry.method(arm.method).learning_rate, study.learning_rates(cell, arm)
     if study.search.strategy == "none":
-        return [Candidate(_scaled(arm.learning_rates[0] if arm.learning_rates else center, cell))]
-    center = _scaled(center, cell)
-    rates = [_scaled(r, cell) for r in arm.learning_rates] or rate_grid(center, study.search.trials)
+        return [Candidate(next(iter(given), center))]
+    rates = given or rate_grid(center, study.search.trials)
     tuned = [dict(zip(arm.tune, values, strict=True)) for values in itertools.product(*arm.tune.values())]
     every = [Candidate(rate, values) for rate in rates for values in tuned]
     default = Candidate(min(rates, key=lambda rate: abs(math.log(rate / center))), tuned[0])
@@ -103,11 +102,6 @@ def candidates(study: Study, arm: Arm, cell: Cell) -> list[Candidate]:
     random.Random(f"{study.name}/{arm.label}").shuffle(others)
     chosen = [default, *others[: study.search.trials - 1]]
     return [candidate for candidate in every if candidate in chosen]
-
-
-def _scaled(rate: float, cell: Cell) -> float:
-    factor = cell.learning_rate_factor
-    return rate if factor == 1 else float(f"{rate * factor:.3g}")
 
 
 def rounds(search: Search) -> list[tuple[int, float]]:

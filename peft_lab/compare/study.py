@@ -4,7 +4,7 @@ name: coffee
 tasks:                # a name or a YAML path, or a mapping with its backbone(s) and run options of its own
   - {task: snips, model_name_or_path: minilm, max_steps: 60}
   - {task: snips, name: snips-10-shot, model_name_or_path: minilm, examples_per_class: 10}
-  - {task: sign-digits, model_name_or_path: efficientnet-lite0, learning_rate_factor: 0.3}   # of all rates tried here
+  - {task: sign-digits, model_name_or_path: efficientnet-lite0, learning_rates: {dora: [1e-4, 3e-4, 1e-3]}}
 model_name_or_path: minilm          # backbone(s) of the tasks that name none
 methods:              # a name, or a mapping; a list of values in `args` makes one arm of each value
   - lora
@@ -145,11 +145,12 @@ def _cells(entry: Any, backbones: list[Any], measures: Mapping[str, Any], folder
             own, beside = getattr(task, key), task.folder
         further[key] = _task_source(str(own), beside) if own else ""
     _check_further(label, task, **further)
-    factor = _positive(values.pop("learning_rate_factor", 1.0), f'"learning_rate_factor" of task "{label}"')
+    given = _mapping(values.pop("learning_rates", None), f'"learning_rates" of task "{label}"')
+    rates = {str(arm): _rates(value, f'task "{label}" for arm "{arm}"') for arm, value in given.items()}
     options = _run_options(values, f'task "{label}"')
     if options.get("examples_per_class") is not None:
         check_classes(task)
-    return [Cell(label, source, str(model), options, **further, learning_rate_factor=factor) for model in models]
+    return [Cell(label, source, str(model), options, **further, learning_rates=rates) for model in models]
 
 
 def _task_source(name: str, folder: Path) -> str:
@@ -198,7 +199,7 @@ def _arms(entry: Any) -> list[Arm]:
     both = sorted(args.keys() & tune.keys())
     if both:
         raise ConfigError(f'"{both[0]}" of {what} is both fixed in "args" and searched by "tune"; remove one.')
-    rates = tuple(_positive(rate, f"learning_rates of {what}") for rate in _list(values.get("learning_rates")))
+    rates = _rates(values.get("learning_rates"), what)
     size = str(values.get("size") or "")
     if size:
         registry.check_method_args(info.name, {size: None})
@@ -209,6 +210,10 @@ def _arms(entry: Any) -> list[Arm]:
         parts = [str(values.get("name", info.name)), *(f"{k}={v}" for k, v in chosen.items() if len(grids[k]) > 1)]
         arms.append(Arm(" ".join(parts), info.name, {**args, **chosen}, tune, rates, size, training))
     return arms
+
+
+def _rates(value: Any, what: str) -> tuple[float, ...]:
+    return tuple(_positive(rate, f"learning_rates of {what}") for rate in _list(value))
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
@@ -276,27 +281,44 @@ def _check(study: Study) -> None:
         raise ConfigError("A study needs at least one task and one method.")
     _unique([f"{cell.task} on {cell.backbone}" for cell in study.cells], "task", 'a "name"')
     _unique([arm.label for arm in study.arms], "arm", 'a "name"')
+    labels = [arm.label for arm in study.arms]
+    for cell in study.cells:
+        for label in cell.learning_rates.keys() - set(labels):
+            raise ConfigError(
+                f'"learning_rates" of task "{cell.task}" names the arm "{label}", which the study has not.'
+                f"{did_you_mean(label, labels)}"
+            )
     for arm in study.arms:
-        if study.search.strategy == "none" and (arm.tune or len(arm.learning_rates) > 1):
-            raise ConfigError(f'Arm "{arm.label}" has several values to try, but the search strategy is none.')
-        if study.search.strategy != "none":
-            rates = len(arm.learning_rates) or study.search.trials
-            candidates = rates * _product(arm.tune.values())
-            if not arm.tune and rates > study.search.trials:
-                raise ConfigError(
-                    f'Arm "{arm.label}" gives {rates} learning rates, but every arm has {study.search.trials} trials; '
-                    f'set "trials: {rates}" under "search", or give fewer.'
-                )
-            if candidates < study.search.trials:
-                raise ConfigError(
-                    f'Arm "{arm.label}" gives {candidates} candidates, but every arm has {study.search.trials} trials; '
-                    "give more learning_rates, or fewer trials."
-                )
+        _check_trials(study, arm, arm.learning_rates, f'Arm "{arm.label}"')
+        for cell in study.cells:
+            if arm.label in cell.learning_rates:
+                _check_trials(study, arm, cell.learning_rates[arm.label], f'Arm "{arm.label}" on task "{cell.task}"')
         if study.limits.trainable_parameters is not None:
             size_field(arm.method, arm.args, arm.size)
         for cell in study.cells:
             run = {**study.options(cell, arm), "output_dir": "-", "learning_rate": 1.0}
             RunConfig.from_mapping(run, f'the study for arm "{arm.label}" on task "{cell.task}"').check()
+
+
+def _check_trials(study: Study, arm: Arm, learning_rates: Sequence[float], what: str) -> None:
+    """Every arm must fill the trials of the search, and none may have more of them."""
+    trials = study.search.trials
+    if study.search.strategy == "none":
+        if arm.tune or len(learning_rates) > 1:
+            raise ConfigError(f"{what} has several values to try, but the search strategy is none.")
+        return
+    rates = len(learning_rates) or trials
+    candidates = rates * _product(arm.tune.values())
+    if not arm.tune and rates > trials:
+        raise ConfigError(
+            f"{what} gives {rates} learning rates, but every arm has {trials} trials; "
+            f'set "trials: {rates}" under "search", or give fewer.'
+        )
+    if candidates < trials:
+        raise ConfigError(
+            f"{what} gives {candidates} candidates, but every arm has {trials} trials; "
+            "give more learning_rates, or fewer trials."
+        )
 
 
 def _product(values: Iterable[Sequence[Any]]) -> int:
