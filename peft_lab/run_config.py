@@ -244,7 +244,7 @@ def read_run_file(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file.
 
     Raises:
-        ConfigError: there is no such file, it cannot be parsed, or it is not a mapping.
+        ConfigError: there is no such file, it cannot be parsed, gives a key twice, or is not a mapping.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -252,9 +252,11 @@ def read_run_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f'There is no run file "{path}".{near}')
     import yaml
 
+    from peft_lab import plain_yaml
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = plain_yaml.read(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f'"{path}" is not readable YAML or JSON: {" ".join(str(error).split())}') from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f'"{path}" must hold a mapping of option names to values.')

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from peft_lab import plain_yaml
 from peft_lab.data_folder import DATA_PREFIX, DATA_VARIABLE, below_data
 from peft_lab.errors import TaskError, did_you_mean
 from peft_lab.task_schema import SPLITS, DataSource, Task, build, builtin_folders
@@ -138,21 +139,6 @@ def _expand(task: Task, name: str) -> Path:
     return below_data(name, f'Task "{task.name}"', TaskError)
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML's safe loader, which builds plain values only, made to refuse a key that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'the key "{key}" is given twice', key_node.start_mark
-                )
-            seen.add(key if isinstance(key, str) else id(key_node))
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> Task:
     try:
         text = path.read_text(encoding="utf-8")
@@ -161,7 +147,7 @@ def _read(path: Path) -> Task:
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f'Task file "{path}" cannot be read: {error}.') from error
     try:
-        mapping = yaml.load(text, Loader=_Loader)
+        mapping = plain_yaml.read(text)
     except yaml.YAMLError as error:
         raise TaskError(f"{path} is not plain YAML: {' '.join(str(error).split())}.") from error
     except (RecursionError, ValueError) as error:

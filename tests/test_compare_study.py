@@ -33,6 +33,22 @@ def study(**changes: Any) -> dict[str, Any]:
     return {**STUDY, **changes}
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nmethods: [lora]\ntasks: [snips]\nmethods: [svfit]\n", 'the key "methods" is given twice'),
+        ("name: a\nlimits: {max_steps: 1, max_steps: 2}\n", 'the key "max_steps" is given twice'),
+        ("name: a\nsearch: 2001-99-99\n", "is not readable YAML or JSON"),
+        ("[" * 5000, "is not readable YAML or JSON"),
+        ("name: !!python/object/apply:os.getcwd []\n", "is not readable YAML or JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(PeftLabError, match=message):
+        load_study(tmp_path / "study.yaml")
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=[file.stem for file in SHIPPED])
 def test_a_shipped_study_is_valid_without_the_data(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PEFT_LAB_DATA", raising=False)
