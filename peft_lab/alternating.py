@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_lab.errors import ConfigError
+
+logger = logging.getLogger("peft_lab")
 
 #: Of the activations: IAPT's, far below that of the other parameters.
 LEARNING_RATE = 1e-6
@@ -21,8 +27,8 @@ class AlternatingActivation(TrainerCallback):
     """Train the activations of an adapter on a dataset of their own, after every few steps of all other parameters.
 
     First-order bi-level training, as of IAPT's and MiLoRA's rational activations. `trainer.add_callback` takes it, and
-    the run option `alternating_every` adds it; the training itself leaves the activations alone. The moments of its
-    AdamW start anew when a run is resumed.
+    the run option `alternating_every` adds it; the training itself leaves the activations alone. What it needs to go on
+    lies in `alternating.safetensors` of each checkpoint.
 
     Args:
         dev_dataset: held-out rows, preprocessed as those of training.
@@ -47,6 +53,7 @@ class AlternatingActivation(TrainerCallback):
         self._parameters: list[nn.Parameter] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._batches: Iterator[Any] = iter(())
+        self._steps = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the activations, and make ready the held-out batches."""
@@ -62,7 +69,9 @@ class AlternatingActivation(TrainerCallback):
             collate_fn=self.collator or kwargs["train_dataloader"].collate_fn,
             generator=torch.Generator().manual_seed(args.seed + args.process_index),
         )
-        self._batches = _endless(loader)
+        self._batches, self._steps = _endless(loader), 0
+        if state.global_step:
+            self._restore(_kept(args, state))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the activations out of the step on training data: without a gradient an optimizer leaves them."""
@@ -79,6 +88,36 @@ class AlternatingActivation(TrainerCallback):
             parameter.grad = None if gradient is None else reduce(gradient, reduction="mean")
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._steps += 1
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep in the checkpoint how many steps the activations have made, and the moments of their optimizer."""
+        if not state.is_world_process_zero or self._optimizer is None:
+            return
+        kept = {
+            f"{index}.{name}": value
+            for index, parameter in enumerate(self._parameters)
+            for name, value in self._optimizer.state[parameter].items()
+        }
+        path = _kept(args, state)
+        partial = path.with_suffix(".partial")
+        save_file({**kept, "steps": torch.tensor(self._steps)}, partial)
+        partial.replace(path)
+
+    def _restore(self, path: Path) -> None:
+        """Go on with the moments and the held-out batches as the checkpoint left them."""
+        if not path.is_file():
+            logger.warning('There is no "%s": the moments and the batches of the activations start anew.', path)
+            return
+        kept = load_file(path)
+        self._steps = int(kept.pop("steps"))
+        for key, value in kept.items():
+            index, _, name = key.partition(".")
+            parameter = self._parameters[int(index)]
+            assert self._optimizer is not None, "made before"
+            self._optimizer.state[parameter][name] = value if name == "step" else value.to(parameter.device)
+        for _ in range(self._steps):
+            next(self._batches)
 
 
 def activation_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -90,6 +129,10 @@ def activation_parameters(model: nn.Module) -> list[nn.Parameter]:
         for parameter in getattr(module, name).values()
     ]
     return [parameter for parameter in found if parameter.requires_grad]
+
+
+def _kept(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "alternating.safetensors"
 
 
 def _endless(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from peft_lab.alternating import activation_parameters
 from peft_lab.compare.study import from_mapping
 from peft_lab.errors import ConfigError
 from peft_lab.run_config import RunConfig
+from peft_lab.trainer import LabTrainer
 from peft_lab.training import prepare, train
 
 
@@ -53,6 +54,28 @@ def test_held_out_rows_train_the_activation_alone(place, tmp_path):
         assert not torch.equal(other[name], value)
     assert still.metrics["data"]["rows"] == {"train": 86, "validation": 24, "test": 24, "held_out": 10}
     assert plain.metrics["data"]["rows"]["train"] == 96
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(place, tmp_path, monkeypatch, caplog):
+    """The moments of the activations and the order of the held-out batches lie in the checkpoint."""
+    run = _run(place, tmp_path / "out", alternating_every=1, alternating_learning_rate=1e-2, save_steps=2)
+    run |= {"max_steps": 6, "save_strategy": "steps", "per_device_train_batch_size": 4}
+    alone = train({**run, "output_dir": str(tmp_path / "alone")})
+    step, steps = LabTrainer.training_step, iter(range(5))
+
+    def broken(self, *args, **kwargs):
+        next(steps)  # ends in the sixth step
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LabTrainer, "training_step", broken)
+        with pytest.raises(StopIteration):
+            train(run)
+    resumed = train(run)
+    assert resumed.metrics["resumed_from"] == "checkpoint-4"
+    assert "start anew" not in caplog.text
+    left, right = weights(alone.output_dir), weights(resumed.output_dir)
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize("fraction", [None, 0.25])
