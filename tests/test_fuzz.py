@@ -21,10 +21,11 @@ from typing import Any
 
 import pytest
 import torch
+from backbones import TINY, tiny_inputs
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model, get_peft_model_state_dict
-from properties import METHODS, SEQUENCE, config, move
+from properties import EVERY, KEEPS_HEAD, ON_BLOCKS, adapt, config, move, output, text_or_image
 from safetensors.torch import load, load_file
 from torch import nn
 
@@ -33,8 +34,7 @@ from peft_lab.errors import PeftLabError
 from peft_lab.loading import base_of, load_adapter, trained_task
 
 CASES = int(os.environ.get("PEFT_LAB_FUZZ", "2000"))
-#: Methods in the sequence need blocks, which the small base here has not; `test_hostile.py` covers their folders.
-FUZZED = [method for method in METHODS if method not in SEQUENCE]
+FUZZED = [*EVERY, *KEEPS_HEAD]
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "base_fingerprint.json"
 
 
@@ -97,18 +97,22 @@ class _Net(nn.Module):
         return self.classifier(self.second(torch.relu(self.norm(self.first(x)))))
 
 
-def _base() -> nn.Module:
+def _adapted(method: str) -> tuple[nn.Module, dict[str, torch.Tensor], Any]:
+    """A base as small as the method allows, what it is asked, and the method's adapter on a copy of it."""
     torch.manual_seed(0)
-    return _Net()
+    if method in (*ON_BLOCKS, *KEEPS_HEAD):
+        base = TINY["resnet" if method in KEEPS_HEAD else text_or_image(method)]()
+        return base, tiny_inputs(base), move(adapt(method, base))
+    base = _Net()
+    wanted = config(method, target_modules=["first", "second"], modules_to_save=["classifier"])
+    return base, {"x": torch.randn(5, 6)}, move(get_peft_model(copy.deepcopy(base), wanted))
 
 
 class _Case:
     """An untouched folder of one method as bytes, and what its adapter answers."""
 
     def __init__(self, method: str, folder: Path) -> None:
-        self.base, self.x = _base(), torch.randn(5, 6)
-        wanted = config(method, target_modules=["first", "second"], modules_to_save=["classifier"])
-        model = move(get_peft_model(copy.deepcopy(self.base), wanted)).eval()
+        self.base, self.asked, model = _adapted(method)
         model.save_pretrained(folder)
         portable.write_record(model, folder)
         (folder / "README.md").unlink(missing_ok=True)
@@ -121,9 +125,8 @@ class _Case:
         self.output = self.answer(load_adapter(copy.deepcopy(self.base), folder))
         assert torch.equal(self.output, self.answer(model))
 
-    @torch.no_grad()
     def answer(self, model: Any) -> torch.Tensor:
-        return model.eval()(self.x)
+        return output(model, self.asked)
 
 
 @pytest.fixture(scope="module", params=FUZZED)
