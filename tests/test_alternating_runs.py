@@ -10,6 +10,7 @@ from tiny_runs import make_backbone, make_decoder, make_task, make_writing_task,
 
 from peft_lab import registry
 from peft_lab.alternating import activation_parameters
+from peft_lab.compare.measures import cost_of_step
 from peft_lab.compare.study import from_mapping
 from peft_lab.errors import ConfigError
 from peft_lab.run_config import RunConfig
@@ -76,6 +77,12 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(place, tmp_path, monkeyp
     assert "start anew" not in caplog.text
     left, right = weights(alone.output_dir), weights(resumed.output_dir)
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_cost_of_a_step_is_counted_with_one_row_a_batch(place, tmp_path):
+    """A few rows are prepared for it, too few to hold any out."""
+    run = _run(place, tmp_path / "out", per_device_train_batch_size=1)
+    assert cost_of_step({**run, "alternating_every": 1, "alternating_fraction": 0.1}) == cost_of_step(run)
 
 
 @pytest.mark.parametrize("fraction", [None, 0.25])

@@ -34,6 +34,7 @@ from peft_lab.calibration import BINS, expected_calibration_error
 from peft_lab.compare.plan import Run
 from peft_lab.items import ITEMS, Items, read_item_file
 from peft_lab.metrics import greater_is_better
+from peft_lab.run_config import ALTERNATING
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from peft_lab.task import Task
 
 CONTROL_ROWS = 1000
-COST_BATCHES = 4  # batches of rows prepared to count the cost of one: every class and some length of text occurs
+COST_BATCHES = 4  # as many batches of rows are prepared to draw from them the one whose cost is counted
 
 
 def measure(run: Run, place: Path, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -241,11 +242,12 @@ def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
     from peft_lab.trainer import frozen_norms
     from peft_lab.training import prepare
 
-    few: dict[str, Any] = {"max_eval_samples": 1, "do_predict": False}
+    few = {name: value for name, value in options.items() if name not in ALTERNATING}  # no rows to hold out of so few
+    few |= {"max_eval_samples": 1, "do_predict": False}
     if options.get("examples_per_class") is None:  # nothing but the one batch is looked at
         rows = COST_BATCHES * int(options.get("per_device_train_batch_size", 8))
         few["max_train_samples"] = min(rows, options.get("max_train_samples") or rows)
-    with prepare({**options, **few}) as trainer:
+    with prepare(few) as trainer:
         model = trainer.model.train()
         for norm in frozen_norms(model):
             norm.eval()
