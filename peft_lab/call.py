@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import find_first_full_attention_index
 
@@ -40,6 +41,7 @@ class Call:
         mask: bool (batch, tokens), False at padding; None if there is none.
         instruction: (batch, tokens), true where a prompt may look, as the caller gave it; None if it did not.
         labels: labels of the call; a text that is to be continued has -100 where there is no answer.
+        continues: whether the model continues texts, so that labels are a part of them.
         prompt_ids: int (batch,), which of an adapter's prompts each row asks for; None if it does not.
         cache: what the KV cache holds of slots; None without a cache.
         prefill: whether slots are to be filled; False for a step of decoding.
@@ -58,6 +60,7 @@ class Call:
     mask: Tensor | None = None
     instruction: Tensor | None = None
     labels: Tensor | None = None
+    continues: bool = False
     prompt_ids: Tensor | None = None
     cache: CacheSlots | None = None
     prefill: bool = True
@@ -77,7 +80,7 @@ class Call:
         of_each = ("mask", "instruction", "labels", "prompt_ids")
         values: dict[str, Any] = {name: getattr(self, name) for name in of_each}
         chosen: dict[str, Any] = {k: None if v is None or len(v) != batch else v[index] for k, v in values.items()}
-        return Call(self.stack, **chosen, depth=self.depth, shared=self.shared)
+        return Call(self.stack, **chosen, continues=self.continues, depth=self.depth, shared=self.shared)
 
 
 #: The call that runs, if any.
@@ -102,6 +105,7 @@ def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         mask=mask.bool() if mask is not None and mask.ndim == 2 else None,
         instruction=inputs.get("instruction_mask"),
         labels=inputs.get("labels"),
+        continues=bool(inputs.get("continues")),
         prompt_ids=inputs.get("prompt_ids"),
     )
     past = int(cache.get_seq_length()) if cache is not None else 0
@@ -151,9 +155,14 @@ def _tokens_alone(part: Tensor, call: Call, dims: tuple[int, ...]) -> Tensor:
 def take_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
     """Pre-hook of the whole model: keep what tells the instruction from the answer."""
     own = {name: kwargs.pop(name, None) for name in _OWN}
-    inputs = {"labels": kwargs.get("labels"), **own}
+    inputs = {"labels": kwargs.get("labels"), "continues": can_continue(model), **own}
     _INPUTS.set({name: value for name, value in inputs.items() if value is not None})
     return args, kwargs
+
+
+def can_continue(model: Any) -> bool:
+    """Whether a model writes text behind what it is given, so that its labels are tokens."""
+    return not isinstance(model, PreTrainedModel) or model.can_generate()
 
 
 def replace_logits(head: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from peft_lab import windows
 from peft_lab.call import CACHES, CALL, CacheSlots, Call, own_cache
 from peft_lab.errors import ConfigError
 from peft_lab.layer import AdapterLayer
+from peft_lab.room import explained
 from peft_lab.rows import BASE, Rows
 from peft_lab.slots import align_keys, extend_bias, extend_mask, extend_rotary, insert, parameter_names, split
 
@@ -33,6 +34,8 @@ _NO_INSTRUCTION = (
 )
 #: Arguments of blocks that hold a bias for each pair of positions.
 _BIASES = ("position_bias", "relative_pos")
+#: Families whose blocks make rotary positions for themselves.
+_OWN_ROTARY = ("gptj", "codegen")
 #: Vision transformers whose sequence is of patches alone.
 NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
@@ -48,6 +51,8 @@ class SequenceLayer(AdapterLayer):
         norms: the norms before (`norm.stem`) and behind (`norm.final`) all blocks, as a module and a name in it: a norm
             may be wrapped later.
         classes: number of labels of the model.
+        causal: whether no block of the stack lets a token see later ones.
+        attends: whether this block has attention; a convolution or a recurrence has none.
     """
 
     depth: int
@@ -57,6 +62,8 @@ class SequenceLayer(AdapterLayer):
     settings: Any
     norms: dict[str, tuple[nn.Module, str]]
     classes: int
+    causal: bool
+    attends: bool
     #: Whether the method also has a meaning where a block attends within windows, each of which holds the prompts.
     in_windows: ClassVar[bool] = True
 
@@ -83,7 +90,6 @@ class SequenceLayer(AdapterLayer):
             raise ConfigError(
                 f'Method "{self.info.name}" cannot put prompts into the windows of {type(base).__name__} ("{name}").'
             )
-        self._causal = any(getattr(module, "is_causal", False) for module in base.modules())
         self._biases = [m for m in base.modules() if type(m).__name__.endswith("RelativePositionBias")]
         if self._windowed:
             windows.hook(base)
@@ -94,8 +100,8 @@ class SequenceLayer(AdapterLayer):
     def instruction(self, tokens: Tensor, call: Call) -> Tensor | None:
         """The tokens that a prompt may depend on, bool (batch, tokens); None for all.
 
-        They are neither padding nor answer: as `instruction_mask` gives them, else, in a stack that continues a text,
-        those without a label.
+        They are neither padding nor answer: as `instruction_mask` gives them, else, where a model continues a text,
+        those before the first label of the row. What stands behind an answer, such as a further turn, has seen it.
 
         Raises:
             ConfigError: a row has no such token, or `instruction_mask` is not of the batch's shape.
@@ -105,17 +111,18 @@ class SequenceLayer(AdapterLayer):
             raise ConfigError(
                 f"instruction_mask has shape {list(given.shape)}, expected {list(tokens.shape[:2])} as the tokens have."
             )
-        if given is None and self._causal and labels is not None and labels.shape == tokens.shape[:2]:
-            given = labels == -100
+        continued = self.causal and call.continues
+        if given is None and continued and labels is not None and labels.shape == tokens.shape[:2]:
+            given = (labels != -100).cumsum(1) == 0
         if given is None:
-            if self._causal and self.training:
+            if continued and self.training:
                 warnings.warn(_NO_INSTRUCTION.format(self.info.name), stacklevel=2)
             return call.mask
         chosen = given.bool() if call.mask is None else given.bool() & call.mask
         if not bool(chosen.any(1).all()):
             raise ConfigError(
                 f'Method "{self.info.name}" makes its prompts from the instruction, and a row of the batch has none: '
-                "labels must be -100 there, or pass instruction_mask."
+                "labels must be -100 at its beginning, or pass instruction_mask."
             )
         return chosen
 
@@ -173,7 +180,7 @@ class SequenceLayer(AdapterLayer):
         else:
             self._write_rows(rows, tokens, call)
         if call.states is None:
-            self._enter_cache(call, own_cache(kwargs.get("past_key_values")), 0, tokens.shape[1])
+            self._enter_cache(call, _cache_of(kwargs), 0)
             return self._run(tokens, positional, kwargs)
         at = self._position(active if rows is None else rows.names)
         if self._windowed:
@@ -183,18 +190,19 @@ class SequenceLayer(AdapterLayer):
         else:
             kwargs = self._prefill(call, tokens, kwargs, at) | self.arguments(active, rows, call, at)
             out = self._run(insert(tokens, call.states, at), positional, kwargs)
-        hidden = out[0] if isinstance(out, tuple) else out
+        hidden = out[0] if isinstance(out, tuple | list) else out
         kept, call.states = split(hidden, call.states.shape[1], at)
         if self.depth == self.depths - 1:
             call.readout = self._readout(active, rows, call)
             if self.info.can("image_logits"):
                 call.logits = self._scored(active, rows, call.states)
-        return (kept, *out[1:]) if isinstance(out, tuple) else kept
+        return type(out)((kept, *out[1:])) if isinstance(out, tuple | list) else kept
 
     def _run(self, hidden: Tensor, positional: Sequence[str], kwargs: dict[str, Any]) -> Any:
         """The block itself. What came by position goes on so: checkpointing cuts the graph at those arguments alone."""
         by_name = {name: value for name, value in kwargs.items() if name not in positional}
-        return self.base_layer(hidden, *(kwargs[name] for name in positional[1:]), **by_name)
+        with explained(self.settings.model_type):
+            return self.base_layer(hidden, *(kwargs[name] for name in positional[1:]), **by_name)
 
     def normed(self, role: str, hidden: Tensor) -> Tensor:
         """Hidden states behind one of `norms`; as they are if the backbone has none there."""
@@ -292,22 +300,29 @@ class SequenceLayer(AdapterLayer):
         assert call.states is not None
         count, length = call.states.shape[1], tokens.shape[1]
         call.length, call.position = length, at
+        if not self.attends and call.mask is not None and not bool(call.mask[:, 0].all()):
+            raise ConfigError(
+                f"{type(self.base_layer).__name__} has no attention, and would carry prompts on through padding at the "
+                "left: give texts of equal length, or one at a time."
+            )
         if "attention_mask" in kwargs or call.unused is not None:
             mask = kwargs.get("attention_mask")
-            kwargs["attention_mask"] = extend_mask(mask, tokens, count, at, self._causal, call.unused)
+            kwargs["attention_mask"] = extend_mask(mask, tokens, count, at, self.causal, call.unused)
         if "position_embeddings" in kwargs:
             kwargs["position_embeddings"] = extend_rotary(kwargs["position_embeddings"], length, count, at)
         for name in _BIASES:
             if kwargs.get(name) is not None:
                 kwargs[name] = extend_bias(kwargs[name], length, count, at)
-        if "position_ids" in kwargs:
-            kwargs["position_ids"] = None  # attention reads them only to find packed sequences
+        if kwargs.get("position_ids") is not None:
+            ids = kwargs["position_ids"]
+            own = self.settings.model_type in _OWN_ROTARY  # else attention reads them only to find packed sequences
+            kwargs["position_ids"] = insert(ids, ids.new_zeros(len(ids), count), at) if own else None
         for module in self._biases:
             module.slots_at = at
-        self._enter_cache(call, own_cache(kwargs.get("past_key_values")), count, length)
+        self._enter_cache(call, _cache_of(kwargs), count)
         return kwargs
 
-    def _enter_cache(self, call: Call, cache: Any, count: int, length: int) -> None:
+    def _enter_cache(self, call: Call, cache: Any, count: int) -> None:
         """Record what this block leaves in the cache."""
         if cache is None:
             return
@@ -316,23 +331,32 @@ class SequenceLayer(AdapterLayer):
         call.cache.count[self.depth] = count
         if call.unused is not None:
             call.cache.unused[self.depth] = call.unused
-        window = getattr(self.settings, "sliding_window", None)
-        if count and window and cache.is_sliding[self.depth] and length + count >= window:
-            raise ConfigError(
-                f"{length} tokens and {count} prompts do not fit into the sliding window of {window} that the cache "
-                "keeps: the prompts would leave it; pass use_cache=False."
-            )
 
     def _decode(self, call: Call, tokens: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The block's arguments beside the hidden states, for a step on a cache that holds the slots."""
-        cache = own_cache(kwargs.get("past_key_values"))
+        cache = _cache_of(kwargs)
         if call.cache is None:
             raise ConfigError("The KV cache was not filled with these prompts; let generate() make a cache of its own.")
         if cache is not None:
+            self._check_window(call.cache, cache, tokens.shape[1])
             keys = cache.get_mask_sizes(tokens.shape[1], self.depth)[0]
             unused = call.cache.unused.get(self.depth)
             kwargs["attention_mask"] = align_keys(kwargs.get("attention_mask"), keys, tokens, unused)
         return kwargs
+
+    def _check_window(self, slots: CacheSlots, cache: Any, new: int) -> None:
+        """Refuse a step for which a sliding window has no room for all that came before it, slots first."""
+        window, count = getattr(self.settings, "sliding_window", None), slots.count.get(self.depth, 0)
+        if count and window and cache.is_sliding[self.depth] and cache.get_seq_length(self.depth) + new > window:
+            raise ConfigError(
+                f"{cache.get_seq_length(self.depth) + new - count} tokens and {count} prompts do not fit into the "
+                f"sliding window of {window} that the cache keeps: the prompts would leave it; pass use_cache=False."
+            )
+
+
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache of self-attention that a block was given, by the name of its family."""
+    return own_cache(kwargs.get("past_key_values", kwargs.get("layer_past")))
 
 
 def _extend_own_bias(module: nn.Module, args: Any, kwargs: dict[str, Any], bias: Tensor) -> Tensor:

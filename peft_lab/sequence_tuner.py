@@ -11,17 +11,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lab import roles, windows
-from peft_lab.call import begin, drop_inputs, end, read_out, replace_logits, take_inputs
+from peft_lab.call import begin, can_continue, drop_inputs, end, read_out, replace_logits, take_inputs
 from peft_lab.config import AdapterConfig
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.layer import AdapterLayer
 from peft_lab.registry import MethodInfo, register
+from peft_lab.room import check_room
 from peft_lab.sequence import NO_CLASS_TOKEN, SequenceLayer
 from peft_lab.tuner import AdapterTuner
 
 #: Which stack gets the prompts where a model has several, the first that is there.
 _PREFERRED = ("vision", "encoder")
 _HOOKS = (take_inputs, begin, end, read_out, drop_inputs, replace_logits, *windows.HOOKS)
+#: Arguments of `generate` with which text is read in pieces, or with drafts of what is to be written.
+_NO_WHOLE_TEXT = ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens")
 #: Models with a class token whose head reads the patches alone.
 _PATCH_HEADS = ("CLIPForImageClassification", "MetaClip2ForImageClassification")
 
@@ -69,6 +72,7 @@ class SequenceTuner(AdapterTuner):
             raise ConfigError(
                 f'Method "{self.info.name}" is made for images, and {type(self.model).__name__} reads none there.'
             )
+        check_room(self.model, self.model.get_submodule(path))
         if peft_config.reads_out():
             self._check_readout(path)
         depths = len(blocks)
@@ -131,7 +135,16 @@ class SequenceTuner(AdapterTuner):
             layer.downsample = (self.model.get_submodule(before), "downsample")
         layer.norms = self._norms(stack)
         layer.classes = getattr(getattr(self.model, "config", None), "num_labels", 0)
+        said = [[m.is_causal for m in block.modules() if hasattr(m, "is_causal")] for block in modules]
+        layer.attends = bool(said[layer.depth]) or not any(said)
+        layer.causal = any(map(any, said)) if any(said) else self._continues(stack)
         return layer
+
+    def _continues(self, path: str) -> bool:
+        """Whether a stack whose attention does not say so reads no token before those to its left."""
+        stack: Any = self.model.get_submodule(path)
+        is_text = stack.main_input_name == "input_ids" and not self.model.config.is_encoder_decoder
+        return is_text and can_continue(self.model)
 
     def _norms(self, stack: str) -> dict[str, tuple[nn.Module, str]]:
         """The norms around the blocks of a stack, which stand in it or, as DINOv2's, in a module around it."""
@@ -170,9 +183,9 @@ class SequenceTuner(AdapterTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         settings = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-        chunked = kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
-        if chunked and any(isinstance(m, SequenceLayer) and not m.disable_adapters for m in self.modules()):
-            raise ConfigError("Prompts are made for a whole text: leave out prefill_chunk_size.")
+        given = [n for n in _NO_WHOLE_TEXT if kwargs.get(n) is not None or getattr(settings, n, None) is not None]
+        if given and any(isinstance(m, SequenceLayer) and not m.disable_adapters for m in self.modules()):
+            raise ConfigError(f"Prompts are made for a whole text, and then tokens come singly: leave out {given[0]}.")
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
 

@@ -100,7 +100,13 @@ def align_keys(mask: Any, keys: int, tokens: Tensor, unused: Tensor | None) -> A
 
 
 def extend_rotary(embeddings: Any, tokens: int, count: int, at: int) -> Any:
-    """Cosines and sines (batch or 1, tokens, dim) with the slots at position 0; others (patches alone) as they are."""
+    """Rotary positions with the slots at position 0; others (patches alone) as they are.
+
+    They are cosines and sines (batch or 1, tokens, dim), or complex numbers of that shape.
+    """
+    if isinstance(embeddings, Tensor) and embeddings.is_complex() and embeddings.shape[-2] == tokens:
+        ones = embeddings.narrow(-2, 0, 1).abs().to(embeddings.dtype)
+        return insert(embeddings, ones.expand(*ones.shape[:-2], count, -1), at, embeddings.ndim - 2)
     if not isinstance(embeddings, tuple) or len(embeddings) != 2 or embeddings[0].shape[-2] != tokens:
         return embeddings
     cos, sin = embeddings
