@@ -4,6 +4,12 @@ Each generator projects the hidden states of the instruction down, pools them in
 activation and projects up to prompts, which stand at the left of the sequence. They are made once, when the text is
 read, and live on in the KV cache. Other choices of pooling, activation and insertion make it LPT or IDPG: the presets.
 
+Two things the papers leave open. The projection up starts at zero: prompts of zero are keys and values of zero in front
+of a norm without bias, which disturb a decoder little, while small random ones destroy what it says (the perplexity of
+SmolLM2-135M on E2E: 14 without prompts, 25 with those of zero, more than 10,000 with random ones). And hidden states
+are scaled to root mean square 1 before they are projected (`normalize`), for decoders have some a hundred times larger
+than others, and then no learning rate fits.
+
 The instruction is what `instruction_mask`, an argument of the model's forward, says it is; else the tokens whose label
 is -100; else the whole text but its padding. `generate` without a KV cache reads the text anew for every token: give
 `peft_lab.call.prompt_inputs(instruction_mask=...)` around it, or the prompts also look at the answer so far.
@@ -35,7 +41,7 @@ METHOD = MethodInfo(
     config="IAPTConfig",
     roles=("block",),
     capabilities=("mixed_batch", "learned_activation"),
-    learning_rate=1e-3,
+    learning_rate=3e-4,
     budget=(1.25, 1.35),
     presets={
         # Late Prompt Tuning: prompts from pooled tokens before one block in the middle, kept by those behind it
@@ -94,6 +100,9 @@ class IAPTConfig(SequenceConfig):
         default="none", metadata={"help": "Projections that all blocks have in common.", "other": "both"}
     )
     biases: bool = field(default=False, metadata={"help": "Biases in the projections.", "other": True})
+    normalize: bool = field(
+        default=True, metadata={"help": "Scale hidden states to root mean square 1 before projecting.", "other": False}
+    )
 
     def check(self) -> None:
         super().check()
@@ -123,7 +132,7 @@ class IAPTLayer(SequenceLayer):
             values["iapt_down"] = nn.init.kaiming_uniform_(torch.empty(config.bottleneck, self.width), math.sqrt(5))
             values |= {"iapt_down_bias": torch.zeros(config.bottleneck)} if config.biases else {}
         if first or config.share not in ("up", "both"):
-            values["iapt_up"] = torch.empty(out, config.bottleneck).normal_(0, 0.02)
+            values["iapt_up"] = torch.zeros(out, config.bottleneck)
             values |= {"iapt_up_bias": torch.zeros(out)} if config.biases else {}
         if config.pool == "self_attention":
             queries = torch.empty(config.num_prompts, config.bottleneck)
@@ -133,15 +142,21 @@ class IAPTLayer(SequenceLayer):
         return values
 
     def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
-        config = self.configs[adapter]
-        if not config.writes(self.depth):
+        if not self.configs[adapter].writes(self.depth):
             return None
         mask = self.instruction(tokens, call)
+        with torch.autocast(tokens.device.type, enabled=False):  # powers of the pooled vectors want float32
+            return self._generated(adapter, tokens, mask, call)
+
+    def _generated(self, adapter: str, tokens: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+        config = self.configs[adapter]
         down, up = self._projection("down", adapter, call), self._projection("up", adapter, call)
+        if config.normalize:
+            tokens = nn.functional.rms_norm(tokens.float(), (self.width,), eps=1e-6)
         hidden = nn.functional.linear(tokens.to(down[0].dtype), *down)
         pooled = self._pooled(adapter, hidden.float(), mask)
         if config.activation == "rational":
-            pooled = rational(pooled, self.iapt_numerator[adapter], self.iapt_denominator[adapter])
+            pooled = rational(pooled, self.iapt_numerator[adapter].float(), self.iapt_denominator[adapter].float())
         else:
             pooled = getattr(nn.functional, config.activation)(pooled)
         return nn.functional.linear(pooled.to(up[0].dtype), *up).reshape(len(tokens), config.num_prompts, self.width)
@@ -158,7 +173,7 @@ class IAPTLayer(SequenceLayer):
         config = self.configs[adapter]
         mask = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
         if config.pool == "self_attention":
-            scores = x @ self.iapt_queries[adapter].T
+            scores = x @ self.iapt_queries[adapter].float().T
             scores = scores.masked_fill(~mask[..., None], torch.finfo(scores.dtype).min)
             return scores.softmax(1).transpose(1, 2) @ x
         rank, count = mask.cumsum(1) - 1, mask.sum(1, keepdim=True)
@@ -169,9 +184,9 @@ class IAPTLayer(SequenceLayer):
         begin, end = part * count // config.num_prompts, -((part + 1) * -count // config.num_prompts)
         member = mask[..., None] & (rank[..., None] >= begin[:, None]) & (rank[..., None] < end[:, None])
         if config.pool == "average":
-            return (member.to(x.dtype).transpose(1, 2) @ x) / member.sum(1)[..., None]
+            return (member.to(x.dtype).transpose(1, 2) @ x) / member.sum(1)[..., None].clamp(min=1)
         parts = [x.masked_fill(~inside[..., None], -torch.inf).amax(1) for inside in member.unbind(-1)]
-        return torch.stack(parts, 1)
+        return torch.stack(parts, 1).where(mask.any(1)[:, None, None], 0)  # a row of padding alone has no largest
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ the paper.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,11 @@ from peft_lab.registry import MethodInfo
 from peft_lab.static_prompts import StaticConfig, StoredPrompts, register_static
 
 logger = logging.getLogger("peft_lab")
+
+_NO_IDS = (
+    "Training without prompt_ids, so every row takes set {} of {} sets of prompts. A Trainer hands the column on with "
+    "remove_unused_columns=False."
+)
 
 METHOD = MethodInfo(
     name="metadata_prompt",
@@ -133,6 +139,8 @@ class MetadataPromptLayer(StoredPrompts):
         if ids is None:
             if config.default_mode is None:
                 raise ConfigError('A call without prompt_ids, which method "metadata_prompt" needs: pass one per row.')
+            if self.training and torch.is_grad_enabled() and config.modes > 1:
+                warnings.warn(_NO_IDS.format(config.default_mode, config.modes), stacklevel=2)
             return table[:, config.default_mode]
         if ids.shape != tokens.shape[:1] or ids.is_floating_point():
             raise ConfigError(

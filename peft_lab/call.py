@@ -153,8 +153,15 @@ def _tokens_alone(part: Tensor, call: Call, dims: tuple[int, ...]) -> Tensor:
 
 
 def take_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """Pre-hook of the whole model: keep what tells the instruction from the answer."""
+    """Pre-hook of the whole model: keep what tells the instruction from the answer.
+
+    Raises:
+        ConfigError: `instruction_mask` or `prompt_ids` is no tensor.
+    """
     own = {name: kwargs.pop(name, None) for name in _OWN}
+    for name, value in own.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ConfigError(f"{name} must be a tensor, got {type(value).__name__}.")
     inputs = {"labels": kwargs.get("labels"), "continues": can_continue(model), **own}
     _INPUTS.set({name: value for name, value in inputs.items() if value is not None})
     return args, kwargs

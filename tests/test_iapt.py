@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_lab.adapters.iapt import DENOMINATOR, NUMERATOR, IAPTConfig, rational
 from peft_lab.alternating import AlternatingActivation, activation_parameters
+from peft_lab.call import Call
 from peft_lab.errors import ConfigError
 from peft_lab.registry import check_method_args, make_config
 from peft_lab.trainer import LabTrainer
@@ -60,19 +61,20 @@ def test_rational_starts_at_gelu():
     torch.testing.assert_close(rational(x, a, b), top / bottom, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("share", ["none", "both"])
+@pytest.mark.parametrize(("share", "normalize"), [("none", True), ("none", False), ("both", True)])
 @torch.no_grad()
-def test_equals_blocks_run_by_hand(share):
+def test_equals_blocks_run_by_hand(share, normalize):
     """On a vision transformer, whose blocks need neither masks nor positions."""
     base = TINY["vit"]().eval()
-    model = move(adapt("iapt", base, bottleneck=8, num_prompts=3, share=share))
+    model = move(adapt("iapt", base, bottleneck=8, num_prompts=3, share=share, normalize=normalize))
     parameters = {n.split("layers.")[1]: p for n, p in adapter_parameters(model).items()}
     pixels = tiny_inputs(base)["pixel_values"]
     tokens = base.vit.embeddings(pixels)
     for depth, block in enumerate(base.vit.layers):
         source = 0 if share == "both" else depth
         down, up = parameters[f"{source}.iapt_down.default"], parameters[f"{source}.iapt_up.default"]
-        x = tokens @ down.T
+        x = tokens / tokens.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt() if normalize else tokens
+        x = x @ down.T
         z = (x @ parameters[f"{depth}.iapt_queries.default"].T).softmax(1).transpose(1, 2) @ x
         a, b = parameters[f"{depth}.iapt_numerator.default"], parameters[f"{depth}.iapt_denominator.default"]
         z = sum(a[j] * z**j for j in range(7)) / (1 + sum(b[j] * z ** (j + 1) for j in range(5)).abs())
@@ -117,6 +119,40 @@ def test_presets():
         check_method_args("svfit", {"preset": "small"})
     with pytest.raises(ConfigError, match="bottleneck=0 must be at least 1"):
         IAPTConfig(bottleneck=0)
+
+
+@torch.no_grad()
+def test_starts_with_prompts_of_zero_and_sees_no_scale():
+    """The start is the slots of a soft prompt of zeros, and hidden states a thousand times larger change nothing."""
+    base, ids = TINY["llama"]().eval(), torch.tensor([[5, 6, 7, 8]])
+    zeros = adapt("soft_prompt", base, deep=True, num_virtual_tokens=4)
+    for parameter in adapter_parameters(zeros).values():
+        parameter.zero_()
+    model = adapt("iapt", base)
+    assert torch.equal(model(ids).logits, zeros(ids).logits)
+    layer = next(m for m in move(model).modules() if type(m).__name__ == "IAPTLayer")
+    tokens, call = torch.randn(2, 5, WIDTH), Call(base)
+    prompts = layer.prompts("default", tokens, call)
+    torch.testing.assert_close(layer.prompts("default", 1000 * tokens, call), prompts, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["self_attention", "max", "average", "first", "last"])
+def test_a_row_of_padding_alone_spoils_nothing(pool):
+    model = move(adapt("iapt", TINY["llama"](), pool=pool))
+    ids, mask = torch.randint(5, 90, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[1] = 0
+    model(ids, attention_mask=mask).logits[0].sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in adapter_parameters(model).values())
+
+
+@torch.no_grad()
+def test_activation_is_computed_in_float32_under_autocast():
+    model = move(adapt("iapt", TINY["llama"]()))
+    layer = next(m for m in model.modules() if type(m).__name__ == "IAPTLayer")
+    tokens, call = torch.randn(2, 5, WIDTH), Call(model)
+    plain = layer.prompts("default", tokens, call)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.prompts("default", tokens, call), plain)
 
 
 # What a prompt may look at --------------------------------------------------------------------------------------------
@@ -164,7 +200,7 @@ def test_training_on_whole_texts_is_warned_of(recwarn):
 def test_labels_of_an_encoder_are_no_answer():
     """A token classifier's labels, and a decoder's that happen to be as long as the encoder's text."""
     base = TINY["t5"]()
-    model, inputs = adapt("iapt", base), tiny_inputs(base)
+    model, inputs = move(adapt("iapt", base)), tiny_inputs(base)
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, :4] = 7
     plain = {k: v for k, v in inputs.items() if not k.startswith("decoder")}
@@ -228,6 +264,23 @@ def test_activation_trains_on_held_out_data_alone(trainer_class, tmp_path):
             assert torch.equal(before[name], trained[name]) == of_activation
             in_turn = of_activation and step % 2 == 1
             assert torch.equal(trained[name], after[name]) != in_turn
+
+
+def test_gradients_of_the_activation_count_in_no_norm(tmp_path):
+    """Clipping sees what the training itself moves, and behind it the activations have their gradients again."""
+    model, seen = move(adapt("iapt", TINY["llama"]())), []
+
+    class Norms(Trainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            seen.append([p.grad.norm().item() for p in activation_parameters(self.model)])
+            return loss
+
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True)
+    Norms(model, arguments, train_dataset=_rows(0), callbacks=[AlternatingActivation(_rows(1))]).train()
+    assert all(norm == 0 for step in seen for norm in step)
+    Norms(model, arguments, train_dataset=_rows(0)).train()
+    assert all(norm > 0 for norm in seen[-1])
 
 
 def test_alternating_says_what_is_wrong(tmp_path):

@@ -89,3 +89,12 @@ def test_errors():
         MetadataPromptConfig(num_prompts=0)
     with pytest.raises(ConfigError, match='Did you mean "prompt_ids"'), prompt_inputs(prompt_id=torch.tensor([1])):
         pass
+
+
+def test_training_without_ids_is_warned_of():
+    """A Trainer drops the column unless it is told not to, and then all rows would train one set."""
+    model, ids = adapt("metadata_prompt", TINY["llama"](), num_modes=3).train(), torch.tensor([[5, 6, 7]])
+    with pytest.warns(UserWarning, match=r"every row takes set 0 of 3.*remove_unused_columns=False"):
+        model(ids)
+    with pytest.raises(ConfigError, match="prompt_ids must be a tensor, got list"):
+        model(ids, prompt_ids=[0])
