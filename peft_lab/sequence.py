@@ -36,8 +36,6 @@ _NO_INSTRUCTION = (
 _BIASES = ("position_bias", "relative_pos")
 #: Families whose blocks make rotary positions for themselves.
 _OWN_ROTARY = ("gptj", "codegen")
-#: Vision transformers whose sequence is of patches alone.
-NO_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
 
 class SequenceLayer(AdapterLayer):
@@ -51,6 +49,7 @@ class SequenceLayer(AdapterLayer):
         norms: the norms before (`norm.stem`) and behind (`norm.final`) all blocks, as a module and a name in it: a norm
             may be wrapped later.
         classes: number of labels of the model.
+        prefix_tokens: class and register tokens of a vision transformer, which stand before the patches; 0 for text.
         causal: whether no block of the stack lets a token see later ones.
         attends: whether this block has attention; a convolution or a recurrence has none.
     """
@@ -62,6 +61,7 @@ class SequenceLayer(AdapterLayer):
     settings: Any
     norms: dict[str, tuple[nn.Module, str]]
     classes: int
+    prefix_tokens: int
     causal: bool
     attends: bool
     #: Whether the method also has a meaning where a block attends within windows, each of which holds the prompts.
@@ -71,16 +71,6 @@ class SequenceLayer(AdapterLayer):
     def width(self) -> int:
         """Width of the hidden states."""
         return self.widths[self.depth]
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Class and register tokens of a vision transformer, which stand before the patches; 0 for text."""
-        settings = self.settings
-        none = self._windowed or settings.model_type in NO_CLASS_TOKEN
-        if none or getattr(settings, "patch_size", None) is None:
-            return 0
-        distilled = 1 if settings.model_type == "deit" else 0
-        return 1 + distilled + (getattr(settings, "num_register_tokens", 0) or 0)
 
     def read_base(self, name: str) -> None:
         base = self.base_layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.layer import AdapterLayer
 from peft_lab.registry import MethodInfo, register
 from peft_lab.room import check_room
-from peft_lab.sequence import NO_CLASS_TOKEN, SequenceLayer
+from peft_lab.sequence import SequenceLayer
 from peft_lab.tuner import AdapterTuner
 
 #: Which stack gets the prompts where a model has several, the first that is there.
@@ -25,6 +25,8 @@ _PREFERRED = ("vision", "encoder")
 _HOOKS = (take_inputs, begin, end, read_out, drop_inputs, replace_logits, *windows.HOOKS)
 #: Arguments of `generate` with which text is read in pieces, or with drafts of what is to be written.
 _NO_WHOLE_TEXT = ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens")
+#: What an embedding of patches calls the tokens that it puts before them.
+_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 #: Models with a class token whose head reads the patches alone.
 _PATCH_HEADS = ("CLIPForImageClassification", "MetaClip2ForImageClassification")
 
@@ -93,8 +95,7 @@ class SequenceTuner(AdapterTuner):
 
     def _check_readout(self, path: str) -> None:
         """There must be a class token with a norm behind the blocks, and a head that reads it."""
-        stack: Any = self.model.get_submodule(path)
-        none = stack.config.model_type in NO_CLASS_TOKEN or type(self.model).__name__ in _PATCH_HEADS
+        none = not prefix_tokens(self.model, path) or type(self.model).__name__ in _PATCH_HEADS
         if none or "norm.final" not in self._norms(path):
             raise ConfigError(
                 f"{type(self.model).__name__} reads no class token behind a final norm, so it cannot read prompts in "
@@ -134,6 +135,7 @@ class SequenceTuner(AdapterTuner):
         if windows.has_windows(layer) and before and before != windows.stage_of(path):
             layer.downsample = (self.model.get_submodule(before), "downsample")
         layer.norms = self._norms(stack)
+        layer.prefix_tokens = prefix_tokens(self.model, stack)
         layer.classes = getattr(getattr(self.model, "config", None), "num_labels", 0)
         said = [[m.is_causal for m in block.modules() if hasattr(m, "is_causal")] for block in modules]
         layer.attends = bool(said[layer.depth]) or not any(said)
@@ -233,6 +235,19 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
     preferred = (path for word in _PREFERRED for path in stacks if word in path.lower())
     path = next(preferred, next(iter(stacks)))
     return path, stacks[path]
+
+
+def prefix_tokens(model: nn.Module, path: str) -> int:
+    """Tokens that the embedding of a stack of vision puts before the patches; 0 for text."""
+    if getattr(cast(Any, model.get_submodule(path)).config, "patch_size", None) is None:
+        return 0
+    parts = path.split(".") if path else []
+    for depth in range(len(parts), -1, -1):
+        around = model.get_submodule(".".join(parts[:depth]))
+        if any("patch" in name for name, _ in around.named_modules()):
+            found = {n.rpartition(".")[2]: p for n, p in around.named_parameters() if "embed" in n}
+            return sum(found[name].numel() // found[name].shape[-1] for name in _PREFIX if name in found)
+    return 0
 
 
 def _of_layer(hook: Any) -> bool:

@@ -265,7 +265,7 @@ def test_an_adapter_that_is_trained_on_keeps_its_values(recorded, tmp_path):
 @pytest.mark.parametrize("method", ["soft_prompt", "metadata_prompt"])
 def test_training_without_data_keeps_the_usual_start_and_warns_once(method):
     base = TINY["bert"]()
-    inputs = tiny_inputs(base, batch=6)
+    inputs = {**tiny_inputs(base, batch=6), "prompt_ids": torch.zeros(6, dtype=torch.long)}
     plain, model = adapt(method, base), adapt(method, base, domain_components=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
