@@ -18,12 +18,10 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from peft_lab.norms import set_frozen_norms
 from peft_lab.reading import ReadTrainingData
 from peft_lab.share import hub
 from peft_lab.timing import StepTimer, factor
-
-#: Normalisation layers that keep running statistics.
-_RUNNING_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 #: Trainer's own measurements of an evaluation, which say nothing about the model.
 _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
@@ -62,7 +60,6 @@ class LabTrainer(Trainer):
         self.add_callback(ReadTrainingData())
         self.head_learning_rate = head_learning_rate
         self.head_modules = tuple(head_modules)
-        self._frozen_norms: list[nn.Module] | None = None
         self._loss_divides: bool | None = None
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -107,11 +104,7 @@ class LabTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss with frozen normalisation layers in eval mode: Trainer has just called `model.train()`."""
-        if model.training:
-            if self._frozen_norms is None:
-                self._frozen_norms = frozen_norms(self.model)
-            for norm in self._frozen_norms:
-                norm.eval()
+        set_frozen_norms(self.model)  # of baselines and peft's own tuners; ours see to it themselves
         items = self._divisor(num_items_in_batch, inputs)
         return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
 
@@ -212,21 +205,6 @@ class LabTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
             self._load_best_model()
         return TrainOutput(self.state.global_step, float("nan"), {})
-
-
-def frozen_norms(model: nn.Module) -> list[nn.Module]:
-    """The normalisation layers with running statistics that `model` does not train.
-
-    A layer without parameters of its own counts as frozen if anything in the model is.
-    """
-    some_frozen = not all(p.requires_grad for p in model.parameters())
-    found: list[nn.Module] = []
-    for module in model.modules():
-        if isinstance(module, _RUNNING_NORMS) and module.track_running_stats:
-            own = [p.requires_grad for p in module.parameters(recurse=False)]
-            if not any(own) and (own or some_frozen):
-                found.append(module)
-    return found
 
 
 def last_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:

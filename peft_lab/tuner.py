@@ -16,6 +16,7 @@ import peft_lab.roles as roles
 from peft_lab import fingerprint, portable
 from peft_lab.errors import ConfigError
 from peft_lab.layer import AdapterLayer, no_merge
+from peft_lab.norms import keep_statistics, release_statistics
 from peft_lab.registry import MethodInfo
 from peft_lab.rows import BASE
 
@@ -40,6 +41,7 @@ class AdapterTuner(BaseTuner):
             )
         config: Any = self.peft_config[adapter_name]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        keep_statistics(model)
         layers = {k: m for k, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.configs}
         if config.fingerprints:
             config.recorded_fingerprints = config.fingerprints
@@ -167,6 +169,11 @@ class AdapterTuner(BaseTuner):
             for handle in handles:
                 handle.remove()
 
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        release_statistics(self.model)
+        return model
+
     def _check_row_names(self, names: Any) -> None:
         unknown = sorted({*names} - {BASE} - set(self.peft_config))
         if unknown:
@@ -240,7 +247,8 @@ def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Te
         if not known[key].is_floating_point() and known[key].dtype != state[key].dtype:
             raise ConfigError(f'Adapter entry "{key}" holds {state[key].dtype}, expected {known[key].dtype}.')
     for key, value in state.items():
-        whole = key in ours and not known[key].is_floating_point()  # a table of indices
+        # a table of indices, or the number of batches that a norm among the modules to save has seen
+        whole = key in known and value.dtype == known[key].dtype and not value.is_floating_point()
         if not whole and not (value.is_floating_point() and bool(value.isfinite().all())):
             raise ConfigError(f'Adapter entry "{key}" holds values that are not finite numbers; train it again.')
     for path, module in model.named_modules():

@@ -140,6 +140,47 @@ def test_only_what_is_declared_trains(base, method, family):
     assert len(changed & own_names) >= 0.6 * len(own_names & trainable)
 
 
+@pairs([*OWN, *KEEPS_HEAD], NO_SEQUENCE)
+def test_training_leaves_running_statistics_to_the_base(base, method, family, tmp_path):
+    """A loop of anybody's: `model.train()` and steps. What the norms of a conv net gather is in no adapter file."""
+    inputs, other = tiny_inputs(base), tiny_inputs(base, batch=4)
+    plain = output(base, inputs)
+    model = adapt(method, base)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    for _ in range(2):
+        model.train()
+        optimizer.zero_grad()
+        main_tensor(model(pixel_values=2 * other["pixel_values"] + 1)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    assert model.training
+    trained = output(model, inputs)
+    assert not torch.equal(trained, plain)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(output(loaded, inputs), trained)
+    with model.disable_adapter():
+        assert torch.equal(output(model, inputs), plain)
+    bare = model.unload()
+    assert _all_equal(dict(bare.named_buffers()), dict(base.named_buffers()))
+    assert not bare._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("method", "family"), [("svfit", "resnet")])
+def test_a_norm_that_is_trained_on_purpose_gathers_statistics(base, method, family, tmp_path):
+    inputs, norm = tiny_inputs(base), "resnet.embedder.embedder.normalization"
+    model = adapt(method, base, modules_to_save=["classifier", norm])
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    model.train()(pixel_values=2 * inputs["pixel_values"] + 1)
+    changed = {n for n, b in model.named_buffers() if not torch.equal(b, before[n])}
+    assert {n.rpartition(".")[2] for n in changed} == {"running_mean", "running_var", "num_batches_tracked"}
+    assert all(f"{norm}.modules_to_save.default." in n for n in changed)
+    trained = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), inputs), trained)
+
+
 @pairs(METHODS, TINY)
 def test_declared_roles_are_the_ones_adapted(base, method, family):
     model = adapt(method, base)

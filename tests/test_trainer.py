@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from peft_lab import registry
-from peft_lab.trainer import LabTrainer, PeakMemory, frozen_norms, last_complete_checkpoint, remove_checkpoints
+from peft_lab.norms import frozen_norms
+from peft_lab.trainer import LabTrainer, PeakMemory, last_complete_checkpoint, remove_checkpoints
 
 
 def tiny_bert() -> BertForSequenceClassification:

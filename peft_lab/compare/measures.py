@@ -239,7 +239,7 @@ def _pooled(features: Tensor, mask: Tensor | None) -> Tensor:
 def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
     """FLOPs of a training step (forward and backward) on one batch of train rows, and the activations kept for it."""
     from peft_lab.cost import count_flops, kept_activations, training_step
-    from peft_lab.trainer import frozen_norms
+    from peft_lab.norms import set_frozen_norms
     from peft_lab.training import prepare
 
     few = {name: value for name, value in options.items() if name not in ALTERNATING}  # no rows to hold out of so few
@@ -249,8 +249,7 @@ def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
         few["max_train_samples"] = min(rows, options.get("max_train_samples") or rows)
     with prepare(few) as trainer:
         model = trainer.model.train()
-        for norm in frozen_norms(model):
-            norm.eval()
+        set_frozen_norms(model)
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         autocast = getattr(trainer, "compute_loss_context_manager", nullcontext)
         with autocast():
