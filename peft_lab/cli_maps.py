@@ -51,15 +51,11 @@ def attention_maps(
         load_task(task)
     folder = find_adapter(adapter)
     _check_method(folder)
-    from PIL import Image, UnidentifiedImageError
-
     from peft_lab.attention_maps import write
+    from peft_lab.images import open_image
     from peft_lab.loading import load
 
-    try:
-        opened = [Image.open(image).convert("RGB") for image in images]
-    except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"An image cannot be read: {error}.") from error
+    opened = [open_image(image) for image in images]
     loaded = load(folder, task, model_name_or_path, allow_other_base=allow_other_base)
     names = [name.strip() for name in classes.split(",")] if classes else None
     write(loaded.model, loaded.processor, opened, output, typer.echo, classes=names, keep=heads)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_lab.errors import ConfigError, TaskError
+from peft_lab.images import open_image
 from peft_lab.kind import ClassificationKind, Record
 
 if TYPE_CHECKING:
@@ -101,21 +102,9 @@ class ImageClassification(ClassificationKind):
         """Label and score of each input: the path of an image file, or a PIL image."""
 
         def encode(batch: Sequence[Any]) -> Any:
-            return processor([_open(value) for value in batch], return_tensors="pt")
+            return processor([open_image(value) for value in batch], return_tensors="pt")
 
         return self.batches(model, list(inputs), encode, batch_size)
-
-
-def _open(value: Any) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(value, Image.Image):
-        return value.convert("RGB")
-    try:
-        with Image.open(value) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise TaskError(f'"{value}" cannot be read as an image: {error}.') from error
 
 
 def _pixel_statistics(processor: Any) -> dict[str, list[float]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from transformers import BeitForImageClassification
 from typer.testing import CliRunner
 
 from peft_lab.attention_maps import LastBlock, draw, panels
-from peft_lab.errors import ConfigError
+from peft_lab.errors import ConfigError, PeftLabError
 
 PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 5, "clip_classifier": 1, "siglip_classifier": 0}
 
@@ -146,6 +148,7 @@ def folder(tmp_path_factory):
     adapt("vpt", base).save_pretrained(place / "other")
     for number, size in enumerate([(40, 20), (16, 16)]):
         Image.effect_noise(size, 80).convert("RGB").save(place / f"{number}.png")
+    (place / "bomb.png").write_bytes(_bomb(20_000))
     task = {
         **{
             "name": "animals",
@@ -157,6 +160,19 @@ def folder(tmp_path_factory):
     }
     (place / "task.yaml").write_text(yaml.safe_dump(task))
     return place
+
+
+def _bomb(side: int) -> bytes:
+    """The start of a PNG file that says it holds a square image of this side."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + bytes(4)
+        + b"IDAT"
+    )
 
 
 def _command(folder, *arguments: str):
@@ -179,6 +195,24 @@ def test_command_writes_a_picture(folder, tmp_path):
         assert min(opened.size) > 400
 
 
+def test_images_stand_upright_as_in_training(folder, tmp_path, monkeypatch):
+    """A photo taken with the camera turned: `datasets` turns it, and so must what the map lies over."""
+    from datasets import Image as Feature
+
+    from peft_lab import attention_maps
+
+    image = Image.effect_noise((40, 20), 80).convert("RGB")
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    seen: list[Image.Image] = []
+    monkeypatch.setattr(attention_maps, "write", lambda model, processor, images, *args, **kwargs: seen.extend(images))
+    _command(folder, folder / "adapter", tmp_path / "turned.png", "--output", tmp_path / "maps.png")
+    trained = Feature(mode="RGB").decode_example({"path": str(tmp_path / "turned.png"), "bytes": None})
+    assert trained.size == (20, 40)
+    assert seen[0].tobytes() == trained.tobytes()
+
+
 @pytest.mark.parametrize(
     ("adapter", "image", "options", "answer"),
     [
@@ -186,7 +220,8 @@ def test_command_writes_a_picture(folder, tmp_path):
         ("adapter", "0.png", ["--output", "maps.jpg"], 'maps.jpg" must be a .png file'),
         ("adapter", "0.png", ["--output", "none/maps.png"], "in a folder that exists"),
         ("other", "0.png", [], "holds vpt, which has no prompt for each class; methods that have: prompt_cam"),
-        ("adapter", "task.yaml", [], "An image cannot be read"),
+        ("adapter", "task.yaml", [], 'task.yaml" cannot be read as an image'),
+        ("adapter", "bomb.png", [], 'bomb.png" cannot be read as an image: Image size .400000000 pixels'),
         ("adapter", "0.png", ["--classes", "brid"], 'Did you mean "bird"'),
         ("adapter", "0.png", ["--heads", "3"], "3 heads cannot be kept: the last block has 2"),
     ],
@@ -194,7 +229,7 @@ def test_command_writes_a_picture(folder, tmp_path):
 def test_command_says_what_is_wrong(folder, adapter, image, options, answer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = _command(folder, folder / adapter, folder / image, *options)
-    assert isinstance(done.exception, ConfigError)
+    assert isinstance(done.exception, PeftLabError)
     assert re.search(answer, str(done.exception))
     assert not list(tmp_path.iterdir())
 

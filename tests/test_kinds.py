@@ -301,6 +301,21 @@ def test_trainer_leaves_the_images_in_place(image_models: dict[str, Path], tmp_p
     assert found.metrics["test_accuracy"] == pytest.approx(hits)
 
 
+def test_predictions_see_photos_upright_as_training_does(image_models: dict[str, Path], tmp_path: Path) -> None:
+    rule, task, path = kind("image_classification"), image_task(), str(image_models["vit"])
+    processor, model = rule.load_processor(path, task), rule.load_model(path, task, LABELS)
+    image = pictures()[0]
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    trained = Image(mode="RGB").decode_example({"path": str(tmp_path / "turned.png"), "bytes": None})
+    assert trained.size == image.size[::-1]
+    expected = rule.predict(model, processor, [trained], task)
+    assert rule.predict(model, processor, [tmp_path / "turned.png"], task) == expected
+    assert rule.predict(model, processor, [PILImage.open(tmp_path / "turned.png")], task) == expected
+    assert rule.predict(model, processor, pictures()[:1], task) != expected
+
+
 def test_an_image_file_that_is_none_is_named(image_models: dict[str, Path], tmp_path: Path) -> None:
     rule, task, path = kind("image_classification"), image_task(image_size=32), str(image_models["efficientnet"])
     processor, model = rule.load_processor(path, task), rule.load_model(path, task, LABELS)

@@ -1,0 +1,24 @@
+"""Images as `datasets` decodes them for training: upright as their EXIF data say, in RGB."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_lab.errors import TaskError
+
+
+def open_image(value: Any) -> Any:
+    """An upright RGB image from the path of a file or from a PIL image.
+
+    Raises:
+        TaskError: the file is no image, cannot be read, or has more pixels than Pillow takes for harmless.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(value, Image.Image):
+        return ImageOps.exif_transpose(value).convert("RGB")
+    try:
+        with Image.open(value) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:  # PIL's UnidentifiedImageError is an OSError
+        raise TaskError(f'"{value}" cannot be read as an image: {str(error).rstrip(".")}.') from error
