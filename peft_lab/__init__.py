@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft_lab.domain_start import domain_prompts
     from peft_lab.inference import evaluate, predict
     from peft_lab.loading import load_adapter
-    from peft_lab.reading import ReadTrainingData
+    from peft_lab.reading import ReadTrainingData, read_training_data
     from peft_lab.share.hub import push
     from peft_lab.share.lora import to_lora
     from peft_lab.task import tasks
@@ -44,6 +44,7 @@ __all__ = [
     "predict",
     "prompt_inputs",
     "push",
+    "read_training_data",
     "tasks",
     "to_lora",
     "train",
@@ -61,6 +62,7 @@ _LAZY = {
     "predict": "inference",
     "prompt_inputs": "call",
     "push": "share.hub",
+    "read_training_data": "reading",
     "tasks": "task",
     "to_lora": "share.lora",
     "train": "training",

@@ -234,7 +234,8 @@ class MappedHead(AdapterLayer):
         if self.training and not self.counting and adapter in self.unread and self._has_moved(adapter):
             raise ConfigError(
                 f'mapping="{self.configs[adapter].mapping}" reads the training data, and nobody has handed them over: '
-                "add peft_lab.ReadTrainingData() to the callbacks of the Trainer."
+                "add peft_lab.ReadTrainingData() to the callbacks of the Trainer, or call "
+                "peft_lab.read_training_data(model, batches, epoch) at the start of each epoch."
             )
         kwargs["pixel_values"] = self.prompted(adapter, kwargs["pixel_values"])
         return (), kwargs
@@ -285,11 +286,25 @@ class MappedHead(AdapterLayer):
             for batch in batches:
                 # a Trainer's autocast is around the whole adapter only
                 images = batch["pixel_values"].to(self.base_weight.dtype)
+                labels = self._class_indices(batch.get("labels"), targets).to(images.device)
                 logits = self.whole[0](pixel_values=images).logits
-                counts += (logits.argmax(-1) * targets + batch["labels"]).cpu().bincount(minlength=len(counts))
+                counts += (logits.argmax(-1) * targets + labels).cpu().bincount(minlength=len(counts))
         finally:
             self.counting = False
         return counts.reshape(self.source_classes, targets).numpy()
+
+    def _class_indices(self, labels: Any, targets: int) -> Tensor:
+        """The labels of a batch; raises `ConfigError` if they are not one class index for each row."""
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype.is_floating_point:
+            got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        elif labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < targets:
+            got = f"values from {int(labels.min())} to {int(labels.max())}"
+        else:
+            return labels.long()
+        raise ConfigError(
+            f'Method "{self.info.name}" counts training images by class: labels must be whole numbers from 0 to '
+            f"{targets - 1}, one for each image, got {got}."
+        )
 
 
 class MappedHeadTuner(AdapterTuner):

@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from peft_lab.errors import ConfigError
+
+
+def read_training_data(model: nn.Module, batches: Iterable[Mapping[str, Any]], epoch: int = 0) -> None:
+    """Let the adapters of a model read the training data: for a training loop of one's own, at the start of each epoch.
+
+    With `peft_lab.train`, or a `Trainer` with the callback `ReadTrainingData`, this happens by itself. It does nothing
+    where no adapter wants data. The model is in eval mode meanwhile, and what is drawn at random afterwards is the same
+    with and without readers.
+
+    Args:
+        model: a model with adapters on it; wrapped (DistributedDataParallel) or not.
+        batches: all training rows, as keyword arguments for the model's forward with `labels`, for instance a
+            `DataLoader`; the same rows in every process. They are brought to the model's device as they are drawn.
+        epoch: number of the epoch that begins, from 0: some adapters read once, others at each epoch.
+
+    Raises:
+        ConfigError: the rows are not such as an adapter can read.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
+            for reader in _readers(model):
+                reader.read_data(_on_device(model, batches), epoch)
+    finally:
+        model.train(training)
 
 
 class ReadTrainingData(TrainerCallback):
@@ -19,9 +46,8 @@ class ReadTrainingData(TrainerCallback):
     An adapter that wants it has a tuner or a layer with `read_data(batches, epoch)`: `batches` are as the model takes
     them and on its device, made anew as they are drawn, so a reader that needs none draws none; `epoch` counts from 0,
     the model is in eval mode. `peft_lab.train` adds this callback by itself; a script with a `Trainer` of its own adds
-    it by `trainer.add_callback`. All processes read all rows, so they find the same. A training resumed within an epoch
-    does not read again: what was found is in the checkpoint. What training draws at random is the same with and
-    without readers.
+    it by `trainer.add_callback`, and a loop without one calls `read_training_data`. All processes read all rows, so
+    they find the same. A training resumed within an epoch does not read again: what was found is in the checkpoint.
 
     Raises:
         ConfigError: an adapter draws training data that have no length.
@@ -30,28 +56,36 @@ class ReadTrainingData(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hand the training data to the modules that read it."""
         model, loader = kwargs["model"], kwargs["train_dataloader"]
-        # by class: peft's wrappers answer for the modules inside them, which would then read twice
-        readers = [module for module in model.modules() if hasattr(type(module), "read_data")]
-        if not readers:
+        if not _readers(model):
             return
         steps = math.ceil(len(loader) / args.gradient_accumulation_steps) if _has_length(loader) else 0
         if steps and state.global_step % steps:  # resumed within an epoch
             return
-        training = model.training
-        model.eval()
-        with torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
-            for reader in readers:
-                reader.read_data(_batches(loader, args), state.global_step // steps if steps else 0)
-        model.train(training)
+        rows = _InOrder(loader, args.eval_batch_size)
+        read_training_data(model, rows, state.global_step // steps if steps else 0)
 
 
-def _batches(loader: Any, args: Any) -> Iterator[dict[str, Any]]:
-    """The rows in order, on the device of the training; raises `ConfigError` when drawn from a stream."""
-    if not _has_length(loader):
-        raise ConfigError("The adapter reads the training data between epochs, and a stream of rows has no epochs.")
-    own: DataLoader[Any] = DataLoader(loader.dataset, batch_size=args.eval_batch_size, collate_fn=loader.collate_fn)
-    for batch in own:
-        yield {name: value.to(args.device) if hasattr(value, "to") else value for name, value in batch.items()}
+class _InOrder:
+    """The rows of a loader in order; raises `ConfigError` when drawn from a stream."""
+
+    def __init__(self, loader: Any, batch_size: int) -> None:
+        self.loader, self.batch_size = loader, batch_size
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        if not _has_length(self.loader):
+            raise ConfigError("The adapter reads the training data between epochs, and a stream of rows has no epochs.")
+        return iter(DataLoader(self.loader.dataset, self.batch_size, collate_fn=self.loader.collate_fn))
+
+
+def _readers(model: nn.Module) -> list[Any]:
+    # by class: peft's wrappers answer for the modules inside them, which would then read twice
+    return [module for module in model.modules() if hasattr(type(module), "read_data")]
+
+
+def _on_device(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    for batch in batches:
+        yield {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
 
 
 def _has_length(loader: Any) -> bool:

@@ -18,7 +18,7 @@ from properties import adapt, adapter_parameters, config, move, output
 from tiny_runs import make_backbone, make_task, options, same_weights
 from transformers import Trainer, TrainingArguments
 
-from peft_lab import ReadTrainingData, domain, domain_prompts
+from peft_lab import ReadTrainingData, domain, domain_prompts, read_training_data
 from peft_lab.domain import particles, svgd
 from peft_lab.errors import ConfigError
 from peft_lab.static_prompts import StoredPrompts
@@ -367,8 +367,11 @@ def test_a_trainer_with_the_callback(tmp_path):
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     trainer.add_callback(ReadTrainingData())
     trainer.train()
+    by_loop = adapt("soft_prompt", base, domain_components=2)
+    read_training_data(by_loop, [inputs])
     for name, value in adapter_parameters(by_script).items():
         torch.testing.assert_close(adapter_parameters(model)[name], value, atol=1e-4, rtol=1e-4)
+        assert torch.equal(adapter_parameters(by_loop)[name], value)
 
 
 @pytest.mark.parametrize("method", ["soft_prompt", "bayes_prompt"])

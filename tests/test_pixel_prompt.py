@@ -18,10 +18,19 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import same_weights
 from torch import nn
 from torch.nn.utils import prune
-from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, ViTConfig, pipeline
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    pipeline,
+)
 from transformers import ViTForImageClassification as ViT
 
-from peft_lab import evaluate, load_adapter, predict, registry, train
+from peft_lab import ReadTrainingData, evaluate, load_adapter, predict, read_training_data, registry, train
 from peft_lab.adapters import PixelPromptConfig
 from peft_lab.errors import AdapterMismatchError, ConfigError
 from peft_lab.inference import merge
@@ -226,12 +235,54 @@ def test_training_without_the_data_that_the_mapping_needs_is_an_error(tmp_path):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     model(**inputs).loss.backward()
     optimizer.step()
-    with pytest.raises(ConfigError, match=r"reads the training data.*ReadTrainingData\(\) to the callbacks"):
+    with pytest.raises(
+        ConfigError,
+        match=r"reads the training data.*ReadTrainingData\(\) to the callbacks.*peft_lab\.read_training_data\(",
+    ):
         model(**inputs)
-    head_of(model).read_data([inputs], 0)
+    read_training_data(model, [inputs])
+    assert model.training
     model(**inputs)
     model.save_pretrained(tmp_path)
     PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True).train()(**inputs)  # has a mapping
+
+
+@pytest.mark.parametrize("mapping", ["frequency", "iterative"])
+def test_a_loop_of_ones_own_finds_the_mapping_that_a_trainer_finds(mapping, tmp_path):
+    base = ViT(_vit_config(7))
+    batches = marked_batches(base)
+    rows = [{"pixel_values": x, "labels": y} for b in batches for x, y in zip(*b.values(), strict=True)]
+    fields = {"labels": ["a", "b", "c"], "mapping": mapping, "program": "full", "init_std": 10.0}
+    torch.manual_seed(0)
+    model = put_on(base, **fields)
+    other = copy.deepcopy(model)
+    flags = {"max_steps": 1, "learning_rate": 0.0, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path), save_strategy="no", **flags)
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[ReadTrainingData()]).train()
+    read_training_data(other, DataLoader(rows, 5, shuffle=True))
+    found = [head_of(m).pixel_prompt_mapping["default"].tolist() for m in (model, other)]
+    assert found[0] == found[1] != [0, 1, 2]
+    read_training_data(other, [{**b, "labels": 2 - b["labels"]} for b in batches], epoch=1)
+    assert (head_of(other).pixel_prompt_mapping["default"].tolist() == found[1]) == (mapping == "frequency")
+
+
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [
+        (torch.eye(2), r"torch.float32 \[2, 2\]"),
+        (torch.tensor([0.0, 1.0]), r"torch.float32 \[2\]"),
+        (torch.tensor([[0], [1]]), r"torch.int64 \[2, 1\]"),
+        (torch.tensor([1, 3]), "values from 1 to 3"),
+        (None, "NoneType"),
+    ],
+)
+def test_labels_that_cannot_be_counted_are_refused(labels, got):
+    base = TINY["vit"]()
+    model = put_on(base)
+    before = head_of(model).pixel_prompt_mapping["default"].clone()
+    with pytest.raises(ConfigError, match=f"whole numbers from 0 to 2, one for each image, got {got}"):
+        read_training_data(model, [{**tiny_inputs(base), "labels": labels}])
+    assert torch.equal(head_of(model).pixel_prompt_mapping["default"], before)
 
 
 # The kept head, disabling, several adapters, the pruned base ---------------------------------------------------------
