@@ -71,3 +71,7 @@ class _Copy(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach().cpu().clone())
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # not torch's own, which stores no values while peft loads with low_cpu_mem_usage
+        self._parameters[name] = param

@@ -233,6 +233,17 @@ def test_every_way_to_load_gives_the_same(base, method, family, tmp_path):
     assert_close(output(renamed, inputs), expected, 1e-6)
 
 
+@pytest.mark.parametrize("method", KEEPS_HEAD)
+def test_a_pruned_base_is_pruned_alike_with_little_memory(method, tmp_path):
+    base = TINY["vit"]()
+    model = move(adapt(method, base, sparsity=0.3))
+    expected = output(model, tiny_inputs(base))
+    model.save_pretrained(tmp_path)
+    lazy = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(output(lazy, tiny_inputs(base)), expected)
+    assert equal_weights(lazy.unload(), base)
+
+
 @pytest.mark.parametrize("method", OWN)
 def test_auto_peft_model(method, tmp_path):
     base = TINY["bert"]()
