@@ -79,7 +79,8 @@ class PixelPromptConfig(MappedHeadConfig):
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Side of the image that the model sees; nothing means its config's, or 224.",
+            "help": "Side of the image that the model sees; training fills in that of the image processor. Nothing: "
+            "that of the model's config, or 224.",
             "most": _LARGEST,
             "untried": "a backbone of one size",
         },
@@ -189,11 +190,18 @@ class PixelPromptLayer(MappedHead):
         """Where the pixels of an adapter are on this model's images.
 
         Raises:
-            ConfigError: the sizes leave no image or no border, or a statistic is not one number for each channel.
+            ConfigError: images are not square, the sizes leave no image or no border, or a statistic is not one number
+                for each channel.
         """
         vision = getattr(self.settings, "vision_config", self.settings)
         own = getattr(vision, "image_size", None) or _IMAGE_SIZE
-        size = config.image_size or (own if isinstance(own, int) else own[0])
+        sides = {own} if isinstance(own, int) else {*own}
+        if len(sides) > 1:
+            raise ConfigError(
+                f'Method "{self.info.name}" prompts square images, and those of this backbone are '
+                f"{' x '.join(str(side) for side in own)} pixels; choose another backbone."
+            )
+        size = config.image_size or sides.pop()
         if config.program == "full":
             inner = 0
         elif config.inner_size is not None:

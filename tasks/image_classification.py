@@ -107,14 +107,22 @@ class ImageClassification(ClassificationKind):
         return self.batches(model, list(inputs), encode, batch_size)
 
 
-def _pixel_statistics(processor: Any) -> dict[str, list[float]]:
-    """Mean and standard deviation by channel, in units of white, that a processor normalises by: found by using it."""
+def _pixel_statistics(processor: Any) -> dict[str, Any]:
+    """What a processor does to images, found by using it.
+
+    Mean and standard deviation by channel that it normalises by, in units of white, and the side of the images that it
+    makes, where these are always the same square.
+    """
     from PIL import Image
 
     images = [Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 255)]
-    black, white = processor(images, return_tensors="pt")["pixel_values"].flatten(2).double().quantile(0.5, dim=2)
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    black, white = pixels.flatten(2).double().quantile(0.5, dim=2)
     mean, std = -black / (white - black), 1 / (white - black)
-    return {"image_mean": mean.tolist(), "image_std": std.tolist()}
+    other = processor([Image.new("RGB", (96, 96))], return_tensors="pt")["pixel_values"]
+    height, width = pixels.shape[-2:]
+    fixed = height == width and other.shape[-2:] == pixels.shape[-2:]
+    return {"image_mean": mean.tolist(), "image_std": std.tolist(), **({"image_size": width} if fixed else {})}
 
 
 def _has_fixed_grid(model_name_or_path: str, hub_kwargs: dict[str, Any]) -> bool:

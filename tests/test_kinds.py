@@ -277,6 +277,27 @@ def test_images_arrive_in_the_size_that_the_backbone_can_take(
     assert out.loss.isfinite()
 
 
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({}, 56),
+        ({"do_center_crop": False}, 64),
+        ({"do_center_crop": False, "size": {"height": 24, "width": 32}}, None),
+        ({"do_center_crop": False, "do_resize": False}, None),
+    ],
+)
+def test_methods_are_told_the_size_of_images_where_there_is_one(
+    image_models: dict[str, Path], changes: dict[str, Any], size: int | None
+) -> None:
+    rule = kind("image_classification")
+    processor = rule.load_processor(str(image_models["efficientnet"]), image_task())
+    for name, value in changes.items():
+        setattr(processor, name, value)
+    settings = rule.adapter_settings(processor, LABELS)
+    assert settings.get("image_size") == size
+    assert settings["image_mean"] == pytest.approx([0.5] * 3, abs=1e-6)
+
+
 def test_trainer_leaves_the_images_in_place(image_models: dict[str, Path], tmp_path: Path) -> None:
     """Trainer drops columns that the model does not know, under which the transform must not break."""
     from transformers import Trainer, TrainingArguments

@@ -113,6 +113,15 @@ def test_images_of_any_size_become_those_of_the_model():
         assert model(torch.randn(2, 3, 37, 21)).logits.shape == (2, 3)
 
 
+def test_a_backbone_of_images_that_are_not_square_is_refused():
+    settings = _vit_config(3)
+    settings.image_size = (16, 32)
+    with pytest.raises(ConfigError, match="prompts square images, and those of this backbone are 16 x 32 pixels"):
+        put_on(ViT(settings))
+    settings.image_size = (16, 16)
+    assert put_on(ViT(settings), mapping="first")(torch.randn(2, 3, 16, 16)).logits.shape == (2, 3)
+
+
 def test_grey_border_at_the_start():
     """sigmoid(0) = 0.5, so a black image has a border of 0.5 in units of white."""
     base = tiny("vit")
@@ -551,8 +560,9 @@ def run(task, backbone, output_dir, **changes):
 
 def test_a_run_from_training_to_pipeline(task, backbone, tmp_path):
     folder = tmp_path / "run"
-    result = run(task, backbone, folder, method_args={"image_size": 16, "inner_size": 8, "sparsity": 0.2})
+    result = run(task, backbone, folder, method_args={"inner_size": 8, "sparsity": 0.2})
     config = result.model.peft_config["default"]
+    assert config.image_size == 16, "the processor's"
     assert config.labels == ["blue", "green", "red"]
     assert config.image_mean == pytest.approx(MEAN, abs=1e-6)
     assert config.image_std == pytest.approx(STD, abs=1e-6)
