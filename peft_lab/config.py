@@ -107,6 +107,8 @@ class AdapterConfig(PeftConfig):
         check_patterns({f.name: getattr(self, f.name) for f in fields(self)})
         if self.fingerprints is not None:
             guard.check_fingerprints(self.fingerprints, f'the config of method "{self.info.name}"')
+        if self.layers_to_transform == []:
+            raise ConfigError("layers_to_transform=[] names no block to adapt; name some, or leave it out for all.")
         self.check()
 
     def check(self) -> None:

@@ -233,6 +233,12 @@ def test_every_way_to_load_gives_the_same(base, method, family, tmp_path):
     assert_close(output(renamed, inputs), expected, 1e-6)
 
 
+@pytest.mark.parametrize("method", [*EVERY_OWN, *KEEPS_HEAD])
+def test_no_layers_at_all_are_refused(method):
+    with pytest.raises(ConfigError, match=r"layers_to_transform=\[\] names no block"):
+        config(method, layers_to_transform=[])
+
+
 @pytest.mark.parametrize("method", KEEPS_HEAD)
 def test_a_pruned_base_is_pruned_alike_with_little_memory(method, tmp_path):
     base = TINY["vit"]()
