@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -246,6 +247,7 @@ def register(info: MethodInfo, config_cls: Any, layer_cls: Any, model_cls: Any =
         "__module__": layer_cls.__module__,
     }
     tuner = type(config_cls.__name__.removesuffix("Config") + "Model", (model_cls or AdapterTuner,), members)
+    vars(sys.modules[tuner.__module__]).setdefault(tuner.__name__, tuner)  # pickle looks for it there
     register_peft_method(name=info.name, config_cls=config_cls, model_cls=tuner)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -231,6 +232,17 @@ def test_every_way_to_load_gives_the_same(base, method, family, tmp_path):
     assert_close(output(type(base).from_pretrained(tmp_path / "adapter"), inputs), expected, 1e-6)
     renamed = PeftModel.from_pretrained(fresh(), tmp_path / "adapter", adapter_name="another")
     assert_close(output(renamed, inputs), expected, 1e-6)
+
+
+@pairs([*OWN, *KEEPS_HEAD], ["bert", "vit"])
+def test_a_pickled_model_is_the_same(base, method, family):
+    model = move(adapt(method, base))
+    expected = output(model, tiny_inputs(base))
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again.base_model) is type(model.base_model)
+    assert torch.equal(output(again, tiny_inputs(base)), expected)
+    with again.disable_adapter():
+        assert torch.equal(output(again, tiny_inputs(base)), output(base, tiny_inputs(base)))
 
 
 @pytest.mark.parametrize("method", [*EVERY_OWN, *KEEPS_HEAD])
