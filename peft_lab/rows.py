@@ -51,8 +51,9 @@ class Rows:
                     f"adapter_names has {len(self.per_row)} names, but a layer received {size} rows; "
                     "pass one name per row of the batch."
                 )
-            index = torch.tensor([self._positions[name] for name in self.per_row], device=device)
-            self._index[key] = index.repeat_interleave(size // len(self.per_row))
+            with torch.inference_mode(False):  # what is made in that mode cannot be used in a training call later
+                index = torch.tensor([self._positions[name] for name in self.per_row], device=device)
+                self._index[key] = index.repeat_interleave(size // len(self.per_row))
         return self._index[key]
 
     def of_adapter(self, name: str, size: int, device: torch.device) -> Tensor:

@@ -39,6 +39,7 @@ from properties import (
     move,
     output,
     pairs,
+    text_or_image,
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
@@ -347,6 +348,23 @@ def test_mixed_batch_equals_each_row_alone(base, method, family):
         output(model, inputs, adapter_names=["nobody"] * 4)
     with pytest.raises(ValueError, match="eval"):
         model.train()(**inputs, adapter_names=names)
+
+
+@pytest.mark.parametrize("method", EVERY_OWN)
+def test_rows_of_a_mixed_batch_may_have_gradients_after_inference_mode(method):
+    if not registry.method(method).can("mixed_batch"):
+        pytest.skip("serves no mixed batches")
+    base = TINY[text_or_image(method)]()
+    names = [f"{method}_after", "default"]  # of this test alone: what belongs to names is kept
+    model = adapt(method, base)
+    model.add_adapter(names[0], config(method))
+    move(model), move(model, names[0], seed=2)
+    inputs = tiny_inputs(base)
+    with torch.inference_mode():
+        expected = main_tensor(model.eval()(**inputs, adapter_names=names))
+    found = main_tensor(model(**inputs, adapter_names=names))
+    assert torch.equal(found, expected)
+    found.square().mean().backward()
 
 
 @pairs(OWN, ["llama", "t5"])
