@@ -45,13 +45,19 @@ class LastBlock:
             prompts, class and register tokens is left out.
 
     Raises:
-        ConfigError: the model has no class prompts, or its attention is more than a product of queries and keys.
+        ConfigError: the model has no class prompts, its attention is more than a product of queries and keys, or its
+            tokens are not the patches of an image.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, pixel_values: Tensor) -> None:
         model.eval()
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        if pixel_values.ndim != 4:
+            raise ConfigError(
+                f"Attention maps are for images (rows, channels, height, width), and {type(base).__name__} is given "
+                f"values of shape {list(pixel_values.shape)}."
+            )
         self.layer = _scoring_layer(base)
         self.adapter = next(name for name in self.layer.active_adapters if name in self.layer.configs)
         block: Any = self.layer.base_layer
@@ -90,6 +96,11 @@ class LastBlock:
         patch = self.layer.settings.patch_size
         height, width = patch if isinstance(patch, list | tuple) else (patch, patch)
         grid = (pixels.shape[-2] // height, pixels.shape[-1] // width)
+        if patches.shape[-1] != grid[0] * grid[1]:
+            raise ConfigError(
+                f"Attention maps need a token for each of {grid[0]} x {grid[1]} patches, and "
+                f"{type(self.layer.base_layer).__name__} has {patches.shape[-1]}."
+            )
         return patches.transpose(1, 2).unflatten(-1, grid)
 
     @torch.no_grad()
@@ -200,7 +211,7 @@ def panels(
     Raises:
         ConfigError: an unknown class, or what `LastBlock` and `needed_heads` refuse.
     """
-    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    names = _class_names(model)
     for name in classes or ():
         if name not in names:
             raise ConfigError(f'"{name}" is no class of this model.{did_you_mean(name, names)}')
@@ -222,6 +233,17 @@ def panels(
                 )
             )
     return found
+
+
+def named_classes(model: Any, given: Sequence[str]) -> list[str]:
+    """Names of classes from texts that are one name, which may hold commas, or several with commas between them."""
+    known = _class_names(model)
+    parts = [[text] if text in known else text.split(",") for text in given]
+    return [name.strip() for names in parts for name in names]
+
+
+def _class_names(model: Any) -> list[str]:
+    return [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
 
 
 def _shown(pixels: Tensor, processor: Any) -> Any:

@@ -23,12 +23,18 @@ def attention_maps(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
     output: Annotated[Path, typer.Option(help="The picture, a .png file.")] = Path("maps.png"),
     classes: Annotated[
-        str | None, typer.Option(help="Classes to show, as `a,b`; by default the predicted one and two rivals.")
+        list[str] | None,
+        typer.Option(
+            help="Classes to show, as `a,b` or one at a time (a name may hold commas); by default the predicted one "
+            "and two rivals."
+        ),
     ] = None,
     heads: Annotated[
         int | None, typer.Option(min=1, help="Heads to keep for a class; 4, or half where there are fewer than 8.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="The task whose labels apply, if the adapter names none.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="The task whose labels apply, instead of the adapter's or the base's own.")
+    ] = None,
     model_name_or_path: Annotated[
         str | None, typer.Option("--model_name_or_path", help="Load this base instead of the one the adapter names.")
     ] = None,
@@ -37,13 +43,13 @@ def attention_maps(
     ] = False,
 ) -> None:
     """Draw where each head looks for a class, and which heads the class needs (framed)."""
-    from peft_lab.run_folder import find_adapter
+    from peft_lab.run_folder import TASK, find_adapter, read_origin
     from peft_lab.task import load_task
 
     for image in images:
         if not image.is_file():
             raise ConfigError(f'There is no image file "{image}".')
-    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
+    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir() or output.is_dir():
         raise ConfigError(f'--output "{output}" must be a .png file in a folder that exists.')
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("Pictures need matplotlib: pip install 'peft-lab[plots]'.")
@@ -51,14 +57,18 @@ def attention_maps(
         load_task(task)
     folder = find_adapter(adapter)
     _check_method(folder)
-    from peft_lab.attention_maps import write
+    from peft_lab.attention_maps import named_classes, write
     from peft_lab.images import open_image
-    from peft_lab.loading import load
+    from peft_lab.loading import load, load_image_classifier
 
     opened = [open_image(image) for image in images]
-    loaded = load(folder, task, model_name_or_path, allow_other_base=allow_other_base)
-    names = [name.strip() for name in classes.split(",")] if classes else None
-    write(loaded.model, loaded.processor, opened, output, typer.echo, classes=names, keep=heads)
+    if task is None and "task" not in read_origin(folder) and not (folder / TASK).is_file():
+        model, processor = load_image_classifier(adapter, model_name_or_path, allow_other_base=allow_other_base)
+    else:
+        loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
+        model, processor = loaded.model, loaded.processor
+    names = named_classes(model, classes) if classes else None
+    write(model, processor, opened, output, typer.echo, classes=names, keep=heads)
     typer.echo(f"Picture written to {output}")
 
 

@@ -171,6 +171,37 @@ def load(
     return Loaded(model.eval(), processor, found, kind, labels, folder)
 
 
+def load_image_classifier(
+    adapter: str | Path, model_name_or_path: str | None = None, *, allow_other_base: bool = False
+) -> tuple[PeftModel, Any]:
+    """An adapter that names no task on its base, an image classifier, and the base's image processor.
+
+    The labels are those saved with the adapter, else those of the base.
+
+    Raises:
+        ConfigError, AdapterMismatchError: as `load`.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+    folder = run_folder.find_adapter(adapter)
+    run, download = run_folder.read_origin(folder), run_folder.is_download(adapter)
+    name = model_name_or_path or base_of(folder, run, download)
+    path = resolve_model(name)
+    try:
+        labels = run_folder.read_labels(folder) or [*AutoConfig.from_pretrained(path).id2label.values()]
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        base = AutoModelForImageClassification.from_pretrained(
+            path,
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,  # a head for other labels
+        )
+    except (OSError, ValueError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f'Backbone "{name}" cannot be loaded as an image classifier: {first}') from error
+    return load_adapter(base, folder, allow_other_base=allow_other_base).eval(), processor
+
+
 def load_adapter(
     model: Any,
     adapter: str | Path,

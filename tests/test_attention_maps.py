@@ -14,10 +14,16 @@ from PIL import Image
 from properties import adapt, move
 from test_cli import without_torch
 from torch import Tensor
-from transformers import BeitForImageClassification
+from transformers import (
+    BeitForImageClassification,
+    IJepaConfig,
+    IJepaForImageClassification,
+    Siglip2Config,
+    Siglip2ForImageClassification,
+)
 from typer.testing import CliRunner
 
-from peft_lab.attention_maps import LastBlock, draw, panels
+from peft_lab.attention_maps import LastBlock, draw, named_classes, panels
 from peft_lab.errors import ConfigError, PeftLabError
 
 PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 5, "clip_classifier": 1, "siglip_classifier": 0}
@@ -175,11 +181,11 @@ def _bomb(side: int) -> bytes:
     )
 
 
-def _command(folder, *arguments: str):
+def _command(folder, *arguments: str, task: bool = True):
     from peft_lab.cli import app
 
-    task = ["--task", str(folder / "task.yaml")]
-    return CliRunner().invoke(app, ["attention-maps", *(str(a) for a in arguments), *task])
+    named = ["--task", str(folder / "task.yaml")] if task else []
+    return CliRunner().invoke(app, ["attention-maps", *(str(a) for a in arguments), *named])
 
 
 def test_command_writes_a_picture(folder, tmp_path):
@@ -193,6 +199,43 @@ def test_command_writes_a_picture(folder, tmp_path):
     with Image.open(picture) as opened:
         assert opened.format == "PNG"
         assert min(opened.size) > 400
+
+
+def test_without_a_task_the_labels_are_those_of_the_base(folder, tmp_path):
+    images = (folder / "0.png", folder / "1.png")
+    done = [
+        _command(folder, folder / "adapter", *images, "--output", tmp_path / f"{task}.png", task=task)
+        for task in (True, False)
+    ]
+    assert [d.exit_code for d in done] == [0, 0], done[1].output
+    assert done[0].stdout.splitlines()[:-1] == done[1].stdout.splitlines()[:-1]
+    assert "cat" in done[1].stdout
+    assert (tmp_path / "True.png").read_bytes() == (tmp_path / "False.png").read_bytes()
+
+
+def test_names_of_classes_with_commas():
+    model = TINY["vit"]()
+    model.config.id2label = {0: "tench, Tinca tinca", 1: "dog", 2: "bird"}
+    assert named_classes(model, ["bird, dog"]) == ["bird", "dog"]
+    assert named_classes(model, ["tench, Tinca tinca", "dog"]) == ["tench, Tinca tinca", "dog"]
+    assert named_classes(model, ["brid,dog"]) == ["brid", "dog"]
+
+
+def test_classes_may_be_given_one_at_a_time(folder, tmp_path):
+    options = ("--classes", "bird", "--classes", "dog,cat")
+    done = _command(folder, folder / "adapter", folder / "0.png", "--output", tmp_path / "maps.png", *options)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["bird", "dog", "cat", "Picture"]
+
+
+def test_tokens_that_are_no_grid_of_patches_are_refused():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = adapt("prompt_cam", IJepaForImageClassification(IJepaConfig(image_size=16, patch_size=8, **sizes)))
+    with pytest.raises(ConfigError, match=r"need a token for each of 2 x 2 patches, and .* has 3"):
+        LastBlock(model, torch.randn(1, 3, 16, 16))
+    towers = {"vision_config": {**sizes, "patch_size": 8, "num_patches": 4}, "text_config": sizes}
+    model = adapt("prompt_cam", Siglip2ForImageClassification(Siglip2Config(**towers)))
+    with pytest.raises(ConfigError, match=r"Siglip2ForImageClassification is given values of shape \[1, 4, 192\]"):
+        LastBlock(model, torch.randn(1, 4, 192))
 
 
 def test_images_stand_upright_as_in_training(folder, tmp_path, monkeypatch):
@@ -222,16 +265,18 @@ def test_images_stand_upright_as_in_training(folder, tmp_path, monkeypatch):
         ("other", "0.png", [], "holds vpt, which has no prompt for each class; methods that have: prompt_cam"),
         ("adapter", "task.yaml", [], 'task.yaml" cannot be read as an image'),
         ("adapter", "bomb.png", [], 'bomb.png" cannot be read as an image: Image size .400000000 pixels'),
+        ("adapter", "0.png", ["--output", "folder.png"], 'folder.png" must be a .png file'),
         ("adapter", "0.png", ["--classes", "brid"], 'Did you mean "bird"'),
         ("adapter", "0.png", ["--heads", "3"], "3 heads cannot be kept: the last block has 2"),
     ],
 )
 def test_command_says_what_is_wrong(folder, adapter, image, options, answer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     done = _command(folder, folder / adapter, folder / image, *options)
     assert isinstance(done.exception, PeftLabError)
     assert re.search(answer, str(done.exception))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder.png"]
 
 
 def test_checks_come_before_torch(folder, tmp_path):
