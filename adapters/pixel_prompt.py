@@ -18,6 +18,7 @@ equations.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +195,7 @@ class PixelPromptLayer(MappedHead):
                 for each channel.
         """
         vision = getattr(self.settings, "vision_config", self.settings)
-        own = getattr(vision, "image_size", None) or _IMAGE_SIZE
+        own: Any = getattr(vision, "image_size", None) or _IMAGE_SIZE
         sides = {own} if isinstance(own, int) else {*own}
         if len(sides) > 1:
             raise ConfigError(

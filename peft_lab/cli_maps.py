@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,6 +62,7 @@ def attention_maps(
     from peft_lab.loading import load, load_image_classifier
 
     opened = [open_image(image) for image in images]
+    model: Any
     if task is None and "task" not in read_origin(folder) and not (folder / TASK).is_file():
         model, processor = load_image_classifier(adapter, model_name_or_path, allow_other_base=allow_other_base)
     else:
