@@ -1,4 +1,4 @@
-"""Prompts in decoders beyond the role table: right, or refused in a sentence, and never without effect."""
+"""Where prompts have room: decoders beyond the role table, tokens before patches; and where not, said in a sentence."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_lab import roles
 from peft_lab.errors import ConfigError
 from peft_lab.room import ALSO_TRIED, NO_ROOM
+from peft_lab.sequence import SequenceLayer
 
 _GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _HEADS = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
@@ -64,6 +65,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 GENERATE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 METHODS = ("soft_prompt", "iapt")
+VISION = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit", "siglip", "ijepa")
 
 others = pytest.mark.parametrize("family", OTHERS)
 both = pytest.mark.parametrize("method", METHODS)
@@ -208,3 +210,21 @@ def test_prompts_that_would_leave_a_sliding_window():
     with pytest.raises(ConfigError, match=r"13 tokens and 4 prompts.*window of 16.*use_cache=False"):
         model.generate(**inputs, **{**short, "max_new_tokens": 8})
     assert model.generate(**inputs, use_cache=False, **{**GENERATE, "max_new_tokens": 8}).shape == (1, 17)
+
+
+@pytest.mark.parametrize("name", VISION)
+@torch.no_grad()
+def test_tokens_before_the_patches(name):
+    """As many as the sequence of a vision transformer is longer than its grid."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    jepa = hf.IJepaForImageClassification(hf.IJepaConfig(**sizes, image_size=16, patch_size=8))
+    base = jepa if name == "ijepa" else TINY[name]()
+    base = base.vision_model if name == "siglip" else base
+    model = adapt("vpt", base)
+    layer = next(module for module in model.modules() if isinstance(module, SequenceLayer))
+    seen: list[int] = []
+    layer.base_layer.register_forward_pre_hook(lambda block, args: seen.append(args[0].shape[1]))
+    inputs = {"pixel_values": torch.randn(1, 3, 16, 16)}
+    with model.disable_adapter():
+        model(**inputs)
+    assert seen == [4 + layer.prefix_tokens]

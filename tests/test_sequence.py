@@ -24,7 +24,7 @@ from properties import (
     output,
 )
 from torch import Tensor, nn
-from transformers import DynamicCache, IJepaConfig, IJepaForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import DynamicCache, ViTConfig, ViTForImageClassification
 
 from peft_lab import registry, roles
 from peft_lab.errors import ConfigError
@@ -89,24 +89,6 @@ def _positions(mask: Tensor) -> Tensor:
 
 def assert_near(a: Tensor, b: Tensor, limit: float) -> None:
     assert (a - b).abs().max().item() < limit
-
-
-@pytest.mark.parametrize("name", [*VISION, "siglip", "ijepa"])
-@torch.no_grad()
-def test_tokens_before_the_patches(name):
-    """As many as the sequence of a vision transformer is longer than its grid."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    jepa = IJepaForImageClassification(IJepaConfig(**sizes, image_size=16, patch_size=8))
-    base = jepa if name == "ijepa" else TINY[name]()
-    base = base.vision_model if name == "siglip" else base
-    model = adapt("vpt", base)
-    layer = next(module for module in model.modules() if isinstance(module, SequenceLayer))
-    seen: list[int] = []
-    layer.base_layer.register_forward_pre_hook(lambda block, args: seen.append(args[0].shape[1]))
-    inputs = {"pixel_values": torch.randn(1, 3, 16, 16)}
-    with model.disable_adapter():
-        model(**inputs)
-    assert seen == [4 + layer.prefix_tokens]
 
 
 # Text that goes on ----------------------------------------------------------------------------------------------------
