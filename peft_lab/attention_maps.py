@@ -31,6 +31,8 @@ KEPT_HEADS = 4
 #: Longest class name in the picture.
 _LONGEST = 20
 _NOTE = "framed: heads that the class needs\nnumber: highest patch, in even shares among the patches"
+#: Height in pixels from which on matplotlib writes no picture.
+_MOST_PIXELS = 2**16
 _HEAD_INCHES, _DPI, _INK, _ACCENT, _FAINT = 1.15, 160, "#1d2733", "#c8551b", "#d5dae0"
 
 
@@ -306,7 +308,17 @@ def _bare(axes: Axes, colour: str, width: float) -> None:
 def write(
     model: Any, processor: Any, images: Sequence[Image], output: Path, progress: Callable[[str], None], **options: Any
 ) -> None:
-    """Write the picture of `panels` as a PNG file."""
+    """Write the picture of `panels` as a PNG file.
+
+    Raises:
+        ConfigError: more images than a picture can hold, or what `panels` refuses.
+    """
+    lines = len(options.get("classes") or ()) or min(1 + options.get("rivals", 2), model.config.num_labels)
+    most = int((_MOST_PIXELS / _DPI - 0.6) / (_HEAD_INCHES + 0.28)) // lines
+    if len(images) > most:
+        raise ConfigError(
+            f"{len(images)} images make a picture higher than a file can hold; give at most {most} at a time."
+        )
     rows = panels(model, processor, images, **options)
     for panel in rows:
         progress(f"{' '.join(panel.title.split())}: heads {', '.join(str(h + 1) for h in panel.needed)}")

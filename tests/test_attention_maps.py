@@ -279,6 +279,12 @@ def test_command_says_what_is_wrong(folder, adapter, image, options, answer, tmp
     assert [path.name for path in tmp_path.rglob("*")] == ["folder.png"]
 
 
+def test_more_images_than_a_picture_holds_are_refused(folder, tmp_path):
+    done = _command(folder, folder / "adapter", *[folder / "0.png"] * 200, "--output", tmp_path / "maps.png")
+    assert re.search("200 images make a picture higher than .* give at most 95 at a time", str(done.exception))
+    assert not (tmp_path / "maps.png").exists()
+
+
 def test_checks_come_before_torch(folder, tmp_path):
     loaded, _, output = without_torch(["attention-maps", str(folder / "other"), str(folder / "0.png")], tmp_path)
     assert "holds vpt" in output
