@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from peft_lab.attention_maps import LastBlock, draw, named_classes, panels
 from peft_lab.errors import ConfigError, PeftLabError
+from peft_lab.sequence import SequenceLayer
 
 PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 5, "clip_classifier": 1, "siglip_classifier": 0}
 
@@ -230,6 +231,10 @@ def test_classes_may_be_given_one_at_a_time(folder, tmp_path):
 def test_tokens_that_are_no_grid_of_patches_are_refused():
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     model = adapt("prompt_cam", IJepaForImageClassification(IJepaConfig(image_size=16, patch_size=8, **sizes)))
+    assert LastBlock(model, torch.randn(1, 3, 16, 16)).attention.shape[-2:] == (2, 2), "patches alone are a grid"
+    for module in model.modules():
+        if isinstance(module, SequenceLayer):
+            module.prefix_tokens = 1
     with pytest.raises(ConfigError, match=r"need a token for each of 2 x 2 patches, and .* has 3"):
         LastBlock(model, torch.randn(1, 3, 16, 16))
     towers = {"vision_config": {**sizes, "patch_size": 8, "num_patches": 4}, "text_config": sizes}
