@@ -151,10 +151,14 @@ class IAPTLayer(SequenceLayer):
     def _generated(self, adapter: str, tokens: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         config = self.configs[adapter]
         down, up = self._projection("down", adapter, call), self._projection("up", adapter, call)
-        if config.normalize:
-            tokens = nn.functional.rms_norm(tokens.float(), (self.width,), eps=1e-6)
-        hidden = nn.functional.linear(tokens.to(down[0].dtype), *down)
-        pooled = self._pooled(adapter, hidden.float(), mask)
+        tokens = tokens.to(down[0].dtype).contiguous()  # one copy is kept for both uses
+        hidden = nn.functional.linear(tokens, down[0]).float()
+        if config.normalize:  # behind the projection, so that no normalised copy is kept
+            norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=torch.float32)
+            hidden = hidden * (norms.square() / self.width + 1e-6).rsqrt()
+        if down[1] is not None:
+            hidden = hidden + down[1]
+        pooled = self._pooled(adapter, hidden, mask)
         if config.activation == "rational":
             pooled = rational(pooled, self.iapt_numerator[adapter].float(), self.iapt_denominator[adapter].float())
         else:
