@@ -10,9 +10,10 @@ SmolLM2-135M on E2E: 14 without prompts, 25 with those of zero, more than 10,000
 are scaled to root mean square 1 before they are projected (`normalize`), for decoders have some a hundred times larger
 than others, and then no learning rate fits.
 
-The instruction is what `instruction_mask`, an argument of the model's forward, says it is; else the tokens whose label
-is -100; else the whole text but its padding. `generate` without a KV cache reads the text anew for every token: give
-`peft_lab.call.prompt_inputs(instruction_mask=...)` around it, or the prompts also look at the answer so far.
+The instruction is what `instruction_mask`, an argument of the model's forward, says it is; else the tokens before the
+first that has a label (other than -100); else the whole text but its padding. `generate` without a KV cache reads the
+text anew for every token: give `peft_lab.call.prompt_inputs(instruction_mask=...)` around it, or the prompts also look
+at the answer so far.
 
 Source: Zhu et al. 2024, IAPT, arXiv:2405.18203; Liu et al. 2022, Late Prompt Tuning, arXiv:2210.11292; Wu et al. 2022,
 IDPG, arXiv:2204.04497. Written from the papers' equations.

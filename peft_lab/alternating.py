@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import reduce
@@ -40,6 +40,9 @@ class AlternatingActivation(TrainerCallback):
         ConfigError: `every` is below 1, or, when training begins, the model has no learned activation.
     """
 
+    #: Hooks of the step that runs; of all trainings, so that the next one removes what one broken off has left.
+    _hooks: ClassVar[list[Any]] = []
+
     def __init__(
         self,
         dev_dataset: Dataset[Any],
@@ -54,16 +57,12 @@ class AlternatingActivation(TrainerCallback):
         self._optimizer: torch.optim.Optimizer | None = None
         self._batches: Iterator[Any] = iter(())
         self._steps = 0
-        self._hooks: list[Any] = []
-        self._own_turn = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the activations, and make ready the held-out batches."""
         self._parameters = activation_parameters(kwargs["model"])
         if not self._parameters:
             raise ConfigError("The model has no learned activation to train in turn, such as IAPT's rational one.")
-        # a gradient of theirs would also count where gradients are clipped to a norm
-        self._hooks = [parameter.register_hook(self._of_turn) for parameter in self._parameters]
         # peft may have cast or moved the parameters since the callback was made
         self._optimizer = torch.optim.AdamW(self._parameters, lr=self.learning_rate, weight_decay=0.0)
         loader = DataLoader(
@@ -77,17 +76,14 @@ class AlternatingActivation(TrainerCallback):
         if state.global_step:
             self._restore(_kept(args, state))
 
-    def _of_turn(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient if self._own_turn else torch.zeros_like(gradient)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the activations as other training finds them."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let no gradient reach the activations, which would also count where gradients are clipped to a norm."""
+        self._hooks.extend(parameter.register_hook(torch.zeros_like) for parameter in self._parameters)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the activations out of the step on training data: without a gradient an optimizer leaves them."""
+        while self._hooks:
+            self._hooks.pop().remove()
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -96,9 +92,7 @@ class AlternatingActivation(TrainerCallback):
         if state.global_step % self.every or self._optimizer is None:
             return
         batch = {key: value.to(args.device) for key, value in next(self._batches).items()}
-        self._own_turn = True
         gradients = torch.autograd.grad(kwargs["model"](**batch).loss, self._parameters, allow_unused=True)
-        self._own_turn = False
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else reduce(gradient, reduction="mean")
         self._optimizer.step()

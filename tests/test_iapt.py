@@ -283,6 +283,22 @@ def test_gradients_of_the_activation_count_in_no_norm(tmp_path):
     assert all(norm > 0 for norm in seen[-1])
 
 
+def test_a_training_broken_off_leaves_nothing_to_the_next(tmp_path):
+    model = move(adapt("iapt", TINY["llama"]()))
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True)
+
+    class Broken(Trainer):
+        def training_step(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Broken(model, arguments, train_dataset=_rows(0), callbacks=[AlternatingActivation(_rows(1))]).train()
+    start = [p.detach().clone() for p in activation_parameters(model)]
+    again = AlternatingActivation(_rows(1), learning_rate=1e-2)
+    Trainer(model, arguments, train_dataset=_rows(0), callbacks=[again]).train()
+    assert all(not torch.equal(p, q) for p, q in zip(activation_parameters(model), start, strict=True))
+
+
 def test_alternating_says_what_is_wrong(tmp_path):
     with pytest.raises(ConfigError, match="every=0 must be at least 1"):
         AlternatingActivation(_rows(1), every=0)
