@@ -18,8 +18,8 @@ from peft_lab.compare.findings import interval_text
 from peft_lab.compare.further import further
 from peft_lab.compare.item_metrics import item_values
 from peft_lab.compare.pareto import front_of_all
-from peft_lab.compare.report import as_html, as_markdown, build, overlapping, slug, write_report
-from peft_lab.compare.results import RESULTS, Record, read_results
+from peft_lab.compare.report import as_html, as_markdown, build, slug, write_report
+from peft_lab.compare.results import RESULTS, Record, overlapping, read_results
 from peft_lab.compare.shared import without_paths
 from peft_lab.compare.statistics import rank_arms, score_of
 from peft_lab.errors import ConfigError
@@ -348,6 +348,8 @@ def test_runs_at_the_same_time_are_noticed() -> None:
     during = record("a", 2, started="2026-01-01T00:01:00", finished="2026-01-01T00:03:00")
     assert not overlapping([after, first])
     assert overlapping([first, during])
+    assert "step_seconds" in tables.costs([after, first])
+    assert "step_seconds" not in tables.costs([first, during])
 
 
 def test_local_folders_are_named_by_their_last_part() -> None:
@@ -369,6 +371,13 @@ def test_cells_of_like_names_have_their_own_anchors(tmp_path: Path, plain: None)
     report = build(tmp_path, [record("a", 0, task="x y"), record("a", 0, task="x-y")])
     assert len({section.anchor for section in report.sections}) == 2
     assert slug("???") == "unnamed"
+
+
+@pytest.mark.parametrize(("diverged", "scale"), [(9.0, "linear"), (10_000.0, "log")])
+def test_a_run_that_diverged_does_not_flatten_the_others(diverged: float, scale: str) -> None:
+    lines = [plots.Line("a", [1e-3, 1e-2, 1e-1], [7.0, 6.0, 5.0]), plots.Line("b", [1e-3, 1e-2], [8.0, diverged])]
+    (axes,) = plots.chart(lines, ["a", "b"], ("learning rate", "perplexity"), plots.LIGHT, log_x=True).axes
+    assert axes.get_yscale() == scale
 
 
 def test_labels_do_not_overlap() -> None:
@@ -394,4 +403,4 @@ def test_front_of_all() -> None:
         for arm, score, cost in (("a", 0.9, 100), ("b", 0.8, 10), ("c", 0.7, 50))
         for seed in (0, 1)
     ]
-    assert front_of_all(rank_arms(runs)[0]) == (["a", "b"], ["trainable parameters", "step ms"])
+    assert front_of_all(rank_arms(runs)[0], tables.costs([])) == (["a", "b"], ["trainable parameters", "step ms"])

@@ -17,7 +17,7 @@ from peft_lab.compare.overall import arm_labels
 from peft_lab.compare.pareto import pareto_front
 from peft_lab.compare.results import Record
 from peft_lab.compare.statistics import Cell
-from peft_lab.compare.tables import COSTS, measure_head, measured, scaled
+from peft_lab.compare.tables import measure_head, measured, scaled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,17 +48,18 @@ class Plan:
     draw: Callable[[plots.Scheme], Figure]
 
 
-def of_cell(cell: Cell, records: Sequence[Record], order: Sequence[str]) -> Iterator[Plan]:
+def of_cell(cell: Cell, records: Sequence[Record], order: Sequence[str], costs: Sequence[str]) -> Iterator[Plan]:
     """The figures of a cell that there are data for.
 
     Args:
         cell: one task and backbone.
         records: all runs of that task and backbone.
         order: all arms of the report.
+        costs: the measures against which scores are drawn.
     """
     if cell.arms:
         yield Plan("intervals", f"{INTERVALS}; the short strokes are seeds.", partial(plots.forest, cell))
-        yield from _pareto(cell)
+        yield from _pareto(cell, costs)
     good = [record for record in records if record.ok]
     if searched := [record for record in good if record.stage == "search"]:
         yield from _rates(cell, searched, records, order)
@@ -69,8 +70,8 @@ def of_cell(cell: Cell, records: Sequence[Record], order: Sequence[str]) -> Iter
 INTERVALS = "Means with 95 % intervals; an arm in grey is separated from the best"
 
 
-def _pareto(cell: Cell) -> Iterator[Plan]:
-    for name in COSTS:
+def _pareto(cell: Cell, costs: Sequence[str]) -> Iterator[Plan]:
+    for name in costs:
         found = {arm.label: measured(arm.records, name) for arm in cell.arms}
         cost = {label: scaled(name, value) for label, value in found.items() if value is not None}
         if len(cost) < 2:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from peft_lab.compare.statistics import Cell
-from peft_lab.compare.tables import COSTS, measure_head, measured
+from peft_lab.compare.tables import measure_head, measured
 
 
 def pareto_front(points: Sequence[Sequence[float]], higher_is_better: Sequence[bool]) -> list[bool]:
@@ -23,9 +23,9 @@ def pareto_front(points: Sequence[Sequence[float]], higher_is_better: Sequence[b
     return [bool(there and not worse) for there, worse in zip(known, beaten, strict=True)]
 
 
-def front_of_all(cell: Cell) -> tuple[list[str], list[str]]:
+def front_of_all(cell: Cell, costs: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arms that no other beats in score and all costs at once, and the heads of the costs that were measured."""
-    names = [name for name in COSTS if all(measured(arm.records, name) is not None for arm in cell.arms)]
+    names = [name for name in costs if all(measured(arm.records, name) is not None for arm in cell.arms)]
     if not cell.arms or not names:
         return [], []
     points = [(arm.score.value, *(measured(arm.records, name) or 0.0 for name in names)) for arm in cell.arms]

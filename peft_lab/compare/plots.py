@@ -101,6 +101,8 @@ def pareto(cell: Cell, cost: Mapping[str, float], title: str, scheme: Scheme) ->
     figure, axes = _axes(scheme, 3.1)
     if min(x for x, _ in points) > 0 and max(x for x, _ in points) > 20 * min(x for x, _ in points):
         axes.set_xscale("log")
+    else:
+        axes.locator_params(axis="x", nbins=6)
     staircase = sorted(point for point, on in zip(points, front, strict=True) if on)
     axes.step(*zip(*staircase, strict=True), where="post", color=scheme.accent, lw=1.2, alpha=0.6)
     for arm, (x, y), on in zip(arms, points, front, strict=True):
@@ -121,6 +123,8 @@ def chart(
 ) -> Figure:
     """Lines over one axis with a legend below; an arm has the same colour and marker in all charts of a report.
 
+    The y axis is logarithmic where one line, such as the perplexity of a diverging run, would flatten all others.
+
     Args:
         lines: what to draw.
         order: all arms of the report, which fixes the colours.
@@ -140,6 +144,9 @@ def chart(
     if log_x:
         axes.set_xscale("log")
         _tick_at(axes, sorted({x for line in lines for x in line.x}))
+    heights = [y for line in lines for y in line.y]
+    if min(heights) > 0 and max(heights) > 20 * np.median(heights):
+        axes.set_yscale("log")
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.grid(color=scheme.faint, alpha=0.25, lw=0.6)

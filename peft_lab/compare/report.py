@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from peft_lab.compare.findings import join, metric_title, words
 from peft_lab.compare.further import Further, further
 from peft_lab.compare.overall import over_tasks
 from peft_lab.compare.pareto import front_of_all
-from peft_lab.compare.results import Record, read_items, read_results, search_budgets
+from peft_lab.compare.results import Record, overlapping, read_items, read_results, search_budgets
 from peft_lab.compare.shared import copy_records, without_paths
 from peft_lab.compare.statistics import Cell, rank_arms
 from peft_lab.items import Items
@@ -177,16 +176,17 @@ def _section(
     order: Sequence[str],
     plots: bool,
 ) -> Section:
-    labels, costs = front_of_all(cell)
+    costs = tables.costs(records)
+    labels, heads = front_of_all(cell, costs)
     front = ""
     if len(cell.arms) > 1 and labels:
-        axes = join([metric_title(cell.metric), *costs])
+        axes = join([metric_title(cell.metric), *heads])
         front = f"Pareto front of the means, over {axes} at once: {join(labels)}."
     title = f"{cell.task}, {cell.backbone}"
     section = Section(anchor, title, words(cell), tables.headline(cell), front, further(cell, items))
     if plots:
         mine = [record for record in records if (record.task, record.backbone) == (cell.task, cell.backbone)]
-        for plan in figures.of_cell(cell, mine, order):
+        for plan in figures.of_cell(cell, mine, order, costs):
             section.pictures.append(figures.draw(plan, folder / PLOTS, anchor))
     return section
 
@@ -254,12 +254,6 @@ def _few_validation_rows(records: Iterable[Record]) -> dict[str, int]:
         if count is not None and count < FEW_VALIDATION_ROWS:
             rows[record.task] = count
     return rows
-
-
-def overlapping(records: Iterable[Record]) -> bool:
-    """Whether two runs were under way at the same time."""
-    spans = sorted((record.started, record.finished) for record in records if record.started and record.finished)
-    return any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))
 
 
 def _budget(records: Sequence[Record]) -> str:

@@ -6,6 +6,7 @@ metrics.json and, for a run that was scored on the test rows, items.csv. Imports
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -259,6 +260,12 @@ class Spent:
     trials: int
     runs: int
     steps: int
+
+
+def overlapping(records: Iterable[Record]) -> bool:
+    """Whether two runs were under way at the same time."""
+    spans = sorted((record.started, record.finished) for record in records if record.started and record.finished)
+    return any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))
 
 
 def search_budgets(records: Iterable[Record]) -> list[Spent]:

@@ -15,7 +15,7 @@ import numpy as np
 from peft_lab.compare.findings import interval_text, metric_title, number
 from peft_lab.compare.overall import average_ranks
 from peft_lab.compare.resample import bootstrap_interval
-from peft_lab.compare.results import MEASURES, Record, search_budgets
+from peft_lab.compare.results import MEASURES, Record, overlapping, search_budgets
 from peft_lab.compare.statistics import Arm, Cell
 
 
@@ -66,8 +66,6 @@ _SHOWN: dict[str, tuple[str, float, int]] = {
     "shifted_score": ("shifted score", 1, 3),
     "forgetting": ("forgetting", 1, 3),
 }
-#: The measures that are costs, against which scores are drawn.
-COSTS = ("trainable_parameters", "peak_memory_bytes", "step_seconds", "adapter_bytes")
 MISSING = Entry("-")
 
 
@@ -75,6 +73,12 @@ def measured(records: Iterable[Record], name: str) -> float | None:
     """The mean of a measure over runs, None if none of them has it."""
     found = [float(value) for record in records if (value := record.measures.get(name)) is not None]
     return float(np.mean(found)) if found and np.isfinite(found).all() else None
+
+
+def costs(records: Iterable[Record]) -> tuple[str, ...]:
+    """The measures against which scores are drawn: FLOPs in place of times where runs shared the machine."""
+    time = "step_flops" if overlapping(records) else "step_seconds"
+    return ("trainable_parameters", "peak_memory_bytes", time, "adapter_bytes")
 
 
 def measure_head(name: str) -> str:
