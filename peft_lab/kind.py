@@ -75,6 +75,9 @@ class Kind:
         """The backbone with the head that it was trained with; raises `ConfigError` if it has none."""
         raise ConfigError(f'A method that keeps the head of an image classifier does not go with kind "{self.name}".')
 
+    def check_processor(self, processor: Any, model: PreTrainedModel) -> None:
+        """Raise `ConfigError` if the model cannot take what the processor makes."""
+
     def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:
         """What a method may have to know of processor and labels, by the names of the config fields that hold it."""
         return {}

@@ -12,6 +12,7 @@ from peft_lab.images import open_image
 from peft_lab.kind import ClassificationKind, Record
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from transformers import PreTrainedModel
 
@@ -77,6 +78,17 @@ class ImageClassification(ClassificationKind):
             )
         return model
 
+    def check_processor(self, processor: Any, model: PreTrainedModel) -> None:
+        from PIL import Image
+
+        own = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
+        own = tuple(own) if isinstance(own, (list, tuple)) else (own, own)
+        for shape in ((64, 64), (96, 64)):
+            pixels = processor([Image.new("RGB", shape)], return_tensors="pt")["pixel_values"]
+            height, width = pixels.shape[-2:]
+            if (height, width) != own:
+                _try_size(model, pixels)
+
     def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:
         return super().adapter_settings(processor, labels) | _pixel_statistics(processor)
 
@@ -123,6 +135,21 @@ def _pixel_statistics(processor: Any) -> dict[str, Any]:
     height, width = pixels.shape[-2:]
     fixed = height == width and other.shape[-2:] == pixels.shape[-2:]
     return {"image_mean": mean.tolist(), "image_std": std.tolist(), **({"image_size": width} if fixed else {})}
+
+
+def _try_size(model: PreTrainedModel, pixels: torch.Tensor) -> None:
+    """Show a model an image of a size that is not the one in its config; many take any."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(pixel_values=pixels.to(model.device, model.dtype))
+    except (ValueError, RuntimeError) as error:
+        height, width = pixels.shape[-2:]
+        raise ConfigError(
+            f'"{model.name_or_path}" takes no images of {height} x {width} pixels, as its image processor makes them '
+            f"({str(error).splitlines()[0].rstrip('.')}); correct the size in its preprocessor_config.json."
+        ) from error
 
 
 def _has_fixed_grid(model_name_or_path: str, hub_kwargs: dict[str, Any]) -> bool:

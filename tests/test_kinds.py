@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from transformers import (
 )
 from transformers.image_utils import load_image
 
-from peft_lab.errors import TaskError
+from peft_lab.errors import ConfigError, TaskError
+from peft_lab.loading import load_base
 from peft_lab.task import kind, kinds, parse_task
 from peft_lab.tasks.causal_lm import answer_only
 from peft_lab.template import Template
@@ -275,6 +277,22 @@ def test_images_arrive_in_the_size_that_the_backbone_can_take(
     out = model.eval()(**batch)
     assert out.logits.shape == (2, 3)
     assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize(("name", "refused"), [("vit", True), ("efficientnet", False)])
+def test_a_processor_of_a_size_that_the_backbone_cannot_take_is_refused(
+    image_models: dict[str, Path], tmp_path: Path, name: str, refused: bool
+) -> None:
+    folder = shutil.copytree(image_models[name], tmp_path / name)
+    path = folder / "preprocessor_config.json"
+    other = {"do_center_crop": False, "size": {"height": 40, "width": 40}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **other}))
+    rule, task = kind("image_classification"), image_task()
+    if not refused:
+        load_base(rule, task, LABELS, str(folder))
+        return
+    with pytest.raises(ConfigError, match=r"takes no images of 40 x 40 pixels.*correct the size"):
+        load_base(rule, task, LABELS, str(folder))
 
 
 @pytest.mark.parametrize(
