@@ -1,4 +1,4 @@
-"""The README's own code: every block that can run is run, in order, in an empty folder."""
+"""The README's own code, run block by block in an empty folder; its links, and the scores that it cites."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
+PAGES = (README, README.parent / "benchmarks" / "README.md")
+SCORE = r"\d\.\d+ \[\d\.\d+, \d\.\d+\]"
 BLOCK = re.compile(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 REVIEWS = "review,verdict\n" + "".join(
     f"{word} thing number {i},{word}\n" for i in range(30) for word in ("good", "bad")
@@ -51,10 +53,23 @@ def test_blocks_run_as_printed(tmp_path):
     assert (tmp_path / "runs" / "reviews" / "adapter_model.safetensors").is_file()
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")) if "://" not in link]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")) if "://" not in link]
     assert links
-    assert [link for link in links if not (README.parent / link).exists()] == []
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_scores_are_those_of_the_report_that_is_linked_before_them(page):
+    report, found = "", 0
+    for link, score in re.findall(rf"\]\(([^)]*report\.md)\)|({SCORE})", page.read_text(encoding="utf-8")):
+        if link:
+            report = (page.parent / link).read_text(encoding="utf-8").replace("\\", "")
+        else:
+            assert score in report
+            found += 1
+    assert found >= 20
 
 
 def test_every_own_method_and_its_paper_are_listed():
