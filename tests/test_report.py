@@ -256,8 +256,11 @@ def test_a_copy_to_share_has_no_runs_and_no_paths(tmp_path: Path, plain: None) -
     local = {"run": {"output_dir": str(tmp_path), "seed": 0}, "method_config": {"base_model_name_or_path": "/models/x"}}
     runs = [record("a", seed) for seed in (0, 1)]
     runs = [replace(run, metrics=run.metrics | local, backbone="/models/x") for run in runs]
-    page = write_report(comparison(tmp_path / "own", runs), tmp_path / "copy")
+    own = comparison(tmp_path / "own", runs)
+    (own / "study.yaml").write_text(f"tasks:\n- {{task: {tmp_path}/words.yaml, model_name_or_path: /models/x}}\n")
+    page = write_report(own, tmp_path / "copy")
     assert page.parent == tmp_path / "copy"
+    assert "words.yaml" in (page.parent / "study.yaml").read_text()
     assert not (tmp_path / "own" / "report.html").exists()
     for file in page.parent.iterdir():
         assert str(tmp_path) not in file.read_text(), file

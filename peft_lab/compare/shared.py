@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,13 +11,14 @@ from peft_lab import run_folder
 from peft_lab.backbones import is_local
 from peft_lab.compare.results import RESULTS, RUNS, STUDY, Record
 from peft_lab.errors import ConfigError
+from peft_lab.run_config import dump_yaml, read_run_file
 
 
 def copy_records(folder: Path, out: Path, records: Sequence[Record]) -> None:
     """Put the study of a comparison and its records, as `without_paths` gives them, into a folder without runs.
 
     Raises:
-        ConfigError: `out` is a file, or holds runs.
+        ConfigError: `out` is a file, or holds runs; the study is no YAML mapping.
     """
     if (out / RUNS).exists() or (out.exists() and not out.is_dir()):
         raise ConfigError(f'"{out}" is a file or holds runs; name a new folder for the copy.')
@@ -27,7 +27,8 @@ def copy_records(folder: Path, out: Path, records: Sequence[Record]) -> None:
         "".join(f"{json.dumps(dataclasses.asdict(record))}\n" for record in records), encoding="utf-8"
     )
     if (folder / STUDY).is_file():
-        shutil.copyfile(folder / STUDY, out / STUDY)
+        study = run_folder.without_paths(read_run_file(folder / STUDY))
+        (out / STUDY).write_text(dump_yaml(study), encoding="utf-8")
 
 
 def without_paths(records: Sequence[Record]) -> list[Record]:
