@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +88,9 @@ _INPUTS: ContextVar[dict[str, Any] | None] = ContextVar("peft_lab_inputs", defau
 _GIVEN: ContextVar[dict[str, Tensor] | None] = ContextVar("peft_lab_given", default=None)
 #: Arguments of a forward that prompts read and that no backbone knows.
 _OWN = ("instruction_mask", "prompt_ids")
-#: What is known of each cache that holds slots.
-CACHES: WeakKeyDictionary[Cache, CacheSlots] = WeakKeyDictionary()
+#: The attribute of a KV cache that holds its `CacheSlots`. It is there since a copy of the cache takes it along, and
+#: since `torch.compile` fails on a table of caches from which one dies meanwhile.
+CACHE_SLOTS = "peft_lab_slots"
 
 
 def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -113,7 +113,7 @@ def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         call.refused = "Prompts in the sequence need a cache that grows; leave out cache_implementation='static'."
     elif past:
         call.prefill = False
-        call.cache = CACHES.get(cache)
+        call.cache = getattr(cache, CACHE_SLOTS, None)
         if call.cache is not None:
             call.refused = _count_cached(call.cache, cache, past, kwargs, names)
     elif _is_packed(kwargs.get("position_ids"), call.mask):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lab import windows
-from peft_lab.call import CACHES, CALL, CacheSlots, Call, own_cache
+from peft_lab.call import CACHE_SLOTS, CALL, CacheSlots, Call, own_cache
 from peft_lab.errors import ConfigError
 from peft_lab.layer import AdapterLayer
 from peft_lab.room import explained
@@ -317,7 +317,8 @@ class SequenceLayer(AdapterLayer):
         if cache is None:
             return
         if call.cache is None:
-            call.cache = CACHES[cache] = CacheSlots()
+            call.cache = CacheSlots()
+            setattr(cache, CACHE_SLOTS, call.cache)
         call.cache.count[self.depth] = count
         if call.unused is not None:
             call.cache.unused[self.depth] = call.unused

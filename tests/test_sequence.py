@@ -393,6 +393,15 @@ def test_cache_from_elsewhere_is_refused(method):
 
 
 @methods
+@torch.no_grad()
+def test_a_copied_cache_goes_on_as_its_original(method):
+    model, cache = _llama(method), DynamicCache()
+    model(_padded()["input_ids"], past_key_values=cache)
+    copied, step = copy.deepcopy(cache), torch.tensor([[5], [6]])
+    assert_near(model(step, past_key_values=copied).logits, model(step, past_key_values=cache).logits, 1e-6)
+
+
+@methods
 def test_packed_sequences_are_refused(method):
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])
     with pytest.raises(ConfigError, match="Packed sequences"):
