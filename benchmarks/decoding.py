@@ -131,8 +131,8 @@ fp32, adapters unmerged, greedy with a KV cache; medians of {repeats} runs, the 
 thread. *Prompt* is the call that reads the prompt and writes the first token, *ms per token* one further step for all
 rows, and *tokens / s* counts the new tokens of all rows over the whole call. LoRA is on query and value; its rows with
 adapters of their own are measured in peft, which goes through the adapters one by one, and in `load_many`, which does
-not. The base model is what a merged LoRA costs. No adapter is faster than the base: a ratio
-below 1 shows how far noise reaches, above 1 as well."""
+not. The base model is what a merged LoRA costs. No adapter is faster than the base: a ratio below 1 shows how far noise
+reaches, above 1 as well."""
 
 
 def main() -> None:

@@ -53,7 +53,6 @@ def load_base(
             model = kind.load_classifier(path, task, **options)
         else:
             model = kind.load_model(path, task, labels, **options)
-        kind.check_processor(processor, model)
     except PeftLabError:
         raise
     except (OSError, ValueError, ImportError) as error:

@@ -250,6 +250,7 @@ class _Run:
             self.config.dtype,
             self.info.can("keeps_head"),
         )
+        self.kind.check_processor(self.processor, base)
         self.head_modules = [] if self.info.can("keeps_head") else roles.head_modules(base)
         set_seed(seed)  # the backbone's own random draws must not shift the adapter's
         settings = self.kind.adapter_settings(self.processor, self.labels)

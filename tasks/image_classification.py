@@ -145,10 +145,10 @@ def _try_size(model: PreTrainedModel, pixels: torch.Tensor) -> None:
         with torch.no_grad():
             model(pixel_values=pixels.to(model.device, model.dtype))
     except (ValueError, RuntimeError) as error:
-        height, width = pixels.shape[-2:]
+        (height, width), why = pixels.shape[-2:], str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
             f'"{model.name_or_path}" takes no images of {height} x {width} pixels, as its image processor makes them '
-            f"({str(error).splitlines()[0].rstrip('.')}); correct the size in its preprocessor_config.json."
+            f"({why}); correct the size in its preprocessor_config.json."
         ) from error
 
 

@@ -288,11 +288,12 @@ def test_a_processor_of_a_size_that_the_backbone_cannot_take_is_refused(
     other = {"do_center_crop": False, "size": {"height": 40, "width": 40}}
     path.write_text(json.dumps({**json.loads(path.read_text()), **other}))
     rule, task = kind("image_classification"), image_task()
+    processor, model = load_base(rule, task, LABELS, str(folder))
     if not refused:
-        load_base(rule, task, LABELS, str(folder))
+        rule.check_processor(processor, model)
         return
     with pytest.raises(ConfigError, match=r"takes no images of 40 x 40 pixels.*correct the size"):
-        load_base(rule, task, LABELS, str(folder))
+        rule.check_processor(processor, model)
 
 
 @pytest.mark.parametrize(

@@ -355,6 +355,15 @@ def test_runs_at_the_same_time_are_noticed() -> None:
     assert "step_seconds" not in tables.costs([first, during])
 
 
+def test_times_of_runs_at_the_same_time_are_on_no_front(tmp_path: Path, plain: None) -> None:
+    costs = {"trainable_parameters": 10, "step_seconds": 0.1, "step_flops": 1e9}
+    spans = {"a": ("2026-01-01T00:00:00", "2026-01-01T00:02:00"), "b": ("2026-01-01T00:01:00", "2026-01-01T00:03:00")}
+    runs = [record(arm, 0, started=start, finished=end, measures=costs) for arm, (start, end) in spans.items()]
+    front = build(tmp_path, runs).sections[0].front
+    assert "step GFLOPs" in front
+    assert "step ms" not in front
+
+
 def test_local_folders_are_named_by_their_last_part() -> None:
     backbones = ("/home/somebody/tiny", "org/model", "/a/same", "/b/same")
     named = without_paths([record("a", 0, backbone=backbone) for backbone in backbones])
