@@ -18,6 +18,9 @@ from peft_lab.run_config import load_run
 
 SIZES = {"head": 99, "lora": 2000, "ssf": 500}
 
+#: Scores of the seeds 0, 1 and 2, of which lora's are the best by less than seeds make.
+ALIKE = {"head": (0.20, 0.24, 0.17), "lora": (0.94, 0.87, 0.92), "ssf": (0.87, 0.93, 0.90)}
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,13 +42,14 @@ def advise(place: Path, out: Path, backend: PretendBackend, minutes: float, **ch
 
 def apart(run: Run) -> float:
     """Scores that tell ssf from lora and lora from head."""
-    return {"head": 0.3, "lora": 0.6, "ssf": 0.9}[run.method] + random.Random(run.id).uniform(-0.001, 0.001)
+    noise = random.Random(f"{run.method} {run.seed}").uniform(-0.001, 0.001)
+    return {"head": 0.3, "lora": 0.6, "ssf": 0.9}[run.method] + noise
 
 
 def alike(run: Run) -> float:
-    """Scores of which lora's are the best, by less than seeds make."""
-    base = {"head": 0.2, "lora": 0.905, "ssf": 0.9}[run.method]
-    return base + random.Random(run.id).uniform(-0.05, 0.05)
+    """Scores that tell head from the others, but not lora from ssf."""
+    scores = ALIKE[run.method]
+    return scores[run.seed] if run.stage == "final" else sum(scores) / len(scores)
 
 
 def test_the_best_arm_is_taken_if_it_can_be_told(place: Path, tmp_path: Path) -> None:
