@@ -126,11 +126,13 @@ def summarise(done: Comparison) -> None:
 
 def show_study(values: dict[str, Any], file: str) -> str:
     """The line of `peft-lab validate` for a study file."""
-    from peft_lab.compare.plan import count_runs
+    from peft_lab.compare.plan import count_beyond, count_runs
     from peft_lab.compare.study import from_mapping
 
     study = from_mapping(values, f'"{file}"', Path(file).expanduser().absolute().parent)
+    beyond = count_beyond(study)
     return (
         f'study "{study.name}": {len(study.arms)} arms, {len(study.cells)} tasks on backbones, '
         f"{len(study.seeds)} seeds, {count_runs(study)} runs"
+        + (f", at most {beyond} more where the best learning rate is the lowest or highest" if beyond else "")
     )

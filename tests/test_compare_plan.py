@@ -74,6 +74,53 @@ def test_halving_spends_less_than_the_grid(place: Path, tmp_path: Path) -> None:
     assert (spent.trials, spent.runs, spent.steps) == (8, 14, 8 * 10 + 4 * 20 + 2 * 40)
 
 
+@pytest.mark.parametrize(
+    ("best", "extend", "beyond", "edge"),
+    [
+        (1e-1, 2, [1e-2, 3.2e-2], "highest"),
+        (1e-1, 9, [1e-2, 3.2e-2, 1e-1, 3.2e-1], ""),
+        (1e-6, 2, [3.2e-5, 1e-5], "lowest"),
+        (1e-3, 2, [], ""),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["grid", "halving"])
+def test_a_search_goes_on_beyond_an_edge(
+    place: Path, tmp_path: Path, best: float, extend: int, beyond: list[float], edge: str, strategy: str
+) -> None:
+    search = {"strategy": strategy, "trials": 4, "extend": extend, "seeds": 2}
+    arms = [{"method": "lora", "learning_rates": [1e-4, 3.2e-4, 1e-3, 3.2e-3]}]
+    done, _ = run(place, tmp_path, near(best), search=search, methods=arms)
+    further = [r for r in done.records if r.beyond]
+    assert list(dict.fromkeys(r.learning_rate for r in further)) == pytest.approx(beyond, rel=0.1)
+    assert len(further) == 2 * len(beyond) <= plan.count_beyond(done.study)
+    assert {(r.stage, r.options["max_steps"], r.options["do_predict"]) for r in further} <= {("search", 40, False)}
+    (choice,) = done.choices
+    assert choice.edge == edge
+    assert choice.candidate is not None
+    nearest = min(choice.tried, key=lambda trial: abs(math.log10(trial["learning_rate"] / best)))
+    assert choice.candidate.learning_rate == nearest["learning_rate"]
+    again, backend = run(place, tmp_path, near(best), search=search, methods=arms)
+    assert backend.runs == []
+    assert again.choices == done.choices
+
+
+def test_all_arms_have_the_same_right_to_go_on(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def score(run: Run) -> float:
+        if run.method == "lora" and run.learning_rate > 4e-3:
+            raise RuntimeError("out of memory")
+        return near(1.0 if run.method == "lora" else 1e-5)(run)
+
+    done, _ = run(place, tmp_path, score, search={"trials": 3, "extend": 2})
+    spent = {item.arm: item for item in search_budgets(done.records)}
+    assert (spent["lora"].trials, spent["lora"].beyond) == (4, 1)  # a rate that fails bounds the others
+    assert (spent["head"].trials, spent["head"].beyond) == (5, 2)
+    assert {choice.arm: choice.edge for choice in done.choices} == {"lora": "", "head": "lowest"}
+    assert json.loads((tmp_path / COMPARISON).read_text())["equal_budgets"] is True
+    counted = len(done.records)
+    assert counted == plan.count_runs(done.study) + 3
+    assert f"[{counted}/{counted}]" in capsys.readouterr().err
+
+
 def test_less_perplexity_is_better(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import compare_helpers
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from peft_lab.cli_compare import show_study
 from peft_lab.compare import default_study, load_study
 from peft_lab.compare.parts import Search
 from peft_lab.compare.plan import arm_runs, candidates, count_runs, rate_grid, rounds, shortened
@@ -70,7 +71,10 @@ def test_an_argument_that_is_a_list_is_one_value() -> None:
     assert [arm.args["target_modules"] for arm in found.arms] == [["query", "value"], ["query"], ["query", "value"]]
 
 
-@pytest.mark.parametrize("search", [{}, {"strategy": "none"}, {"strategy": "halving", "trials": 8, "factor": 2}])
+@pytest.mark.parametrize(
+    "search",
+    [{}, {"strategy": "none"}, {"strategy": "halving", "trials": 8, "factor": 2}, {"extend": 2}, {"extend": 0}],
+)
 def test_the_written_study_is_the_same_study(search: dict[str, Any]) -> None:
     arms = [
         "head",
@@ -115,6 +119,8 @@ def test_options_go_from_the_study_over_its_limits_to_the_task() -> None:
         ({"search": {"strategy": "none", "trials": 3}}, "no effect"),
         ({"search": {"strategy": "halving", "trials": 3}}, "at least 4 trials"),
         ({"search": {"trials": 0}}, "at least 1"),
+        ({"search": {"extend": -1}}, "at least 0"),
+        ({"search": {"strategy": "none", "extend": 1}}, "no effect"),
         ({"limits": {"max_steps": 3, "seconds": 3}}, "not both"),
         ({"limits": {"trainable_parameters": 9}, "methods": ["ssf"]}, "cannot be sized"),
         ({"limits": {"trainable_parameters": 9}}, "is fixed"),
@@ -287,3 +293,10 @@ def test_the_command_line_refuses_in_one_sentence(tmp_path: Path, arguments: lis
     done = CliRunner().invoke(app, [*arguments, "--output_dir", str(tmp_path / "out")])
     assert isinstance(done.exception, PeftLabError)
     assert words in str(done.exception)
+
+
+def test_the_runs_of_a_study_are_said_beforehand(tmp_path: Path) -> None:
+    plain = study(methods=["lora", "head"], seeds=3, search={"trials": 3})
+    assert show_study(plain, str(tmp_path / "study.yaml")).endswith("3 seeds, 12 runs")
+    extended = study(methods=["lora", "head"], seeds=3, search={"trials": 3, "extend": 2, "seeds": 2})
+    assert "18 runs, at most 8 more" in show_study(extended, str(tmp_path / "study.yaml"))

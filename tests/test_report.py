@@ -339,6 +339,17 @@ def test_unequal_budgets_are_told(tmp_path: Path, plain: None) -> None:
     assert build(tmp_path, [record("a", 0)]).budget.startswith("Nothing was searched")
 
 
+def test_candidates_beyond_an_edge_are_told_and_counted(tmp_path: Path, plain: None) -> None:
+    runs = [record(arm, 0, "search", rate=rate) for arm in ("a", "b") for rate in (1e-3, 1e-2)]
+    assert [column.title for column in tables.tuning(runs).columns][3:5] == ["candidates", "runs"]
+    runs.append(record("a", 0, "search", rate=1e-1, beyond=True))
+    report = build(tmp_path, runs)
+    assert "the same number of candidates and runs" in report.budget
+    assert "went on beyond it" in report.budget
+    assert [column.title for column in report.tuning.columns][3:6] == ["candidates", "beyond an edge", "runs"]
+    assert [[entry.text for entry in row[3:6]] for row in report.tuning.rows] == [["3", "1", "3"], ["2", "0", "2"]]
+
+
 def test_rate_at_the_edge_is_marked() -> None:
     runs = [record("a", 0, "search", rate=rate) for rate in (1e-3, 1e-2, 1e-1)]
     texts = [tables.tuning([*runs, record("a", 0, rate=rate)]).rows[0][6].text for rate in (1e-2, 1e-1)]

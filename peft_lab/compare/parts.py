@@ -74,6 +74,8 @@ class Search:
         seeds: runs of each candidate.
         max_steps: steps of a full training in the search; by default those of the final runs. A task with `max_steps`
             of its own is searched with the same part of them.
+        extend: candidates that an arm gets besides, one after another, as long as its best learning rate is the lowest
+            or the highest that it has tried. The right to them is every arm's, so only the trials are equally many.
     """
 
     strategy: str = "grid"
@@ -81,6 +83,7 @@ class Search:
     seeds: int = 1
     max_steps: int | None = None
     factor: int = 2
+    extend: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,11 @@ class Study:
         steps, limit, own = self.search.max_steps, self.limits.max_steps, cell.options.get("max_steps")
         return max(1, round(steps * own / limit)) if steps and limit and own else steps
 
+    def _search(self) -> dict[str, Any]:
+        if self.search.strategy == "none":
+            return {"strategy": "none"}
+        return {name: value for name, value in _filled(**vars(self.search)).items() if (name, value) != ("extend", 0)}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_mapping` reads back: paths are absolute, grids are written out as arms."""
         cells = [
@@ -155,7 +163,7 @@ class Study:
             "tasks": cells,
             "methods": arms,
             "seeds": list(self.seeds),
-            "search": {"strategy": "none"} if self.search.strategy == "none" else _filled(**vars(self.search)),
+            "search": self._search(),
             **_filled(limits=_filled(**vars(self.limits)), training=dict(self.training), launcher=dict(self.launcher)),
         }
 

@@ -32,6 +32,7 @@ class Run:
 
     Attributes:
         shifted, control: tasks of further measures, "" for none.
+        beyond: whether the search made it because the best learning rate was the lowest or highest that was tried.
         cost: whether the FLOPs and kept activations of a step are counted along with this run.
         launcher: flags of `accelerate launch`, if that starts the run.
     """
@@ -48,6 +49,7 @@ class Run:
     method_args: Mapping[str, Any] = field(default_factory=dict)
     tuned: Mapping[str, Any] = field(default_factory=dict)
     round: int = 0
+    beyond: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     shifted: str = ""
     control: str = ""
@@ -113,9 +115,14 @@ def rounds(search: Search) -> list[tuple[int, float]]:
 
 
 def count_runs(study: Study) -> int:
-    """How many runs a study takes if none of them fails."""
+    """How many runs a study takes if none of them fails and no search goes on beyond its candidates."""
     search = sum(count for count, _ in rounds(study.search)) * study.search.seeds if study.search.trials > 1 else 0
     return len(study.cells) * len(study.arms) * (search + len(study.seeds))
+
+
+def count_beyond(study: Study) -> int:
+    """How many runs a study takes at most beyond those of `count_runs`."""
+    return len(study.cells) * len(study.arms) * study.search.extend * study.search.seeds
 
 
 def arm_runs(
@@ -129,30 +136,51 @@ def arm_runs(
     """
     arguments = {**arm.args, **(sized or {})}
     trials = candidates(study, arm, cell)
-    left, scores = trials, dict.fromkeys(range(len(trials)), math.nan)
-    if len(trials) > 1:
-        order = list(range(len(trials)))
-        for number, (count, part) in enumerate(rounds(study.search)):
-            order = order[:count]
-            records = yield [
-                _run(study, cell, arm, arguments, trials[i], SEARCH_SEED + s, "search", number, part)
-                for i in order
-                for s in range(study.search.seeds)
-            ]
-            per_trial = {i: [r for r in records if _is_of(r, trials[i])] for i in order}
-            scores |= {i: mean_score(found) for i, found in per_trial.items()}
-            order.sort(key=lambda i: _rank(per_trial[i]))
-        best = order[0]
-        if math.isnan(scores[best]):
-            return Choice(arm.label, cell.task, cell.backbone, None, tried=_tried(trials, scores))
-        left = [trials[best]]
-    chosen = left[0]
+    found: dict[int, list[Record]] = {}
+    if len(trials) == 1:
+        chosen, edge = trials[0], ""
+    else:
+        best, found = yield from _search(study, cell, arm, arguments, trials)
+        if math.isnan(mean_score(found[best])):
+            return Choice(arm.label, cell.task, cell.backbone, None, tried=_tried(trials, found))
+        chosen = trials[best]
+        edge = _edge(chosen, trials)
     yield [
         _run(study, cell, arm, arguments, chosen, seed, "final", 0, 1.0, cost=index == 0)
         for index, seed in enumerate(study.seeds)
     ]
-    tried = _tried(trials, scores) if len(trials) > 1 else ()
-    return Choice(arm.label, cell.task, cell.backbone, chosen, _edge(chosen, trials), tried)
+    return Choice(arm.label, cell.task, cell.backbone, chosen, edge, _tried(trials, found) if found else ())
+
+
+def _search(
+    study: Study, cell: Cell, arm: Arm, arguments: Mapping[str, Any], trials: list[Candidate]
+) -> Generator[list[Run], Sequence[Record], tuple[int, dict[int, list[Record]]]]:
+    """The waves of a search; returns the best trial and the records of each one's last round.
+
+    `trials` gets what was tried beyond its learning rates.
+    """
+    order, found = list(range(len(trials))), dict[int, list[Record]]()
+    for number, (count, part) in enumerate(rounds(study.search)):
+        order = order[:count]
+        records = yield [
+            _run(study, cell, arm, arguments, trials[i], SEARCH_SEED + s, "search", number, part)
+            for i in order
+            for s in range(study.search.seeds)
+        ]
+        found |= {i: [r for r in records if _is_of(r, trials[i])] for i in order}
+        order.sort(key=lambda i: _rank(found[i]))
+    for _ in range(study.search.extend):
+        further = _beyond(trials[order[0]], trials)
+        if further is None or math.isnan(mean_score(found[order[0]])):
+            break
+        trials.append(further)
+        records = yield [
+            replace(_run(study, cell, arm, arguments, further, SEARCH_SEED + s, "search", number, 1.0), beyond=True)
+            for s in range(study.search.seeds)
+        ]
+        found[len(trials) - 1] = list(records)
+        order = sorted([*order, len(trials) - 1], key=lambda i: _rank(found[i]))
+    return order[0], found
 
 
 def _is_of(record: Record, trial: Candidate) -> bool:
@@ -176,8 +204,8 @@ def _rank(records: Sequence[Record]) -> tuple[float, float]:
     return -score if records[0].greater_is_better else score, math.inf if math.isnan(loss) else loss
 
 
-def _tried(trials: Sequence[Candidate], scores: Mapping[int, float]) -> tuple[Mapping[str, Any], ...]:
-    return tuple({**asdict(trial), "score": scores[index]} for index, trial in enumerate(trials))
+def _tried(trials: Sequence[Candidate], found: Mapping[int, Sequence[Record]]) -> tuple[Mapping[str, Any], ...]:
+    return tuple({**asdict(trial), "score": mean_score(found[index])} for index, trial in enumerate(trials))
 
 
 def _edge(chosen: Candidate, trials: Sequence[Candidate]) -> str:
@@ -185,6 +213,15 @@ def _edge(chosen: Candidate, trials: Sequence[Candidate]) -> str:
     if len(rates) < 2:
         return ""
     return {rates[0]: "lowest", rates[-1]: "highest"}.get(chosen.learning_rate, "")
+
+
+def _beyond(best: Candidate, trials: Sequence[Candidate]) -> Candidate | None:
+    """The best candidate with a learning rate one step further out; None if its own does not lie at an edge."""
+    if not (edge := _edge(best, trials)):
+        return None
+    rates = sorted({trial.learning_rate for trial in trials}, reverse=edge == "lowest")
+    rate = float(f"{rates[-1] ** 2 / rates[-2]:.2g}")
+    return None if rate in rates else replace(best, learning_rate=rate)
 
 
 def _run(
@@ -203,7 +240,7 @@ def _run(
     options = {**study.options(cell, arm), "method_args": args, "learning_rate": trial.learning_rate, "seed": seed}
     if stage == "search":
         options = {**shortened(options, part, study.search_steps(cell)), "do_predict": False}
-    further = {"shifted": cell.shifted, "control": cell.control} if stage == "final" else {}
+    further: dict[str, Any] = {"shifted": cell.shifted, "control": cell.control} if stage == "final" else {}
     return Run(
         id=run_id(options, stage, study.launcher, **further),
         study=study.name,

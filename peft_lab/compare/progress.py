@@ -51,6 +51,11 @@ class Progress:
             self._console.print(f"[{self._done}/{self._total}] {_line(record)}", markup=False)
         self._show()
 
+    def more(self, count: int) -> None:
+        """Expect that many runs more than were known of."""
+        self._total += count
+        self._bar.update(self._task, total=self._total)
+
     def running(self, count: int) -> None:
         """Say how many runs are under way."""
         if count != self._running:

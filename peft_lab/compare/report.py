@@ -257,7 +257,7 @@ def _few_validation_rows(records: Iterable[Record]) -> dict[str, int]:
 
 
 def _budget(records: Sequence[Record]) -> str:
-    spent = search_budgets(records)
+    spent = search_budgets(record for record in records if not record.beyond)
     if not spent:
         return "Nothing was searched: every arm ran with the learning rate it was given."
     unequal = []
@@ -269,7 +269,13 @@ def _budget(records: Sequence[Record]) -> str:
         return (
             f"The tuning budgets differ between the arms on {'; '.join(unequal)}: see the table before comparing them."
         )
-    return "On each task, every arm was tuned with the same number of candidates and runs."
+    found = "On each task, every arm was tuned with the same number of candidates and runs."
+    if any(record.beyond for record in records):
+        found += (
+            " Where the best learning rate was the lowest or the highest of them, the search went on beyond it, "
+            "by the same rule for every arm; the table counts these candidates."
+        )
+    return found
 
 
 def _groups(lines: Sequence[RunLine]) -> list[RunGroup]:

@@ -73,6 +73,7 @@ class Record:
         learning_rate: learning rate of the run.
         tuned: method arguments that were searched along with the learning rate, as this run has them.
         round: number of the round of a successive halving, 0 for a grid's runs and for final runs.
+        beyond: whether the search made it because the best learning rate was the lowest or highest that was tried.
         status: "ok" or "failed".
         error: one sentence if it failed, else "".
         started, finished: UTC times, ISO 8601.
@@ -97,6 +98,7 @@ class Record:
     method_args: dict[str, Any] = field(default_factory=dict)
     tuned: dict[str, Any] = field(default_factory=dict)
     round: int = 0
+    beyond: bool = False
     error: str = ""
     started: str = ""
     finished: str = ""
@@ -250,6 +252,7 @@ class Spent:
 
     Attributes:
         trials: candidates that were tried.
+        beyond: those of them that were tried because the best learning rate was the lowest or highest.
         runs: training runs (a candidate may have several, by rounds and seeds), failed ones included.
         steps: training steps of all these runs.
     """
@@ -258,6 +261,7 @@ class Spent:
     task: str
     backbone: str
     trials: int
+    beyond: int
     runs: int
     steps: int
 
@@ -271,16 +275,20 @@ def overlapping(records: Iterable[Record]) -> bool:
 def search_budgets(records: Iterable[Record]) -> list[Spent]:
     """What the search of each arm cost, by task and backbone: the figures that show that no arm had more than another.
 
-    A failed run counts with no steps.
+    A failed run counts with no steps. Without the records that are `beyond`, the budgets are those that all arms share.
     """
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         if record.stage == "search":
             groups.setdefault((record.arm, record.task, record.backbone), []).append(record)
     return [
-        Spent(*key, len({_candidate(run) for run in runs}), len(runs), sum(run.steps for run in runs))
+        Spent(*key, _trials(runs), _trials(r for r in runs if r.beyond), len(runs), sum(run.steps for run in runs))
         for key, runs in groups.items()
     ]
+
+
+def _trials(runs: Iterable[Record]) -> int:
+    return len({_candidate(run) for run in runs})
 
 
 def _candidate(record: Record) -> str:

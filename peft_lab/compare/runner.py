@@ -234,6 +234,7 @@ class _Runner:
                     break
                 group.advance([self._relabelled(run, record) for run, record in zip(group.wave, found, strict=True)])
                 plan.check_distinct(group.wave, self.planned)
+                self.progress.more(sum(run.beyond for run in group.wave))
             if group.choice is not None and group.choice not in self.choices:
                 self.choices.append(group.choice)
                 self._write()
@@ -305,13 +306,14 @@ class _Runner:
     def _write(self) -> None:
         """comparison.json: which runs belong to the comparison, what was chosen, and what each search cost."""
         spent = search_budgets(self.records())
+        shared = search_budgets(record for record in self.records() if not record.beyond)
         values = {
             "runs": list(self.planned),
             "choices": [asdict(choice) for choice in self.choices],
             "budgets": [asdict(item) for item in spent],
             "equal_budgets": all(
-                len({(item.trials, item.steps) for item in spent if (item.task, item.backbone) == cell}) <= 1
-                for cell in {(item.task, item.backbone) for item in spent}
+                len({(item.trials, item.steps) for item in shared if (item.task, item.backbone) == cell}) <= 1
+                for cell in {(item.task, item.backbone) for item in shared}
             ),
         }
         with FileLock(self.folder / f"{COMPARISON}.lock"):

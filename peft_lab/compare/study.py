@@ -87,11 +87,15 @@ def is_study(values: Mapping[str, Any]) -> bool:
 
 
 def default_study(task: str, backbone: str, max_steps: int | None = None, name: str | None = None) -> Study:
-    """The comparison that a task and a backbone alone ask for: six methods, three learning rates, three seeds."""
+    """The comparison that a task and a backbone alone ask for: six methods, three seeds, and three learning rates each.
+
+    Where the best one is the lowest or the highest, up to two more are tried beyond it.
+    """
     values = {
         "name": name or load_task(task).name,
         "tasks": [{"task": task, "model_name_or_path": backbone}],
         "methods": list(DEFAULT_METHODS),
+        "search": {"extend": 2},
         "limits": {"max_steps": max_steps or DEFAULT_MAX_STEPS},
     }
     return from_mapping(values, "the default study", Path.cwd())
@@ -238,7 +242,11 @@ def _search(values: Mapping[str, Any]) -> Search:
             f'The search strategy "{strategy}" must be one of {", ".join(STRATEGIES)}.'
             f"{did_you_mean(strategy, STRATEGIES)}"
         )
-    counts = {k: _count(v, f'"{k}" of "search"') for k, v in values.items() if k != "strategy" and v is not None}
+    counts = {
+        k: _count(v, f'"{k}" of "search"', least=0 if k == "extend" else 1)
+        for k, v in values.items()
+        if k != "strategy" and v is not None
+    }
     if strategy == "none":
         if counts:
             raise ConfigError(f'"{next(iter(counts))}" of "search" has no effect with the strategy none; remove it.')
@@ -357,9 +365,9 @@ def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _count(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{what} must be a whole number of at least 1, got {value!r}.")
+def _count(value: Any, what: str, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{what} must be a whole number of at least {least}, got {value!r}.")
     return value
 
 

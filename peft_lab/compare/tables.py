@@ -184,9 +184,11 @@ def overall(mean: Cell, cells: Sequence[Cell]) -> Table:
 def tuning(records: Sequence[Record]) -> Table | None:
     """What the search of each arm cost and chose; None if nothing was searched."""
     spent = search_budgets(records)
+    beyond = any(one.beyond for one in spent)
     columns = (
         *(Column(title, numeric=False) for title in ("task", "backbone", "arm")),
-        *(Column("candidates"), Column("runs"), Column("training steps")),
+        *(Column("candidates"), *([Column("beyond an edge")] if beyond else [])),
+        *(Column("runs"), Column("training steps")),
         Column("learning rate chosen"),
         Column("learning rates tried", numeric=False),
     )
@@ -198,11 +200,12 @@ def tuning(records: Sequence[Record]) -> Table | None:
         chosen = sorted({record.learning_rate for record in mine if record.stage == "final"})
         edge = " (edge)" if len(tried) > 2 and any(rate in (tried[0], tried[-1]) for rate in chosen) else ""
         picked = Entry(", ".join(f"{rate:g}" for rate in chosen) + edge, chosen[0], group) if chosen else MISSING
+        counts = (one.trials, *([one.beyond] if beyond else []), one.runs, one.steps)
         rows.append(
             (
                 *(Entry(name, name) for name in (one.task, one.backbone)),
                 Entry(one.arm, one.arm, group),
-                *(Entry(f"{count:,}", count, group) for count in (one.trials, one.runs, one.steps)),
+                *(Entry(f"{count:,}", count, group) for count in counts),
                 picked,
                 Entry(", ".join(f"{rate:g}" for rate in tried), tried[0] if tried else None, group),
             )

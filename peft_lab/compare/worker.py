@@ -148,6 +148,7 @@ def record_of(run: Run, started: str, **values: Any) -> Record:
         learning_rate=run.learning_rate,
         tuned=dict(run.tuned),
         round=run.round,
+        beyond=run.beyond,
         options=options,
         started=started,
         finished=now(),
