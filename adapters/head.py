@@ -1,4 +1,7 @@
-"""Linear probe: only the task head is trained, on the features of the frozen backbone. A baseline, not an adapter."""
+"""Linear probe: only the task head is trained, on the features of the frozen backbone.
+
+A baseline. It is saved as a LoRA adapter without LoRA layers, so its file holds the head alone and peft loads it.
+"""
 
 from __future__ import annotations
 

@@ -74,18 +74,19 @@ def card_text(
     """
     run, kind = metrics["run"], task_kind(task.kind)
     base = base or base_of(metrics)
-    adapter = info.kind != "baseline"
+    adapter = _is_adapter(metrics)
     head = ModelCardData(
         library_name="peft" if adapter else "transformers",
         base_model=base.name if base.on_hub else None,
         pipeline_tag=kind.pipeline_tag or None,
-        tags=_tags(base, info),
+        tags=_tags(base, info, adapter),
         datasets=[task.data.path] if task.data.path else None,
         metrics=[Path(metric).stem for metric in task.metrics],
         model_name=name,
         eval_results=eval_results(metrics, task, kind, standing),
     )
-    code = usage(repo or name, info, kind, metrics["data"]["labels"], by_path=repo == "" or base.on_hub)
+    by_path = repo == "" or base.on_hub
+    code = usage(repo or name, info, kind, metrics["data"]["labels"], adapter, by_path)
     parts = [
         f"---\n{head.to_yaml()}\n---",
         f"# {name}",
@@ -166,16 +167,17 @@ _AUTO = {
 }
 
 
-def usage(folder: str, info: MethodInfo, kind: Kind, labels: int | None, by_path: bool = True) -> str:
+def usage(folder: str, info: MethodInfo, kind: Kind, labels: int | None, adapter: bool, by_path: bool = True) -> str:
     """The lines that load what a run saved with transformers' or peft's own classes.
 
     Args:
         folder: where the run was saved, or its Hub id.
         labels: number of classes, which the base model must be told of; None for generation.
+        adapter: whether an adapter was saved, not a whole model.
         by_path: whether peft can find the base by the name in adapter_config.json; else peft-lab has to.
     """
     auto = kind.auto_class().__name__
-    if info.kind == "baseline":
+    if not adapter:
         return f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{folder}")'
     if not by_path:
         return f'from peft_lab.loading import load\nmodel = load("{folder}").model'
@@ -258,13 +260,19 @@ def eval_entries(
     ]
 
 
-def _tags(base: Base, info: MethodInfo) -> list[str]:
-    relation = [f"base_model:adapter:{base.name}"] if base.on_hub and info.kind != "baseline" else []
+def _is_adapter(metrics: Mapping[str, Any]) -> bool:
+    """Whether a run saved an adapter; else a whole model."""
+    return bool(metrics["method_config"])
+
+
+def _tags(base: Base, info: MethodInfo, adapter: bool = True) -> list[str]:
+    relation = [f"base_model:adapter:{base.name}"] if base.on_hub and adapter else []
     return [*relation, "transformers", "peft-lab", info.name]
 
 
 def _ours(info: MethodInfo) -> str:
-    return "" if info.module.startswith("peft.") else "import peft_lab  # makes the method known to peft\n"
+    known = info.kind == "baseline" or info.module.startswith("peft.")
+    return "" if known else "import peft_lab  # makes the method known to peft\n"
 
 
 def _what(info: MethodInfo, metrics: Mapping[str, Any]) -> str:

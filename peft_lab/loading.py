@@ -74,8 +74,9 @@ def adapt(
 ) -> PreTrainedModel | PeftModel:
     """Put a method on a model, or for a baseline choose which of the model's own weights are trained.
 
-    A baseline trains the modules that play its `roles`, or everything if it names none. `settings` are values for
-    those config fields that the method has of them, such as `Kind.adapter_settings` gives; `args` come first.
+    A baseline with the role "head" trains the task head alone, as an adapter (`peft_config.of_head`); one without roles
+    trains everything. `settings` are values for those config fields that the method has of them, such as
+    `Kind.adapter_settings` gives; `args` come first.
 
     Raises:
         ConfigError: nothing would be trained.
@@ -96,14 +97,13 @@ def adapt(
                 "to train in modules_to_save."
             )
         return adapted
-    if info.roles:
-        model.requires_grad_(False)
-        paths = [path for role in info.roles for path in roles.modules_by_role(model, role)]
-        for path in paths:
-            model.get_submodule(path).requires_grad_(True)
-        if not paths:
-            raise ConfigError(f'Baseline "{info.name}" finds no {" or ".join(info.roles)} in {type(model).__name__}.')
-    return model
+    if "head" not in info.roles:
+        return model
+    if not roles.head_modules(model):
+        raise ConfigError(
+            f'Baseline "{info.name}" finds no task head in {type(model).__name__}, which it could train alone.'
+        )
+    return get_peft_model(model, peft_config.of_head(model, task_type))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

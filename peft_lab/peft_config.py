@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
 
-from peft_lab import guard
+from peft_lab import guard, roles
 from peft_lab.config import AdapterConfig, check_patterns, fits, shorten, type_hints
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.run_folder import ADAPTER_CONFIG
@@ -45,6 +48,20 @@ def read_config(folder: Path) -> PeftConfig:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f'"{path}" is refused: {" ".join(str(error).split())}') from error
+
+
+def of_head(model: nn.Module, task_type: str | None = None) -> LoraConfig:
+    """An adapter that is the task head and nothing else: LoRA without a LoRA layer.
+
+    Its file holds the head alone, and peft loads it without this package.
+    """
+    saved = roles.head_modules(model, task_type) or None  # peft adds by itself what the task type stands for
+    return LoraConfig(task_type=task_type, target_modules=DUMMY_TARGET_MODULES, modules_to_save=saved)
+
+
+def is_of_head(values: Mapping[str, Any]) -> bool:
+    """Whether a config's values are those of a task head saved alone."""
+    return values.get("target_modules") == DUMMY_TARGET_MODULES
 
 
 def check_sizes(config: PeftConfig, largest: int) -> None:

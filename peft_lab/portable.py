@@ -19,14 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lab import fingerprint, guard, roles
+from peft_lab import families, fingerprint, guard, roles
 from peft_lab.errors import AdapterMismatchError
+from peft_lab.peft_config import is_of_head
 from peft_lab.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, write_json
 
 _LOG = logging.getLogger("peft_lab")
 _WRAPPER = "base_model.model."
 _PARTS = ("attn.q", "attn.k", "attn.v")
 _FUSED = "attn.qkv"
+#: Roles whose weights say which backbone it is.
+_WEIGHTS = frozenset((*families.LINEAR, "linear"))
 #: Parameters of peft's tuners with one value per output channel, and the value that changes nothing.
 _PER_CHANNEL = {"ia3_l": 1.0}
 
@@ -311,6 +314,9 @@ def write_record(model: Any, folder: Path) -> None:
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     weights = {name: getattr(layer.get_base_layer(), "weight", None) for name, layer in layers.items()}
+    if any(is_of_head(config.to_dict()) for config in model.peft_config.values()):
+        # A head saved alone belongs to every weight that its features come from.
+        weights |= {n: base.get_submodule(n).weight for n, p in roles.places(base).items() if p["role"] in _WEIGHTS}
     kept = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
     write_json(folder / BASE_RECORD, {"modules": record(base, kept)})
 
@@ -449,6 +455,8 @@ def _adapt_config(
     heads = values.get("modules_to_save") or []
     absent = missing_modules(model, heads)
     kept = [head for head in heads if head not in absent]
+    if is_of_head(values):
+        return {**values, "modules_to_save": kept or None}
     modules = {path for path in found.modules if not any(path == h or path.endswith(f".{h}") for h in kept)}
     old = {new: name for name, new in found.same.items()}
     adapted = {**values, "target_modules": f"(?:{'|'.join(map(re.escape, sorted(modules)))})"}

@@ -62,7 +62,7 @@ class MethodInfo:
         title: the method's name as its paper writes it.
         paper: arXiv id or address of the source.
         kind: the place where it acts, one of `KINDS`.
-        config: name of the config class in the method's file ("" for baselines, which have no adapter).
+        config: name of the config class in the method's file ("" for baselines, which take no arguments).
         roles: the module roles it adapts by default (`peft_lab.roles`).
         capabilities: names from `CAPABILITIES` that hold for it.
         learning_rate: default learning rate with AdamW.

@@ -1,7 +1,7 @@
 """What a run leaves in its folder, and who may write there. Imports nothing heavy.
 
 adapter_config.json, adapter_model.safetensors   the adapter, as peft writes it
-config.json, model.safetensors                   instead of these for a baseline, which is a whole model
+config.json, model.safetensors                   instead of these for full fine-tuning: a whole model
 tokenizer or image processor files               as transformers writes them
 labels.json    class index -> name               run.yaml     the options; `peft-lab train run.yaml` repeats the run
 metrics.json   what was measured, and on what    README.md    the model card
@@ -132,14 +132,14 @@ def write_labels(folder: Path, labels: list[str]) -> None:
 
 
 def weights_bytes(folder: Path) -> int:
-    """Size of the weights that a run saved: the adapter file, or a baseline's whole model."""
+    """Size of the weights that a run saved: the adapter file, or the whole model of full fine-tuning."""
     adapter = folder / ADAPTER_WEIGHTS
     files = [adapter] if adapter.is_file() else list(folder.glob("model*.safetensors"))
     return sum(file.stat().st_size for file in files)
 
 
 def find_adapter(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a trained adapter or baseline; a Hub id is downloaded, at a branch, tag or commit if given.
+    """The local folder of a trained adapter or model; a Hub id is downloaded, at a branch, tag or commit if given.
 
     Raises:
         ConfigError: there is no such folder, it holds no safetensors weights, or something that `guard` refuses.

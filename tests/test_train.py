@@ -131,16 +131,18 @@ def test_a_folder_with_a_strange_origin_is_refused(run, finished, tmp_path):
 
 
 def test_a_baseline_cannot_be_merged(place, tmp_path):
-    train(options(place["task"], place["backbone"], tmp_path / "out", method="head", do_predict=False))
+    train(options(place["task"], place["backbone"], tmp_path / "out", method="full", do_predict=False))
     with pytest.raises(ConfigError, match="no adapter to merge"):
         merge(tmp_path / "out", tmp_path / "merged")
 
 
 def test_full_trains_everything_and_head_only_the_head(place, tmp_path):
-    start = load(_untrained(place, tmp_path)).model.state_dict()
+    start = load(_untrained(place, tmp_path)).model.merge_and_unload().state_dict()
     for method in ("full", "head"):
         run = options(place["task"], place["backbone"], tmp_path / method, method=method, max_steps=2, weight_decay=0.1)
-        changed = {n for n, v in train(run).model.state_dict().items() if not torch.equal(v, start[n])}
+        model = train(run).model
+        trained = (model.merge_and_unload() if method == "head" else model).state_dict()
+        changed = {n for n, v in trained.items() if not torch.equal(v, start[n])}
         if method == "head":
             assert changed == {"classifier.weight", "classifier.bias"}
         else:
@@ -190,8 +192,8 @@ def test_a_finished_run_is_not_repeated_and_another_one_does_not_replace_it(plac
     with pytest.raises(ConfigError, match=r"learning_rate: 0\.01 there, 0\.5 here.*--overwrite_output_dir"):
         train({**values, "learning_rate": 0.5})
     assert {p.name: p.stat().st_mtime_ns for p in first.output_dir.iterdir()} == before
-    other = train({**values, "method": "head", "learning_rate": 0.5, "overwrite_output_dir": True})
-    assert other.metrics["run"]["method"] == "head"
+    other = train({**values, "method": "full", "learning_rate": 0.5, "overwrite_output_dir": True})
+    assert other.metrics["run"]["method"] == "full"
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 

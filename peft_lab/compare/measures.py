@@ -1,8 +1,8 @@
 """What is measured of a run besides its metrics; the names are those of `results.MEASURES`.
 
 Of every run: trainable_parameters; adapter_parameters, the same without the task head; adapter_bytes, the file of the
-adapter or of a baseline's whole model; step_seconds, the median time of a training step of this process without its
-first two, data loading included, evaluations left out; train_seconds, the whole training; peak_memory_bytes, the
+adapter or the whole model of full fine-tuning; step_seconds, the median time of a training step of this process without
+its first two, data loading included, evaluations left out; train_seconds, the whole training; peak_memory_bytes, the
 allocator's peak on CUDA, else the largest resident set of the run's process while it trained.
 
 Of a final run, all outside the timed part:
@@ -142,7 +142,7 @@ def _control(place: Path, control: str, batch_size: int) -> dict[str, float]:
 
 @contextmanager
 def _base_of(loaded: Loaded) -> Iterator[Any]:
-    """The base model of what was trained: the adapter switched off, or for a baseline the base loaded again."""
+    """The base model of what was trained: the adapter switched off, or for full fine-tuning the base loaded again."""
     from peft import PeftModel
 
     from peft_lab.loading import load_base
