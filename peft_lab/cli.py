@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,8 @@ Rows = Annotated[int, typer.Option("--per_device_eval_batch_size", help="Rows in
 
 def main() -> None:
     """Run the command line; errors about the user's input end in one sentence and exit status 2."""
+    # peft asks transformers for a property by its old name, which nobody who types a command can change
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         app()
     except PeftLabError as error:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from peft_lab.checkpoint import load_checkpoint
 from peft_lab.errors import ConfigError, TaskError
 from peft_lab.items import Items
 from peft_lab.metrics import PROBABILITIES, load_metric
@@ -137,14 +138,14 @@ class ClassificationKind(Kind):
         """
         names = list(labels) if labels is not None else ["score"]
         hub_kwargs.setdefault("dtype", self.default_dtype)
-        model, info = self.auto_class().from_pretrained(
+        model, info = load_checkpoint(
+            self.auto_class(),
             model_name_or_path,
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
             problem_type=task.problem_type,
             # a checkpoint may bring a head of its own, for other labels
             ignore_mismatched_sizes=True,
-            output_loading_info=True,
             **hub_kwargs,
         )
         body = f"{model.base_model_prefix}."

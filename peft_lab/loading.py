@@ -16,6 +16,7 @@ from torch import nn
 
 from peft_lab import fingerprint, guard, peft_config, portable, registry, roles, run_folder
 from peft_lab.backbones import BACKBONES, reachable_name, resolve_model
+from peft_lab.checkpoint import load_checkpoint
 from peft_lab.config import AdapterConfig
 from peft_lab.data import load_splits
 from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError, did_you_mean
@@ -190,7 +191,8 @@ def load_image_classifier(
     try:
         labels = run_folder.read_labels(folder) or [*AutoConfig.from_pretrained(path).id2label.values()]
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        base = AutoModelForImageClassification.from_pretrained(
+        base, _ = load_checkpoint(
+            AutoModelForImageClassification,
             path,
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},

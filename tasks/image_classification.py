@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from peft_lab.checkpoint import load_checkpoint
 from peft_lab.errors import ConfigError, TaskError
 from peft_lab.images import open_image
 from peft_lab.kind import ClassificationKind, Record
@@ -67,8 +68,8 @@ class ImageClassification(ClassificationKind):
 
     def load_classifier(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> PreTrainedModel:
         hub_kwargs.setdefault("dtype", self.default_dtype)
-        model, info = self.auto_class().from_pretrained(
-            model_name_or_path, problem_type=task.problem_type, output_loading_info=True, **hub_kwargs
+        model, info = load_checkpoint(
+            self.auto_class(), model_name_or_path, problem_type=task.problem_type, **hub_kwargs
         )
         missing = sorted(info.get("missing_keys", ()))
         if missing:

@@ -1,0 +1,51 @@
+"""Loads a model from its checkpoint and says only what matters of the weights that the checkpoint does not bring."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger("peft_lab")
+
+#: Weights that are named; of more the number is said.
+_SHOWN = 3
+
+
+def load_checkpoint(auto_class: Any, name: str, **options: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """`auto_class.from_pretrained(name, ...)` and its loading info.
+
+    A new task head is what every fine-tuning starts with, so the report that transformers prints of it is left out.
+    Weights of the backbone that start at random, which no adapter would mend, are warned of.
+    """
+    with _without_report():
+        model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    absent = sorted(key for key in info.get("missing_keys", ()) if key.startswith(f"{model.base_model_prefix}."))
+    if absent:
+        more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+        logger.warning(
+            '"%s" does not bring all weights of its backbone; these start at random and stay so where the backbone is '
+            "frozen: %s%s.",
+            name,
+            ", ".join(absent[:_SHOWN]),
+            more,
+        )
+    return model, info
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    source = logging.getLogger("transformers.modeling_utils")
+    source.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        source.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
