@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -91,16 +92,33 @@ def test_runs_that_only_measure_time_are_short_and_not_counted(place: Path, tmp_
 
 @pytest.mark.parametrize(
     ("minutes", "words"),
-    [(33, ["seeds"]), (27, ["seeds", "learning rates"]), (6.6, ["seeds", "learning rates", "steps"])],
+    [
+        (60, []),
+        (40, ["beyond"]),
+        (33, ["beyond", "seeds"]),
+        (27, ["seeds", "learning rates"]),
+        (6.6, ["seeds", "learning rates", "steps"]),
+    ],
 )
 def test_what_the_time_does_not_suffice_for_is_said(
     place: Path, tmp_path: Path, minutes: float, words: list[str]
 ) -> None:
     backend = PretendBackend(apart, workers=1, step_seconds=dict.fromkeys(SIZES, 1.0), sizes=SIZES)
     found = advise(place, tmp_path, backend, minutes)
-    known = ("seeds", "learning rates", "steps", "left out")
+    known = ("beyond", "seeds", "learning rates", "steps", "left out")
     assert [word for word in known if any(word in sentence for sentence in found.dropped)] == words
     assert all(sentence in found.file.read_text() for sentence in found.dropped)
+
+
+def test_a_rate_at_an_edge_is_searched_beyond_and_told_of(place: Path, tmp_path: Path) -> None:
+    def score(run: Run) -> float:
+        return apart(run) + 0.01 * math.log10(run.learning_rate)
+
+    found = advise(place, tmp_path, PretendBackend(score, sizes=SIZES), minutes=60)
+    records = found.comparison.records
+    assert len([r for r in records if r.beyond]) == 2 * 3
+    assert found.learning_rate == max(r.learning_rate for r in records if r.arm == found.arm)
+    assert found.reasons[-1].startswith("Its learning rate is the highest that was tried")
 
 
 def test_the_slowest_arm_goes_first(place: Path, tmp_path: Path) -> None:

@@ -28,9 +28,17 @@ PILOT_STEPS = 8
 USED = 0.85
 #: A final run loads and evaluates more than a run of the search: test rows, the cost of a step.
 FINAL_OVERHEAD = 3.0
-#: Seeds, trials and part of the steps of the plans, from the one that is wanted to the least that says something: with
-#: one seed no arm could be told from another.
-PLANS = ((3, 3, 1.0), (2, 3, 1.0), (2, 2, 1.0), (2, 2, 0.5), (2, 2, 0.25), (2, 1, 0.25))
+#: Seeds, trials, trials beyond an edge and part of the steps of the plans, from the wanted one to the least that
+#: says something: with one seed no arm could be told from another.
+PLANS = (
+    (3, 3, 2, 1.0),
+    (3, 3, 0, 1.0),
+    (2, 3, 0, 1.0),
+    (2, 2, 0, 1.0),
+    (2, 2, 0, 0.5),
+    (2, 2, 0, 0.25),
+    (2, 1, 0, 0.25),
+)
 #: Options of a comparison's runs that a run of its own does not need.
 _OF_COMPARISONS = ("disable_tqdm", "save_strategy", "logging_steps")
 
@@ -72,9 +80,9 @@ def recommend(
 ) -> Recommendation:
     """Compare methods on a task within a time, and write a run file for the one to take.
 
-    Short runs of every arm show how long the others will take; then seeds, trials, steps and at last arms are dropped
-    until what is left fits. Of arms that the results cannot tell apart the one with the fewest trainable parameters is
-    taken.
+    Short runs of every arm show how long the others will take; then trials beyond an edge, seeds, trials, steps and at
+    last arms are dropped until what is left fits. Of arms that the results cannot tell apart the one with the fewest
+    trainable parameters is taken.
 
     Args:
         task, model_name_or_path: what to train on what.
@@ -111,6 +119,8 @@ def recommend(
         dropped = (*dropped, f"{done.unfinished} runs were not made or not ended when the time was over.")
     arm, reasons = choose(rank_arms(done.records, lambda record: read_items(folder, record)))
     chosen = next(r for r in done.records if r.stage == "final" and r.ok and r.arm == arm)
+    if edge := next((choice.edge for choice in done.choices if choice.arm == arm), ""):
+        reasons = (*reasons, f"Its learning rate is the {edge} that was tried; a better one may lie beyond.")
     options = run_options(chosen)
     found = Recommendation(arm, chosen.learning_rate, reasons, dropped, options, output, done)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -142,13 +152,13 @@ def fit_to_time(
     steps = study.limits.max_steps
     assert steps is not None, "the study to be fitted counts steps"
 
-    def predicted(some: Sequence[Arm], size: tuple[int, int, float]) -> float:
-        seeds, trials, part = size
+    def predicted(some: Sequence[Arm], size: tuple[int, int, int, float]) -> float:
+        seeds, trials, extend, part = size
         runs_ = [_times(timed[arm.label], max(1, round(steps * part))) for arm in some]
-        searched = trials if trials > 1 else 0
+        searched = trials + extend if trials > 1 else 0
         total = sum(searched * (before + train) + seeds * (FINAL_OVERHEAD * before + train) for before, train in runs_)
         longest = max(before + train for before, train in runs_)
-        return max(total / workers, (2 if searched else 1) * longest)
+        return max(total / workers, (2 + extend if searched else 1) * longest)
 
     size = next((size for size in PLANS if predicted(arms, size) <= available), PLANS[-1])
     while predicted(arms, size) > available:
@@ -162,14 +172,16 @@ def fit_to_time(
                 f"{max(available, 0) / 60:.1f} minutes were left, but two methods with two seeds each take about "
                 f"{math.ceil(least / 6) / 10} more."
             )
-    seeds, trials, part = size
+    seeds, trials, extend, part = size
+    if not extend and trials == PLANS[0][1]:
+        dropped.append("No search went on beyond the lowest or the highest rate, for the time is short.")
     if seeds < PLANS[0][0]:
         dropped.append(f"{seeds} of {PLANS[0][0]} seeds were used, for the time is short.")
     if trials < PLANS[0][1]:
         dropped.append(f"{trials} of {PLANS[0][1]} learning rates were tried, for the time is short.")
     if part < 1:
         dropped.append(f"{max(1, round(steps * part))} of {steps} steps were trained, and stand in the run file.")
-    search = Search(trials=trials) if trials > 1 else Search("none", trials=1)
+    search = Search(trials=trials, extend=extend) if trials > 1 else Search("none", trials=1)
     limits = Limits(max_steps=max(1, round(steps * part)))
     return replace(study, arms=tuple(arms), seeds=study.seeds[:seeds], search=search, limits=limits), tuple(dropped)
 
