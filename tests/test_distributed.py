@@ -97,7 +97,7 @@ def test_accelerate_launch_with_two_processes_gives_the_weights_of_one(place, tm
     assert metrics["metrics"]["test"]["loss"] == pytest.approx(one.metrics["metrics"]["test"]["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["svfit", "ssf"])
+@pytest.mark.parametrize("method", ["svfit", "ssf", "head"])
 def test_other_methods_give_the_weights_of_one_process(method, server, place, tmp_path):
     sgd = {**SGD, "method": method, "learning_rate": 0.05}
     values = options(place["task"], place["backbone"], tmp_path / "two", **sgd, per_device_train_batch_size=4)

@@ -295,7 +295,7 @@ def test_a_killed_run_continues_to_the_same_weights(name, server, interrupted, a
     )
 
 
-@pytest.mark.parametrize("method", ["svfit", "ssf", "full"])
+@pytest.mark.parametrize("method", ["svfit", "ssf", "full", "head"])
 def test_a_killed_run_of_other_methods_continues_to_the_same_weights(method, server, interrupted, tmp_path):
     train(interrupted(tmp_path / "alone", method=method))
     values = interrupted(tmp_path / "out", method=method)
