@@ -18,7 +18,7 @@ def forkserver(*preload: str) -> Any:
     # Threads that wait for one another should sleep: on a busy machine spinning costs more than it saves.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
+    context.set_forkserver_preload(["peft_lab._safe_path", *preload])
     return context
 
 

@@ -185,3 +185,19 @@ def test_arms_of_equal_size_within_a_time(place: Path) -> None:
     for name, size in (("lora", "r"), ("soft_prompt", "num_virtual_tokens")):
         assert chosen[name][size] > 1, chosen
     assert all(0.5 <= record.measures["train_seconds"] < 20 for record in done.records)
+
+
+def test_a_script_called_as_a_library_does_not_stand_in_for_it(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "evaluate.py").write_text("raise SystemExit('a script of the user')\n")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(tiny_study(place, methods=["head"], search={}, seeds=1)))
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_lab", "compare", "study.yaml", "--workers", "1", "--output_dir", "out"],
+        cwd=tmp_path,
+        env=tiny_runs.environment(),
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert "a script of the user" not in done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    assert all(record.ok for record in read_results(tmp_path / "out"))
