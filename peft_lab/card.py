@@ -262,7 +262,7 @@ def eval_entries(
 
 def _is_adapter(metrics: Mapping[str, Any]) -> bool:
     """Whether a run saved an adapter; else a whole model."""
-    return bool(metrics["method_config"])
+    return bool(metrics.get("method_config"))
 
 
 def _tags(base: Base, info: MethodInfo, adapter: bool = True) -> list[str]:

@@ -316,7 +316,8 @@ def write_record(model: Any, folder: Path) -> None:
     weights = {name: getattr(layer.get_base_layer(), "weight", None) for name, layer in layers.items()}
     if any(is_of_head(config.to_dict()) for config in model.peft_config.values()):
         # A head saved alone belongs to every weight that its features come from.
-        weights |= {n: base.get_submodule(n).weight for n, p in roles.places(base).items() if p["role"] in _WEIGHTS}
+        places = [n for n, place in roles.places(base).items() if place["role"] in _WEIGHTS]
+        weights |= {name: getattr(base.get_submodule(name), "weight", None) for name in places}
     kept = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
     write_json(folder / BASE_RECORD, {"modules": record(base, kept)})
 
