@@ -48,6 +48,8 @@ def test_processes_that_outlived_their_run_are_waited_for(tmp_path: Path) -> Non
 def test_runs_on_a_ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else Ray's workers wait for the tests beside this one
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evaluate.py").write_text("raise SystemExit('a script of the user')\n")
     study = tiny_study(tmp_path, methods=["lora"])
     done = compare(study, tmp_path / "out", workers=2, backend="ray", report=False)
     assert [record.ok for record in done.records] == [True, True]

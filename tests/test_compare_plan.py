@@ -121,6 +121,20 @@ def test_all_arms_have_the_same_right_to_go_on(place: Path, tmp_path: Path, caps
     assert f"[{counted}/{counted}]" in capsys.readouterr().err
 
 
+def test_a_rate_that_was_beyond_an_edge_may_become_a_given_one(place: Path, tmp_path: Path) -> None:
+    def grown(trials: int, **search: int) -> tuple[Comparison, PretendBackend]:
+        arms = [{"method": name, "learning_rates": [1e-3, 1e-2, 1e-1][:trials]} for name in ("head", "lora")]
+        return run(place, tmp_path, near(1e-2), search={"trials": trials, **search}, methods=arms)
+
+    done, _ = grown(2, extend=1)
+    assert [r.beyond for r in done.records if r.learning_rate == 1e-1] == [True, True]
+    done, again = grown(3)
+    assert not again.runs
+    assert not any(r.beyond for r in done.records)
+    assert json.loads((tmp_path / COMPARISON).read_text())["equal_budgets"] is True
+    assert [(item.trials, item.beyond) for item in search_budgets(read_results(tmp_path))] == [(3, 0), (3, 0)]
+
+
 def test_less_perplexity_is_better(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import compare_helpers
 

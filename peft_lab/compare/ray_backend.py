@@ -14,6 +14,13 @@ from peft_lab.compare.worker import Job, execute
 from peft_lab.errors import ConfigError
 
 
+def _execute(job: Job) -> None:
+    """Carry out a job in a process of Ray, which puts the driver's working directory on the module path."""
+    import peft_lab._safe_path  # noqa: F401
+
+    execute(job)
+
+
 class RayBackend:
     """Runs as Ray tasks; see `peft_lab.compare.backends.Backend`.
 
@@ -52,7 +59,7 @@ class RayBackend:
         self._threads = max(1, cores // self.workers)
         needs: dict[str, Any] = {"num_cpus": self._threads, "num_gpus": min(1.0, devices / self.workers)}
         # a process is used once, so that no run's memory is counted for the next
-        self._execute = ray.remote(max_calls=1, max_retries=0, **needs)(execute)
+        self._execute = ray.remote(max_calls=1, max_retries=0, **needs)(_execute)
         self._references: dict[Future[None], Any] = {}
 
     def submit(self, job: Job) -> Future[None]:

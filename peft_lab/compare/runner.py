@@ -207,6 +207,7 @@ class _Runner:
                 self._submit(waiting)
                 if any(group.choice is None for group in groups):
                     self._wait()
+        self.journal.read()  # records that were renamed
         self.unfinished = sum(1 for group in groups for run in group.wave if not self._record(run))
         self.choices = [group.choice for group in groups if group.choice is not None]
         self._write()
@@ -249,8 +250,8 @@ class _Runner:
                 self.progress.done(record, fresh=record.id in self.started)
 
     def _relabelled(self, run: Run, record: Record) -> Record:
-        """The record under the names that the study has now for its study, arm and task."""
-        renamed = replace(record, study=run.study, arm=run.arm, task=run.task)
+        """The record under the names that the study has now, and as part of the given candidates or beyond them."""
+        renamed = replace(record, study=run.study, arm=run.arm, task=run.task, beyond=run.beyond)
         if renamed != record:
             append_record(self.folder, renamed)
         return renamed
