@@ -13,16 +13,20 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test build/site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd build/site && ../../$(BIN)/lint-imports --no-cache --config ../../pyproject.toml
 
-# Adapters and tasks live beside the package and inside it only once it is installed: check types there.
-types: $(VENV)/.test
-	rm -rf build/wheel build/site
+types: $(VENV)/.test build/site
+	MYPYPATH=build/site $(BIN)/mypy --config-file pyproject.toml -p peft_lab
+
+# Adapters and tasks lie beside the package and inside it only once it is installed: imports and types are checked there.
+.PHONY: build/site
+build/site: $(VENV)/.test
+	rm -rf build
 	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PIP) install --quiet --no-deps --target build/site build/wheel/peft_lab-*.whl
-	MYPYPATH=build/site $(BIN)/mypy --config-file pyproject.toml -p peft_lab
 
 # torch first and pinned: a looser requirement would resolve to the newest build.
 $(VENV)/.core: pyproject.toml constraints.txt

@@ -1,4 +1,7 @@
-"""The methods, one file each. `from peft_lab.adapters import SVFitConfig` finds the file that defines it."""
+"""Methods, grouped by the place where they act: one file each, or one folder.
+
+`from peft_lab.adapters import SVFitConfig` imports the file that defines it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from peft_lab.errors import did_you_mean
 
 
 def _configs() -> dict[str, str]:
-    return {m.config: m.module for m in registry.methods().values() if m.config and m.kind != "peft"}
+    return {m.config: m.module for m in registry.list_methods().values() if m.config and m.place != "peft"}
 
 
 def __getattr__(name: str) -> Any:

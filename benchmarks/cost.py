@@ -35,11 +35,11 @@ from transformers import (
 )
 
 from peft_lab import domain_prompts
-from peft_lab.backbones import resolve_model
-from peft_lab.cost import Cost, count_flops, frozen_floor, kept_activations, measure_step, training_step
-from peft_lab.registry import make_config
+from peft_lab.backbones.module_roles import target_regex
+from peft_lab.backbones.pypi_weights import resolve_model
 from peft_lab.registry import method as card_of
-from peft_lab.roles import target_regex
+from peft_lab.training.step_cost import Cost, count_flops, frozen_floor, kept_activations, measure_step, training_step
+from peft_lab.tuners.registration import make_config
 
 QUERY_VALUE = ("attn.q", "attn.v")
 MIB = 2**20
@@ -153,7 +153,7 @@ FLOOR, LORA = "frozen floor", "LoRA r=8 (peft)"
 
 def adapted(model: nn.Module, name: str, arguments: dict[str, Any]) -> nn.Module:
     """The model with a method on it; LoRA and SVFit on the same modules, a head trained only where nothing else is."""
-    if card_of(name).kind == "weight":
+    if card_of(name).place == "weight":
         arguments = {**arguments, "target_modules": target_regex(model, QUERY_VALUE)}
     config: PeftConfig = make_config(name, arguments, model)
     if not card_of(name).can("untrained"):

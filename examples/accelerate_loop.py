@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from peft_lab.adapters import SVFitConfig
-from peft_lab.backbones import resolve_model
+from peft_lab.backbones.pypi_weights import resolve_model
 
 
 def main() -> None:

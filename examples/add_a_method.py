@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peft_lab.config import AdapterConfig
-from peft_lab.layer import WeightLayer
-from peft_lab.registry import MethodInfo, register
+from peft_lab.registry import MethodInfo
+from peft_lab.tuners.config import AdapterConfig
+from peft_lab.tuners.layer import WeightLayer
+from peft_lab.tuners.registration import register
 
 METHOD = MethodInfo(
     name="rankone",
     title="Rank one",
     paper="https://example.org/rank-one",
-    kind="weight",
+    place="weight",
     config="RankOneConfig",
     roles=("attn.q", "attn.v"),
     capabilities=("linear", "conv1d", "merge", "mixed_batch", "identity_start"),

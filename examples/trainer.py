@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from peft_lab.adapters import SSFConfig, SVFitConfig
-from peft_lab.backbones import resolve_model
+from peft_lab.backbones.pypi_weights import resolve_model
 
 CONFIGS = {
     "lora": lambda: LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"]),

@@ -9,22 +9,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from peft_lab._activate import activate
+from peft_lab._register_on_import import activate
 from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError
-from peft_lab.registry import methods
+from peft_lab.registry import list_kinds, list_methods, list_recipes
 
 if TYPE_CHECKING:
-    from peft_lab.alternating import AlternatingActivation
-    from peft_lab.call import prompt_inputs
-    from peft_lab.domain_start import domain_prompts
-    from peft_lab.inference import evaluate, predict
-    from peft_lab.loading import load_adapter
-    from peft_lab.reading import ReadTrainingData, read_training_data
-    from peft_lab.share.hub import push
-    from peft_lab.share.lora import to_lora
-    from peft_lab.task import tasks
-    from peft_lab.tenants import Tenants, load_many
-    from peft_lab.training import train
+    from peft_lab.comparison.run.recommend import recommend
+    from peft_lab.comparison.run.runner import compare
+    from peft_lab.data.task_registry import list_tasks
+    from peft_lab.export.merge import merge
+    from peft_lab.export.to_lora import to_lora
+    from peft_lab.hub.push import push
+    from peft_lab.loading.load_run import load_adapter
+    from peft_lab.serve.tenants import Tenants, load_many
+    from peft_lab.training.callbacks.bilevel import AlternatingActivation
+    from peft_lab.training.evaluate import evaluate, predict
+    from peft_lab.training.read_training_data import ReadTrainingData, read_training_data
+    from peft_lab.training.run import train
+    from peft_lab.tuners.forward_context import prompt_inputs
+    from peft_lab.tuners.sequence.init_from_data import domain_prompts
 
 __version__ = "0.1.0"
 
@@ -36,47 +39,58 @@ __all__ = [
     "ReadTrainingData",
     "TaskError",
     "Tenants",
+    "compare",
     "domain_prompts",
     "evaluate",
+    "list_kinds",
+    "list_methods",
+    "list_recipes",
+    "list_tasks",
     "load_adapter",
     "load_many",
-    "methods",
+    "merge",
     "predict",
     "prompt_inputs",
     "push",
     "read_training_data",
-    "tasks",
+    "recommend",
     "to_lora",
     "train",
 ]
 
 #: Public names whose modules import torch or datasets, resolved on first use.
 _LAZY = {
-    "AlternatingActivation": "alternating",
-    "ReadTrainingData": "reading",
-    "Tenants": "tenants",
-    "domain_prompts": "domain_start",
-    "evaluate": "inference",
-    "load_adapter": "loading",
-    "load_many": "tenants",
-    "predict": "inference",
-    "prompt_inputs": "call",
-    "push": "share.hub",
-    "read_training_data": "reading",
-    "tasks": "task",
-    "to_lora": "share.lora",
-    "train": "training",
+    "AlternatingActivation": "training.callbacks.bilevel",
+    "ReadTrainingData": "training.read_training_data",
+    "Tenants": "serve.tenants",
+    "compare": "comparison.run.runner",
+    "domain_prompts": "tuners.sequence.init_from_data",
+    "evaluate": "training.evaluate",
+    "list_tasks": "data.task_registry",
+    "load_adapter": "loading.load_run",
+    "load_many": "serve.tenants",
+    "merge": "export.merge",
+    "predict": "training.evaluate",
+    "prompt_inputs": "tuners.forward_context",
+    "push": "hub.push",
+    "read_training_data": "training.read_training_data",
+    "recommend": "comparison.run.recommend",
+    "to_lora": "export.to_lora",
+    "train": "training.run",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"peft_lab.{_LAZY[name]}"), name)
+    if name.endswith("Config"):
+        return getattr(importlib.import_module("peft_lab.adapters"), name)
     raise AttributeError(f"module 'peft_lab' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    configs = importlib.import_module("peft_lab.adapters").__all__
+    return sorted([*globals(), *_LAZY, *configs])
 
 
 activate()

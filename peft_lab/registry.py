@@ -1,9 +1,8 @@
-"""What methods there are, and how each becomes a native peft tuner.
+"""Registry of the methods: one card each, read from source text without importing torch or peft.
 
 A method is one Python file with a literal `METHOD = MethodInfo(...)`, a config dataclass, a layer class and one line
-`register(METHOD, Config, Layer)`. Files in `peft_lab.adapters` are found by scanning that folder, third parties by the
-entry-point group `peft_lab.methods`, peft's own tuners by scanning peft. Looking up reads source text only: torch and
-peft are imported when a config class is asked for.
+`register(METHOD, Config, Layer)`. Files below `peft_lab.adapters` are found by scanning that folder, third parties by
+the entry-point group `peft_lab.methods`, peft's own tuners by scanning peft.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,10 +18,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from peft_lab import source
-from peft_lab.errors import ConfigError, check_keys, did_you_mean
+from peft_lab.errors import ConfigError, TaskError, check_keys, did_you_mean
+from peft_lab.utils import source_reader
 
 ENTRY_POINTS = "peft_lab.methods"
+TASK_ENTRY_POINTS = "peft_lab.tasks"
 
 #: What a method may declare that it can do; each one is tested both ways.
 CAPABILITIES = {
@@ -44,13 +43,11 @@ CAPABILITIES = {
     "dtype_bound": "is only valid on base weights of the dtype it was trained on",
 }
 
-KINDS = ("weight", "feature", "sequence", "input", "head", "baseline", "peft")
+PLACES = ("weight", "feature", "sequence", "input", "head", "baseline", "peft")
 
 #: Learning rates for peft's own tuners whose good range is far from LoRA's (peft's method_comparison, MetaMathQA).
 _PEFT_LEARNING_RATES = {"ia3": 5e-3, "c3a": 1e-1, "vera": 1e-2, "ln_tuning": 1e-2, "prompt_tuning": 1e-2, "oft": 1e-3}
 _DEFAULT_LEARNING_RATE = 1e-3
-#: Roles for peft's own tuners on families that peft has no targets for; query and value for all others.
-_PEFT_ROLES = {"ia3": ("attn.k", "attn.v", "mlp.down"), "ln_tuning": ("norm", "norm.final")}
 
 
 @dataclass(frozen=True)
@@ -61,23 +58,24 @@ class MethodInfo:
         name: lower-case name, used on the command line, as peft type (upper case) and as parameter prefix (`name_`).
         title: the method's name as its paper writes it.
         paper: arXiv id or address of the source.
-        kind: the place where it acts, one of `KINDS`.
+        place: where it acts, one of `PLACES`.
         config: name of the config class in the method's file ("" for baselines, which take no arguments).
-        roles: the module roles it adapts by default (`peft_lab.roles`).
+        roles: the module roles it adapts by default (`peft_lab.backbones.module_roles`).
         capabilities: names from `CAPABILITIES` that hold for it.
         learning_rate: default learning rate with AdamW.
         budget: most that a training step with the default config may cost, as (FLOPs, saved activations) relative to
             the frozen floor of a 384 wide ViT at 520 tokens; tested for every method.
         presets: values of config fields by the name of a relative of the method: `preset=NAME` among its arguments
             stands for them. A field whose value is `...` must be given beside it.
-        module: dotted module that defines it, filled in by the registry.
+        module: dotted module that defines it, filled in by the registry; for a tuner of peft, peft's.
         path: its source file, filled in by the registry.
+        card_module: dotted module that holds the card, filled in by the registry.
     """
 
     name: str
     title: str
     paper: str
-    kind: str
+    place: str
     config: str = ""
     roles: tuple[str, ...] = ()
     capabilities: tuple[str, ...] = ()
@@ -86,12 +84,13 @@ class MethodInfo:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     module: str = ""
     path: Path | None = None
+    card_module: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", self.name):
             raise ConfigError(f'Method name "{self.name}" must be lower case letters, digits and inner underscores.')
-        if self.kind not in KINDS:
-            raise ConfigError(f'Kind "{self.kind}" of method "{self.name}" must be one of {", ".join(KINDS)}.')
+        if self.place not in PLACES:
+            raise ConfigError(f'Place "{self.place}" of method "{self.name}" must be one of {", ".join(PLACES)}.')
         for capability in self.capabilities:
             if capability not in CAPABILITIES:
                 hint = did_you_mean(capability, CAPABILITIES)
@@ -104,47 +103,131 @@ class MethodInfo:
         return capability in self.capabilities
 
 
-def methods() -> dict[str, MethodInfo]:
+@dataclass(frozen=True)
+class KindInfo:
+    """A kind of task: its card. Every value is a literal in the kind's file, read without importing it.
+
+    Attributes:
+        name: the file's name and the `kind` of a task file.
+        title: one line for listings.
+        runtime: name of the class in the kind's file that loads, prepares, measures and predicts.
+        columns: canonical column name -> whether a task must name it.
+        settings: the optional keys of a task file that this kind reads.
+        metrics: our metrics that fit, the default first.
+        regression_metrics: those for `problem_type: regression`.
+        task_type: peft's `TaskType`, None where peft has none.
+        pipeline_tag: the Hub's name for what a trained model does.
+        default_dtype: dtype of a loaded model unless the caller says otherwise.
+        module: dotted module that defines it, filled in by the registry.
+    """
+
+    name: str
+    title: str
+    runtime: str
+    columns: Mapping[str, bool] = field(default_factory=dict, hash=False)
+    settings: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    regression_metrics: tuple[str, ...] = ()
+    task_type: str | None = None
+    pipeline_tag: str = ""
+    default_dtype: str = "float32"
+    module: str = ""
+
+    def metrics_for(self, problem_type: str) -> tuple[str, ...]:
+        """Our metrics that fit a problem type, the default first."""
+        return self.regression_metrics if problem_type == "regression" else self.metrics
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """A training recipe: its card.
+
+    Attributes:
+        name: lower-case name.
+        title: the name that its paper gives it.
+        paper: arXiv id or address of the source.
+        module: dotted module that defines it.
+    """
+
+    name: str
+    title: str
+    paper: str
+    module: str = ""
+
+
+def list_methods() -> dict[str, MethodInfo]:
     """Every method by name: ours, third parties', and each tuner of peft. Imports neither torch nor peft."""
     found = dict(_peft_tuners())
-    for info in (*_builtin(), *_third_party()):
+    for info in (*builtin_methods(), *third_party_methods()):
         clash = found.get(info.name)
-        if clash is not None and clash.kind != "peft":
+        if clash is not None and clash.place != "peft":
             raise ConfigError(f'Method "{info.name}" is defined by both {clash.module} and {info.module}.')
         found[info.name] = info
-    return dict(sorted(found.items(), key=lambda item: (item[1].kind == "peft", item[0])))
+    return dict(sorted(found.items(), key=lambda item: (item[1].place == "peft", item[0])))
 
 
 def method(name: str) -> MethodInfo:
     """The card of one method; raises `ConfigError` with the nearest name if there is none."""
-    known = methods()
+    known = list_methods()
     if name not in known:
-        ours = ", ".join(n for n, info in known.items() if info.kind != "peft")
+        ours = ", ".join(n for n, info in known.items() if info.place != "peft")
         raise ConfigError(
             f'Unknown method "{name}".{did_you_mean(name, known)} Methods: {ours}, and the tuners of peft.'
         )
     return known[name]
 
 
-def config_fields(name: str) -> dict[str, source.Field]:
+def command_modules() -> list[str]:
+    """Modules of the methods' own commands: each `cli.py` beside a method's file, with a function `register(app)`."""
+    found = []
+    for info in builtin_methods():
+        package = info.module.rpartition(".")[0]
+        if info.path is not None and info.path.with_name("cli.py").is_file() and package.count(".") == _FOLDER_DEPTH:
+            found.append(f"{package}.cli")
+    return sorted(set(found))
+
+
+#: Dots in the package of a method that has a folder of its own: peft_lab.adapters.<place>.<folder>.
+_FOLDER_DEPTH = 3
+
+
+def list_recipes() -> dict[str, RecipeInfo]:
+    """Every training recipe by name: loops or losses beyond Trainer's own, such as distillation.
+
+    A recipe is one file of `peft_lab.training.recipes` with a literal `RECIPE = RecipeInfo(...)`.
+    """
+    found = {}
+    for file in sorted(Path(__file__).with_name("training").glob("recipes/[!_]*.py")):
+        values = source_reader.module_call(file, "RECIPE")
+        if values:
+            found[values["name"]] = RecipeInfo(**values, module=f"peft_lab.training.recipes.{file.stem}")
+    return found
+
+
+def config_fields(name: str) -> dict[str, source_reader.Field]:
     """The fields of a method's config, read from source; empty if the source cannot be found."""
     info = method(name)
     if info.path is None or not info.config:
         return {}
-    here = {name: Path(__file__).with_name(file) for name, file in _CONFIG_BASES.items()}
-    elsewhere = {**here, **_peft_config_files()}
-    path = info.path if info.config in source.classes(info.path) else elsewhere.get(info.config)
-    fields = source.dataclass_fields(path, info.config, elsewhere) if path else {}
+    elsewhere = {**_config_bases(info.path), **_peft_config_files()}
+    path = info.path if info.config in source_reader.classes(info.path) else elsewhere.get(info.config)
+    fields = source_reader.dataclass_fields(path, info.config, elsewhere) if path else {}
     return {k: v for k, v in fields.items() if k not in _MACHINE_FIELDS}
 
 
-#: Where the config classes stand that methods inherit from.
-_CONFIG_BASES = {
-    "AdapterConfig": "config.py",
-    "SequenceConfig": "sequence_tuner.py",
-    "StaticConfig": "static_prompts.py",
-    "MappedHeadConfig": "mapped_head.py",
-}
+@lru_cache(maxsize=256)
+def _config_bases(path: Path) -> dict[str, Path]:
+    """Files of the config classes that a method may inherit from: those of `peft_lab.tuners` and of its own folder."""
+    tuners = Path(__file__).with_name("tuners")
+    own_folder = [] if path.parent.name in PLACES else sorted(path.parent.glob("*.py"))
+    found: dict[str, Path] = {}
+    for file in (*sorted(tuners.rglob("*.py")), *own_folder):
+        for name in source_reader.classes(file):
+            if name.endswith("Config"):
+                found[name] = file
+    return found
+
+
 #: Fields that peft or peft-lab fills in; a user never sets them as method arguments.
 _MACHINE_FIELDS = frozenset(
     (
@@ -169,7 +252,7 @@ def with_preset(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = dict(args)
     info = method(name)
-    if "preset" not in given or info.kind == "peft":
+    if "preset" not in given or info.place == "peft":
         return given
     preset, presets = given.pop("preset"), info.presets
     if preset not in presets:
@@ -182,167 +265,78 @@ def with_preset(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def config_class(name: str) -> type:
-    """The config class of a method; imports peft and the module that defines the method."""
-    info = method(name)
-    if not info.config:
-        raise ConfigError(f'Method "{name}" is a baseline: it trains the model\'s own weights and has no config class.')
-    return getattr(importlib.import_module(info.module), info.config)
-
-
-def make_config(name: str, args: Mapping[str, Any] | None = None, model: Any = None, **common: Any) -> Any:
-    """Build a method's config from plain values.
-
-    Args:
-        name: method name.
-        args: config fields; text values such as `"full"`, `"8"` or `"[q_proj, v_proj]"` are read as YAML.
-        model: the backbone. With it, a tuner of peft itself that has no default targets for this model family gets
-            them by role, and the task head goes into `modules_to_save`.
-        common: fields set by the caller (`task_type`, ...), kept if the config has them.
-
-    Raises:
-        ConfigError: unknown field or a value that the config refuses.
-    """
-    cls = config_class(name)
-    check_method_args(name, args or {})
-    values = {key: _plain(value) for key, value in with_preset(name, args or {}).items()}
-    known = set(getattr(cls, "__dataclass_fields__", {}))
-    values.update({k: v for k, v in common.items() if k in known and k not in values})
-    if model is not None and method(name).module.startswith("peft."):
-        values = {**_role_defaults(name, model, known, values.get("task_type")), **values}
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f'Method "{name}" refuses {values}: {error}') from error
-
-
-def register(info: MethodInfo, config_cls: Any, layer_cls: Any, model_cls: Any = None) -> None:
-    """Make a method a native peft tuner under `info.name`.
-
-    The tuner class is derived from `peft_lab.tuner.AdapterTuner` unless `model_cls` is given. After this
-    `get_peft_model`, `PeftModel.from_pretrained` and the rest of peft know the method.
-
-    Raises:
-        ConfigError: peft, or another package, already has a method of that name.
-    """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils import register_peft_method
-
-    from peft_lab.tuner import AdapterTuner
-
-    known: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
-    present = known.get(info.name.upper())
-    if present is not None:
-        if present.__module__ == config_cls.__module__:
-            return
-        raise ConfigError(f'peft already has a method "{info.name}" ({present.__module__}); choose another name.')
-    peft_type = _extend_peft_type(info.name.upper())
-    config_cls.peft_method_type = peft_type
-    config_cls.info = info
-    layer_cls.info = info
-    members = {
-        "prefix": f"{info.name}_",
-        "tuner_layer_cls": layer_cls,
-        "info": info,
-        "__module__": layer_cls.__module__,
-    }
-    tuner = type(config_cls.__name__.removesuffix("Config") + "Model", (model_cls or AdapterTuner,), members)
-    vars(sys.modules[tuner.__module__]).setdefault(tuner.__name__, tuner)  # pickle looks for it there
-    register_peft_method(name=info.name, config_cls=config_cls, model_cls=tuner)
-
-
-def load_all() -> None:
-    """Import every built-in and third-party method, which registers them with peft."""
-    for info in _builtin():
-        importlib.import_module(info.module)
-    for info in _third_party():
-        try:
-            importlib.import_module(info.module)
-        except Exception as error:  # a broken plug-in must not take peft down with it
-            warnings.warn(f'Method "{info.name}" of {info.module} cannot be loaded: {error}', stacklevel=2)
-
-
-def _extend_peft_type(name: str) -> Any:
-    """Add a member to peft's closed `PeftType`; a plain string would leave peft's status reports empty."""
-    from peft import PeftType
-
-    if name in PeftType.__members__:
-        return PeftType[name]
-    member = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    type.__setattr__(PeftType, name, member)
-    if PeftType(name) is not member or name not in PeftType.__members__:
-        raise RuntimeError(f"This Python's enum cannot be extended by {name}; please report its version.")
-    return member
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    import yaml
-
-    try:
-        read = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-    if isinstance(read, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read):
-        return float(read)  # YAML 1.1 takes 1e-3 for text
-    return read
-
-
-def _role_defaults(name: str, model: Any, known: set[str], task_type: str | None) -> dict[str, Any]:
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    from peft_lab import roles
-
-    defaults: dict[str, Any] = {}
-    tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
-    mapped = getattr(tuners.get(name.upper()), "target_module_mapping", None) or {}
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    info = method(name)
-    if "target_modules" in known and (info.roles or model_type not in mapped):
-        wanted = info.roles or _PEFT_ROLES.get(name, ("attn.q", "attn.v"))
-        defaults["target_modules"] = roles.target_regex(model, wanted)
-        if "feedforward_modules" in known:
-            defaults["feedforward_modules"] = roles.target_regex(model, ("mlp.down",))
-    if "modules_to_save" in known:
-        defaults["modules_to_save"] = roles.head_modules(model, task_type) or None
-    return defaults
-
-
 def _card(path: Path, module: str) -> MethodInfo | None:
-    values = source.module_call(path, "METHOD")
-    return MethodInfo(**values, module=module, path=path) if values else None
+    values = source_reader.module_call(path, "METHOD")
+    return MethodInfo(**values, module=module, path=path, card_module=module) if values else None
 
 
 @lru_cache(maxsize=1)
-def _builtin() -> tuple[MethodInfo, ...]:
+def builtin_methods() -> tuple[MethodInfo, ...]:
+    """Cards of the methods below `peft_lab.adapters`: `<place>/<method>.py` or files of `<place>/<folder>/`."""
     spec = importlib.util.find_spec("peft_lab.adapters")
-    folders = [Path(p) for p in (spec.submodule_search_locations if spec else None) or []]
-    files = sorted(f for folder in folders for f in folder.glob("*.py") if not f.name.startswith("_"))
-    cards = (_card(f, f"peft_lab.adapters.{f.stem}") for f in files)
-    return tuple(_with_peft_module(card) for card in cards if card)
+    found = []
+    for root in (spec.submodule_search_locations if spec else None) or []:
+        for file in sorted(Path(root).rglob("*.py")):
+            steps = file.relative_to(root).with_suffix("").parts
+            if file.name.startswith("_") or "METHOD = MethodInfo(" not in file.read_text(encoding="utf-8"):
+                continue
+            card = _card(file, ".".join(("peft_lab.adapters", *steps)))
+            if card is not None:
+                found.append(_with_peft_module(card))
+    return tuple(found)
 
 
 def _with_peft_module(info: MethodInfo) -> MethodInfo:
     """A card that only describes a tuner of peft points to peft's config file and module."""
     tuner = _peft_tuners().get(info.name)
-    return replace(info, module=tuner.module, path=tuner.path) if tuner and info.kind != "baseline" else info
+    return replace(info, module=tuner.module, path=tuner.path) if tuner and info.place != "baseline" else info
 
 
 @lru_cache(maxsize=1)
-def _third_party() -> tuple[MethodInfo, ...]:
+def list_kinds() -> dict[str, KindInfo]:
+    """Every kind of task by name: ours and third parties'. Imports neither torch nor the kinds themselves."""
+    spec = importlib.util.find_spec("peft_lab.tasks")
+    found: dict[str, KindInfo] = {}
+    for entry in importlib.metadata.entry_points(group=TASK_ENTRY_POINTS):
+        path = _module_file(entry)
+        card = _kind_card(path, entry.module) if path else None
+        if card is not None:
+            found[card.name] = card
+    for root in (spec.submodule_search_locations if spec else None) or []:
+        for file in sorted(Path(root).glob("kinds/[!_]*.py")):
+            card = _kind_card(file, f"peft_lab.tasks.kinds.{file.stem}")
+            if card is not None:
+                found[card.name] = card
+    return found
+
+
+def kind_info(name: str) -> KindInfo:
+    """The card of one kind of task; raises `TaskError` with the nearest name if there is none."""
+    known = list_kinds()
+    if name not in known:
+        names = sorted(known)
+        raise TaskError(f'Unknown kind of task "{name}".{did_you_mean(name, names)} Kinds: {", ".join(names)}.')
+    return known[name]
+
+
+def _kind_card(path: Path, module: str) -> KindInfo | None:
+    values = source_reader.module_call(path, "KIND")
+    return KindInfo(**values, module=module) if values else None
+
+
+@lru_cache(maxsize=1)
+def third_party_methods() -> tuple[MethodInfo, ...]:
     found = []
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         path = _module_file(entry)
-        card = _card(path, entry.module) if path else None
+        problem = "no readable module-level METHOD = MethodInfo(...) with literal values"
+        try:
+            card = _card(path, entry.module) if path else None
+        except (TypeError, ValueError) as error:  # a broken plug-in must not take peft down with it
+            card, problem = None, f"a METHOD card that cannot be read ({error})"
         if card is None:
             warnings.warn(
-                f'Entry point "{entry.name}" of group {ENTRY_POINTS} is left out: {entry.module} has no readable '
-                "module-level METHOD = MethodInfo(...) with literal values.",
+                f'Entry point "{entry.name}" of group {ENTRY_POINTS} is left out: {entry.module} has {problem}.',
                 stacklevel=2,
             )
             continue
@@ -356,7 +350,10 @@ def _module_file(entry: importlib.metadata.EntryPoint) -> Path | None:
             path = Path(str(entry.dist.locate_file(entry.module.replace(".", "/") + suffix)))
             if path.is_file():
                 return path
-    spec = importlib.util.find_spec(entry.module)
+    try:
+        spec = importlib.util.find_spec(entry.module)
+    except (ImportError, ValueError):  # a parent package that is gone
+        return None
     return Path(spec.origin) if spec and spec.origin else None
 
 
@@ -379,7 +376,7 @@ def _peft_tuners() -> dict[str, MethodInfo]:
             name=name,
             title=path.parent.name,
             paper="",
-            kind="peft",
+            place="peft",
             config=_main_class(text, names, match.start()),
             learning_rate=_PEFT_LEARNING_RATES.get(name, _DEFAULT_LEARNING_RATE),
             module=f"peft.tuners.{path.parent.name}.config",

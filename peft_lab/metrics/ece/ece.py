@@ -1,4 +1,4 @@
-"""Expected calibration error of a classifier, from 15 bins of equal width (`peft_lab.calibration`)."""
+"""Expected calibration error of a classifier, from 15 bins of equal width (`peft_lab.metrics.calibration`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from peft_lab.calibration import BINS, expected_calibration_error
+from peft_lab.metrics.calibration import BINS, expected_calibration_error
 
 
 class ExpectedCalibrationError(evaluate.Metric):

@@ -1,0 +1,239 @@
+"""Pixel prompts (visual prompting, reprogramming): trainable pixels make a frozen image classifier solve another task.
+
+The pixels stand around the image or on it; the classifier keeps the head it was trained with, and source classes stand
+for the target classes (`peft_lab.adapters.input.pixel_prompt.mapped_head`). Programs:
+
+- `frame` (ILM-VP): the image is shrunk and set into a frame of pixels sigmoid(p), in [0, 1] before normalisation;
+- `pad` (Bahng): p is added to the border of the normalised image;
+- `full`: p is added to every pixel of the normalised image.
+
+Images come as the model's image processor made them, normalised; resizing and normalising commute, so the frame is
+normalised by `image_mean` and `image_std` and the image is left as it is.
+
+Source: Chen et al. 2023, Understanding and Improving Visual Prompting: A Label-Mapping Perspective, arXiv:2211.11635;
+Bahng et al. 2022, Exploring Visual Prompts for Adapting Large-Scale Models, arXiv:2203.17274. Written from the papers'
+equations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_lab.adapters.input.pixel_prompt.mapped_head import MappedHead, MappedHeadConfig, register_mapped_head
+from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.registry import MethodInfo
+
+METHOD = MethodInfo(
+    name="pixel_prompt",
+    title="Pixel prompts (ILM-VP)",
+    paper="2211.11635",
+    place="input",
+    config="PixelPromptConfig",
+    roles=("head",),
+    capabilities=("images", "keeps_head"),
+    learning_rate=1e-1,
+    budget=(1.02, 1.02),
+)
+
+PROGRAMS = ("frame", "pad", "full")
+#: Image size of a model whose config names none.
+_IMAGE_SIZE = 224
+_LARGEST = 2048
+#: Width of the border at 224 pixels: around an image of 128 (ILM-VP), on the image (Bahng).
+_BORDERS = {"frame": 48, "pad": 30}
+
+
+@dataclass
+class PixelPromptConfig(MappedHeadConfig):
+    """Configuration of pixel prompts. Trainable: channels x the pixels of the border, or of the whole image.
+
+    For an image of side S and a border of width p that is 12 p (S - p) with three channels.
+
+    Raises:
+        ConfigError: an unknown program or mapping, a size or a statistic out of range; the model is no image
+            classifier with a trained linear head, or has fewer classes than the task.
+    """
+
+    program: str = field(
+        default="frame",
+        metadata={
+            "help": "`frame` (the image, shrunk, in a frame), `pad` (added to its border) or `full` (to all of it).",
+            "other": "full",
+        },
+    )
+    border: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width of the border in pixels; nothing means that of the paper, scaled to the image size.",
+            "other": 2,
+        },
+    )
+    inner_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the shrunk image in a frame, in the place of `border`.", "other": 8},
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the image that the model sees; training fills in that of the image processor. Nothing: "
+            "that of the model's config, or 224.",
+            "most": _LARGEST,
+            "untried": "a backbone of one size",
+        },
+    )
+    init_std: float = field(
+        default=0.0, metadata={"help": "Parameters start at N(0, std); the paper of `pad` takes 1.", "other": 1.0}
+    )
+    image_mean: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Mean that the image processor subtracts, by channel; training fills it in. Nothing means 0.5.",
+            "other": [0.1, 0.2, 0.3],
+        },
+    )
+    image_std: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "What it divides by, by channel; training fills it in. Nothing means 0.5.",
+            "other": [0.1, 0.2, 0.3],
+        },
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.program not in PROGRAMS:
+            raise ConfigError(
+                f'program="{self.program}" must be one of {", ".join(PROGRAMS)}.{did_you_mean(self.program, PROGRAMS)}'
+            )
+        if self.border is not None and (self.program == "full" or self.inner_size is not None):
+            other = "inner_size" if self.inner_size is not None else 'program="full"'
+            raise ConfigError(f"border={self.border} does not go with {other}; leave one of them out.")
+        if self.inner_size is not None and self.program != "frame":
+            raise ConfigError(f'inner_size={self.inner_size} is for program="frame", not "{self.program}".')
+        for name in ("border", "inner_size", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1.")
+        if self.image_size is not None and self.image_size > _LARGEST:
+            raise ConfigError(f"image_size={self.image_size} is larger than {_LARGEST}, which no classifier takes.")
+        if not 0 <= self.init_std <= 10:
+            raise ConfigError(f"init_std={self.init_std} must be between 0 and 10.")
+        if self.image_std is not None and not all(value > 0 for value in self.image_std):
+            raise ConfigError(f"image_std={self.image_std} must be positive.")
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Where the trainable pixels are: on a square image of side `size` around one of side `inner` (0: everywhere)."""
+
+    channels: int
+    size: int
+    inner: int
+
+    @property
+    def before(self) -> int:
+        """Width of the border to the left and above; to the right and below it may be one less."""
+        return (self.size - self.inner + 1) // 2
+
+    @property
+    def after(self) -> int:
+        """Width of the border to the right and below."""
+        return (self.size - self.inner) // 2
+
+    @property
+    def pixels(self) -> int:
+        """Number of trainable pixels of a channel."""
+        return self.size**2 - self.inner**2
+
+    def image(self, values: Tensor) -> Tensor:
+        """Trainable pixels (channels, pixels) at their places on an image (channels, size, size), else zero."""
+        rows = (self.before * self.size, self.inner * (self.before + self.after), self.after * self.size)
+        top, sides, bottom = (
+            part.reshape(self.channels, -1, width)
+            for part, width in zip(values.split(rows, 1), (self.size, self.before + self.after, self.size), strict=True)
+        )
+        left, right = sides.split((self.before, self.after), 2)
+        centre = values.new_zeros(self.channels, self.inner, self.inner)
+        return torch.cat([top, torch.cat([left, centre, right], 2), bottom], 1)
+
+    def frame(self, images: Tensor) -> Tensor:
+        """Images shrunk to the inner side, zero around."""
+        return F.pad(resized(images, self.inner), (self.before, self.after, self.before, self.after))
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images (batch, channels, height, width) at another side, in their dtype; those of the right side as they are."""
+    if images.shape[-2:] == (size, size):
+        return images
+    # bilinear weights add up to 1, so that this commutes with normalisation, and antialiasing needs float32
+    return F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True).to(images.dtype)
+
+
+class PixelPromptLayer(MappedHead):
+    """The head of an image classifier, with the trainable pixels of each adapter, (channels, pixels)."""
+
+    adapter_layer_names = ("pixel_prompt_program",)
+    other_param_names = ("pixel_prompt_mapping",)
+
+    def start(self, adapter: str, config: PixelPromptConfig) -> dict[str, Tensor]:
+        canvas = self.canvas(config)
+        values = torch.zeros(canvas.channels, canvas.pixels)
+        if config.init_std:
+            values = config.init_std * torch.randn(values.shape)
+        return {"pixel_prompt_program": values}
+
+    def canvas(self, config: PixelPromptConfig) -> Canvas:
+        """Where the pixels of an adapter are on this model's images.
+
+        Raises:
+            ConfigError: images are not square, the sizes leave no image or no border, or a statistic is not one number
+                for each channel.
+        """
+        vision = getattr(self.settings, "vision_config", self.settings)
+        own: Any = getattr(vision, "image_size", None) or _IMAGE_SIZE
+        sides = {own} if isinstance(own, int) else {*own}
+        if len(sides) > 1:
+            raise ConfigError(
+                f'Method "{self.info.name}" prompts square images, and those of this backbone are '
+                f"{' x '.join(str(side) for side in own)} pixels; choose another backbone."
+            )
+        size = config.image_size or sides.pop()
+        if config.program == "full":
+            inner = 0
+        elif config.inner_size is not None:
+            inner = config.inner_size
+        else:
+            width = config.border or max(round(_BORDERS[config.program] * size / _IMAGE_SIZE), 1)
+            inner = size - 2 * width
+        if not (0 < inner < size or config.program == "full"):
+            named = f"inner_size={inner}" if config.inner_size is not None else f"border={(size - inner) // 2}"
+            raise ConfigError(f"{named} leaves no place for the image or the border on images of {size} pixels.")
+        channels = getattr(vision, "num_channels", 3)
+        for name in ("image_mean", "image_std"):
+            given = getattr(config, name)
+            if given is not None and len(given) != channels:
+                raise ConfigError(f"{name}={given} must have one number for each of the {channels} channels.")
+        return Canvas(channels, size, inner)
+
+    def prompted(self, adapter: str, images: Tensor) -> Tensor:
+        config, values = self.configs[adapter], self.pixel_prompt_program[adapter]
+        canvas = self.canvas(config)
+        if config.program != "frame":
+            images = resized(images, canvas.size)
+            return images + canvas.image(values).to(images)
+        mean, std = (_column(given, canvas.channels, values) for given in (config.image_mean, config.image_std))
+        border = canvas.image((values.sigmoid() - mean) / std)
+        return canvas.frame(images) + border.to(images)
+
+
+def _column(given: list[float] | None, channels: int, like: Tensor) -> Tensor:
+    """A statistic of the image processor as (channels, 1), 0.5 where none is given."""
+    return torch.tensor(given or [0.5] * channels, dtype=like.dtype, device=like.device)[:, None]
+
+
+register_mapped_head(METHOD, PixelPromptConfig, PixelPromptLayer)

@@ -1,0 +1,208 @@
+"""IAPT: prompts made from the instruction by a small generator before the blocks of a frozen transformer.
+
+Each generator projects the hidden states of the instruction down, pools them into a few vectors, applies a learned
+activation and projects up to prompts, which stand at the left of the sequence. They are made once, when the text is
+read, and live on in the KV cache. Other choices of pooling, activation and insertion make it LPT or IDPG: the presets.
+
+Two things the papers leave open. The projection up starts at zero: prompts of zero are keys and values of zero in front
+of a norm without bias, which disturb a decoder little, while small random ones destroy what it says (the perplexity of
+SmolLM2-135M on E2E: 14 without prompts, 25 with those of zero, more than 10,000 with random ones). And hidden states
+are scaled to root mean square 1 before they are projected (`normalize`), for decoders have some a hundred times larger
+than others, and then no learning rate fits.
+
+The instruction is what `instruction_mask`, an argument of the model's forward, says it is; else the tokens before the
+first that has a label (other than -100); else the whole text but its padding. `generate` without a KV cache reads the
+text anew for every token: give
+`peft_lab.prompt_inputs(instruction_mask=...)` around it, or the prompts also look at the answer so far.
+
+Source: Zhu et al. 2024, IAPT, arXiv:2405.18203; Liu et al. 2022, Late Prompt Tuning, arXiv:2210.11292; Wu et al. 2022,
+IDPG, arXiv:2204.04497. Written from the papers' equations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_lab.errors import ConfigError
+from peft_lab.registry import MethodInfo
+from peft_lab.tuners.forward_context import Call
+from peft_lab.tuners.sequence.layer import SequenceLayer
+from peft_lab.tuners.sequence.tuner import SequenceConfig, register_sequence
+
+METHOD = MethodInfo(
+    name="iapt",
+    title="IAPT",
+    paper="2405.18203",
+    place="sequence",
+    config="IAPTConfig",
+    roles=("block",),
+    capabilities=("mixed_batch", "learned_activation"),
+    learning_rate=3e-4,
+    budget=(1.25, 1.35),
+    presets={
+        # Late Prompt Tuning: prompts from pooled tokens before one block in the middle, kept by those behind it
+        "lpt": {
+            "num_prompts": 5,
+            "bottleneck": 128,
+            "pool": "max",
+            "activation": "relu",
+            "biases": True,
+            "layers_to_transform": ...,
+        },
+        # Instance-Dependent Prompt Generation: prompts from the first token's state, at the input; the paper reads
+        # that state from a pass of its own through the whole backbone
+        "idpg": {
+            "num_prompts": 5,
+            "bottleneck": 128,
+            "pool": "first",
+            "activation": "relu",
+            "biases": True,
+            "layers_to_transform": 0,
+        },
+    },
+)
+
+#: Coefficients of P and Q in P(x) / (1 + |Q(x)|), degrees 6 and 5, Q from x^1 on: GeLU to 1.2e-4 on [-3, 3].
+NUMERATOR = (
+    *(2.8038687e-05, 0.5, 0.39850203610680796, 0.16230146359526576),
+    *(0.06405232067409442, 0.018316872305839525, 0.0021004872596303986),
+)
+DENOMINATOR = (0.0, 0.32460293186935474, 0.0, 0.036633744384289235, 0.0)
+
+
+@dataclass
+class IAPTConfig(SequenceConfig):
+    """Configuration of IAPT. Trainable for L blocks of width d: L (2 d m + m l + 12) with l prompts, bottleneck m.
+
+    `layers_to_transform` says before which blocks prompts are made; in between they pass through the blocks.
+
+    Raises:
+        ConfigError: no prompts or no bottleneck.
+    """
+
+    num_prompts: int = field(default=4, metadata={"help": "Prompts made before each block.", "other": 3})
+    bottleneck: int = field(default=64, metadata={"help": "Width between the projections.", "other": 8})
+    pool: Literal["self_attention", "max", "average", "first", "last"] = field(
+        default="self_attention",
+        metadata={
+            "help": "Tokens to prompts: learned queries, max or mean of equal parts, or all prompts from one token.",
+            "other": "max",
+        },
+    )
+    activation: Literal["rational", "relu", "gelu"] = field(
+        default="rational", metadata={"help": "Activation; `rational` is learned and starts at GeLU.", "other": "relu"}
+    )
+    share: Literal["none", "down", "up", "both"] = field(
+        default="none", metadata={"help": "Projections that all blocks have in common.", "other": "both"}
+    )
+    biases: bool = field(default=False, metadata={"help": "Biases in the projections.", "other": True})
+    normalize: bool = field(
+        default=True, metadata={"help": "Scale hidden states to root mean square 1 before projecting.", "other": False}
+    )
+
+    def check(self) -> None:
+        super().check()
+        for name in ("num_prompts", "bottleneck"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+
+
+class IAPTLayer(SequenceLayer):
+    """A block with a generator before it; projections that blocks share stand at the first that makes prompts."""
+
+    adapter_layer_names = (
+        *("iapt_down", "iapt_up", "iapt_down_bias", "iapt_up_bias"),
+        *("iapt_queries", "iapt_numerator", "iapt_denominator"),
+    )
+    #: Parameters that `peft_lab.training.callbacks.bilevel` trains on other data than the rest.
+    activation_names: ClassVar[tuple[str, ...]] = ("iapt_numerator", "iapt_denominator")
+
+    def initial_values(self, adapter: str, config: IAPTConfig) -> dict[str, Tensor]:
+        if not config.writes(self.depth):
+            return {}
+        before = [depth for depth in range(self.depth) if config.writes(depth)]
+        first = all(self.widths[depth] != self.width for depth in before)
+        out = self.width * (config.num_prompts if config.pool in ("first", "last") else 1)
+        values: dict[str, Tensor] = {}
+        if first or config.share not in ("down", "both"):
+            values["iapt_down"] = nn.init.kaiming_uniform_(torch.empty(config.bottleneck, self.width), math.sqrt(5))
+            values |= {"iapt_down_bias": torch.zeros(config.bottleneck)} if config.biases else {}
+        if first or config.share not in ("up", "both"):
+            values["iapt_up"] = torch.zeros(out, config.bottleneck)
+            values |= {"iapt_up_bias": torch.zeros(out)} if config.biases else {}
+        if config.pool == "self_attention":
+            queries = torch.empty(config.num_prompts, config.bottleneck)
+            values["iapt_queries"] = nn.init.kaiming_uniform_(queries, math.sqrt(5))
+        if config.activation == "rational":
+            values |= {"iapt_numerator": torch.tensor(NUMERATOR), "iapt_denominator": torch.tensor(DENOMINATOR)}
+        return values
+
+    def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
+        if not self.configs[adapter].writes(self.depth):
+            return None
+        mask = self.instruction(tokens, call)
+        with torch.autocast(tokens.device.type, enabled=False):  # powers of the pooled vectors want float32
+            return self._generated(adapter, tokens, mask, call)
+
+    def _generated(self, adapter: str, tokens: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+        config = self.configs[adapter]
+        down, up = self._projection("down", adapter, call), self._projection("up", adapter, call)
+        tokens = tokens.to(down[0].dtype).contiguous()  # one copy is kept for both uses
+        hidden = nn.functional.linear(tokens, down[0]).float()
+        if config.normalize:  # behind the projection, so that no normalised copy is kept
+            norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=torch.float32)
+            hidden = hidden * (norms.square() / self.width + 1e-6).rsqrt()
+        if down[1] is not None:
+            hidden = hidden + down[1]
+        pooled = self._pooled(adapter, hidden, mask)
+        if config.activation == "rational":
+            pooled = rational(pooled, self.iapt_numerator[adapter].float(), self.iapt_denominator[adapter].float())
+        else:
+            pooled = getattr(nn.functional, config.activation)(pooled)
+        return nn.functional.linear(pooled.to(up[0].dtype), *up).reshape(len(tokens), config.num_prompts, self.width)
+
+    def _projection(self, name: str, adapter: str, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a projection, of this block or of the one that keeps it for all."""
+        weights, biases = getattr(self, f"iapt_{name}"), getattr(self, f"iapt_{name}_bias")
+        if adapter in weights:
+            call.shared[adapter, name] = (weights[adapter], biases.get(adapter))
+        return call.shared[adapter, name]
+
+    def _pooled(self, adapter: str, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Vectors (batch, prompts or 1, bottleneck) from those of the instruction in x (batch, tokens, bottleneck)."""
+        config = self.configs[adapter]
+        mask = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+        if config.pool == "self_attention":
+            scores = x @ self.iapt_queries[adapter].float().T
+            scores = scores.masked_fill(~mask[..., None], torch.finfo(scores.dtype).min)
+            return scores.softmax(1).transpose(1, 2) @ x
+        rank, count = mask.cumsum(1) - 1, mask.sum(1, keepdim=True)
+        if config.pool in ("first", "last"):
+            chosen = mask & (rank == (0 if config.pool == "first" else count - 1))
+            return (x * chosen[..., None]).sum(1, keepdim=True)
+        part = torch.arange(config.num_prompts, device=x.device)
+        begin, end = part * count // config.num_prompts, -((part + 1) * -count // config.num_prompts)
+        member = mask[..., None] & (rank[..., None] >= begin[:, None]) & (rank[..., None] < end[:, None])
+        if config.pool == "average":
+            return (member.to(x.dtype).transpose(1, 2) @ x) / member.sum(1)[..., None].clamp(min=1)
+        parts = [x.masked_fill(~inside[..., None], -torch.inf).amax(1) for inside in member.unbind(-1)]
+        return torch.stack(parts, 1).where(mask.any(1)[:, None, None], 0)  # a row of padding alone has no largest
+
+
+def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """P(x) / (1 + |Q(x)|) for coefficients from the lowest degree on; Q has no constant term."""
+    top = torch.zeros_like(x)
+    for coefficient in numerator.flip(0):
+        top = top * x + coefficient
+    bottom = torch.zeros_like(x)
+    for coefficient in denominator.flip(0):
+        bottom = (bottom + coefficient) * x
+    return top / (1 + bottom.abs())
+
+
+register_sequence(METHOD, IAPTConfig, IAPTLayer)

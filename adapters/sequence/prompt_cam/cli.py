@@ -1,0 +1,86 @@
+"""The command `attention-maps` of `peft-lab`. Nothing here imports torch before the checks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peft_lab.errors import ConfigError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the `peft-lab` command."""
+    app.command("attention-maps")(attention_maps)
+
+
+def attention_maps(
+    adapter: Annotated[
+        str, typer.Argument(help="Folder of an adapter with class prompts, or a Hub id.", show_default=False)
+    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="The picture, a .png file.")] = Path("maps.png"),
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Classes to show, as `a,b` or one at a time (a name may hold commas); by default the predicted one "
+            "and two rivals."
+        ),
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads to keep for a class; 4, or half where there are fewer than 8.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="The task whose labels apply, instead of the adapter's or the base's own.")
+    ] = None,
+    model_name_or_path: Annotated[
+        str | None, typer.Option("--model_name_or_path", help="Load this base instead of the one the adapter names.")
+    ] = None,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow_other_base", help="Warn instead of refusing if the base has other weights.")
+    ] = False,
+) -> None:
+    """Draw where each head looks for a class, and which heads the class needs (framed)."""
+    from peft_lab.data.task_registry import load_task
+    from peft_lab.runs.run_folder import TASK, find_adapter, read_origin
+
+    for image in images:
+        if not image.is_file():
+            raise ConfigError(f'There is no image file "{image}".')
+    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir() or output.is_dir():
+        raise ConfigError(f'--output "{output}" must be a .png file in a folder that exists.')
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("Pictures need matplotlib: pip install 'peft-lab[plots]'.")
+    if task is not None:
+        load_task(task)
+    folder = find_adapter(adapter)
+    _check_method(folder)
+    from peft_lab.adapters.sequence.prompt_cam.attention_maps import named_classes, write
+    from peft_lab.loading.load_run import load, load_image_classifier
+    from peft_lab.utils.images import open_image
+
+    opened = [open_image(image) for image in images]
+    model: Any
+    if task is None and "task" not in read_origin(folder) and not (folder / TASK).is_file():
+        model, processor = load_image_classifier(adapter, model_name_or_path, allow_other_base=allow_other_base)
+    else:
+        loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
+        model, processor = loaded.model, loaded.processor
+    names = named_classes(model, classes) if classes else None
+    write(model, processor, opened, output, typer.echo, classes=names, keep=heads)
+    typer.echo(f"Picture written to {output}")
+
+
+def _check_method(folder: Path) -> None:
+    from peft_lab import registry
+    from peft_lab.adapter_files import safe_files
+    from peft_lab.adapter_files.names import ADAPTER_CONFIG
+
+    path = folder / ADAPTER_CONFIG
+    name = str(safe_files.read_json(path).get("peft_type", "")).lower() if path.is_file() else "a baseline"
+    known = registry.list_methods()
+    if name not in known or not known[name].can("image_logits"):
+        able = ", ".join(n for n, info in known.items() if info.can("image_logits"))
+        raise ConfigError(f'"{folder}" holds {name}, which has no prompt for each class; methods that have: {able}.')

@@ -1,0 +1,92 @@
+"""Prompt-CAM: one prompt per class, whose output scores the class and whose attention shows what the class looks at.
+
+The prompts stand in front of the class token. Deep, each block has its own; shallow, those of the first block pass
+through all. What the last block makes of them goes through the final norm and one scoring vector, the same for all
+classes: that gives the logits, and the model's own head is neither used nor trained. `attention_maps.py` beside
+this file draws the attention.
+
+Source: Chowdhury et al. 2025, Prompt-CAM, arXiv:2501.09333. Written from the paper's equations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from peft_lab.errors import ConfigError
+from peft_lab.registry import MethodInfo
+from peft_lab.tuners.forward_context import Call
+from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StaticPrompts
+from peft_lab.tuners.sequence.stored_tuner import register_static
+
+METHOD = MethodInfo(
+    name="prompt_cam",
+    title="Prompt-CAM",
+    paper="2501.09333",
+    place="sequence",
+    config="PromptCAMConfig",
+    roles=("block",),
+    capabilities=("mixed_batch", "images", "image_logits"),
+    learning_rate=1e-2,
+    budget=(1.4, 1.5),
+)
+
+
+@dataclass
+class PromptCAMConfig(StaticConfig):
+    """Configuration of Prompt-CAM. Trainable: classes x width for each block that writes prompts, and width + 1.
+
+    The number of classes is the model's `config.num_labels`.
+
+    Raises:
+        ConfigError: a dropout out of range; prompts that are drawn; the model is no image classifier; its head in
+            `modules_to_save`.
+    """
+
+    deep: bool = field(default=True, metadata={"help": "New prompts before every block.", "other": False})
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout on prompts, one for the whole batch; the paper takes 0.1.", "other": 0.5},
+    )
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout} must be at least 0 and below 1.")
+        if self.domain_draws is not None:
+            raise ConfigError(
+                f"domain_draws={self.domain_draws} leaves prompts untrained, so they stand for no class; leave it out."
+            )
+
+
+class PromptCAMLayer(StaticPrompts):
+    """A block before which class prompts (classes, width) are written; the last one also holds the scoring vector."""
+
+    adapter_layer_names = ("prompt_cam_prompts", "prompt_cam_weight", "prompt_cam_bias")
+    in_windows = False  # a class prompt looks at the whole image
+
+    def initial_values(self, adapter: str, config: PromptCAMConfig) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        if self.depth in config.writing(self.depths):
+            values["prompt_cam_prompts"] = self.uniform(self.classes, self.width)
+        if self.depth == self.depths - 1:
+            bound = 1 / math.sqrt(self.width)
+            values["prompt_cam_weight"] = torch.empty(1, self.width).uniform_(-bound, bound)
+            values["prompt_cam_bias"] = torch.zeros(1)
+        return values
+
+    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
+        prompts = super().stored(adapter, call, rows)
+        if prompts is None:
+            return None
+        return nn.functional.dropout(prompts, self.configs[adapter].dropout, self.training)
+
+    def logits(self, adapter: str, slots: Tensor) -> Tensor:
+        hidden = self.normed("norm.final", slots)
+        return (hidden * self.prompt_cam_weight[adapter]).sum(-1) + self.prompt_cam_bias[adapter]
+
+
+register_static(METHOD, PromptCAMConfig, PromptCAMLayer)

@@ -1,0 +1,232 @@
+"""Prompt tuning and P-tuning v2: trainable tokens in front of a text, at the input or anew before every block.
+
+Prompts are slots of the sequence and take no position: the text keeps the positions it has without them. So they are
+right where peft's own prompt tuning is not: in batches padded at the left (peft gives text the positions of the
+padding), with `generate(inputs_embeds=...)`, with `use_cache=False`, under gradient checkpointing, and where the rows
+of a batch have different adapters (peft ignores `adapter_names`).
+
+With `prefix_projection` a small MLP makes them from embeddings, and is trained and saved along: for the embeddings e
+(tokens, width), the prompts before block i are U_i tanh(W e + b) + c_i, with e, W and b the same for all blocks.
+
+Source: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691; per block, Liu
+et al. 2021, P-Tuning v2, arXiv:2110.07602; the MLP, Li and Liang 2021, Prefix-Tuning, arXiv:2101.00190. Written from
+the papers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_lab.adapters.sequence.soft_prompt.text_init import states_before
+from peft_lab.errors import ConfigError
+from peft_lab.registry import MethodInfo
+from peft_lab.tuners.forward_context import Call
+from peft_lab.tuners.registration import register
+from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StaticPrompts
+from peft_lab.tuners.sequence.stored_tuner import StaticTuner
+from peft_lab.tuners.sequence.tuner import chosen_stack
+
+METHOD = MethodInfo(
+    name="soft_prompt",
+    title="Soft prompts",
+    paper="2104.08691",
+    place="sequence",
+    config="SoftPromptConfig",
+    roles=("block",),
+    capabilities=("mixed_batch",),
+    learning_rate=1e-2,
+    budget=(1.4, 1.5),
+)
+
+
+@dataclass
+class SoftPromptConfig(StaticConfig):
+    """Configuration of soft prompts. Trainable: `num_virtual_tokens` x width for each block that writes prompts.
+
+    With `prefix_projection`, for n tokens, width d, m hidden units and L such blocks: n d + m (d + 1) + L d (m + 1).
+
+    The names are those of peft's `PromptTuningConfig` and `PrefixTuningConfig`. A text is turned into token ids when
+    the config is made, and saved as such: loading an adapter never looks for a tokenizer.
+
+    Raises:
+        ConfigError: no tokens, a start value without what it is made of, two of them, one together with an MLP, hidden
+            units without an MLP, or a file that names a tokenizer.
+    """
+
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Prompts of each block.", "other": 3})
+    deep: bool = field(
+        default=False, metadata={"help": "New prompts before every block, as in P-tuning v2.", "other": True}
+    )
+    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = field(
+        default="RANDOM",
+        metadata={
+            "help": "Start: uniform numbers, a text, or tokens drawn from the vocabulary.",
+            "other": "SAMPLE_VOCAB",
+            "family": "gpt2",
+        },
+    )
+    prompt_tuning_init_text: str | list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The text of `TEXT`, repeated or cut to the number of prompts; or its token ids.",
+            "other": [5, 6, 7],
+            "family": "gpt2",
+            "with": {"prompt_tuning_init": "TEXT"},
+        },
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "The tokenizer that turns the text into ids.", "untried": "needs its files"}
+    )
+
+    prefix_projection: bool = field(
+        default=False,
+        metadata={"help": "Make the prompts from embeddings by a trained MLP of two layers.", "other": True},
+    )
+    encoder_hidden_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Hidden units of that MLP; nothing means the width of the backbone.",
+            "other": 8,
+            "with": {"prefix_projection": True},
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.tokenizer_name_or_path is not None and self.peft_type is not None:
+            raise ConfigError("An adapter file must not name a tokenizer; remove tokenizer_name_or_path from it.")
+        super().__post_init__()
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As for all methods; a file that does not say its type is still known for a file."""
+        return {"peft_type": cls.peft_method_type, **super().from_json_file(path_json_file, **kwargs)}
+
+    def check(self) -> None:
+        super().check()
+        text, tokenizer = self.prompt_tuning_init_text, self.tokenizer_name_or_path
+        if self.num_virtual_tokens < 1:
+            raise ConfigError(f"num_virtual_tokens={self.num_virtual_tokens} must be at least 1.")
+        if (text is not None) != (self.prompt_tuning_init == "TEXT"):
+            raise ConfigError('prompt_tuning_init="TEXT" and prompt_tuning_init_text go together.')
+        if (tokenizer is not None) != isinstance(text, str):
+            raise ConfigError("tokenizer_name_or_path is for a prompt_tuning_init_text that is no list of token ids.")
+        if self.domain_components is not None and self.prompt_tuning_init != "RANDOM":
+            raise ConfigError(
+                f"domain_components={self.domain_components} and prompt_tuning_init={self.prompt_tuning_init!r} both "
+                "say where prompts start; leave one out."
+            )
+        self._check_projection()
+        if tokenizer is not None:
+            from transformers import AutoTokenizer
+
+            self.prompt_tuning_init_text = AutoTokenizer.from_pretrained(tokenizer)(text)["input_ids"]
+            self.tokenizer_name_or_path = None
+        if self.prompt_tuning_init_text is not None and not self.prompt_tuning_init_text:
+            raise ConfigError("prompt_tuning_init_text has no tokens.")
+
+    def _check_projection(self) -> None:
+        hidden = self.encoder_hidden_size
+        if hidden is not None and not self.prefix_projection:
+            raise ConfigError(f"encoder_hidden_size={hidden} has no effect without prefix_projection=True; give both.")
+        if hidden is not None and hidden < 1:
+            raise ConfigError(f"encoder_hidden_size={hidden} must be at least 1.")
+        for name, usual in (("prompt_tuning_init", "RANDOM"), ("domain_components", None)):
+            if self.prefix_projection and getattr(self, name) != usual:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} says where prompts start, and with prefix_projection=True an MLP "
+                    "makes them; leave one out."
+                )
+
+
+class SoftPromptLayer(StaticPrompts):
+    """A block before which prompts (tokens, width) are written.
+
+    With an MLP, the first such block holds the embeddings (tokens, width) and the MLP's first layer for all of them,
+    and each one its own part of the second.
+    """
+
+    adapter_layer_names = (
+        *("soft_prompt_tokens", "soft_prompt_in_weight", "soft_prompt_in_bias"),
+        *("soft_prompt_out_weight", "soft_prompt_out_bias"),
+    )
+
+    def initial_values(self, adapter: str, config: SoftPromptConfig) -> dict[str, Tensor]:
+        writing = config.writing(self.depths)
+        if self.depth not in writing:
+            return {}
+        if config.prefix_projection:
+            return self._projection(config, writing[0])
+        start = getattr(config, "starts", {}).get(self.depth)
+        if start is None:
+            start = torch.empty(config.num_virtual_tokens, self.width).uniform_(-0.5, 0.5)
+        return {"soft_prompt_tokens": start}
+
+    def _projection(self, config: SoftPromptConfig, first: int) -> dict[str, Tensor]:
+        """Embeddings and MLP, or what is this block's own of them, as torch starts such layers."""
+        width = self.widths[first]
+        hidden = config.encoder_hidden_size or width
+        shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+        values: dict[str, Tensor] = {}
+        if self.depth == first:
+            values["soft_prompt_tokens"] = torch.randn(config.num_virtual_tokens, width)
+            shapes = {"soft_prompt_in_weight": ((hidden, width), width), "soft_prompt_in_bias": ((hidden,), width)}
+        shapes["soft_prompt_out_weight"] = ((self.width, hidden), hidden)
+        shapes["soft_prompt_out_bias"] = ((self.width,), hidden)
+        for name, (shape, inputs) in shapes.items():
+            bound = 1 / math.sqrt(inputs)
+            values[name] = torch.empty(shape).uniform_(-bound, bound)
+        return values
+
+    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
+        prompts = super().stored(adapter, call, rows)
+        if adapter not in self.soft_prompt_out_weight:
+            return prompts
+        if prompts is not None:
+            call.shared[adapter] = (prompts, self.soft_prompt_in_weight[adapter], self.soft_prompt_in_bias[adapter])
+        # each block computes it anew, for one that is recomputed in the backward pass must not look at another's
+        hidden = nn.functional.linear(*call.shared[adapter]).tanh()
+        return nn.functional.linear(hidden, self.soft_prompt_out_weight[adapter], self.soft_prompt_out_bias[adapter])
+
+
+class SoftPromptTuner(StaticTuner):
+    """Starts prompts at the hidden states that the backbone itself makes of a text, before the block they are for."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter in, and forget its start values."""
+        config: Any = self.peft_config[adapter_name]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            config.__dict__.pop("starts", None)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        fresh = peft_config.fingerprints is None and not peft_config.inference_mode
+        prepared = super()._prepare_adapter_config(peft_config, model_config)
+        if fresh and peft_config.prompt_tuning_init != "RANDOM":
+            prepared.starts = self._states(prepared)
+        return prepared
+
+    def _states(self, config: SoftPromptConfig) -> dict[int, Tensor]:
+        path, blocks = chosen_stack(self.model, config.stack)
+        stack: Any = self.model.get_submodule(path)
+        vocabulary = getattr(stack.config, "vocab_size", None)
+        if vocabulary is None or stack.main_input_name != "input_ids":
+            raise ConfigError(
+                f'{type(stack).__name__} has no vocabulary; take prompt_tuning_init="RANDOM", '
+                f'not "{config.prompt_tuning_init}".'
+            )
+        ids = torch.randint(0, vocabulary, (config.num_virtual_tokens,))
+        if isinstance(config.prompt_tuning_init_text, list):
+            given = torch.tensor(config.prompt_tuning_init_text)
+            if int(given.min()) < 0 or int(given.max()) >= vocabulary:
+                raise ConfigError(f"prompt_tuning_init_text has token ids outside of the vocabulary of {vocabulary}.")
+            ids = given.repeat(math.ceil(len(ids) / len(given)))[: len(ids)]
+        return states_before(self.model, stack, blocks, ids)
+
+
+register(METHOD, SoftPromptConfig, SoftPromptLayer, SoftPromptTuner)

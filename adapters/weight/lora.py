@@ -1,0 +1,107 @@
+"""LoRA, as peft has it: this file only describes it, so that it stands beside the other methods.
+
+`LoraRows` is what peft lacks: rows of one batch with different adapters, without a loop over the adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from peft_lab.errors import ConfigError
+from peft_lab.registry import MethodInfo
+from peft_lab.tuners.operations import conv2d_rows, embed_scale, operation
+
+METHOD = MethodInfo(
+    name="lora",
+    title="LoRA",
+    paper="2106.09685",
+    place="weight",
+    config="LoraConfig",
+    roles=("attn.q", "attn.v"),
+    capabilities=("linear", "conv1d", "conv2d", "embedding", "merge", "mixed_batch", "identity_start"),
+    learning_rate=1e-3,
+    budget=(1.0, 1.12),
+)
+
+#: Settings of peft's LoRA that change more than y = W x + scaling * B A x.
+_VARIANTS = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config", "velora_config"),
+    *("monteclora_config", "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config"),
+)
+#: Starts that leave the base weight as it is; the others put a part of it into the adapter.
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+class LoraRows:
+    """y = W x + B A x with its own A and B for each row. The scaling is taken into B.
+
+    Raises:
+        ConfigError: a convolution with groups, or a module that is no Linear, Conv1D, Conv2d or Embedding.
+    """
+
+    row_fields = MappingProxyType({"A": 0.0, "B": 0.0})
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        self.base_layer: Any = base_layer
+        self.name, self.op = name, operation(base_layer, name)
+        if not METHOD.can(self.op.op_type) or getattr(base_layer, "groups", 1) != 1:
+            raise ConfigError(f'LoRA on "{name}" cannot differ by row: it is a norm or a convolution with groups.')
+        embedding = self.op.op_type == "embedding"
+        self._files = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+
+    def row_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """As `peft_lab.tuners.mixed_batch.RowLayer`."""
+        for setting in _VARIANTS:
+            if getattr(config, setting, None):
+                raise ConfigError(f"A LoRA adapter with {setting} cannot differ by row; load it with PeftModel.")
+        if config.init_lora_weights not in _STARTS or config.bias != "none":
+            setting = "bias" if config.bias != "none" else "init_lora_weights"
+            raise ConfigError(
+                f"A LoRA adapter with {setting}={getattr(config, setting)!r} changes the base weights or biases, "
+                "which all rows share; load it with PeftModel."
+            )
+        rank, shape = self._rank(config), self.op.matrix(self.base_layer.weight).shape
+        down, up = self._files
+        if self.op.op_type == "embedding":
+            return {down: (rank, shape[0]), up: (shape[1], rank)}
+        if self.op.op_type == "conv2d":
+            return {down: (rank, *self.base_layer.weight.shape[1:]), up: (shape[0], rank, 1, 1)}
+        return {down: (rank, shape[1]), up: (shape[0], rank)}
+
+    def row_values(self, values: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """As `peft_lab.tuners.mixed_batch.RowLayer`."""
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, self.name), config.lora_alpha)
+        rank = self._rank(config)
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        down, up = (values[name] for name in self._files)
+        # Scaled in float32, so that a power of two stays exact and anything else rounds once.
+        return {"A": down, "B": (up.float() * scaling).to(up.dtype).flatten(1)}
+
+    def rows_output(
+        self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As `peft_lab.tuners.mixed_batch.RowLayer`."""
+        base, kind, down, up = self.base_layer, self.op.op_type, values["A"], values["B"]
+        out = base(x, *args, **kwargs) if out is None else out
+        if kind == "conv2d":
+            hidden = conv2d_rows(base, x.to(down.dtype), down)
+            return out + (up @ hidden.flatten(2)).reshape(out.shape).to(out.dtype)
+        if kind == "embedding":
+            tokens = x.reshape(x.shape[0], 1, -1).expand(-1, down.shape[1], -1)
+            hidden = torch.gather(down, 2, tokens).transpose(1, 2) * embed_scale(base)
+        else:
+            hidden = x.reshape(x.shape[0], -1, x.shape[-1]).to(down.dtype) @ down.transpose(1, 2)
+        return out + (hidden @ up.transpose(1, 2)).reshape(out.shape).to(out.dtype)
+
+    def _rank(self, config: Any) -> int:
+        return config.rank_pattern.get(get_pattern_key(config.rank_pattern, self.name), config.r)
+
+
+ROWS = LoraRows

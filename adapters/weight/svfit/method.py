@@ -1,0 +1,251 @@
+"""SVFit (Sun et al. 2024, arXiv:2409.05926): train only singular values of the pretrained weights.
+
+With the singular value decomposition W = U diag(sigma) Vh of a frozen weight, SVFit trains the leading r singular
+values and nothing else. Here in additive form, y = W x + U_r diag(delta) Vh_r x with delta = 0 at the start, so that
+the model begins bit-exactly as the base and weight decay pulls towards the pretrained values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from peft_lab.adapters.weight.svfit import svd
+from peft_lab.adapters.weight.svfit.kernels import spectral_conv2d, spectral_linear
+from peft_lab.errors import ConfigError
+from peft_lab.registry import MethodInfo
+from peft_lab.tuners.config import AdapterConfig
+from peft_lab.tuners.layer import WeightLayer
+from peft_lab.tuners.mixed_batch import Rows
+from peft_lab.tuners.operations import conv2d_rows, embed_scale
+from peft_lab.tuners.registration import register
+
+METHOD = MethodInfo(
+    name="svfit",
+    title="SVFit",
+    paper="2409.05926",
+    place="weight",
+    config="SVFitConfig",
+    roles=("attn.q", "attn.v"),
+    capabilities=(
+        "linear",
+        "conv1d",
+        "conv2d",
+        "embedding",
+        "merge",
+        "lora_export",
+        "mixed_batch",
+        "identity_start",
+        "dtype_bound",
+    ),
+    learning_rate=2e-2,
+    budget=(1.22, 1.25),
+)
+
+
+@dataclass
+class SVFitConfig(AdapterConfig):
+    """Configuration of SVFit. Trainable parameters: the sum of the ranks of the adapted modules.
+
+    Raises:
+        ConfigError: a rank that is no positive integer, "full" or "energy:<share>".
+    """
+
+    rank: int | str = field(
+        default="full",
+        metadata={
+            "help": 'Singular values trained per module: an int, "full", or "energy:0.99" of the squared sum.',
+            "other": 3,
+        },
+    )
+    parametrization: Literal["additive", "relative"] = field(
+        default="additive",
+        metadata={"help": "Train delta (additive), or s with delta = sigma * s (relative).", "other": "relative"},
+    )
+    save_bases: bool = field(
+        default=False,
+        metadata={
+            "help": "Store the singular bases in the adapter file instead of rebuilding them from the base.",
+            "other": True,
+        },
+    )
+
+    def check(self) -> None:
+        svd.parse_rank(self.rank)
+
+
+class SVFitLayer(WeightLayer):
+    """A frozen weight with trainable singular values.
+
+    `svfit_delta[adapter]` is float32 (r,). The bases u (out, r), s (r,), vh (r, in) are float32 and frozen; adapters
+    on the same weight share them, and only with `save_bases` they are part of the state dict.
+    """
+
+    adapter_layer_names = ("svfit_delta",)
+    other_param_names = ("svfit_u", "svfit_s", "svfit_vh")
+    row_fields = MappingProxyType({"svfit_delta": 0.0})
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        for part in self.other_param_names:
+            setattr(self, part, BufferDict({}, persistent=True))
+        self._shared: svd.Bases | None = None
+
+    def initial_values(self, adapter: str, config: SVFitConfig) -> dict[str, Tensor]:
+        bases = self._bases_of_weight(config.rank)
+        if config.save_bases:
+            self.svfit_u[adapter], self.svfit_s[adapter], self.svfit_vh[adapter] = bases.u, bases.s, bases.vh
+        elif self._shared is None or bases.rank > self._shared.rank:
+            self._shared = bases
+        close = svd.degenerate(bases.s)
+        if close:
+            warnings.warn(
+                f"{close} of {bases.rank} singular values are equal to their neighbour, so their directions are not "
+                "determined by the weight; save the adapter with save_bases=True to be able to load it elsewhere.",
+                stacklevel=2,
+            )
+        return {"svfit_delta": torch.zeros(bases.rank)}
+
+    def bases(self, adapter: str) -> svd.Bases:
+        """The frozen factors that an adapter's values stand between."""
+        if adapter in self.svfit_u:
+            return svd.Bases(self.svfit_u[adapter], self.svfit_s[adapter], self.svfit_vh[adapter])
+        assert self._shared is not None
+        return self._shared.head(self.svfit_delta[adapter].numel())
+
+    def delta(self, adapter: str) -> Tensor:
+        """The change of the singular values (r,)."""
+        value = self.svfit_delta[adapter]
+        relative = self.configs[adapter].parametrization == "relative"
+        return value * self.bases(adapter).s.to(value.dtype) if relative else value
+
+    def delta_weight(self, adapter: str) -> Tensor:
+        bases, delta = self.bases(adapter), self.delta(adapter)
+        return (bases.u.to(delta.dtype) * delta) @ bases.vh.to(delta.dtype)
+
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        bases, delta = self.bases(adapter), self.delta(adapter).detach()
+        return bases.u.to(delta.dtype) * delta, bases.vh.to(delta.dtype)
+
+    def delta_output(self, adapter: str, x: Tensor) -> Tensor:
+        return self._project(x, self.bases(adapter), self.delta(adapter))
+
+    def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        base, kind = self.base_layer, self.op.op_type
+        plain_conv = kind == "conv2d" and base.groups == 1
+        if len(adapters) > 1 or not (plain_conv or kind in ("linear", "conv1d")):
+            return super().adapted(x, adapters, *args, **kwargs)
+        bases, delta = self.bases(adapters[0]), self.delta(adapters[0])
+        if plain_conv:
+            return spectral_conv2d(x, base, bases.u, delta, bases.vh)
+        return spectral_linear(x, self.op.matrix(base.weight), base.bias, bases.u, delta, bases.vh)
+
+    def mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        per_row = self._per_row(x, rows)
+        if per_row is None:
+            return super().mixed(x, rows, *args, **kwargs)
+        return self.rows_output(x, {"svfit_delta": per_row}, None, *args, **kwargs)
+
+    def row_shapes(self, config: SVFitConfig) -> dict[str, tuple[int, ...]]:
+        if config.save_bases:
+            raise ConfigError(
+                "An SVFit adapter saved with save_bases=True has bases of its own and shares none with other rows; "
+                "load it with PeftModel."
+            )
+        return super().row_shapes(config)
+
+    def row_values(self, values: Mapping[str, Tensor], config: SVFitConfig) -> dict[str, Tensor]:
+        assert self._shared is not None
+        value = values["svfit_delta"]
+        relative = config.parametrization == "relative"
+        return {"svfit_delta": value * self._shared.head(value.numel()).s.to(value) if relative else value}
+
+    def rows_output(
+        self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        assert self._shared is not None
+        delta, base = values["svfit_delta"], self.base_layer
+        bases, weight = self._shared.head(delta.shape[1]), base.weight
+        linear = self.op.op_type in ("linear", "conv1d")
+        if out is None and linear and bases.rank == min(weight.shape) and x.dtype == weight.dtype == torch.float32:
+            # The bases span the whole weight, so its own product is not needed beside theirs.
+            out = self._project(x, bases, delta + bases.s)
+            return out if base.bias is None else out + base.bias
+        return super().rows_output(x, values, out, *args, **kwargs)
+
+    def rows_delta(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        assert self._shared is not None
+        delta = values["svfit_delta"]
+        return self._project(x, self._shared.head(delta.shape[1]), delta)
+
+    def _per_row(self, x: Tensor, rows: Rows) -> Tensor | None:
+        """Each row's change of the singular values (batch, r), zero without an adapter; None if bases differ."""
+        present = [name for name in rows.names if name in self.configs]
+        if not present or any(name in self.svfit_u for name in present):
+            return None
+        deltas = {name: self.delta(name) for name in present}
+        rank = max(delta.numel() for delta in deltas.values())
+        zero = self.svfit_delta[present[0]].new_zeros(rank)
+        padded = [deltas.get(name, zero) for name in rows.names]
+        padded = [F.pad(d, (0, rank - d.numel())) if d.numel() < rank else d for d in padded]
+        return torch.stack(padded)[rows.index(x.shape[0], x.device)]
+
+    def _project(self, x: Tensor, bases: svd.Bases, delta: Tensor) -> Tensor:
+        """U diag(delta) Vh x for this kind of op; `delta` is (r,) or one row per row of x, (batch, r)."""
+        base, kind = self.base_layer, self.op.op_type
+        u, vh = bases.u.to(delta.dtype), bases.vh.to(delta.dtype)
+        if kind == "conv2d" and base.groups > 1:
+            return self._grouped(x, u, vh, delta)
+        spread = delta.reshape(delta.shape[0], *(1,) * (x.dim() - 2), -1) if delta.dim() == 2 and x.dim() > 1 else delta
+        if kind == "embedding":
+            if delta.dim() == 2:
+                spread = delta.reshape(delta.shape[0], *(1,) * (x.dim() - 1), -1)
+            return (F.embedding(x, u) * spread) @ vh * embed_scale(base)
+        x = x.to(delta.dtype)
+        if kind == "conv2d":
+            hidden = base._conv_forward(x, vh.reshape(-1, *base.weight.shape[1:]), None)
+            per_channel = delta.reshape(-1, delta.shape[-1], 1, 1)
+            return F.conv2d(hidden * per_channel, u[:, :, None, None])
+        return F.linear(F.linear(x, vh) * spread, u)
+
+    def _grouped(self, x: Tensor, u: Tensor, vh: Tensor, delta: Tensor) -> Tensor:
+        """Grouped convolutions mix no channels across groups, so the delta is applied as a weight."""
+        base = self.base_layer
+        x = x.to(delta.dtype)
+        if delta.dim() == 1:
+            return base._conv_forward(x, ((u * delta) @ vh).reshape(base.weight.shape), None)
+        weight = ((u * delta[:, None, :]) @ vh).reshape(-1, *base.weight.shape)
+        return conv2d_rows(base, x, weight)
+
+    def _bases_of_weight(self, rank: int | str) -> svd.Bases:
+        weight = self._unmerged[0] if self._unmerged else self.base_layer.weight
+        if weight.is_meta:
+            raise RuntimeError("SVFit needs the base weights to build its bases; load the backbone before the adapter.")
+        wanted = svd.parse_rank(rank)
+        side = min(self.op.matrix(weight).shape)
+        if self._shared is not None and not isinstance(wanted, float) and (wanted or side) <= self._shared.rank:
+            return self._shared.head(min(wanted or side, side))
+        return svd.bases(self.op.matrix(weight), rank, key=self.fingerprint()["sha256"])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SVFitLayer:
+        super()._apply(fn, recurse)
+        if self._shared is not None:
+            # Plain tensors, not buffers: DistributedDataParallel would broadcast them at every step.
+            self._shared = self._shared.to(fn(torch.empty(0, device=self._shared.s.device)).device)
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if self._shared is not None:
+            self._shared = self._shared.to(device if device is not None else self.base_layer.weight.device)
+
+
+register(METHOD, SVFitConfig, SVFitLayer)

@@ -1,0 +1,190 @@
+"""Singular bases of frozen weights: exact or converged randomized SVD, rank by energy, a cache on disk.
+
+Used by every method that works in the singular bases of a weight. The factors are always float32, since LAPACK has
+neither bfloat16 nor float16, and signs are made canonical (the largest entry of each right vector is positive).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peft_lab.errors import ConfigError
+from peft_lab.utils.cache import cache_dir
+
+logger = logging.getLogger("peft_lab")
+
+#: Matrices whose smaller side is at most this are decomposed exactly; so are larger ones if the rank is no small part.
+EXACT_SIDE = 2048
+_RANDOMIZED_SHARE = 0.25
+_OVERSAMPLING = 16
+_MAX_ITERATIONS = 60
+#: Relative change of singular values and subspace below which the randomized iteration has converged.
+_CONVERGED = 1e-5
+#: Two singular values closer than this, relative to the largest, leave their vectors undetermined.
+_DEGENERATE_GAP = 1e-6
+#: Below this many entries an SVD is faster than reading a file.
+_CACHE_MIN_ENTRIES = 128 * 128
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Truncated singular value decomposition `u @ diag(s) @ vh`, float32.
+
+    Attributes:
+        u: left vectors (out, r).
+        s: singular values (r,), descending.
+        vh: right vectors (r, in).
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.s.numel()
+
+    def head(self, rank: int) -> Bases:
+        """The leading `rank` triplets, as views."""
+        return self if rank == self.rank else Bases(self.u[:, :rank], self.s[:rank], self.vh[:rank])
+
+    def to(self, device: torch.device) -> Bases:
+        return Bases(self.u.to(device), self.s.to(device), self.vh.to(device))
+
+
+def parse_rank(rank: int | str) -> int | float | None:
+    """Read a rank specification: a positive int, "full" (None) or "energy:0.99" (the share of the sum of sigma²).
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1:
+        return rank
+    if rank == "full":
+        return None
+    match = re.fullmatch(r"energy:(0?\.\d+|1\.0*|1)", rank) if isinstance(rank, str) else None
+    if match and 0 < float(match[1]) <= 1:
+        return float(match[1])
+    raise ConfigError(f'rank={rank!r} must be a positive integer, "full", or "energy:0.99" with a share in (0, 1].')
+
+
+def bases(matrix: Tensor, rank: int | str, key: str | None = None) -> Bases:
+    """Leading singular triplets of a matrix (out, in) of any float dtype, on the matrix's device.
+
+    Args:
+        matrix: the frozen weight as (out, in).
+        rank: see `parse_rank`; an int is capped at min(out, in).
+        key: hash of the weight; with it the result is kept on disk and found again by the next load.
+    """
+    wanted = parse_rank(rank)
+    path = _cache_path(matrix, rank, key)
+    found = _read(path, matrix) if path else None
+    if found is None:
+        found = _decompose(matrix.detach().float(), wanted)
+        if path:
+            _write(path, found)
+    return found
+
+
+def degenerate(s: Tensor) -> int:
+    """How many neighbouring pairs of singular values (r,) are too close for their vectors to be determined."""
+    if s.numel() < 2:
+        return 0
+    return int(((s[:-1] - s[1:]).abs() <= _DEGENERATE_GAP * s[0].clamp_min(1e-30)).sum())
+
+
+def _decompose(matrix: Tensor, wanted: int | float | None) -> Bases:
+    side = min(matrix.shape)
+    rank = side if wanted is None or isinstance(wanted, float) else min(wanted, side)
+    if side > EXACT_SIDE and rank < _RANDOMIZED_SHARE * side:
+        found = _randomized(matrix, rank)
+        if found is not None:
+            return found
+        logger.info("The randomized SVD of a %s matrix did not converge; taking the exact one.", tuple(matrix.shape))
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    if isinstance(wanted, float):
+        rank = energy_rank(s, wanted)
+    return _canonical(u[:, :rank], s[:rank], vh[:rank])
+
+
+def energy_rank(s: Tensor, share: float) -> int:
+    """Smallest rank whose leading singular values (r,) hold `share` of the sum of squares."""
+    energy = s.double().square().cumsum(0)
+    if energy[-1] == 0:
+        return 1
+    reached = (energy >= share * energy[-1] * (1 - 1e-12)).nonzero()
+    return int(reached[0, 0]) + 1
+
+
+def _canonical(u: Tensor, s: Tensor, vh: Tensor) -> Bases:
+    largest = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+    sign = torch.where(largest < 0, -1.0, 1.0).to(vh)
+    return Bases((u * sign).contiguous(), s.contiguous(), (vh * sign[:, None]).contiguous())
+
+
+def _randomized(matrix: Tensor, rank: int) -> Bases | None:
+    """Subspace iteration from a fixed random start until values and vectors stand still; None if they do not."""
+    width = min(rank + _OVERSAMPLING, min(matrix.shape))
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
+    q, _ = torch.linalg.qr(matrix @ start)
+    before: Bases | None = None
+    for _ in range(_MAX_ITERATIONS):
+        v, _ = torch.linalg.qr(matrix.T @ q)
+        q, _ = torch.linalg.qr(matrix @ v)
+        small_u, s, vh = torch.linalg.svd(q.T @ matrix, full_matrices=False)
+        now = _canonical(q @ small_u[:, :rank], s[:rank], vh[:rank])
+        if before is not None:
+            moved = 1 - (before.vh * now.vh).sum(1).abs().min()
+            stretched = ((before.s - now.s).abs() / now.s[0]).max()
+            if moved < _CONVERGED**2 * 100 and stretched < _CONVERGED:
+                return now
+        before = now
+    return None
+
+
+def _cache_path(matrix: Tensor, rank: int | str, key: str | None) -> Path | None:
+    if key is None or matrix.numel() < _CACHE_MIN_ENTRIES:
+        return None
+    shape = "x".join(map(str, matrix.shape))
+    dtype = str(matrix.dtype).removeprefix("torch.")
+    return cache_dir("bases") / f"v{_CACHE_VERSION}-{key}-{dtype}-{shape}-{str(rank).replace(':', '-')}.safetensors"
+
+
+def _read(path: Path, matrix: Tensor) -> Bases | None:
+    if not path.is_file():
+        return None
+    try:
+        state = load_file(path)
+        found = Bases(state["u"], state["s"], state["vh"])
+    except (SafetensorError, KeyError, OSError) as error:
+        logger.warning("Leaving out the unreadable cache file %s (%s); computing its bases again.", path.name, error)
+        return None
+    shapes = (found.u.shape[0], found.vh.shape[1], found.u.shape[1], found.vh.shape[0])
+    if shapes != (*matrix.shape, found.rank, found.rank):
+        logger.warning("Leaving out the cache file %s of another shape; computing its bases again.", path.name)
+        return None
+    return found.to(matrix.device)
+
+
+def _write(path: Path, found: Bases) -> None:
+    state = {"u": found.u, "s": found.s, "vh": found.vh}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        os.close(handle)
+        save_file({k: v.cpu().contiguous() for k, v in state.items()}, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("The bases could not be kept in the cache %s: %s.", path.parent, error)

@@ -1,0 +1,29 @@
+"""Names of the files in an adapter's folder, and how they are written. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
+#: Fingerprint of the base weights of an adapter of peft's own tuners; ours hold it in their config.
+BASE_RECORD = "base_fingerprint.json"
+
+#: peft's value of `target_modules` for an adapter without adapted modules (`peft.utils.constants`).
+_NO_TARGETS = "dummy-target-modules"
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step: a reader sees all of it or none."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def is_head_alone(config: Mapping[str, Any]) -> bool:
+    """Test whether the values of an adapter_config.json are those of a task head saved alone."""
+    return config.get("target_modules") == _NO_TARGETS

@@ -1,0 +1,138 @@
+"""The commands of `peft-lab` that make many runs: `compare` and `recommend`. Nothing here imports torch by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from peft_lab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft_lab.comparison import Comparison, Study
+
+Task = Annotated[str | None, typer.Option("--task", help="A task, if there is no study file.")]
+Model = Annotated[str | None, typer.Option("--model_name_or_path", help="The backbone, if there is no study file.")]
+Folder = Annotated[Path | None, typer.Option("--output_dir", help="Its folder; comparisons/NAME if left out.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Runs at once; one per GPU, else one per two cores.")]
+Where = Annotated[str, typer.Option(help="local, or ray (needs the package ray).")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to use, such as auto; left out, one is started here.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(compare)
+    app.command()(recommend)
+    app.command()(report)
+
+
+def compare(
+    study: Annotated[Path | None, typer.Argument(help="A study YAML; see `peft_lab/compare/study.py`.")] = None,
+    task: Task = None,
+    model_name_or_path: Model = None,
+    output_dir: Folder = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max_steps", min=1, help="Training steps of each run, without a study file.")
+    ] = None,
+    workers: Workers = None,
+    backend: Where = "local",
+    address: Address = None,
+    retry_failed: Annotated[bool, typer.Option("--retry_failed", help="Make the runs that failed again.")] = False,
+) -> None:
+    """Compare methods: a study YAML, or six methods on --task with --model_name_or_path. Repeat it to go on."""
+    from peft_lab.comparison import compare as run_comparison
+
+    done = run_comparison(
+        _study(study, task, model_name_or_path, max_steps),
+        output_dir,
+        workers=workers,
+        backend=backend,
+        address=address,
+        retry_failed=retry_failed,
+    )
+    summarise(done)
+    if done.failed:
+        raise typer.Exit(1)
+
+
+def recommend(
+    task: Annotated[str, typer.Option("--task", help="The task.")],
+    model_name_or_path: Annotated[str, typer.Option("--model_name_or_path", help="The backbone.")],
+    minutes: Annotated[float, typer.Option(min=0, help="Time for everything.")] = 10.0,
+    output: Annotated[Path, typer.Option(help="The run YAML to write.")] = Path("run.yaml"),
+    output_dir: Folder = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max_steps", min=1, help="Training steps of each run, if the time suffices.")
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Compare methods on your task within a time; ends in a run YAML for `peft-lab train`."""
+    from peft_lab.comparison.study.schema import default_study
+
+    default_study(task, model_name_or_path, max_steps)  # what is wrong is said before anything heavy is imported
+    from peft_lab.comparison.run.recommend import recommend as run_recommendation
+
+    found = run_recommendation(
+        task, model_name_or_path, minutes, output, output_dir=output_dir, max_steps=max_steps, workers=workers
+    )
+    summarise(found.comparison)
+    console = Console(highlight=False, soft_wrap=True)
+    for sentence in (*found.reasons, *found.dropped):
+        console.print(escape(sentence))
+    console.print(f"[bold]{escape(found.arm)}[/], learning rate {found.learning_rate:g}: peft-lab train {found.file}")
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="The output_dir of a comparison.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for a copy to share: no runs, no paths of yours.")] = None,
+) -> None:
+    """Write the report of a comparison again, or a copy of it to share."""
+    from peft_lab.comparison.report.report import write_report
+
+    Console(highlight=False, soft_wrap=True).print(f"Report: {escape(str(write_report(folder, out)))}")
+
+
+def _study(file: Path | None, task: str | None, backbone: str | None, max_steps: int | None) -> Study:
+    from peft_lab.comparison import default_study, load_study
+
+    if file is not None:
+        given = {"--task": task, "--model_name_or_path": backbone, "--max_steps": max_steps}
+        extra = next((name for name, value in given.items() if value is not None), None)
+        if extra is not None:
+            raise ConfigError(f'{extra} does not go with a study file; write it into "{file}".')
+        return load_study(file)
+    if task is None or backbone is None:
+        raise ConfigError("Name a study file, or both --task and --model_name_or_path.")
+    return default_study(task, backbone, max_steps)
+
+
+def summarise(done: Comparison) -> None:
+    """Say where the results are, and which runs failed."""
+    console = Console(highlight=False, soft_wrap=True)
+    for record in done.failed:
+        console.print(
+            f"[red]failed[/] {escape(f'{record.arm}, {record.task}, seed {record.seed}: {record.error}')} "
+            f"({escape(str(done.folder / record.folder))})"
+        )
+    if done.failed:
+        console.print("`--retry_failed` makes them again.")
+    console.print(f"{len(done.records)} runs, {len(done.failed)} failed: {escape(str(done.folder))}")
+    if done.report is not None:
+        console.print(f"Report: {escape(str(done.report))}")
+
+
+def show_study(values: dict[str, Any], file: str) -> str:
+    """The line of `peft-lab validate` for a study file."""
+    from peft_lab.comparison.run.plan import count_beyond, count_runs
+    from peft_lab.comparison.study.schema import from_mapping
+
+    study = from_mapping(values, f'"{file}"', Path(file).expanduser().absolute().parent)
+    beyond = count_beyond(study)
+    return (
+        f'study "{study.name}": {len(study.arms)} arms, {len(study.cells)} tasks on backbones, '
+        f"{len(study.seeds)} seeds, {count_runs(study)} runs"
+        + (f", at most {beyond} more where the best learning rate is the lowest or highest" if beyond else "")
+    )

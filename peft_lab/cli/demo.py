@@ -1,0 +1,170 @@
+"""The demo: three methods on a text and an image task, with backbones and data that come from PyPI alone.
+
+Each run is a process of its own, forked from a server that has imported everything once, so that one run's peak memory
+says nothing about the run before it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from peft_lab import registry
+from peft_lab.errors import PeftLabError, check_keys
+from peft_lab.utils.processes import forkserver, quiet
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task of the demo is trained. Learning rates were chosen on validation rows, at least three for each method:
+    on snips mostly with seed 0 and 64 steps, which were then cut to fit three minutes, on sign-digits with two or three
+    seeds and the steps that stand here.
+
+    Attributes:
+        model: short name of the backbone.
+        batch: rows of a training step.
+        max_steps: training steps, with linear warm-up over a tenth of them and linear decay.
+        learning_rates: method -> learning rate; the demo trains these methods in this order.
+        head_learning_rate: learning rate of the task head under every method; None for the method's own.
+    """
+
+    model: str
+    batch: int
+    max_steps: int
+    learning_rates: dict[str, float]
+    head_learning_rate: float | None = None
+
+
+RECIPES: dict[str, Recipe] = {
+    "snips": Recipe("minilm", 32, 40, {"lora": 1e-2, "svfit": 1e-1, "ssf": 1e-2}),
+    "sign-digits": Recipe("efficientnet-lite0", 16, 56, {"lora": 2.5e-3, "svfit": 7e-2, "ssf": 1.5e-3}, 3e-3),
+}
+
+
+def demo(
+    output_dir: Path,
+    seeds: int = 1,
+    tasks: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    max_steps: int | None = None,
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Train, print one table per task, and return metrics.json of every run by task and method.
+
+    Args:
+        output_dir: the adapters go to `output_dir/TASK/METHOD-SEED`; earlier demo runs there are replaced.
+        seeds: runs of each method; with more than one the tables show mean and standard deviation.
+        tasks, methods: only these of the demo.
+        max_steps: fewer training steps than the recipe's.
+
+    Raises:
+        ConfigError: a task or method that the demo does not have, or a package that it needs is missing.
+    """
+    chosen = list(tasks or RECIPES)
+    check_keys(chosen, RECIPES, "the tasks of the demo")
+    known = list(dict.fromkeys(method for task in chosen for method in RECIPES[task].learning_rates))
+    picked = list(methods or known)
+    check_keys(picked, known, "the methods of the demo")
+    console, start = Console(highlight=False), time.perf_counter()
+    context = forkserver("peft_lab.training.run")
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for task in chosen:
+        results[task] = {method: [] for method in picked}
+        for method in picked:
+            for seed in range(seeds):
+                folder = output_dir / task / f"{method}-{seed}"
+                console.print(
+                    f"[bold]{task}[/] on {RECIPES[task].model}: [bold]{registry.method(method).title}[/], seed {seed}"
+                )
+                results[task][method].append(_in_process(context, _options(task, method, seed, folder, max_steps)))
+    for task, runs in results.items():
+        console.print(table(task, runs))
+        best = max(runs, key=lambda method: runs[method][0]["metrics"]["test"]["accuracy"])
+        others = ", ".join(f"{method}-0" for method in runs if method != best)
+        alike = f" ({others} load the same way)" if others else ""
+        console.print(f"To load the {registry.method(best).title} adapter{alike}:")
+        console.print(_lines(output_dir / task / f"{best}-0"), markup=False, soft_wrap=True)
+    console.print(f"{sum(map(len, results.values())) * seeds} runs in {time.perf_counter() - start:.0f} s.")
+    return results
+
+
+def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> Table:
+    """One task's results, a line per method; means with standard deviations if there are several seeds."""
+    first = next(iter(runs.values()))[0]
+    title = (
+        f"{task}: {first['run']['model_name_or_path']}, {first['data']['rows']['test']} test rows, {first['device']}"
+    )
+    found = Table(title=title, title_justify="left")
+    found.add_column("method")
+    for name in ("trainable parameters", "adapter file KB", "accuracy", "seconds", "peak memory MB"):
+        found.add_column(name, justify="right")
+    for method, metrics in runs.items():
+        found.add_row(
+            registry.method(method).title,
+            f"{metrics[0]['parameters']['trainable']:,}",
+            _spread([m["adapter_bytes"] / 1024 for m in metrics], 0),
+            _spread([m["metrics"]["test"]["accuracy"] for m in metrics], 3),
+            _spread([m["train_seconds"] for m in metrics], 1),
+            _spread([m["peak_memory_bytes"] / 2**20 for m in metrics], 0),
+        )
+    return found
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
+
+
+def _options(task: str, method: str, seed: int, folder: Path, max_steps: int | None) -> dict[str, Any]:
+    recipe = RECIPES[task]
+    steps = min(max_steps or recipe.max_steps, recipe.max_steps)
+    return {
+        "task": task,
+        "model_name_or_path": recipe.model,
+        "method": method,
+        "output_dir": str(folder),
+        "learning_rate": recipe.learning_rates[method],
+        "head_learning_rate": recipe.head_learning_rate,
+        "max_steps": steps,
+        "warmup_steps": max(1, steps // 10),
+        "per_device_train_batch_size": recipe.batch,
+        "per_device_eval_batch_size": 64,
+        "seed": seed,
+        "do_eval": False,
+        "save_strategy": "no",
+        "overwrite_output_dir": True,
+    }
+
+
+def _in_process(context: Any, options: dict[str, Any]) -> dict[str, Any]:
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        try:
+            return pool.submit(_train, options).result()
+        except BrokenProcessPool as error:
+            run = f"{options['method']} on {options['task']}"
+            raise PeftLabError(f"The run of {run} was ended from outside, perhaps for want of memory.") from error
+
+
+def _train(options: dict[str, Any]) -> dict[str, Any]:
+    """One run, in its own process; what loading the well-known backbones has to say is left out."""
+    from peft_lab.training.run import train
+
+    quiet()
+
+    return train(options).metrics
+
+
+def _lines(folder: Path) -> str:
+    """The lines of the saved adapter's own card that load it, with the path from here."""
+    from peft_lab.runs.run_folder import CARD
+
+    lines = (folder / CARD).read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    return lines.replace(f'"{folder.name}"', f'"{folder}"')

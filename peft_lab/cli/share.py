@@ -1,0 +1,76 @@
+"""The commands that give adapters to others: `push` and `to-lora`. Nothing here imports torch before the checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Folder = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="Folder that `peft-lab train` wrote.", show_default=False)
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the `peft-lab` command."""
+    app.command()(push)
+    app.command("to-lora")(to_lora)
+
+
+def push(
+    adapter: Folder,
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it; private by default.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; main by default.")] = None,
+    token: Annotated[str | None, typer.Option(help="Token; by default the one of `hf auth login`.")] = None,
+    commit_message: Annotated[str | None, typer.Option("--commit_message", help="Title of the commit.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base_model", help="Hub id of the base, if the adapter names a local folder.")
+    ] = None,
+    comparison: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison that the run is of, if it lies elsewhere.")
+    ] = None,
+) -> None:
+    """Push an adapter to the Hub with a filled card: private, without checkpoints and without local paths."""
+    if comparison is not None:
+        from peft_lab.comparison.report.run_standing import write_standing_in
+
+        write_standing_in(adapter, comparison)
+    from peft_lab import push as run_push
+
+    done = run_push(
+        adapter,
+        repo_id,
+        not public,
+        revision=revision,
+        token=token,
+        commit_message=commit_message,
+        base_model=base_model,
+    )
+    typer.echo(f"Pushed to {done.commit_url}")
+
+
+def to_lora(
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter, or a Hub id.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder for the LoRA adapter.", show_default=False)],
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Largest rank; by default what an exact conversion needs.")
+    ] = None,
+    model_name_or_path: Annotated[
+        str | None, typer.Option("--model_name_or_path", help="Load this base instead of the one the adapter names.")
+    ] = None,
+) -> None:
+    """Convert an adapter into a LoRA adapter that loads with peft alone."""
+    from peft_lab.runs.run_folder import find_adapter, refuse_filled
+
+    folder = find_adapter(adapter)
+    refuse_filled(out)
+    from peft_lab import to_lora as run_conversion
+
+    done = run_conversion(folder, out, rank=rank, model_name_or_path=model_name_or_path)
+    worst = max(done.errors, key=lambda name: done.errors[name])
+    typer.echo(
+        f"LoRA adapter written to {out}: {len(done.ranks)} modules, rank up to {max(done.ranks.values())}, "
+        f"largest relative error {done.errors[worst]:.1e} ({worst})"
+    )

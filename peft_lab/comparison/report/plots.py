@@ -1,0 +1,255 @@
+"""The figures of a report, drawn with matplotlib: intervals, Pareto fronts, learning rates, learning curves.
+
+Every figure is 4 inches wide with text of 8 to 9 points, so that it stays readable at the width of a phone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peft_lab.comparison.report.sentences import metric_title
+from peft_lab.comparison.stats.pareto import pareto_front
+from peft_lab.comparison.stats.statistics import Cell
+from peft_lab.utils.text import plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+
+WIDTH, DPI = 4.0, 170
+
+Curve = Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Colours of a light or a dark page."""
+
+    paper: str
+    ink: str
+    faint: str
+    accent: str
+    arms: tuple[str, ...]
+
+
+LIGHT = Scheme(
+    *("#ffffff", "#1d2733", "#9aa5b1", "#1f5fa8"),
+    ("#1f5fa8", "#c8551b", "#2b8552", "#a92b74", "#86690a", "#654ba3", "#0d8486", "#bb3a2c", "#566573", "#7c5238"),
+)
+DARK = Scheme(
+    *("#14191f", "#e4e9ee", "#6b7783", "#7ab3ef"),
+    ("#7ab3ef", "#f39c6b", "#6fcf97", "#ee8cc4", "#d9bd4a", "#b5a2e8", "#5fd0d2", "#f08a80", "#aab7c4", "#c9a27e"),
+)
+_STYLES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: label, points, and the index of one to be ringed (None: none)."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    ringed: int | None = None
+
+
+def render(draw: Callable[[Scheme], Figure], scheme: Scheme) -> bytes:
+    """A figure as PNG of 256 colours on the scheme's paper, which is a third of the size of one with all colours."""
+    from PIL import Image
+
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    draw(scheme).savefig(drawn, format="png", dpi=DPI, facecolor=scheme.paper)
+    Image.open(drawn).convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def forest(cell: Cell, scheme: Scheme) -> Figure:
+    """Means with their intervals, best on top; arms that are separated from the best are drawn faint."""
+    figure, axes = _axes(scheme, 0.75 + 0.27 * len(cell.arms))
+    for place, arm in enumerate(reversed(cell.arms)):
+        near = arm.versus_top is None or arm.label in cell.indistinguishable
+        colour = scheme.accent if near else scheme.faint
+        if arm.score.low is not None and arm.score.high is not None:
+            axes.plot([arm.score.low, arm.score.high], [place, place], color=colour, lw=2, solid_capstyle="butt")
+        axes.plot(list(arm.by_seed.values()), [place] * len(arm.by_seed), "|", color=scheme.ink, ms=6, mew=0.8)
+        axes.plot(arm.score.value, place, "o", color=colour, ms=6)
+    axes.set_yticks(range(len(cell.arms)), [plain(arm.label) for arm in reversed(cell.arms)])
+    axes.set_ylim(-0.6, len(cell.arms) - 0.4)
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel(metric_title(cell.metric))
+    axes.grid(axis="x", color=scheme.faint, alpha=0.3, lw=0.6)
+    return figure
+
+
+def pareto(cell: Cell, cost: Mapping[str, float], title: str, scheme: Scheme) -> Figure:
+    """Score against a cost of which less is better; the front is joined by a line and its labels are bold.
+
+    Args:
+        cell: the arms with their scores.
+        cost: label of an arm -> cost; arms without one are left out.
+        title: words for the axis.
+    """
+    arms = [arm for arm in cell.arms if arm.label in cost]
+    points = [(cost[arm.label], arm.score.value) for arm in arms]
+    front = pareto_front(points, (False, cell.higher_is_better))
+    figure, axes = _axes(scheme, 3.1)
+    if min(x for x, _ in points) > 0 and max(x for x, _ in points) > 20 * min(x for x, _ in points):
+        axes.set_xscale("log")
+    else:
+        axes.locator_params(axis="x", nbins=6)
+    staircase = sorted(point for point, on in zip(points, front, strict=True) if on)
+    axes.step(*zip(*staircase, strict=True), where="post", color=scheme.accent, lw=1.2, alpha=0.6)
+    for arm, (x, y), on in zip(arms, points, front, strict=True):
+        colour = scheme.accent if on else scheme.faint
+        if arm.score.low is not None and arm.score.high is not None:
+            axes.plot([x, x], [arm.score.low, arm.score.high], color=colour, lw=0.9, alpha=0.4)
+        axes.plot(x, y, "o", ms=6, mfc=colour if on else scheme.paper, mec=colour, zorder=4 if on else 3)
+    axes.margins(x=0.14, y=0.1)
+    axes.set_xlabel(title)
+    axes.set_ylabel(metric_title(cell.metric))
+    axes.grid(color=scheme.faint, alpha=0.25, lw=0.6)
+    place_labels(axes, points, [plain(arm.label, 22) for arm in arms], front, scheme)
+    return figure
+
+
+def chart(
+    lines: Sequence[Line], order: Sequence[str], labels: tuple[str, str], scheme: Scheme, log_x: bool = False
+) -> Figure:
+    """Lines over one axis with a legend below; an arm has the same colour and marker in all charts of a report.
+
+    The y axis is logarithmic where one line, such as the perplexity of a diverging run, would flatten all others.
+
+    Args:
+        lines: what to draw.
+        order: all arms of the report, which fixes the colours.
+        labels: of the x and the y axis.
+        log_x: logarithmic x axis, with markers at the points.
+    """
+    rows = (len(lines) + 1) // 2
+    figure, axes = _axes(scheme, 2.6 + 0.19 * rows)
+    for line in lines:
+        index = order.index(line.label)
+        colour = scheme.arms[index % len(scheme.arms)]
+        style = _STYLES[index // len(scheme.arms) % len(_STYLES)]
+        marker = _MARKERS[index % len(_MARKERS)] if log_x or len(line.x) < 4 else None
+        axes.plot(line.x, line.y, style, marker=marker, color=colour, lw=1.5, ms=4.5, label=f"{plain(line.label, 24)}")
+        if line.ringed is not None:
+            axes.plot(line.x[line.ringed], line.y[line.ringed], "o", ms=10, mfc="none", mec=colour, mew=1.3)
+    if log_x:
+        axes.set_xscale("log")
+        _tick_at(axes, sorted({x for line in lines for x in line.x}))
+    heights = [y for line in lines for y in line.y]
+    if min(heights) > 0 and max(heights) > 20 * np.median(heights):
+        axes.set_yscale("log")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.grid(color=scheme.faint, alpha=0.25, lw=0.6)
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+        labelcolor=scheme.ink,
+    )
+    return figure
+
+
+def _tick_at(axes: Axes, values: Sequence[float]) -> None:
+    """Ticks of a logarithmic x axis at the values themselves, but for those too near to the last one."""
+    gap, ticks = 0.15 * np.log(values[-1] / values[0]), list(values[:1])
+    for value in values[1:]:
+        if np.log(value / ticks[-1]) >= gap:
+            ticks.append(value)
+    axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def place_labels(
+    axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str], bold: Sequence[bool], scheme: Scheme
+) -> list[Annotation]:
+    """Write labels beside points so that none covers another or a point; distant ones get a thin leader line.
+
+    Places are tried in rings of growing radius; a label that fits nowhere inside the axes stands at the last place.
+    """
+    from matplotlib.patheffects import withStroke
+
+    figure = axes.get_figure(root=True)
+    if figure is None:
+        raise ValueError("The axes belong to no figure.")
+    figure.draw_without_rendering()  # from here on the layout is fixed and sizes in pixels are known
+    figure.set_layout_engine("none")
+    pixels = axes.transData.transform(np.asarray(points, dtype=float))
+    taken = [_box(x, y, 14, 14) for x, y in pixels]
+    scale = figure.dpi / 72
+    placed = []
+    for index in sorted(range(len(labels)), key=lambda i: -pixels[i][1]):
+        x, y = pixels[index]
+        text = axes.annotate(
+            labels[index],
+            points[index],
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=8,
+            color=scheme.ink,
+            fontweight="bold" if bold[index] else "normal",
+            va="center",
+            ha="center",
+            path_effects=[withStroke(linewidth=2.5, foreground=scheme.paper)],
+        )
+        extent = text.get_window_extent()
+        width, height = extent.width, extent.height
+        dx, dy = _free_place((x, y), (width, height), taken, axes.get_window_extent().extents)
+        text.set_position((dx / scale, dy / scale))
+        if max(abs(dx) - width / 2, abs(dy) - height / 2) > 12 * scale:
+            leader = {"arrowstyle": "-", "color": scheme.faint, "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
+            axes.annotate("", points[index], (dx / scale, dy / scale), textcoords="offset points", arrowprops=leader)
+        taken.append(_box(x + dx, y + dy, width, height))
+        placed.append(text)
+    return placed
+
+
+_Box = tuple[float, float, float, float]
+
+
+def _free_place(
+    point: tuple[float, float], size: tuple[float, float], taken: Sequence[_Box], inside: Any
+) -> tuple[float, float]:
+    """The offset in pixels, from a point to the middle of a label, nearest to it where the label covers nothing."""
+    dx = dy = 0.0
+    for gap in range(9, 260, 9):
+        for angle in np.deg2rad((0, 180, 90, 270, 45, 315, 135, 225, 22, 338, 158, 202)):
+            dx = float(np.cos(angle)) * (gap + size[0] / 2)
+            dy = float(np.sin(angle)) * (gap + size[1] / 2)
+            x0, y0, x1, y1 = _box(point[0] + dx, point[1] + dy, *size)
+            within = x0 >= inside[0] and y0 >= inside[1] and x1 <= inside[2] and y1 <= inside[3]
+            if within and not any(x0 < b[2] and x1 > b[0] and y0 < b[3] and y1 > b[1] for b in taken):
+                return dx, dy
+    return dx, dy
+
+
+def _box(x: float, y: float, width: float, height: float) -> _Box:
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
+def _axes(scheme: Scheme, height: float) -> tuple[Figure, Axes]:
+    """A figure with one plot area, in the scheme's colours."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor=scheme.paper)
+    axes = figure.add_subplot()
+    axes.set_facecolor(scheme.paper)
+    axes.tick_params(colors=scheme.ink, labelsize=8.5)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(scheme.faint)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color=scheme.ink, size=9)
+    return figure, axes

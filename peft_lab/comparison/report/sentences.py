@@ -1,0 +1,112 @@
+"""What the numbers of a comparison say, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft_lab.comparison.stats.statistics import ALL_TASKS, LEVEL, Arm, Cell, Estimate
+
+_TITLES = {
+    "ece": "calibration error",
+    "f1": "F1",
+    "matthews_correlation": "Matthews correlation",
+    "pearsonr": "Pearson correlation",
+    "rouge_l": "ROUGE-L",
+    "spearmanr": "Spearman correlation",
+}
+
+
+def words(cell: Cell) -> str:
+    """Sentences on a cell. An arm is called better only where the test against it separates."""
+    if not cell.arms:
+        return f"No run on {cell.task} with {cell.backbone} gave a score. " + _failures(cell)
+    top = cell.arms[0]
+    best = f"{top.label} has the {'highest' if cell.higher_is_better else 'lowest'} mean "
+    best += f"{'over tasks' if cell.task == ALL_TASKS else metric_title(cell.metric)}, {interval_text(top.score)}"
+    if len(cell.arms) == 1:
+        text = f"{top.label} is the only arm with a score, {interval_text(top.score)}."
+    elif top.score.basis in ("rows", "none"):
+        text = f"{best}, with one seed. Another seed may turn the order, so no arm is called better than another."
+    else:
+        text = f"{best}; {_against_others(cell)}"
+    if top.score.basis == "rows":
+        text += " The interval is over the test rows alone; there is none over seeds."
+    if top.score.basis == "seeds":
+        text += (
+            " The intervals are over seeds alone: the runs left nothing from which the test rows could be resampled."
+        )
+    return " ".join(filter(None, (text, _failures(cell))))
+
+
+def _against_others(cell: Cell) -> str:
+    others = cell.arms[1:]
+    worse = [arm.label for arm in others if arm.label not in cell.indistinguishable]
+    untested = [arm.label for arm in others if arm.versus_top is None or arm.versus_top.p is None]
+    same = [arm.label for arm in others if arm.label not in (*worse, *untested)]
+    at_level = "at the 5 % level (Holm)"
+    if not worse and same:
+        text = f"it is not distinguishable from {_any_of(same, cell)} {at_level}."
+    elif not same and worse:
+        text = f"it is better than {_all_of(worse, cell)} {at_level}."
+    elif same:
+        text = f"it is not distinguishable from {join(same)} {at_level}, and better than {join(worse)}."
+    else:
+        text = "it could be tested against no other arm."
+    alone = [arm.label for arm in others if arm.label in same and _apart_alone(arm)]
+    if alone:
+        text += (
+            f" Looked at alone, without the correction for all {len(cell.comparisons)} comparisons, {join(alone)} "
+            "would be told from it; more seeds could settle that."
+        )
+    if untested:
+        text += f" There is no test against {join(untested)}: fewer than two seeds are shared."
+    return text
+
+
+def _apart_alone(arm: Arm) -> bool:
+    """Whether the arm would be told from the best if this were the only comparison."""
+    return arm.versus_top is not None and arm.versus_top.p is not None and arm.versus_top.p < LEVEL
+
+
+def _any_of(labels: list[str], cell: Cell) -> str:
+    whole = len(labels) == len(cell.arms) - 1
+    return f"any of the other {len(labels)} arms" if whole and len(labels) > 2 else join(labels)
+
+
+def _all_of(labels: list[str], cell: Cell) -> str:
+    whole = len(labels) == len(cell.arms) - 1
+    return f"each of the other {len(labels)} arms" if whole and len(labels) > 2 else join(labels)
+
+
+def _failures(cell: Cell) -> str:
+    sentences = []
+    for arm in cell.arms:
+        if arm.missing:
+            plural = "s" if len(arm.missing) > 1 else ""
+            sentences.append(f"{arm.label} lacks seed{plural} {join([str(seed) for seed in arm.missing])}.")
+    for label, runs in cell.without_score.items():
+        failed = "its run failed" if len(runs) == 1 else f"all its {len(runs)} runs failed"
+        sentences.append(f"{label} has no score: {failed if runs else 'it has no final run'}.")
+    return " ".join(sentences)
+
+
+def join(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def metric_title(name: str) -> str:
+    """A metric's name, or several joined by ", ", as written in a sentence."""
+    return join([_TITLES.get(part, part.replace("_", " ")) for part in name.split(", ")])
+
+
+def number(value: float) -> str:
+    """A score: three decimals, or four digits from 10 on."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def interval_text(score: Estimate) -> str:
+    """`0.953 [0.940, 0.966]`, or the mean alone where there is no interval."""
+    if score.low is None or score.high is None:
+        return f"{number(score.value)} (no interval)"
+    return f"{number(score.value)} [{number(score.low)}, {number(score.high)}]"

@@ -1,0 +1,134 @@
+"""Where runs are carried out. A backend turns jobs into futures; `LocalBackend` gives each a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+from peft_lab.comparison.run.worker import Job, execute
+from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.utils.cores import usable_cores
+from peft_lab.utils.processes import forkserver
+
+BACKENDS = ("local", "ray")
+
+
+class RunEndedError(RuntimeError):
+    """The process of a run ended without having recorded a result."""
+
+
+class Backend(Protocol):
+    """What the runner needs.
+
+    Attributes:
+        workers: how many jobs are carried out at once.
+    """
+
+    workers: int
+
+    def submit(self, job: Job) -> Future[None]:
+        """Carry out a job; the future ends with an error if its process did not live to record a result."""
+
+    def close(self) -> None:
+        """End what is still running."""
+
+
+def make_backend(name: str, workers: int | None = None, address: str | None = None) -> Backend:
+    """A backend by name.
+
+    Args:
+        name: "local" or "ray".
+        workers: runs at once; by default one for each GPU, else one for every two cores.
+        address: of a Ray cluster ("auto" for the one that runs on this machine); None starts one here.
+
+    Raises:
+        ConfigError: no such backend, its package is missing, or the cluster cannot be reached.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f'Unknown backend "{name}".{did_you_mean(name, BACKENDS)} Known: {", ".join(BACKENDS)}.')
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}.")
+    if name == "ray":
+        from peft_lab.comparison.run.ray import RayBackend
+
+        return RayBackend(workers, address)
+    if address is not None:
+        raise ConfigError('"address" is for the backend ray; leave it out, or pass --backend ray.')
+    return LocalBackend(workers)
+
+
+class LocalBackend:
+    """Each run in a new process, forked from a server that has imported everything once.
+
+    With GPUs, each process sees one of them. Else the cores are shared out: `cores // workers` threads each, or as many
+    as OMP_NUM_THREADS says.
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        # what every run imports, so that it is imported once
+        self._context = forkserver("peft_lab.training.run", "evaluate", "sklearn.metrics")
+        devices, cores = gpus(), usable_cores()
+        self.workers = workers or len(devices) or max(1, cores // 2)
+        self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // self.workers))
+        self._slots: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        for index in range(self.workers):
+            self._slots.put(devices[index % len(devices)] if devices else None)
+        self._threads_pool = ThreadPoolExecutor(self.workers, thread_name_prefix="peft-lab-run")
+        self._processes: set[Any] = set()
+        self._closed = False
+
+    def submit(self, job: Job) -> Future[None]:
+        """Carry out a job in a process of its own."""
+        return self._threads_pool.submit(self._run, job)
+
+    def _run(self, job: Job) -> None:
+        if self._closed:
+            raise RunEndedError("The comparison was ended.")
+        device = self._slots.get()
+        process = self._context.Process(target=execute, args=({**job, "threads": self._threads, "device": device},))
+        try:
+            process.start()
+            self._processes.add(process)
+            process.join()
+        finally:
+            self._processes.discard(process)
+            self._slots.put(device)
+        if process.exitcode:
+            raise RunEndedError(ending(process.exitcode))
+
+    def close(self) -> None:
+        """End what is still running."""
+        self._closed = True
+        for process in list(self._processes):
+            process.kill()
+        self._threads_pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ending(exitcode: int) -> str:
+    """What the exit code of a run's process says."""
+    if exitcode >= 0:
+        return f"The run's process left with exit code {exitcode}; its log says more."
+    name = signal.Signals(-exitcode).name
+    cause = "; most likely memory ran out" if name == "SIGKILL" else ""
+    return f"The run's process was ended from outside by {name}{cause}."
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    # asked of the driver, not of CUDA: a process that has touched CUDA cannot be forked from
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible or [str(index) for index in range(torch.cuda.device_count())]
+
+
+def is_import_of_main() -> bool:
+    """Whether this is a child process that is importing the script which started it."""
+    return bool(getattr(multiprocessing.current_process(), "_inheriting", False))

@@ -1,0 +1,262 @@
+"""What is measured of a run besides its metrics; the names are those of `results.MEASURES`.
+
+Of every run: trainable_parameters; adapter_parameters, the same without the task head; adapter_bytes, the file of the
+adapter or the whole model of full fine-tuning; step_seconds, the median time of a training step of this process without
+its first two, data loading included, evaluations left out; train_seconds, the whole training; peak_memory_bytes, the
+allocator's peak on CUDA, else the largest resident set of the run's process while it trained.
+
+Of a final run, all outside the timed part:
+
+- step_flops, saved_bytes: FLOPs of forward and backward on one training batch, and the activations that autograd keeps
+  in between (`peft_lab.training.step_cost`), once for each arm on a cell; not for runs that `accelerate launch` starts;
+- ece: expected calibration error of a classifier on the test rows: rows are put into 15 bins of equal width by the
+  probability of the predicted class; the sum over bins of share of rows x |accuracy - mean probability|;
+- shifted_score, shifted_drop: the main metric on the test rows of the task named as `shifted`, and by how much it is
+  worse than on the task's own;
+- control_before, control_after, forgetting: on the task named as `control`, of the base model and of the adapted one.
+  For written answers the loss per token of the answers of its test rows (or, if it has none, its validation rows). For
+  classifiers the accuracy of a nearest-centroid classifier on the features that enter the task head: centroids from
+  train rows, scored on test (or validation) rows; features of several positions are averaged over the positions that
+  are not padding. At most `CONTROL_ROWS` rows each. forgetting is positive where training made it worse.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_lab.comparison.records.run import Run
+from peft_lab.data import prompt_column
+from peft_lab.metrics import greater_is_better
+from peft_lab.metrics.calibration import BINS, expected_calibration_error
+from peft_lab.metrics.predictions import ITEMS, Items, read_item_file
+from peft_lab.runs import run_folder
+from peft_lab.runs.run_config import ALTERNATING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+    from peft_lab.data.task_registry import Task
+    from peft_lab.loading.load_run import Loaded
+
+CONTROL_ROWS = 1000
+COST_BATCHES = 4  # as many batches of rows are prepared to draw from them the one whose cost is counted
+
+
+def measure(run: Run, place: Path, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Everything that can be measured of a finished run in the folder `place`."""
+    found = _of_training(metrics)
+    if run.stage != "final":
+        return found
+    batch_size = int(run.options.get("per_device_eval_batch_size", 32))
+    if (place / ITEMS).is_file():
+        found |= _calibration(read_item_file(place / ITEMS))
+    if run.shifted:
+        found |= _shifted(place, run.shifted, metrics, batch_size)
+    if run.control:
+        found |= _control(place, run.control, batch_size)
+    if run.cost and not run.launcher:
+        found |= cost_of_step(run.options)
+    return found
+
+
+def curves(place: Path) -> dict[str, list[list[float]]]:
+    """Loss and evaluations over the steps of training, from Trainer's log."""
+    path = place / run_folder.HISTORY
+    if not path.is_file():
+        return {}
+    found: dict[str, list[list[float]]] = {}
+    for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
+        for name, value in entry.items():
+            timing = name.endswith(("_runtime", "_per_second", "_model_preparation_time"))
+            if (name in ("loss", "grad_norm", "learning_rate") or name.startswith("eval_")) and not timing:
+                found.setdefault(name, []).append([entry["step"], float(value)])
+    return found
+
+
+def _of_training(metrics: Mapping[str, Any]) -> dict[str, float]:
+    found = {
+        "trainable_parameters": metrics["parameters"]["trainable"],
+        "adapter_parameters": metrics["parameters"].get("adapter"),
+        "adapter_bytes": metrics["adapter_bytes"],
+        "step_seconds": metrics["step_seconds"],
+        "train_seconds": metrics["train_seconds"],
+        "peak_memory_bytes": metrics["peak_memory_bytes"],
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _calibration(items: Items) -> dict[str, float]:
+    return {"ece": calibration_error(items)} if items.kind == "classification" and len(items) else {}
+
+
+def calibration_error(items: Items, bins: int = BINS) -> float:
+    """Expected calibration error of a classifier's items, from bins of equal width."""
+    confidence, correct = items.columns["confidence"], items.correct
+    assert correct is not None, "classification items are right or wrong"
+    return expected_calibration_error(confidence, correct, bins)
+
+
+def _shifted(place: Path, task: str, metrics: Mapping[str, Any], batch_size: int) -> dict[str, float]:
+    from peft_lab.training.evaluate import evaluate
+
+    main = metrics["main_metric"]
+    own = float(metrics["metrics"]["test"][main])
+    found = evaluate(place, task, "test", batch_size=batch_size)
+    name = main if main in found else "loss"  # the other task may have other metrics, but the loss is always there
+    if name != main:
+        own = float(metrics["metrics"]["test"][name])
+    shifted = float(found[name])
+    drop = own - shifted if greater_is_better(name) else shifted - own
+    return {"shifted_score": shifted, "shifted_drop": drop}
+
+
+def _control(place: Path, control: str, batch_size: int) -> dict[str, float]:
+    from peft_lab.data.splits import load_splits, subset
+    from peft_lab.data.task_registry import load_task
+    from peft_lab.loading.load_run import load
+
+    loaded, task = load(place), load_task(control)
+    splits = load_splits(task, test="test" in task.splits or task.test_fraction > 0)
+    train, scored = subset(splits.train, CONTROL_ROWS), subset(splits.test or splits.validation, CONTROL_ROWS)
+    by_loss = loaded.task.problem_type != "regression" and "label" not in loaded.task.columns
+
+    def score(model: Any) -> float:
+        if by_loss:
+            return _loss_per_token(loaded, model, task, scored, batch_size)
+        return _centroid_accuracy(loaded, model, task, train, scored, batch_size)
+
+    after = score(loaded.model)
+    with _base_of(loaded) as base:
+        before = score(base)
+    return {
+        "control_before": before,
+        "control_after": after,
+        "forgetting": after - before if by_loss else before - after,
+    }
+
+
+@contextmanager
+def _base_of(loaded: Loaded) -> Iterator[Any]:
+    """The base model of what was trained: the adapter switched off, or for full fine-tuning the base loaded again."""
+    from peft import PeftModel
+
+    from peft_lab.loading.load_run import load_base
+
+    if isinstance(loaded.model, PeftModel):
+        with loaded.model.disable_adapter():
+            yield loaded.model
+        return
+    run = run_folder.read_origin(loaded.folder)
+    _, model = load_base(
+        loaded.kind, loaded.task, loaded.labels, run["model_name_or_path"], run.get("model_revision"), run.get("dtype")
+    )
+    yield model.eval()
+
+
+def _batches(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -> Iterator[dict[str, Any]]:
+    from torch.utils.data import DataLoader
+
+    device = _device()
+    model.to(device)
+    rows = prompt_column.for_model(rows, model, task)
+    prepared: Any = loaded.kind.preprocess(rows, loaded.processor, task, model)
+    for batch in DataLoader(prepared, size, collate_fn=loaded.kind.data_collator(loaded.processor, model)):
+        yield {name: value.to(device) for name, value in batch.items()}
+
+
+def _device() -> Any:
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def _loss_per_token(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -> float:
+    import torch
+
+    reduce: Any = loaded.kind.preprocess_logits_for_metrics
+    total = tokens = 0.0
+    with torch.no_grad():
+        for batch in _batches(loaded, model, task, rows, size):
+            labels = batch.pop("labels")
+            _, log_probabilities = reduce(model(**batch).logits, labels)
+            kept = labels[:, 1:] != -100
+            total -= float((log_probabilities * kept).sum())
+            tokens += float(kept.sum())
+    return total / max(tokens, 1.0)
+
+
+def _centroid_accuracy(loaded: Loaded, model: Any, task: Task, train: Dataset, scored: Dataset, size: int) -> float:
+    import torch
+
+    features, labels = _features(loaded, model, task, train, size)
+    classes = labels.unique()
+    centroids = torch.stack([features[labels == c].mean(0) for c in classes])
+    features, labels = _features(loaded, model, task, scored, size)
+    nearest = classes[torch.cdist(features, centroids).argmin(-1)]
+    return float((nearest == labels).float().mean())
+
+
+def _features(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -> tuple[Tensor, Tensor]:
+    """What enters the task head for each row, (n, features), and the rows' classes, (n,)."""
+    import torch
+
+    from peft_lab.backbones import module_roles
+
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # peft keeps the head it trains beside the original, below a wrapper in the head's place
+    path = re.split(r"\.(?:original_module|modules_to_save)\b", module_roles.head_modules(unwrapped)[0])[0]
+    head = unwrapped.get_submodule(path)
+    seen: list[Any] = []
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    features, labels = [], []
+    try:
+        with torch.no_grad():
+            for batch in _batches(loaded, model, task, rows, size):
+                labels.append(batch.pop("labels").cpu())
+                seen.clear()
+                model(**batch)
+                features.append(_pooled(seen[0].float(), batch.get("attention_mask")).cpu())
+    finally:
+        handle.remove()
+    return torch.cat(features), torch.cat(labels)
+
+
+def _pooled(features: Tensor, mask: Tensor | None) -> Tensor:
+    """(n, features) from features of any number of positions: their mean, padding left out."""
+    if features.ndim == 3 and mask is not None and mask.shape == features.shape[:2]:
+        weights = mask.unsqueeze(-1).to(features.dtype)
+        return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
+    if features.ndim == 3:
+        return features.mean(1)
+    return features.flatten(2).mean(-1) if features.ndim > 3 else features
+
+
+def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
+    """FLOPs of a training step (forward and backward) on one batch of train rows, and the activations kept for it."""
+    from peft_lab.backbones.frozen_norms import set_frozen_norms
+    from peft_lab.training.run import prepare
+    from peft_lab.training.step_cost import count_flops, kept_activations, training_step
+
+    few = {name: value for name, value in options.items() if name not in ALTERNATING}  # no rows to hold out of so few
+    few |= {"max_eval_samples": 1, "do_predict": False}
+    if options.get("examples_per_class") is None:  # nothing but the one batch is looked at
+        rows = COST_BATCHES * int(options.get("per_device_train_batch_size", 8))
+        few["max_train_samples"] = min(rows, options.get("max_train_samples") or rows)
+    with prepare(few) as trainer:
+        model = trainer.model.train()
+        set_frozen_norms(model)
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        autocast = getattr(trainer, "compute_loss_context_manager", nullcontext)
+        with autocast():
+            flops = count_flops(training_step(model, inputs))
+            with kept_activations(model, inputs) as kept:
+                loss = model(**inputs).loss
+                saved = kept.bytes()
+        del loss
+    return {"step_flops": flops, "saved_bytes": saved}

@@ -1,0 +1,332 @@
+"""Carries out a comparison: any process may be killed at any time, and the same command goes on from there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from peft_lab.adapter_files.names import write_json
+from peft_lab.comparison.records.results import (
+    COMPARISON,
+    RUNS,
+    STUDY,
+    Journal,
+    Record,
+    append_record,
+    repair,
+    search_budgets,
+)
+from peft_lab.comparison.records.run import Run
+from peft_lab.comparison.run import plan
+from peft_lab.comparison.run.backends import Backend, is_import_of_main, make_backend
+from peft_lab.comparison.run.plan import Choice
+from peft_lab.comparison.run.progress import Progress
+from peft_lab.comparison.run.worker import Job, lock_file, now, one_line, record_of
+from peft_lab.comparison.study import parameter_budget
+from peft_lab.comparison.study.schema import load_study
+from peft_lab.comparison.study.study import Arm, Cell, Study
+from peft_lab.errors import ConfigError
+from peft_lab.runs.run_config import dump_yaml
+
+#: Seconds between two looks at what other processes have done.
+POLL = 0.5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison came to.
+
+    Attributes:
+        folder: its folder, with results.jsonl, the runs and the report.
+        study: the study.
+        records: of all its runs.
+        choices: what each arm's search came to on each cell.
+        unfinished: number of runs that were not made because the time was over.
+        report: the report's page; None if none was written.
+    """
+
+    folder: Path
+    study: Study
+    records: list[Record]
+    choices: list[Choice]
+    unfinished: int = 0
+    report: Path | None = None
+
+    @property
+    def failed(self) -> list[Record]:
+        """The runs that failed."""
+        return [record for record in self.records if not record.ok]
+
+
+def compare(
+    study: Study | Mapping[str, Any] | str | Path,
+    output_dir: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    backend: str | Backend = "local",
+    address: str | None = None,
+    retry_failed: bool = False,
+    deadline: float | None = None,
+    report: bool = True,
+) -> Comparison:
+    """Compare methods as a study says: search on the validation rows, then final runs that see the test rows once.
+
+    The same call goes on with a comparison that was interrupted. A script that calls this must do so below
+    `if __name__ == "__main__":`, for its runs are processes of their own.
+
+    Args:
+        study: a study, its mapping, or its YAML file.
+        output_dir: the comparison's folder, "comparisons/NAME" by default.
+        workers: runs at once; by default one for each GPU, else one for every two cores.
+        backend: "local", "ray", or an object with `workers`, `submit` and `close`.
+        address: of a Ray cluster.
+        retry_failed: make the failed runs again.
+        deadline: `time.monotonic()` from which no run is started and those under way are ended.
+        report: write report.html and what belongs to it.
+
+    Raises:
+        ConfigError, TaskError: the study is not what it should be; a failing run raises nothing.
+    """
+    if is_import_of_main():
+        raise ConfigError('A script that compares must do so below `if __name__ == "__main__":`.')
+    study = load_study(study)
+    folder = Path(output_dir or Path("comparisons") / study.name).expanduser().absolute()
+    _open(folder, study)
+    carrier = make_backend(backend, workers, address) if isinstance(backend, str) else backend
+    try:
+        runner = _Runner(study, folder, carrier, now() if retry_failed else "", deadline)
+        runner.execute(runner.groups(), plan.count_runs(study))
+    finally:
+        if isinstance(backend, str):
+            carrier.close()
+    page = _report(folder) if report and any(record.ok for record in runner.records()) else None
+    return Comparison(folder, study, runner.records(), runner.choices, runner.unfinished, page)
+
+
+def carry_out(
+    study: Study,
+    folder: Path,
+    backend: Backend,
+    waves: Sequence[Generator[list[Run], Sequence[Record], Choice]],
+    deadline: float | None = None,
+) -> list[Record]:
+    """Carry out runs beside those of the study, such as those that only tell how long others take.
+
+    Args:
+        study: the study in whose folder they are recorded.
+        folder: that folder.
+        backend: where they run.
+        waves: generators of runs, as `plan.arm_runs` is one.
+        deadline: as for `compare`.
+    """
+    _open(folder, study)
+    runner = _Runner(study, folder, backend, "", deadline)
+    runner.execute([_Group(each) for each in waves])
+    return runner.records()
+
+
+def _open(folder: Path, study: Study) -> None:
+    """Make the folder ready; it must be empty or hold a comparison of that name, which may have grown."""
+    if folder.is_file():
+        raise ConfigError(f'output_dir "{folder}" is a file; name a folder.')
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / STUDY).is_file():
+        raise ConfigError(f'output_dir "{folder}" is not empty and holds no comparison; choose another --output_dir.')
+    if (folder / STUDY).is_file():
+        name = load_study(folder / STUDY).name
+        if name != study.name:
+            raise ConfigError(
+                f'output_dir "{folder}" holds the comparison "{name}", not "{study.name}"; choose another --output_dir.'
+            )
+    (folder / RUNS).mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{COMPARISON}.lock"):
+        partial = folder / f"{STUDY}.partial"
+        partial.write_text(dump_yaml(study.to_dict()), encoding="utf-8")
+        partial.replace(folder / STUDY)
+    repair(folder)
+
+
+def _report(folder: Path) -> Path:
+    from peft_lab.comparison.report.report import write_report
+
+    return write_report(folder)
+
+
+class _Group:
+    """The runs of one arm on one cell: waves that follow from one another's results."""
+
+    def __init__(self, waves: Generator[list[Run], Sequence[Record], Choice]) -> None:
+        self._waves = waves
+        self.wave: list[Run] = next(waves)
+        self.choice: Choice | None = None
+
+    def advance(self, records: Sequence[Record]) -> None:
+        """Give the records of the wave; the next wave stands in `wave`, or the outcome in `choice`."""
+        try:
+            self.wave = self._waves.send(records)
+        except StopIteration as stop:
+            self.wave, self.choice = [], stop.value
+
+
+class _Runner:
+    """The loop: what is known from results.jsonl decides what is submitted next."""
+
+    def __init__(self, study: Study, folder: Path, backend: Backend, since: str, deadline: float | None) -> None:
+        self.study, self.folder, self.backend = study, folder, backend
+        self.since, self.deadline = since, deadline
+        self.journal = Journal(folder)
+        self.running: dict[Future[None], Run] = {}
+        self.planned: dict[str, Run] = {}
+        self.started: dict[str, str] = {}
+        self.shown: set[str] = set()
+        self.choices: list[Choice] = []
+        self.unfinished = 0
+
+    def records(self) -> list[Record]:
+        """The records of the runs that this comparison consists of."""
+        return [record for record in self.journal.records.values() if record.id in self.planned]
+
+    def groups(self) -> list[_Group]:
+        """The runs of every arm on every cell."""
+        sized = self._sizes()
+        return [
+            _Group(plan.arm_runs(self.study, cell, arm, sized.get((cell.task, cell.backbone, arm.label))))
+            for cell, arm in self._pairs()
+        ]
+
+    def execute(self, groups: Sequence[_Group], total: int = 0) -> None:
+        """Make all runs, `total` if that is known beforehand, unless the time ends before."""
+        for group in groups:
+            plan.check_distinct(group.wave, self.planned)
+        with Progress(self.study.name, total or len(self.planned), self.backend.workers) as self.progress:
+            while not self._over() and any(group.choice is None for group in groups):
+                waiting = self._advance(groups)
+                self._submit(waiting)
+                if any(group.choice is None for group in groups):
+                    self._wait()
+        self.journal.read()  # records that were renamed
+        self.unfinished = sum(1 for group in groups for run in group.wave if not self._record(run))
+        self.choices = [group.choice for group in groups if group.choice is not None]
+        self._write()
+
+    def _pairs(self) -> list[tuple[Cell, Arm]]:
+        return [(cell, arm) for cell in self.study.cells for arm in self.study.arms]
+
+    def _over(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def _record(self, run: Run) -> Record | None:
+        """The run's record, unless it is of a failure that is to be tried again."""
+        found = self.journal.records.get(run.id)
+        return found if found is not None and (found.ok or not self.since or found.finished >= self.since) else None
+
+    def _advance(self, groups: Sequence[_Group]) -> list[Run]:
+        """Take in new records; returns the runs that have none."""
+        self.journal.read()
+        waiting = []
+        for group in groups:
+            while group.wave:
+                found = [record for run in group.wave if (record := self._record(run)) is not None]
+                self._show(found)
+                if len(found) < len(group.wave):
+                    break
+                group.advance([self._relabelled(run, record) for run, record in zip(group.wave, found, strict=True)])
+                plan.check_distinct(group.wave, self.planned)
+                self.progress.more(sum(run.beyond for run in group.wave))
+            if group.choice is not None and group.choice not in self.choices:
+                self.choices.append(group.choice)
+                self._write()
+            waiting += [run for run in group.wave if self._record(run) is None]
+        return waiting
+
+    def _show(self, records: Sequence[Record]) -> None:
+        """Tell of the records that have not been told of."""
+        for record in records:
+            if record.id not in self.shown:
+                self.shown.add(record.id)
+                self.progress.done(record, fresh=record.id in self.started)
+
+    def _relabelled(self, run: Run, record: Record) -> Record:
+        """The record under the names that the study has now, and as part of the given candidates or beyond them."""
+        renamed = replace(record, study=run.study, arm=run.arm, task=run.task, beyond=run.beyond)
+        if renamed != record:
+            append_record(self.folder, renamed)
+        return renamed
+
+    def _submit(self, waiting: Sequence[Run]) -> None:
+        """Fill the workers with runs that no process is at."""
+        under_way = {run.id for run in self.running.values()}
+        for run in waiting:
+            if len(self.running) >= self.backend.workers or self._over():
+                break
+            if run.id in under_way or not _is_free(lock_file(self.folder, run.id)):
+                continue
+            job: Job = {"do": "run", "folder": str(self.folder), "run": asdict(run), "since": self.since}
+            self.started[run.id] = now()
+            self.running[self.backend.submit(job)] = run
+        self.progress.running(len(self.running))
+
+    def _wait(self) -> None:
+        """Wait until a run ends, or until it is time to look what other processes have done."""
+        if not self.running:
+            time.sleep(POLL)
+            return
+        done, _ = wait(self.running, timeout=POLL, return_when=FIRST_COMPLETED)
+        for future in done:
+            run, error = self.running.pop(future), future.exception()
+            if error is None:
+                continue
+            self.journal.read()
+            if self._record(run) is None and not self._over():
+                values = {"status": "failed", "error": one_line(error)}
+                append_record(self.folder, record_of(run, self.started[run.id], **values))
+
+    def _sizes(self) -> dict[tuple[str, str, str], dict[str, int]]:
+        """The argument of each arm on each cell that makes it as large as the study wants it.
+
+        Raises:
+            ConfigError: an arm cannot be sized.
+        """
+        limit = self.study.limits.trainable_parameters
+        if limit is None:
+            return {}
+        found = {}
+        for cell, arm in self._pairs():
+            name = parameter_budget.size_field(arm.method, {**arm.args, **arm.tune}, arm.size)
+            run = plan.size_run(self.study, cell, arm, name, limit)
+            file = parameter_budget.size_file(self.folder, run.id)
+            if not file.is_file():
+                job: Job = {"do": "size", "folder": str(self.folder), "run": asdict(run), "field": name, "limit": limit}
+                self.backend.submit(job).result()
+            found[cell.task, cell.backbone, arm.label] = parameter_budget.read_size(file)
+        return found
+
+    def _write(self) -> None:
+        """comparison.json: which runs belong to the comparison, what was chosen, and what each search cost."""
+        spent = search_budgets(self.records())
+        shared = search_budgets(record for record in self.records() if not record.beyond)
+        values = {
+            "runs": list(self.planned),
+            "choices": [asdict(choice) for choice in self.choices],
+            "budgets": [asdict(item) for item in spent],
+            "equal_budgets": all(
+                len({(item.trials, item.steps) for item in shared if (item.task, item.backbone) == cell}) <= 1
+                for cell in {(item.task, item.backbone) for item in shared}
+            ),
+        }
+        with FileLock(self.folder / f"{COMPARISON}.lock"):
+            write_json(self.folder / COMPARISON, values)
+
+
+def _is_free(file: Path) -> bool:
+    """Whether no process holds a run's lock."""
+    try:
+        with FileLock(file, timeout=0):
+            return True
+    except Timeout:
+        return False

@@ -1,0 +1,136 @@
+"""The argument that sets a method's size, and its value for a given number of trainable parameters."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_lab import registry
+from peft_lab.adapter_files.names import write_json
+from peft_lab.comparison.records.results import RUNS
+from peft_lab.data import prompt_column
+from peft_lab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft_lab.comparison.records.run import Run
+
+#: Usual names of the argument that the number of trainable parameters grows with, the most telling first.
+SIZE_FIELDS = (
+    *("rank", "r", "bottleneck", "bottleneck_size", "hidden_dim", "num_prompts", "num_tokens", "num_virtual_tokens"),
+    *("n_frequency", "adapter_len", "num_vectors", "d"),
+)
+#: No argument of this kind makes sense beyond it; a larger one would be refused by every backbone.
+LARGEST = 1 << 16
+
+
+def size_field(method: str, args: Mapping[str, Any], asked: str = "") -> str:
+    """The argument that sets the size of an arm.
+
+    Args:
+        method: the method.
+        args: its fixed arguments, which are left as they are.
+        asked: the argument that the study names, "" for the usual ones.
+
+    Raises:
+        ConfigError: the method has no such argument, or it is fixed.
+    """
+    fields = registry.config_fields(method)
+    names = [asked] if asked else [name for name in SIZE_FIELDS if name in fields and "int" in fields[name].annotation]
+    free = [name for name in names if name not in args]
+    if not names:
+        raise ConfigError(
+            f'Method "{method}" cannot be sized to a number of trainable parameters: it has none of the arguments '
+            f'{", ".join(SIZE_FIELDS)}; name the one that sets its size as "size", or leave the method out.'
+        )
+    if not free:
+        raise ConfigError(f'"{names[0]}" of method "{method}" is fixed, so it cannot be chosen for an equal size.')
+    return free[0]
+
+
+def fit(count: Callable[[int], int], limit: int, what: str) -> tuple[int, int]:
+    """The largest value whose count is within `limit`, and that count.
+
+    Args:
+        count: value -> number of trainable parameters, which must not fall; it raises `ConfigError` for a value that
+            the method refuses as too large.
+        limit: most trainable parameters.
+        what: names the arm in errors.
+
+    Raises:
+        ConfigError: even the smallest value has more parameters, the number does not depend on the value, or even the
+            largest value has less than half of them.
+    """
+    smallest = count(1)
+    if smallest > limit:
+        raise ConfigError(f"{what} has {smallest:,} trainable parameters at its smallest, more than {limit:,}.")
+
+    def fits(value: int) -> int | None:
+        try:
+            found = count(value)
+        except ConfigError:
+            return None
+        return found if found <= limit else None
+
+    low, best, high = 1, smallest, 2
+    while high <= LARGEST and (found := fits(high)) is not None:
+        if high >= 8 and found == smallest:
+            raise ConfigError(f"{what} cannot be sized: its number of trainable parameters stays {smallest:,}.")
+        low, best, high = high, found, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = fits(middle)
+        if found is None:
+            high = middle
+        else:
+            low, best = middle, found
+    if best < limit / 2:
+        raise ConfigError(f"{what} has {best:,} trainable parameters at its largest, not even half of {limit:,}.")
+    return low, best
+
+
+def find_size(folder: Path, run: Run, name: str, limit: int) -> None:
+    """Find the size of an arm on a backbone and write it to `size_file`: value and parameters, or the error."""
+    what = f'Arm "{run.arm}" on {run.backbone}'
+    try:
+        value, parameters = fit(_counter(run, name), limit, what)
+        found: dict[str, Any] = {"field": name, "value": value, "parameters": parameters}
+    except ConfigError as error:
+        found = {"error": str(error)}
+    write_json(size_file(folder, run.id), found)
+
+
+def size_file(folder: Path, identity: str) -> Path:
+    """Where the size of an arm is written."""
+    return folder / RUNS / f"{identity}.size.json"
+
+
+def read_size(file: Path) -> dict[str, int]:
+    """The argument and its value that `find_size` found; raises `ConfigError` if it found that there is none."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if "error" in found:
+        raise ConfigError(found["error"])
+    return {found["field"]: found["value"]}
+
+
+def _counter(run: Run, name: str) -> Callable[[int], int]:
+    """Value of the argument -> trainable parameters of the arm on a copy of its backbone."""
+    from peft_lab.data.splits import load_splits
+    from peft_lab.data.task_registry import kind, load_task
+    from peft_lab.loading.load_run import adapt, count_parameters, load_base
+
+    task, options = load_task(str(run.options["task"])), run.options
+    rule = kind(task.kind)
+    info, splits = registry.method(run.method), load_splits(task)
+    labels = splits.labels
+    revision, dtype = options.get("model_revision"), options.get("dtype")
+    processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, info.can("keeps_head"))
+    settings = rule.adapter_settings(processor, labels) | prompt_column.settings(splits.prompt_values)
+
+    def count(value: int) -> int:
+        arguments = {**run.method_args, name: value}
+        return count_parameters(adapt(copy.deepcopy(base), info, arguments, rule.info.task_type, settings))[0]
+
+    return count

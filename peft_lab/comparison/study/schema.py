@@ -1,0 +1,381 @@
+"""What a comparison is made of: one YAML file with a closed schema. Imports nothing heavy.
+
+name: coffee
+tasks:                # a name or a YAML path, or a mapping with its backbone(s) and run options of its own
+  - {task: snips, model_name_or_path: minilm, max_steps: 60}
+  - {task: snips, name: snips-10-shot, model_name_or_path: minilm, examples_per_class: 10}
+  - {task: sign-digits, model_name_or_path: efficientnet-lite0, learning_rates: {dora: [1e-4, 3e-4, 1e-3]}}
+model_name_or_path: minilm          # backbone(s) of the tasks that name none
+methods:              # a name, or a mapping; a list of values in `args` makes one arm of each value
+  - lora
+  - {method: svfit, args: {rank: [8, 64, full]}}
+  - {method: lora, args: {use_dora: true}, name: dora, learning_rates: [1e-3, 3e-3, 1e-2]}
+  - {method: ssf, tune: {init_std: [0.0, 0.02]}}   # searched along with the learning rate, in the same budget
+  - {method: iapt, training: {alternating_every: 1}}   # options of bi-level training, for methods that can
+seeds: 3              # a number or a list
+search: {strategy: grid, trials: 3, seeds: 1}      # or halving, or none
+limits: {max_steps: 60}             # or seconds; and trainable_parameters (set by the argument an arm names as `size`)
+training: {per_device_train_batch_size: 32}        # options of every run
+measures: {shifted: other-task, control: third-task}   # also keys of an entry of `tasks`, or of a task file
+launcher: accelerate  # or {accelerate: {num_processes: 2}}; left out: each run is one process
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_lab import registry
+from peft_lab.comparison.study.parameter_budget import size_field
+from peft_lab.comparison.study.study import Arm, Cell, Limits, Search, Study, is_grid
+from peft_lab.data.task_registry import load_task, validate_task
+from peft_lab.data.task_schema import Task, check_classes
+from peft_lab.errors import ConfigError, check_keys, did_you_mean
+from peft_lab.runs.run_config import ALTERNATING, RunConfig, method_args, read_run_file
+
+STRATEGIES = ("grid", "halving", "none")
+
+#: Options of runs that the study itself sets, and where.
+_SET_ELSEWHERE = {
+    "task": 'name it under "tasks"',
+    "model_name_or_path": 'name it beside the task, or as "model_name_or_path" of the study',
+    "method": 'name it under "methods"',
+    "method_args": 'give them as "args" of the method',
+    "learning_rate": 'give "learning_rates" with the method',
+    "seed": 'give "seeds" of the study',
+    "output_dir": "it is that of the comparison",
+    "overwrite_output_dir": "a finished run is never repeated",
+    "resume_from_checkpoint": "an interrupted run is continued by itself",
+    "do_predict": "the test rows are for the final runs alone",
+    "do_eval": "the learning rate is chosen on the validation rows",
+    "push_to_hub": "push the adapter that you choose",
+    "max_seconds": 'give "seconds" under "limits"',
+}
+
+#: The arms of a comparison that names no methods: a baseline, two methods of this package, three tuners of peft.
+DEFAULT_METHODS: tuple[Any, ...] = (
+    "head",
+    "lora",
+    "svfit",
+    "ssf",
+    "ia3",
+    {"method": "lora", "args": {"use_dora": True}, "name": "dora"},
+)
+DEFAULT_MAX_STEPS = 200
+
+
+def load_study(source: Study | Mapping[str, Any] | str | Path) -> Study:
+    """A checked study from a mapping or a YAML file; relative task paths start from the file's folder.
+
+    Raises:
+        ConfigError, TaskError: an unknown key, a wrong value, or a combination that makes no sense.
+    """
+    if isinstance(source, Study):
+        return source
+    if isinstance(source, Mapping):
+        return from_mapping(source, "the study", Path.cwd())
+    path = Path(source).expanduser()
+    return from_mapping(read_run_file(path), f'"{path}"', path.absolute().parent)
+
+
+def is_study(values: Mapping[str, Any]) -> bool:
+    """Whether the mapping of a YAML file is a study, not a task or a run."""
+    return "methods" in values or "tasks" in values
+
+
+def default_study(task: str, backbone: str, max_steps: int | None = None, name: str | None = None) -> Study:
+    """The comparison that a task and a backbone alone ask for: six methods, three seeds, and three learning rates each.
+
+    Where the best one is the lowest or the highest, up to two more are tried beyond it.
+    """
+    values = {
+        "name": name or load_task(task).name,
+        "tasks": [{"task": task, "model_name_or_path": backbone}],
+        "methods": list(DEFAULT_METHODS),
+        "search": {"extend": 2},
+        "limits": {"max_steps": max_steps or DEFAULT_MAX_STEPS},
+    }
+    return from_mapping(values, "the default study", Path.cwd())
+
+
+_KEYS = ("name", "tasks", "model_name_or_path", "methods", "seeds", "search", "limits", "training", "measures")
+
+
+def from_mapping(values: Mapping[str, Any], where: str, folder: Path) -> Study:
+    """Build a study and check it as far as is possible without torch; `folder` anchors relative task paths."""
+    check_keys(values, (*_KEYS, "launcher"), where)
+    for key in ("name", "tasks", "methods"):
+        if not values.get(key):
+            raise ConfigError(f'{where} must give "{key}".')
+    name = str(values["name"])
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ConfigError(f'The name "{name}" of the study must be letters, digits, ".", "-" and "_", at most 64.')
+    measures = _mapping(values.get("measures"), "measures")
+    check_keys(measures, ("shifted", "control"), '"measures"')
+    backbones = _list(values.get("model_name_or_path"))
+    study = Study(
+        name=name,
+        cells=tuple(c for entry in _list(values["tasks"]) for c in _cells(entry, backbones, measures, folder)),
+        arms=tuple(arm for entry in _list(values["methods"]) for arm in _arms(entry)),
+        seeds=_seeds(values.get("seeds", 3)),
+        search=_search(_mapping(values.get("search"), "search")),
+        limits=_limits(_mapping(values.get("limits"), "limits")),
+        training=_run_options(_mapping(values.get("training"), "training"), '"training"'),
+        launcher=_launcher(values.get("launcher")),
+    )
+    _check(study)
+    return study
+
+
+def _cells(entry: Any, backbones: list[Any], measures: Mapping[str, Any], folder: Path) -> Iterable[Cell]:
+    values = dict(entry) if isinstance(entry, Mapping) else {"task": entry}
+    if not isinstance(values.get("task"), str):
+        raise ConfigError(f'Each of "tasks" must name a task, as in {{task: snips}}, not {entry!r}.')
+    source = _task_source(values.pop("task"), folder)
+    task = validate_task(source)
+    label = str(values.pop("name", task.name))
+    if "test" not in task.splits and not task.test_fraction:
+        raise ConfigError(f'Task "{label}" has no test rows to compare on: name a "test" split or set "test_fraction".')
+    models = _list(values.pop("model_name_or_path", backbones))
+    if not models:
+        raise ConfigError(f'Task "{label}" names no backbone: give it, or the study, a "model_name_or_path".')
+    further = {}
+    for key in ("shifted", "control"):
+        own, beside = values.pop(key, measures.get(key, "")), folder
+        if not own and getattr(task, key):
+            own, beside = getattr(task, key), task.folder
+        further[key] = _task_source(str(own), beside) if own else ""
+    _check_further(label, task, **further)
+    given = _mapping(values.pop("learning_rates", None), f'"learning_rates" of task "{label}"')
+    rates = {str(arm): _rates(value, f'task "{label}" for arm "{arm}"') for arm, value in given.items()}
+    options = _run_options(values, f'task "{label}"')
+    if options.get("examples_per_class") is not None:
+        check_classes(task)
+    return [Cell(label, source, str(model), options, **further, learning_rates=rates) for model in models]
+
+
+def _task_source(name: str, folder: Path) -> str:
+    """A task's name as it is, or the absolute path of its file."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        return str((folder / Path(name).expanduser()).absolute())
+    return name
+
+
+def _check_further(label: str, task: Task, shifted: str, control: str) -> None:
+    """The other tasks must exist, be of the same kind, and have the labels or rows that the measures need."""
+    for key, source in (("shifted", shifted), ("control", control)):
+        if not source:
+            continue
+        other = validate_task(source)
+        if other.kind != task.kind:
+            raise ConfigError(
+                f'The {key} task "{other.name}" of task "{label}" is of kind {other.kind}, not {task.kind}.'
+            )
+        if key == "control" and task.problem_type == "regression":
+            raise ConfigError(f'Task "{label}" is a regression; a control task needs classes or written answers.')
+        if key == "shifted" and task.labels and other.labels and other.labels != task.labels:
+            raise ConfigError(
+                f'The shifted task "{other.name}" must have the labels of task "{label}", in their order.'
+            )
+        if key == "shifted" and "test" not in other.splits and not other.test_fraction:
+            raise ConfigError(f'The shifted task "{other.name}" of task "{label}" has no test rows to be scored.')
+
+
+def _arms(entry: Any) -> list[Arm]:
+    values = dict(entry) if isinstance(entry, Mapping) else {"method": entry}
+    if not isinstance(values.get("method"), str):
+        raise ConfigError(f'Each of "methods" must name a method, as in {{method: lora}}, not {entry!r}.')
+    info = registry.method(values["method"])
+    what = f'the arm of method "{info.name}"'
+    check_keys(values, ("method", "name", "args", "tune", "learning_rates", "size", "training"), what)
+    training = _mapping(values.get("training"), f"training of {what}")
+    check_keys(training, ALTERNATING, f"training of {what}")
+    training = _run_options(training, f"training of {what}")
+    args = method_args(_mapping(values.get("args"), f"args of {what}"))
+    tune = {k: tuple(_list(v)) for k, v in method_args(_mapping(values.get("tune"), f"tune of {what}")).items()}
+    for given, key in ((args, "args"), (tune, "tune")):
+        if given and not info.config:
+            raise ConfigError(f'Method "{info.name}" is a baseline and takes no {key}.')
+        registry.check_method_args(info.name, given)
+    both = sorted(args.keys() & tune.keys())
+    if both:
+        raise ConfigError(f'"{both[0]}" of {what} is both fixed in "args" and searched by "tune"; remove one.')
+    rates = _rates(values.get("learning_rates"), what)
+    size = str(values.get("size") or "")
+    if size:
+        registry.check_method_args(info.name, {size: None})
+    grids = {name: value for name, value in args.items() if is_grid(info.name, name, value)}
+    arms = []
+    for combination in itertools.product(*grids.values()):
+        chosen = dict(zip(grids, combination, strict=True))
+        parts = [str(values.get("name", info.name)), *(f"{k}={v}" for k, v in chosen.items() if len(grids[k]) > 1)]
+        arms.append(Arm(" ".join(parts), info.name, {**args, **chosen}, tune, rates, size, training))
+    return arms
+
+
+def _rates(value: Any, what: str) -> tuple[float, ...]:
+    return tuple(_positive(rate, f"learning_rates of {what}") for rate in _list(value))
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ConfigError(f'"seeds" must be at least 1, got {value}.')
+        return tuple(range(value))
+    seeds = tuple(_list(value))
+    if not seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):
+        raise ConfigError(f'"seeds" must be a number of seeds or a list of whole numbers, got {value!r}.')
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f'"seeds" names a seed twice: {value!r}.')
+    return seeds
+
+
+def _search(values: Mapping[str, Any]) -> Search:
+    check_keys(values, Search.__dataclass_fields__, '"search"')
+    strategy = values.get("strategy", "grid")
+    strategy = "none" if strategy in (None, False) else str(strategy)
+    if strategy not in STRATEGIES:
+        raise ConfigError(
+            f'The search strategy "{strategy}" must be one of {", ".join(STRATEGIES)}.'
+            f"{did_you_mean(strategy, STRATEGIES)}"
+        )
+    counts = {
+        k: _count(v, f'"{k}" of "search"', least=0 if k == "extend" else 1)
+        for k, v in values.items()
+        if k != "strategy" and v is not None
+    }
+    if strategy == "none":
+        if counts:
+            raise ConfigError(f'"{next(iter(counts))}" of "search" has no effect with the strategy none; remove it.')
+        counts = {"trials": 1}
+    search = Search(strategy, **counts)
+    if search.factor < 2:
+        raise ConfigError('"factor" of "search" must be at least 2.')
+    if strategy == "halving" and search.trials < 2 * search.factor:
+        raise ConfigError(
+            f"Halving by {search.factor} needs at least {2 * search.factor} trials to have two rounds, "
+            f"got {search.trials}; use the strategy grid for fewer."
+        )
+    return search
+
+
+def _limits(values: Mapping[str, Any]) -> Limits:
+    check_keys(values, Limits.__dataclass_fields__, '"limits"')
+    given = {k: v for k, v in values.items() if v is not None}
+    if "max_steps" in given and "seconds" in given:
+        raise ConfigError('"limits" may set max_steps or seconds, not both.')
+    for key, value in given.items():
+        given[key] = (
+            _positive(value, f'"{key}" of "limits"') if key == "seconds" else _count(value, f'"{key}" of "limits"')
+        )
+    return Limits(**given)
+
+
+def _launcher(value: Any) -> dict[str, Any]:
+    """`accelerate`, or a mapping of it to flags of `accelerate launch`."""
+    if value in (None, ""):
+        return {}
+    values = {value: {}} if isinstance(value, str) else _mapping(value, "launcher")
+    check_keys(values, ("accelerate",), '"launcher"')
+    return {"accelerate": dict(_mapping(values.get("accelerate"), "launcher"))}
+
+
+def _check(study: Study) -> None:
+    """What can only be seen with all parts together."""
+    if not study.cells or not study.arms:
+        raise ConfigError("A study needs at least one task and one method.")
+    _unique([f"{cell.task} on {cell.backbone}" for cell in study.cells], "task", 'a "name"')
+    _unique([arm.label for arm in study.arms], "arm", 'a "name"')
+    labels = [arm.label for arm in study.arms]
+    for cell in study.cells:
+        for label in cell.learning_rates.keys() - set(labels):
+            raise ConfigError(
+                f'"learning_rates" of task "{cell.task}" names the arm "{label}", which the study has not.'
+                f"{did_you_mean(label, labels)}"
+            )
+    for arm in study.arms:
+        _check_trials(study, arm, arm.learning_rates, f'Arm "{arm.label}"')
+        for cell in study.cells:
+            if arm.label in cell.learning_rates:
+                _check_trials(study, arm, cell.learning_rates[arm.label], f'Arm "{arm.label}" on task "{cell.task}"')
+        if study.limits.trainable_parameters is not None:
+            size_field(arm.method, arm.args, arm.size)
+        for cell in study.cells:
+            run = {**study.options(cell, arm), "output_dir": "-", "learning_rate": 1.0}
+            RunConfig.from_mapping(run, f'the study for arm "{arm.label}" on task "{cell.task}"').check()
+
+
+def _check_trials(study: Study, arm: Arm, learning_rates: Sequence[float], what: str) -> None:
+    """Every arm must fill the trials of the search, and none may have more of them."""
+    trials = study.search.trials
+    if study.search.strategy == "none":
+        if arm.tune or len(learning_rates) > 1:
+            raise ConfigError(f"{what} has several values to try, but the search strategy is none.")
+        return
+    rates = len(learning_rates) or trials
+    candidates = rates * _product(arm.tune.values())
+    if not arm.tune and rates > trials:
+        raise ConfigError(
+            f"{what} gives {rates} learning rates, but every arm has {trials} trials; "
+            f'set "trials: {rates}" under "search", or give fewer.'
+        )
+    if candidates < trials:
+        raise ConfigError(
+            f"{what} gives {candidates} candidates, but every arm has {trials} trials; "
+            "give more learning_rates, or fewer trials."
+        )
+
+
+def _product(values: Iterable[Sequence[Any]]) -> int:
+    count = 1
+    for options in values:
+        count *= len(options)
+    return count
+
+
+def _unique(labels: list[str], what: str, mend: str) -> None:
+    double = next((label for label in labels if labels.count(label) > 1), None)
+    if double is not None:
+        raise ConfigError(f'The {what} "{double}" is in the study twice; give one of them {mend}.')
+
+
+def _run_options(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    for key in values:
+        if key in _SET_ELSEWHERE:
+            raise ConfigError(f'"{key}" cannot be set in {where}: {_SET_ELSEWHERE[key]}.')
+    needed = {"task": "-", "model_name_or_path": "-", "method": "-", "output_dir": "-"}
+    plain = RunConfig.from_mapping({**values, **needed}, where).to_dict()
+    return {key: value for key, value in plain.items() if key not in needed}
+
+
+def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{what} must be a mapping of names to values, not {value!r}.")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _count(value: Any, what: str, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{what} must be a whole number of at least {least}, got {value!r}.")
+    return value
+
+
+def _positive(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if isinstance(value, bool) or not 0 < number < float("inf"):
+        raise ConfigError(f"{what} must be a positive number, got {value!r}.")
+    return number

@@ -1,0 +1,191 @@
+"""What a study consists of: its arms, its tasks on backbones, its search, its limits. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft_lab import registry
+
+#: Options of a run unless the study says otherwise.
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "warmup_steps": 0.1,
+    "disable_tqdm": True,
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One competitor: a method with its arguments.
+
+    Attributes:
+        label: its name in tables; the method's name with the values of a grid, if it has no name of its own.
+        args: arguments that all its runs have.
+        tune: argument -> values that are searched along with the learning rate, the first one being the default.
+        learning_rates: the ones to try; empty for a grid around the method's own.
+        size: the argument that sets its number of parameters, for `limits: {trainable_parameters: ...}`.
+        training: run options that only its method has, those of bi-level training.
+    """
+
+    label: str
+    method: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    tune: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = ()
+    size: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task on one backbone: inside it the arms are compared.
+
+    Attributes:
+        task: the task's label in this study.
+        source: name or absolute path of the task.
+        backbone: its backbone.
+        options: run options of this task alone.
+        shifted, control: tasks of further measures ("" for none), see `peft_lab.comparison.run.measures`.
+        learning_rates: by the label of an arm those that it tries here, in place of its own: backbones differ in the
+            rates that they want.
+    """
+
+    task: str
+    source: str
+    backbone: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    shifted: str = ""
+    control: str = ""
+    learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How each arm gets its learning rate, and what it tunes besides: equally many trials for every arm.
+
+    Attributes:
+        strategy: "grid" trains each candidate in full; "halving" starts with all of them and a part of the steps, and
+            lets the best 1/`factor` go on to `factor` times the steps; "none" takes the method's default.
+        trials: candidates of each arm.
+        seeds: runs of each candidate.
+        max_steps: steps of a full training in the search; by default those of the final runs. A task with `max_steps`
+            of its own is searched with the same part of them.
+        extend: candidates that an arm gets besides, one after another, as long as its best learning rate is the lowest
+            or the highest that it has tried. The right to them is every arm's, so only the trials are equally many.
+    """
+
+    strategy: str = "grid"
+    trials: int = 3
+    seeds: int = 1
+    max_steps: int | None = None
+    factor: int = 2
+    extend: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is equal for all arms: steps or seconds of training, and the number of trainable parameters.
+
+    Attributes:
+        max_steps: training steps of every run (a task's own `max_steps` goes before it).
+        seconds: time of training steps of every run.
+        trainable_parameters: each arm's size argument is set to the largest value that stays within this number of
+            trainable parameters, the task head included.
+    """
+
+    max_steps: int | None = None
+    seconds: float | None = None
+    trainable_parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison: every arm on every cell, with a search on the validation rows and final runs on the test rows."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    search: Search = Search()
+    limits: Limits = Limits()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    launcher: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self, cell: Cell, arm: Arm) -> dict[str, Any]:
+        """The options that all runs of an arm on a cell share; learning rate, seed and output folder are left out."""
+        limits = {"max_steps": self.limits.max_steps, "max_seconds": self.limits.seconds}
+        found = {**DEFAULTS, **self.training, **{k: v for k, v in limits.items() if v is not None}, **cell.options}
+        if arm.method == "head":  # the rate of all that it trains is the one that is searched
+            found.pop("head_learning_rate", None)
+        found.setdefault("logging_steps", 10 if "max_seconds" in found else 0.05)
+        if not {"early_stopping_patience", "load_best_model_at_end"} & found.keys():
+            found.setdefault("save_strategy", "no")
+        return {
+            "task": cell.source,
+            "model_name_or_path": cell.backbone,
+            "method": arm.method,
+            "method_args": dict(arm.args),
+            **found,
+            **arm.training,
+        }
+
+    def learning_rates(self, cell: Cell, arm: Arm) -> tuple[float, ...]:
+        """The learning rates that the study gives an arm on a cell; none, and they lie around the method's default."""
+        return cell.learning_rates.get(arm.label, arm.learning_rates)
+
+    def search_steps(self, cell: Cell) -> int | None:
+        """Steps of a full training in the search on a cell; None if they are those of its final runs."""
+        steps, limit, own = self.search.max_steps, self.limits.max_steps, cell.options.get("max_steps")
+        return max(1, round(steps * own / limit)) if steps and limit and own else steps
+
+    def _search(self) -> dict[str, Any]:
+        if self.search.strategy == "none":
+            return {"strategy": "none"}
+        return {name: value for name, value in _filled(**vars(self.search)).items() if (name, value) != ("extend", 0)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_mapping` reads back: paths are absolute, grids are written out as arms."""
+        cells = [
+            {"task": c.source, "name": c.task, "model_name_or_path": c.backbone, **c.options, **_further(c)}
+            for c in self.cells
+        ]
+        arms = [
+            _filled(method=a.method, name=a.label, args=_single(a), tune={k: list(v) for k, v in a.tune.items()})
+            | _filled(learning_rates=list(a.learning_rates), size=a.size, training=dict(a.training))
+            for a in self.arms
+        ]
+        return {
+            "name": self.name,
+            "tasks": cells,
+            "methods": arms,
+            "seeds": list(self.seeds),
+            "search": self._search(),
+            **_filled(limits=_filled(**vars(self.limits)), training=dict(self.training), launcher=dict(self.launcher)),
+        }
+
+
+def is_grid(method: str, name: str, value: Any) -> bool:
+    """Whether a value of `args` is a list of values; of an argument that is itself a list, only a list of lists is."""
+    if not isinstance(value, list):
+        return False
+    field_ = registry.config_fields(method).get(name)
+    takes_list = field_ is not None and re.search(r"list|sequence|tuple|set\[", field_.annotation, re.IGNORECASE)
+    return all(isinstance(item, list) for item in value) if takes_list else True
+
+
+def _single(arm: Arm) -> dict[str, Any]:
+    """An arm's arguments so that none of them is read as a grid."""
+    return {k: [v] if isinstance(v, list) and is_grid(arm.method, k, v) else v for k, v in arm.args.items()}
+
+
+def _filled(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value not in (None, "", [], {}, ())}
+
+
+def _further(cell: Cell) -> dict[str, Any]:
+    rates = {arm: list(values) for arm, values in cell.learning_rates.items()}
+    return _filled(shifted=cell.shifted, control=cell.control, learning_rates=rates)

@@ -1,0 +1,283 @@
+"""The rows of a task: read by `datasets`, brought to canonical columns, split once and for all, and fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peft_lab.data import prompt_column
+from peft_lab.data.task_registry import data_files, kind
+from peft_lab.data.task_schema import PROMPT_IDS, QUOTING, Task
+from peft_lab.errors import TaskError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger("peft_lab")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a task with the canonical columns of its kind.
+
+    Attributes:
+        train, validation: disjoint; the validation rows are carved from train if the source has none.
+        test: None unless it was asked for.
+        labels: label names in the order of the model's outputs; None for regression and generation.
+        prompt_values: values of the column `prompt_ids`, which holds texts; None if the task names none.
+        fingerprints: split -> hash of its content, the same on every machine.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+    labels: tuple[str, ...] | None
+    prompt_values: tuple[str, ...] | None
+    fingerprints: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """One hash for the rows that are trained on and chosen by, whether or not the test rows were read."""
+        return _digest([self.fingerprints["train"], self.fingerprints["validation"]])
+
+
+def load_splits(task: Task, seed: int | None = None, *, test: bool = False) -> Splits:
+    """Read the rows of a task.
+
+    Args:
+        task: the task.
+        seed: seed of the carving; the task's own `split_seed` by default, so that runs with other training seeds
+            train and validate on the same rows.
+        test: read the test rows too.
+
+    Raises:
+        TaskError: the data cannot be had, a column or a label is missing, or there is no test split to give.
+    """
+    seed = task.split_seed if seed is None else seed
+    has_test = "test" in task.splits or task.test_fraction > 0
+    if test and not has_test:
+        raise TaskError(f'Task "{task.name}" has no test rows: name a "test" split or set "test_fraction".')
+    train = _canonical(task, "train")
+    labels, prompt_values = _label_names(task, train), prompt_column.values_of(task, train)
+    train = _encode_labels(task, "train", train, labels)
+    parts: dict[str, Dataset] = {}
+    if "test" not in task.splits and task.test_fraction:
+        train, parts["test"] = carve(task, train, "test", task.test_fraction, seed)
+    if "validation" in task.splits:
+        validation = _encode_labels(task, "validation", _canonical(task, "validation"), labels)
+    else:
+        train, validation = carve(task, train, "validation", task.validation_fraction, seed)
+    parts |= {"train": train, "validation": validation}
+    if test and "test" in task.splits:
+        parts["test"] = _encode_labels(task, "test", _canonical(task, "test"), labels)
+    if not test:
+        parts.pop("test", None)
+    fingerprints = {name: fingerprint(part) for name, part in parts.items()}
+    return Splits(train, validation, parts.get("test"), labels, prompt_values, fingerprints)
+
+
+def subset(rows: Dataset, count: int | None, seed: int = 0) -> Dataset:
+    """At most `count` rows, drawn by `seed`: sources are often sorted by class, so the first rows will not do."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.shuffle(seed=seed).select(range(count))
+
+
+def per_class(rows: Dataset, count: int, seed: int) -> Dataset:
+    """`count` rows of each class (all of a class that has fewer), drawn by `seed`, in random order.
+
+    Raises:
+        TaskError: the rows have no classes.
+    """
+    from datasets import ClassLabel
+
+    if not isinstance(rows.features.get("label"), ClassLabel):
+        raise TaskError("examples_per_class needs a classification task: these rows have no classes.")
+    shuffled = rows.shuffle(seed=seed)
+    labels = np.asarray(shuffled["label"][:])
+    chosen = np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)])
+    return shuffled.select(np.sort(chosen))
+
+
+def fingerprint(rows: Dataset) -> str:
+    """Hash of column names, label names and every value, in order; images by the bytes of their files."""
+    from datasets import ClassLabel, Image
+
+    names = sorted(rows.column_names)
+    for name in names:
+        if isinstance(rows.features[name], Image):
+            rows = rows.cast_column(name, Image(decode=False))
+    known = {n: rows.features[n].names for n in names if isinstance(rows.features[n], ClassLabel)}
+    plain = rows.with_format(None)
+
+    def lines() -> Iterable[str | bytes]:
+        yield json.dumps([names, known], sort_keys=True)
+        for batch in plain.iter(batch_size=1000):
+            for values in zip(*(batch[name] for name in names), strict=True):
+                for value in values:
+                    yield _file_bytes(value) if _is_file(value) else json.dumps(value, sort_keys=True, default=str)
+
+    return _digest(lines())
+
+
+def _digest(parts: Iterable[str | bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        # the length keeps ("ab", "c") and ("a", "bc") apart
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"bytes", "path"}
+
+
+def _file_bytes(value: dict[str, Any]) -> bytes:
+    if value["bytes"] is not None:
+        return value["bytes"]
+    with open(value["path"], "rb") as file:
+        return file.read()
+
+
+def _canonical(task: Task, split: str) -> Dataset:
+    """One split of the source with the canonical columns only."""
+    rows = _read(task, split)
+    for name, source in task.columns.items():
+        if source not in rows.column_names:
+            raise TaskError(
+                f'Task "{task.name}": the {split} data has no column "{source}" for "{name}".'
+                f"{did_you_mean(source, rows.column_names)} Columns: {', '.join(rows.column_names)}."
+            )
+    if len(rows) == 0:
+        raise TaskError(f'Task "{task.name}": the {split} data has no rows.')
+    texts = prompt_column.texts(task, split, rows) if PROMPT_IDS in task.columns else None
+    columns = {name: source for name, source in task.columns.items() if name != PROMPT_IDS}
+    rows = rows.select_columns(list(columns.values()))
+    rows = rows.rename_columns({source: name for name, source in columns.items() if source != name})
+    if texts is not None:
+        rows = rows.add_column(PROMPT_IDS, texts)
+    return kind(task.kind).cast(rows, task)
+
+
+def _read(task: Task, split: str) -> Dataset:
+    import datasets
+
+    data, source = task.data, task.splits[split]
+    try:
+        if data.path:
+            return datasets.load_dataset(data.path, data.name or None, revision=data.revision or None, split=source)
+        files: Any = data_files(task, split)
+        if data.builder == "imagefolder":
+            files = [f"{folder}/**" for folder in files]
+        options = dict(data.options)
+        if data.builder == "csv":
+            # pandas would turn the texts "null", "None" and "NA" into missing values
+            options["keep_default_na"] = False
+            options["quoting"] = QUOTING[options.get("quoting", "minimal")]
+        return datasets.load_dataset(data.builder, data_files={split: files}, split=split, **options)
+    except TaskError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        where = f'"{data.path}" of the Hub' if data.path else f"the {data.builder} files"
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise TaskError(f'Task "{task.name}": the {split} data cannot be read from {where}: {reason}') from error
+
+
+def _label_names(task: Task, train: Dataset) -> tuple[str, ...] | None:
+    """The task's label names, else those the data declares, else the sorted values of the train rows."""
+    from datasets import ClassLabel
+
+    if "label" not in train.column_names or task.problem_type == "regression":
+        return None
+    feature = train.features["label"]
+    if isinstance(feature, ClassLabel):
+        if task.labels and set(task.labels) == set(feature.names) and list(task.labels) != feature.names:
+            if task.data.builder != "imagefolder":
+                raise TaskError(
+                    f'Task "{task.name}": the data has the labels in this order: {", ".join(feature.names)}.'
+                )
+        elif task.labels and len(task.labels) != feature.num_classes and task.data.builder != "imagefolder":
+            raise TaskError(f'Task "{task.name}" names {len(task.labels)} labels, the data {feature.num_classes}.')
+        return task.labels or tuple(feature.names)
+    if task.labels:
+        return task.labels
+    values = sorted(set(train.unique("label")) - {None})
+    if len(values) < 2 or len(values) > 1000:
+        raise TaskError(
+            f'Task "{task.name}": the label column has {len(values)} different values, which is no classification; '
+            'name another column, or set "problem_type: regression".'
+        )
+    return tuple(str(value) for value in values)
+
+
+def _encode_labels(task: Task, split: str, rows: Dataset, labels: tuple[str, ...] | None) -> Dataset:
+    """The rows with `label` as a `ClassLabel` over `labels`, or as a float for regression."""
+    from datasets import ClassLabel, Value
+
+    if "label" not in rows.column_names:
+        return rows
+    if labels is None:
+        return rows.cast_column("label", Value("float32"))
+    number = _numbering(rows, labels, by_name=not task.labels or task.data.builder == "imagefolder")
+
+    def encode(values: list[Any]) -> dict[str, list[int]]:
+        return {"label": [_index(task, split, value, number, labels) for value in values]}
+
+    features = rows.features.copy()
+    features["label"] = ClassLabel(names=list(labels))
+    return rows.map(encode, input_columns="label", batched=True, features=features, desc=f"Labels of {split}")
+
+
+def _numbering(rows: Dataset, labels: Sequence[str], by_name: bool) -> Callable[[Any], int | None]:
+    """How a value of the label column becomes a number: whole numbers are positions unless they are names."""
+    from datasets import ClassLabel
+
+    feature, position = rows.features["label"], {name: index for index, name in enumerate(labels)}
+    if isinstance(feature, ClassLabel):
+        if by_name:
+            return lambda value: position.get(feature.names[value]) if value is not None and value >= 0 else None
+        return lambda value: value if value is not None and 0 <= value < len(labels) else None
+    values = set(rows.unique("label"))
+    if by_name or not all(isinstance(v, int) for v in values) or all(str(v) in position for v in values):
+        return lambda value: position.get(str(value))
+    return lambda value: value if 0 <= value < len(labels) else None
+
+
+def _index(task: Task, split: str, value: Any, number: Callable[[Any], int | None], labels: Sequence[str]) -> int:
+    index = number(value)
+    if index is None:
+        shown = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
+        hint = did_you_mean(value, labels) if isinstance(value, str) else ""
+        raise TaskError(f'Task "{task.name}": label "{value}" of the {split} rows is not one of {shown}.{hint}')
+    return index
+
+
+def carve(task: Task, rows: Dataset, split: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split rows into (rest, carved), stratified by label where every class is frequent enough.
+
+    Raises:
+        TaskError: there are too few rows.
+    """
+    from datasets import ClassLabel
+
+    count = round(fraction * len(rows))
+    if not 0 < count < len(rows):
+        raise TaskError(f'Task "{task.name}": {len(rows)} rows are too few to carve a {split} split from them.')
+    stratify = None
+    if isinstance(rows.features.get("label"), ClassLabel):
+        sizes = Counter(rows["label"][:]).values()
+        if min(sizes) >= 2 and len(sizes) <= min(count, len(rows) - count):
+            stratify = "label"
+        else:
+            logger.warning('Task "%s": the %s rows are drawn at random, for some classes are rare.', task.name, split)
+    halves = rows.train_test_split(test_size=count, seed=seed, stratify_by_column=stratify)
+    return halves["train"], halves["test"]

@@ -1,0 +1,87 @@
+"""Merging of an adapter into its base, saved so that transformers alone loads the result."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from peft_lab.adapter_files.names import ADAPTER_CONFIG
+from peft_lab.errors import ConfigError
+from peft_lab.loading.load_run import load
+from peft_lab.runs.run_folder import refuse_filled, write_labels
+
+#: Config flags by which a family says that some of its linear layers have biases.
+_BIAS_FLAGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "norm_bias", "classifier_bias")
+
+
+def merge(
+    adapter: str | Path, out: str | Path, model_name_or_path: str | None = None, *, allow_other_base: bool = False
+) -> Path:
+    """Merge an adapter into its base and save the result, which loads with transformers alone.
+
+    Raises:
+        ConfigError: the method cannot be merged, there is no adapter, the merged model would lose weights when loaded
+            again, or `out` already holds something.
+    """
+    out = Path(out).expanduser()
+    refuse_filled(out)
+    loaded = load(adapter, None, model_name_or_path, allow_other_base=allow_other_base)
+    adapted: Any = loaded.model
+    if not (loaded.folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(f'"{adapter}" is a whole model: there is no adapter to merge.')
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, AttributeError) as error:
+        reason = str(error) or "peft has no merge for it"
+        raise ConfigError(f'The adapter in "{adapter}" cannot be merged: {reason}') from error
+    check_reloadable(merged)
+    merged.save_pretrained(out)
+    loaded.processor.save_pretrained(out)
+    if loaded.labels:
+        write_labels(out, loaded.labels)
+    return out
+
+
+def check_reloadable(model: PreTrainedModel) -> None:
+    """Make sure that `save_pretrained` and `from_pretrained` give back every weight of a merged model.
+
+    Merging a method that shifts features creates biases where there were none. Where the family has a flag for them it
+    is set in `model.config`; else a reload would drop them without a word.
+
+    Raises:
+        ConfigError: the architecture has no place for a merged bias, naming it.
+    """
+    created = _extra(model, model.config)
+    if not created:
+        return
+    config = copy.deepcopy(model.config)
+    for flag in _BIAS_FLAGS:
+        if getattr(config, flag, None) is False:
+            setattr(config, flag, True)
+            if _lacking(model, config):  # the flag also asks for biases that merging did not create
+                setattr(config, flag, False)
+    left = _extra(model, config)
+    if left:
+        raise ConfigError(
+            f"{type(model).__name__} has no place for {len(left)} merged biases (the first is "
+            f'"{left[0]}"), so they would be lost when the merged model is loaded again; keep the adapter as it is, or '
+            "train it without shifts."
+        )
+    model.config = config
+
+
+def _rebuilt(model: PreTrainedModel, config: Any) -> set[str]:
+    with torch.device("meta"):
+        return set(type(model)(copy.deepcopy(config)).state_dict())
+
+
+def _extra(model: PreTrainedModel, config: Any) -> list[str]:
+    return sorted(set(model.state_dict()) - _rebuilt(model, config))
+
+
+def _lacking(model: PreTrainedModel, config: Any) -> list[str]:
+    return sorted(_rebuilt(model, config) - set(model.state_dict()))

@@ -1,0 +1,278 @@
+"""Convert an adapter that adds a delta to weights into a LoRA adapter that loads with peft alone.
+
+A method that declares `lora_export` converts exactly: by its own factors where its layer has them, else by the singular
+value decomposition of its delta at the delta's numerical rank. Tuners of peft convert where peft says that they can.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peft_lab import registry
+from peft_lab.adapter_files import safe_files
+from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, write_json
+from peft_lab.backbones.pypi_weights import resolve_model
+from peft_lab.errors import ConfigError
+from peft_lab.hub.model_card import card_text
+from peft_lab.hub.public_copy import PROCESSOR_FILES, head_outputs
+from peft_lab.loading.load_run import base_of, load, trained_task
+from peft_lab.registry import MethodInfo
+from peft_lab.runs import run_folder
+from peft_lab.tuners.operations import Operation, operation
+
+#: Relative error (Frobenius norm) that counts as exact: what float32 rounding leaves of a low-rank product.
+_EXACT = 5e-7
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A LoRA adapter.
+
+    Attributes:
+        config: its config, with `lora_alpha` equal to the rank: the scaling is 1 everywhere.
+        state: the content of its file, task head included.
+        ranks: module -> rank.
+        errors: module -> relative error of the delta (Frobenius norm).
+        origin: the method it was converted from.
+    """
+
+    config: LoraConfig
+    state: dict[str, Tensor]
+    ranks: dict[str, int]
+    errors: dict[str, float]
+    origin: MethodInfo
+
+
+def to_lora(
+    adapter: str | Path, out: str | Path, *, rank: int | None = None, model_name_or_path: str | None = None
+) -> Converted:
+    """Convert a saved adapter and write the LoRA adapter, with processor, labels and card, into a new folder.
+
+    Args:
+        adapter: folder of a run, any folder of a peft adapter, or a Hub id.
+        out: a folder that is not there yet or empty.
+        rank: largest rank; by default what an exact conversion needs, which for SVFit at full rank is the full rank.
+        model_name_or_path: the base to load instead of the one that the adapter names.
+
+    Raises:
+        ConfigError: the method's effect is no weight delta, peft's LoRA cannot express it, or `out` holds something.
+    """
+    out = Path(out).expanduser()
+    run_folder.refuse_filled(out)
+    folder = run_folder.find_adapter(adapter)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(f'"{adapter}" is a whole model: there is no adapter to convert.')
+    config = safe_files.read_json(folder / ADAPTER_CONFIG)
+    _check_method(registry.method(str(config.get("peft_type", "")).lower()))
+    done = convert(_load(folder, config, model_name_or_path), rank=rank)
+    _write(done, folder, out)
+    if config.get("fingerprints"):  # of our own methods; those of peft have the file beside their config
+        write_json(out / BASE_RECORD, {"modules": config["fingerprints"]})
+    return done
+
+
+def convert(model: Any, adapter_name: str = "default", rank: int | None = None) -> Converted:
+    """Convert an adapter on a model in memory, which stays as it is.
+
+    Raises:
+        ConfigError: as `to_lora`.
+    """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank must be at least 1, got {rank}.")
+    config = model.peft_config[adapter_name]
+    info = registry.method(str(getattr(config.peft_type, "value", config.peft_type)).lower())
+    _check_method(info)
+    if (getattr(config, "bias", None) or "none") != "none":
+        raise ConfigError(f'The adapter trains biases (bias="{config.bias}"), which LoRA alone cannot hold.')
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    state: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    errors: dict[str, float] = {}
+    for path, layer in layers.items():
+        name = path.removeprefix(_PREFIX)
+        base: Any = layer.get_base_layer()
+        op = operation(base, name)
+        _check_layer(info, layer, base, op, name, adapter_name)
+        with torch.no_grad():
+            up, down, errors[name] = _factors(layer, base, op, adapter_name, rank)
+        ranks[name] = down.shape[0]
+        state |= {f"{_PREFIX}{name}.{key}": value for key, value in _entries(op, base, up, down).items()}
+    if not ranks:
+        raise ConfigError(f'Method "{info.name}" adds no delta to a weight here, so LoRA has nothing to take over.')
+    return Converted(_config(config, model, layers, ranks), state | _heads(model, adapter_name), ranks, errors, info)
+
+
+def _check_method(info: MethodInfo) -> None:
+    if info.name == "lora":
+        raise ConfigError("The adapter is a LoRA adapter already: there is nothing to convert.")
+    if info.place == "peft" or info.can("lora_export"):
+        return
+    mend = "; `peft-lab merge` folds it into the base weights" if info.can("merge") else ""
+    raise ConfigError(
+        f'Method "{info.name}" acts on more than a low-rank delta of weights and does not declare that it '
+        f"{registry.CAPABILITIES['lora_export']}{mend}."
+    )
+
+
+def _check_layer(info: MethodInfo, layer: Any, base: Any, op: Operation, name: str, adapter: str) -> None:
+    if info.place == "peft" and not layer.supports_lora_conversion(adapter):
+        raise ConfigError(
+            f'peft has no weight delta for "{name}" with method "{info.name}" that LoRA could take over; '
+            "`peft-lab merge` may fold it into the base weights."
+        )
+    if op.op_type == "conv2d" and (base.padding_mode != "zeros" or set(base.dilation) != {1}):
+        raise ConfigError(f'peft\'s LoRA has no dilation and pads with zeros only, so "{name}" cannot be converted.')
+
+
+def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | None) -> tuple[Tensor, Tensor, float]:
+    """Factors B (out, r) and A (r, in) in float32, and the relative error of their product.
+
+    For a convolution with groups A has the rows of all groups, and B those of a row's own group: (out, r / groups).
+    """
+    own = layer.lora_factors(adapter) if hasattr(layer, "lora_factors") else None
+    delta = own[0].double() @ own[1].double() if own else op.matrix(_delta(layer, base, adapter)).double()
+    groups = base.groups if op.op_type == "conv2d" else 1
+    if own is not None and groups == 1:
+        used = (own[0] != 0).any(0)
+        used[0] = True  # peft has no rank 0
+        up, down = own[0][:, used], own[1][used]
+    if own is None or groups > 1 or (rank is not None and rank < up.shape[1]):
+        up, down = _decomposed(delta, groups, None if rank is None else max(1, rank // groups))
+    up, down = up.float().contiguous(), down.float().contiguous()
+    blocks = zip(up.double().chunk(groups), down.double().chunk(groups), strict=True)
+    difference = torch.cat([b @ a for b, a in blocks]) - delta
+    return up, down, (difference.norm() / delta.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def _delta(layer: Any, base: Any, adapter: str) -> Tensor:
+    """The delta in the layout of the weight; what merging a copy changes if the tuner gives none by name (MiSS)."""
+    parameters = inspect.signature(layer.get_delta_weight).parameters.values()
+    if sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 1:
+        delta: Tensor = layer.get_delta_weight(adapter)
+        return delta
+    merged = copy.deepcopy(layer).double()  # in float64, so that the difference is not rounded away
+    merged.merge(adapter_names=[adapter])
+    return merged.get_base_layer().weight - base.weight
+
+
+def _decomposed(delta: Tensor, groups: int, rank: int | None) -> tuple[Tensor, Tensor]:
+    """The best factors of each group's rows at a rank, by default the smallest one that is exact."""
+    u, s, vh = torch.linalg.svd(delta.reshape(groups, -1, delta.shape[1]), full_matrices=False)
+    left = s.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # what is lost by stopping before each value
+    needed = int((left > _EXACT * left[:, :1]).sum(-1).max())
+    kept = max(1, needed if rank is None else min(rank, needed))
+    return (u * s[:, None])[..., :kept].reshape(-1, kept), vh[:, :kept].reshape(-1, delta.shape[1])
+
+
+def _entries(op: Operation, base: Any, up: Tensor, down: Tensor) -> dict[str, Tensor]:
+    """The entries of peft's LoRA file for one module."""
+    if op.op_type == "embedding":  # the matrix is (tokens, dim)
+        return {"lora_embedding_A": up.T.contiguous(), "lora_embedding_B": down.T.contiguous()}
+    if op.op_type == "conv2d":
+        weight, groups = base.weight, base.groups
+        shape = (down.shape[0], base.in_channels, *weight.shape[2:])
+        spread = down.new_zeros(groups, down.shape[0] // groups, groups, *weight.shape[1:])
+        for group, rows in enumerate(down.chunk(groups)):  # peft's A reads all channels, also those of other groups
+            spread[group, :, group] = rows.reshape(-1, *weight.shape[1:])
+        return {"lora_A.weight": spread.reshape(shape), "lora_B.weight": up[:, :, None, None]}
+    return {"lora_A.weight": down, "lora_B.weight": up}
+
+
+def _config(config: Any, model: Any, layers: dict[str, Any], ranks: dict[str, int]) -> LoraConfig:
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    # anchored: a bare name would also match a longer one that ends with it
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()} if len({*ranks.values()}) > 1 else {}
+    conv1d = any(isinstance(layer.get_base_layer(), transformers.pytorch_utils.Conv1D) for layer in layers.values())
+    return LoraConfig(
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        auto_mapping=config.auto_mapping,
+        inference_mode=True,
+        r=common,
+        lora_alpha=common,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=_targets(model, ranks),
+        modules_to_save=getattr(config, "modules_to_save", None),
+        fan_in_fan_out=conv1d,
+    )
+
+
+def _targets(model: nn.Module, ranks: dict[str, int]) -> list[str] | str:
+    """The adapted modules for `target_modules`: last names or paths if they say it, else a regex of the paths."""
+    paths = {name.removeprefix(_PREFIX) for name, _ in model.named_modules()}
+    others = {path for path in paths if path not in ranks and not path.endswith(".base_layer")}
+    for names in ({name.rpartition(".")[2] for name in ranks}, set(ranks)):
+        if not any(other == name or other.endswith(f".{name}") for other in others for name in names):
+            return sorted(names)
+    return "|".join(re.escape(name) for name in ranks)
+
+
+def _heads(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """What the adapter's file holds of modules that were trained in full."""
+    heads = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {key: value.detach().clone().contiguous() for key, value in saved.items() if heads and key.startswith(heads)}
+
+
+def _load(folder: Path, config: dict[str, Any], base: str | None) -> PeftModel:
+    """The adapter on its base: as its run trained it, else as adapter_config.json describes it."""
+    if run_folder.read_metrics(folder).get("run"):
+        model: Any = load(folder, None, base).model
+        return model
+    path = resolve_model(base or base_of(folder, {}))
+    mapping, task_type = config.get("auto_mapping") or {}, config.get("task_type")
+    if task_type:
+        auto = peft.auto.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task_type].__name__.replace("PeftModelFor", "AutoModelFor")
+        cls = getattr(transformers, auto, transformers.AutoModel)
+    elif mapping.get("parent_library", "").startswith("transformers."):
+        cls = getattr(transformers, mapping["base_model_class"])
+    else:
+        raise ConfigError(f'"{folder}" does not say which class its base is; convert it in Python by convert(model).')
+    outputs = head_outputs(folder)
+    labels = {"num_labels": outputs, "ignore_mismatched_sizes": True} if outputs else {}
+    try:
+        return PeftModel.from_pretrained(cls.from_pretrained(path, **labels), str(folder)).eval()
+    except OSError as error:
+        raise ConfigError(f'The base "{path}" cannot be loaded: {str(error).strip().splitlines()[0]}') from error
+
+
+def _write(done: Converted, folder: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    done.config.save_pretrained(str(out))
+    save_file(done.state, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    for pattern in (*PROCESSOR_FILES, run_folder.LABELS, run_folder.TASK, BASE_RECORD):
+        for path in folder.glob(pattern):
+            shutil.copyfile(path, out / path.name)
+    metrics = run_folder.read_metrics(folder)
+    if not metrics.get("run"):
+        return
+    metrics["adapter_bytes"] = run_folder.weights_bytes(out)
+    metrics["lora_export"] = {
+        "method": done.origin.name,
+        "title": done.origin.title,
+        "rank": max(done.ranks.values()),
+        "max_relative_error": max(done.errors.values()),
+        "modules": {n: {"rank": r, "relative_error": done.errors[n]} for n, r in done.ranks.items()},
+    }
+    task = trained_task(folder, run_folder.read_origin(folder))
+    (out / run_folder.CARD).write_text(card_text(out.name, metrics, registry.method("lora"), task), encoding="utf-8")
+    write_json(out / run_folder.METRICS, metrics)

@@ -1,0 +1,218 @@
+"""What of a run's folder others may see, in a folder of its own: no path of this machine, no token, no pickle."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import eval_result_entries_to_yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from peft_lab import registry
+from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, write_json
+from peft_lab.backbones.pypi_weights import BACKBONES, is_local, public_name
+from peft_lab.errors import ConfigError
+from peft_lab.hub.model_card import LOCAL_OPTIONS, Base, card_text, eval_entries, items_of, plain_card
+from peft_lab.runs import run_folder
+from peft_lab.runs.run_config import dump_yaml
+from peft_lab.runs.standing import Standing, read_standing
+from peft_lab.utils.cache import cache_dir
+
+#: Files of tokenizers and of image processors; nothing else of them is published.
+PROCESSOR_FILES = (
+    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
+    *("*.model", "chat_template.jinja", "chat_template.json", "tokenizer_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
+)
+_WEIGHTS = (ADAPTER_WEIGHTS, "model*.safetensors", "model.safetensors.index.json")
+_AS_THEY_ARE = (*PROCESSOR_FILES, *_WEIGHTS, run_folder.LABELS, BASE_RECORD)
+#: Files whose values may name a path, which is taken out of them.
+_SETTINGS = (
+    *("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "config.json"),
+    *("generation_config.json", "image_processor_config.json"),
+)
+
+EVAL_RESULTS = ".eval_results"
+
+
+def stage(
+    folder: Path,
+    repo_id: str,
+    out: Path,
+    base_model: str | None = None,
+    secrets: Iterable[str] = (),
+) -> None:
+    """Write what a repository shall hold into the empty folder `out`.
+
+    Args:
+        folder: a run's folder, or any folder of a peft adapter.
+        repo_id: Hub id of the repository, which the card names.
+        out: an empty folder.
+        base_model: Hub id of the base model, if the folder does not tell one.
+        secrets: texts that no file may contain.
+
+    Raises:
+        ConfigError: the base has no name that others know, or a file would give away a path or a secret.
+    """
+    metrics = run_folder.read_metrics(folder)
+    standing = read_standing(folder)
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    base = find_base(folder, metrics, base_model, needed=adapter)
+    for pattern in _AS_THEY_ARE:
+        for path in folder.glob(pattern):
+            shutil.copyfile(path, out / path.name)
+    for name in _SETTINGS:
+        if (folder / name).is_file():
+            _rewrite(folder / name, out / name, run_folder.without_paths)
+    if adapter:
+        named = {"base_model_name_or_path": base.name, "revision": base.revision}
+        _rewrite(folder / ADAPTER_CONFIG, out / ADAPTER_CONFIG, lambda c: {**c, **named})
+    if metrics.get("run"):
+        _stage_run(folder, metrics, repo_id, out, base, standing)
+    else:
+        _stage_plain(folder, repo_id, out, base)
+    refuse_private(out, [*local_paths(folder), *secrets])
+
+
+def find_base(folder: Path, metrics: Mapping[str, Any], given: str | None = None, needed: bool = True) -> Base:
+    """The base model by a name that others can load: the one given, else what the folder tells.
+
+    Raises:
+        ConfigError: there is no such name and it is `needed`, or the given one cannot be a Hub id.
+    """
+    run = metrics.get("run") or {}
+    if given is not None:
+        return Base(_checked_id(given), on_hub=True)
+    config = _read(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
+    named = [str(name) for name in (run.get("model_name_or_path"), config.get("base_model_name_or_path")) if name]
+    for name in named:
+        public = public_name(name)
+        if public in BACKBONES:
+            return Base(public)
+        if public is not None:
+            pinned = metrics.get("base_revision") or run.get("model_revision") or config.get("revision")
+            return Base(public, on_hub=True, revision=None if is_local(name) else pinned)
+    if not needed:
+        return Base(Path(named[0]).name if named else "its base")
+    what = f'is the folder "{named[0]}" of this machine' if named else "is not named"
+    raise ConfigError(
+        f'The base model of "{folder}" {what}, which nobody else can load; publish it, and name it with '
+        "--base_model USER/NAME."
+    )
+
+
+def _checked_id(name: str) -> str:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f'base_model "{name}" cannot be a Hub id: {" ".join(str(error).split())}') from error
+    if is_local(name):
+        raise ConfigError(f'base_model "{name}" is a folder of this machine; name a model on the Hub.')
+    return name
+
+
+def _stage_run(
+    folder: Path, metrics: dict[str, Any], repo_id: str, out: Path, base: Base, standing: Standing | None
+) -> None:
+    """metrics.json, run.yaml, task.yaml, the card and the evaluation results of a run of peft-lab."""
+    from peft_lab.loading.load_run import trained_task  # imports torch
+
+    run = metrics["run"]
+    info = registry.method("lora" if "lora_export" in metrics else run["method"])
+    task = trained_task(folder, run_folder.read_origin(folder))
+    own_task = (folder / run_folder.TASK).is_file()
+    public = {k: v for k, v in run.items() if k not in LOCAL_OPTIONS and v is not None} | {
+        # a short name stays: its package is there without the Hub, and `base_model` says where else it is
+        "model_name_or_path": run["model_name_or_path"] if run["model_name_or_path"] in BACKBONES else base.name,
+        "output_dir": repo_id.rpartition("/")[2],
+    }
+    public = run_folder.without_paths(public)
+    if base.revision and not public.get("model_revision") and public["model_name_or_path"] == base.name:
+        public["model_revision"] = base.revision
+    if own_task:
+        _rewrite(folder / run_folder.TASK, out / run_folder.TASK, run_folder.without_paths)
+        public["task"] = run_folder.TASK
+    shown = run_folder.without_paths(metrics) | {
+        "run": {k: v for k, v in public.items() if not (own_task and k == "task")}
+    }
+    if "base_model_name_or_path" in shown.get("method_config", {}):
+        shown["method_config"] |= {"base_model_name_or_path": base.name}
+    write_json(out / run_folder.METRICS, shown)
+    if "lora_export" not in metrics:
+        (out / run_folder.RUN).write_text(dump_yaml(public), encoding="utf-8")
+    title, items = repo_id.rpartition("/")[2], items_of(folder)
+    card = card_text(title, shown | {"run": public}, info, task, base, repo_id, items, standing)
+    (out / run_folder.CARD).write_text(card, encoding="utf-8")
+    entries = eval_entries(metrics, info, task, standing)
+    if entries:
+        (out / EVAL_RESULTS).mkdir()
+        text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+        (out / EVAL_RESULTS / f"{task.name}.yaml").write_text(text, encoding="utf-8")
+
+
+def _stage_plain(folder: Path, repo_id: str, out: Path, base: Base) -> None:
+    """The card of an adapter that peft-lab did not train."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(f'"{folder}" is a whole model without a run of peft-lab; push it with transformers.')
+    config = _read(folder / ADAPTER_CONFIG)
+    info = registry.method(str(config.get("peft_type", "")).lower())
+    text = plain_card(repo_id, config, info, base, run_folder.weights_bytes(folder), head_outputs(folder))
+    (out / run_folder.CARD).write_text(text, encoding="utf-8")
+
+
+def head_outputs(folder: Path) -> int | None:
+    """Number of outputs of the classifier in an adapter file; None if there is none."""
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER_WEIGHTS, "np") as file:
+        heads = [key for key in file.keys() if re.search(r"\.(classifier|score)(\.\w+)?\.weight$", key)]  # noqa: SIM118
+        return file.get_slice(heads[-1]).get_shape()[0] if heads else None
+
+
+def local_paths(folder: Path) -> list[str]:
+    """Texts by which a file would give away where things lie on this machine."""
+    config = _read(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
+    base = str(config.get("base_model_name_or_path") or "")
+    found = {str(folder), str(folder.resolve()), str(folder.resolve().parent), f"{Path.home()}/", str(cache_dir())}
+    found |= {base} if is_local(base) else set()
+    return sorted(text for text in found if (text.startswith(("/", "~")) and len(text) > 2) or "\\" in text)
+
+
+def refuse_private(folder: Path, texts: Iterable[str]) -> None:
+    """Raise `ConfigError` if a file in `folder` contains one of the texts; of weights only the head is read."""
+    needles = [text.encode() for text in texts if text]
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        content = _head(path) if path.suffix == ".safetensors" else path.read_bytes()
+        for needle in needles:
+            if needle in content:
+                raise ConfigError(
+                    f"{path.name} would give away a path or a token of this machine, and was not uploaded; remove it "
+                    "from the file, or train with names instead of paths."
+                )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f'"{path}" cannot be read: {" ".join(str(error).split())}') from error
+    if not isinstance(values, dict):
+        raise ConfigError(f'"{path}" must hold a mapping.')
+    return values
+
+
+def _rewrite(source: Path, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    values = change(_read(source))
+    text = dump_yaml(values) if target.suffix == ".yaml" else json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    target.write_text(text, encoding="utf-8")

@@ -1,0 +1,159 @@
+"""What each test row contributes to a metric: jackknife values, whose variance is that of the metric over test rows.
+
+The jackknife computes the metric anew without each row in turn. It gives the spread that a bootstrap over the rows
+gives (a test compares them), without a second source of chance, and one number for each run and row, so that a
+difference between two methods can be taken row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from peft_lab.metrics.calibration import BINS, bins_of
+from peft_lab.metrics.predictions import Items
+
+Array = np.ndarray
+
+#: Least and greatest value of the metrics that have such; an interval is cut there.
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("accuracy", "exact_match", "rouge_l", "coverage", "token_accuracy", "f1", "ece"), (0.0, 1.0)),
+    **dict.fromkeys(("matthews_correlation", "pearsonr", "spearmanr"), (-1.0, 1.0)),
+    "perplexity": (1.0, np.inf),
+}
+
+#: Metrics that are the share of rows that are right.
+SHARES = frozenset({"accuracy", "exact_match"})
+
+#: Rows held at once while ranks are taken anew.
+_CHUNK = 256
+
+
+def item_values(metric: str, items: Items, labels: int | None = None) -> tuple[float, Array] | None:
+    """The metric over all rows, and its jackknife values (n,), whose mean is the metric up to a bias of order 1/n.
+
+    Args:
+        metric: name of one of our metrics.
+        items: what was found for each row.
+        labels: number of classes, which decides between binary and macro F1.
+
+    Returns:
+        None if the metric cannot be computed from such items.
+    """
+    count = len(items)
+    if metric in SHARES:
+        correct = items.correct
+        return None if correct is None or not count else (float(correct.mean()), correct)
+    if metric in items.columns:  # its value for each row, whose mean it is
+        return (float(items.columns[metric].mean()), items.columns[metric]) if count else None
+    try:
+        all_rows, without_each = _leave_one_out(metric, items, labels)
+    except KeyError:  # another metric, or items of another kind
+        return None
+    return all_rows, count * all_rows - (count - 1) * without_each
+
+
+def _leave_one_out(metric: str, items: Items, labels: int | None) -> tuple[float, Array]:
+    columns = items.columns
+    if metric == "spearmanr":
+        return _spearman_without_each(columns["reference"], columns["prediction"])
+    moments, function = _MOMENTS[metric](columns, labels)
+    total = moments.sum(0, keepdims=True)
+    return float(function(total)[0]), function(total - moments)
+
+
+def _f1(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    reference, prediction, classes = _one_hot(columns, labels)
+    if classes == 2:  # as `compute_metrics` of the classifying kinds: of class 1
+        reference, prediction = reference[:, 1:], prediction[:, 1:]
+
+    def f1(sums: Array) -> Array:
+        hits, found, true = np.split(sums, 3, axis=1)
+        return _ratio(2 * hits, found + true).mean(1)
+
+    return np.concatenate([reference * prediction, prediction, reference], axis=1), f1
+
+
+def _matthews(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    reference, prediction, _ = _one_hot(columns, labels)
+    hits = (reference * prediction).sum(1, keepdims=True)
+
+    def matthews(sums: Array) -> Array:
+        right, (found, true) = sums[:, 0], np.split(sums[:, 1:], 2, axis=1)
+        count = true.sum(1)
+        squares = (count**2 - (found**2).sum(1)) * (count**2 - (true**2).sum(1))
+        return _ratio(right * count - (found * true).sum(1), np.sqrt(squares))
+
+    return np.concatenate([hits, prediction, reference], axis=1), matthews
+
+
+def _one_hot(columns: dict[str, Array], labels: int | None) -> tuple[Array, Array, int]:
+    reference, prediction = columns["reference"].astype(int), columns["prediction"].astype(int)
+    classes = max(labels or 0, int(reference.max()) + 1, int(prediction.max()) + 1)
+    eye = np.eye(classes)
+    return eye[reference], eye[prediction], classes
+
+
+def _pearson(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    x, y = (columns[name] - columns[name].mean() for name in ("reference", "prediction"))
+    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1), _correlation
+
+
+def _correlation(sums: Array) -> Array:
+    """Correlations from sums (m, 6) of 1, x, y, xx, yy, xy; 0 where one side is constant, as our metrics count it."""
+    count, x, y, xx, yy, xy = sums.T
+    spread = np.maximum(count * xx - x * x, 0) * np.maximum(count * yy - y * y, 0)
+    return _ratio(count * xy - x * y, np.sqrt(spread))
+
+
+def _spearman_without_each(x: Array, y: Array) -> tuple[float, Array]:
+    from scipy.stats import rankdata
+
+    rank_x, rank_y, count = rankdata(x), rankdata(y), len(x)
+
+    def correlation(rx: Array, ry: Array, left_out: Array | None) -> Array:
+        keep = np.ones_like(rx)
+        if left_out is not None:
+            keep[np.arange(len(left_out)), left_out] = 0
+        parts = [keep, rx * keep, ry * keep, rx * rx * keep, ry * ry * keep, rx * ry * keep]
+        return _correlation(np.stack([part.sum(1) for part in parts], axis=1))
+
+    found = []
+    for start in range(0, count, _CHUNK):
+        rows = np.arange(start, min(start + _CHUNK, count))
+        # without a row, the ranks above it fall by 1 and those that tie with it by 1/2
+        rx = rank_x - (x[rows, None] < x) - 0.5 * (x[rows, None] == x) - (count - 1) / 2
+        ry = rank_y - (y[rows, None] < y) - 0.5 * (y[rows, None] == y) - (count - 1) / 2
+        found.append(correlation(rx, ry, rows))
+    return float(correlation(rank_x[None], rank_y[None], None)[0]), np.concatenate(found)
+
+
+def _perplexity(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    return np.stack([columns["loss"], columns["tokens"]], axis=1), lambda sums: np.exp(_ratio(sums[:, 0], sums[:, 1]))
+
+
+def _token_accuracy(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    return np.stack([columns["hits"], columns["tokens"]], axis=1), lambda sums: _ratio(sums[:, 0], sums[:, 1])
+
+
+def _ece(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    gaps = (columns["reference"] == columns["prediction"]) - columns["confidence"]
+    moments = np.zeros((len(gaps), 1 + BINS))
+    moments[:, 0] = 1
+    moments[np.arange(len(gaps)), 1 + bins_of(columns["confidence"])] = gaps
+    return moments, lambda sums: _ratio(np.abs(sums[:, 1:]).sum(1), sums[:, 0])
+
+
+_MOMENTS = {
+    "ece": _ece,
+    "f1": _f1,
+    "matthews_correlation": _matthews,
+    "pearsonr": _pearson,
+    "perplexity": _perplexity,
+    "token_accuracy": _token_accuracy,
+}
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator, dtype=float), where=denominator > 0)

@@ -1,0 +1,431 @@
+"""What one run is made of, and how it is read from flags, a YAML or JSON file, or Python. Imports nothing heavy.
+
+The names are those of the Hugging Face example scripts. Every flag of `transformers.TrainingArguments` is accepted too:
+their names and types are read from the installed source text, so a misspelt one is found before torch is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from peft_lab import registry
+from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.utils import source_reader
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+#: Flags of TrainingArguments that cannot mean anything here, with what to do instead.
+_REFUSED = {
+    "do_train": "training is what this command does; use `peft-lab evaluate` to only evaluate",
+    "label_names": "the kind of task knows its label columns",
+    "local_rank": "accelerate sets the rank",
+}
+
+
+@dataclass
+class RunConfig:
+    """One training run: task + backbone + method + training arguments.
+
+    Raises:
+        ConfigError: by `from_mapping` and `check`, for an unknown key or a value of the wrong type.
+    """
+
+    task: str = field(metadata={"help": "Name of a built-in task, or the path of your own task YAML."})
+    model_name_or_path: str = field(
+        metadata={"help": "Backbone: a Hub id, a local folder (${PEFT_LAB_DATA} is replaced), or a short name."}
+    )
+    method: str = field(metadata={"help": "Name of the method; `peft-lab methods` lists them."})
+    output_dir: str = field(metadata={"help": "Folder for the adapter, its metrics and its checkpoints."})
+    method_args: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Fields of the method's config: --method_args rank=full layers_to_transform=[0,1]"},
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the backbone on the Hub."}
+    )
+    dtype: str | None = field(default=None, metadata={"help": f"Dtype of the backbone: {', '.join(DTYPES)}."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many examples, drawn with a fixed seed."}
+    )
+    examples_per_class: int | None = field(
+        default=None,
+        metadata={"help": "Train on this many examples of each class, drawn with the run's seed (classification)."},
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "The same for the validation split."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "The same for the test split."})
+    max_seconds: float | None = field(
+        default=None,
+        metadata={"help": "Train for this time of steps; without max_steps or num_train_epochs, for all of it."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after this many evaluations without a better one, and keep the best (off by default)."},
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the task head, if it differs from --learning_rate."}
+    )
+    alternating_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train the method's learned activation in turn, once after this many steps, on training rows that "
+            "are held out for it alone: bi-level training, as of IAPT. Without it, it trains as everything else does."
+        },
+    )
+    alternating_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of these steps (1e-6 by default)."}
+    )
+    alternating_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of the training rows that is held out, drawn by the run's seed (0.1 by default)."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the run that stands in output_dir. Without it nothing is replaced."}
+    )
+    training_arguments: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Flags of transformers.TrainingArguments."}
+    )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str = "the run") -> RunConfig:
+        """Build from flat values (as in a YAML file or on the command line); `where` names their source in errors.
+
+        Raises:
+            ConfigError: an unknown key, a missing one, or a value of the wrong type.
+        """
+        own = {f.name: f for f in fields(cls)}
+        arguments = training_argument_fields()
+        nested = values.get("training_arguments") or {}
+        if not isinstance(nested, Mapping):
+            raise ConfigError(f"training_arguments of {where} must be a mapping of flags, not {nested!r}.")
+        flat = {**{k: v for k, v in values.items() if k != "training_arguments"}, **nested}
+        plain: dict[str, Any] = {}
+        flags: dict[str, Any] = {}
+        for name, value in flat.items():
+            if name == "method_args":
+                plain[name] = method_args(value)
+            elif name in own:
+                plain[name] = convert(name, str(own[name].type), value)
+            elif name in arguments:
+                flags[name] = convert(name, arguments[name].annotation, value)
+            else:
+                raise ConfigError(f'Unknown option "{name}" in {where}.{did_you_mean(name, [*own, *arguments])}')
+        needed = ("task", "model_name_or_path", "method", "output_dir")
+        missing = [name for name in needed if plain.get(name) in (None, "")]
+        if missing:
+            raise ConfigError(f"Missing in {where}: {', '.join(missing)}.")
+        return cls(**plain, training_arguments=flags)
+
+    def check(self) -> registry.MethodInfo:
+        """Check names, method arguments and values without importing torch; return the method's card.
+
+        Raises:
+            ConfigError: what is wrong, with the nearest known name.
+        """
+        info = registry.method(self.method)
+        if self.method_args and not info.config:
+            raise ConfigError(f'Method "{info.name}" takes no method_args, got {", ".join(self.method_args)}.')
+        registry.check_method_args(self.method, self.method_args)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(
+                f'dtype "{self.dtype}" must be one of {", ".join(DTYPES)}.{did_you_mean(self.dtype, DTYPES)}'
+            )
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}; leave it out for no limit.")
+        self._check_time()
+        self._check_alternating(info)
+        if self.examples_per_class is not None and self.max_train_samples is not None:
+            raise ConfigError("examples_per_class and max_train_samples both choose the examples; give one of them.")
+        if self.head_learning_rate is not None and self.head_learning_rate <= 0:
+            raise ConfigError(f"head_learning_rate must be positive, got {self.head_learning_rate}.")
+        for name, mend in _REFUSED.items():
+            if self.training_arguments.get(name) not in (None, True):
+                raise ConfigError(f"{name}={self.training_arguments[name]} has no meaning here: {mend}.")
+        if Path(self.output_dir).expanduser().is_file():
+            raise ConfigError(f'output_dir "{self.output_dir}" is a file; name a folder.')
+        return info
+
+    def _check_time(self) -> None:
+        if self.max_seconds is None:
+            return
+        if self.max_seconds <= 0:
+            raise ConfigError(f"max_seconds must be positive, got {self.max_seconds}; leave it out for no limit.")
+        schedule = str(self.training_arguments.get("lr_scheduler_type", "linear"))
+        if schedule not in ("linear", "constant"):
+            raise ConfigError(f'lr_scheduler_type "{schedule}" counts steps; with max_seconds use linear or constant.')
+        if (self.training_arguments.get("warmup_steps") or 0) >= 1:
+            raise ConfigError("warmup_steps must be a part of the time, such as 0.1, if max_seconds is given.")
+
+    def _check_alternating(self, info: registry.MethodInfo) -> None:
+        every, rate, fraction = (getattr(self, name) for name in ALTERNATING)
+        if every is None:
+            given = next((name for name in ALTERNATING if getattr(self, name) is not None), None)
+            if given is not None:
+                raise ConfigError(f"{given}={getattr(self, given)} has no effect without alternating_every; give both.")
+            return
+        if not info.can("learned_activation"):
+            raise ConfigError(
+                f'alternating_every={every} is for methods that learn an activation, and "{info.name}" has none; '
+                "leave it out."
+            )
+        if every < 1:
+            raise ConfigError(f"alternating_every must be at least 1, got {every}.")
+        if rate is not None and rate <= 0:
+            raise ConfigError(f"alternating_learning_rate must be positive, got {rate}.")
+        if fraction is not None and not 0 < fraction <= 0.5:
+            raise ConfigError(f"alternating_fraction must be over 0 and at most 0.5, got {fraction}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat plain values that `from_mapping` reads back; unset options are left out."""
+        values = asdict(self)
+        arguments = values.pop("training_arguments")
+        return {k: v for k, v in values.items() if v not in (None, {}, False)} | arguments
+
+    def identity(self) -> dict[str, Any]:
+        """The values that decide the result: two runs with the same identity end with the same weights."""
+        values = self.to_dict()
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in _NO_INFLUENCE and not name.startswith(_NO_INFLUENCE_BEGINNINGS)
+        }
+
+
+#: Options of bi-level training.
+ALTERNATING = ("alternating_every", "alternating_learning_rate", "alternating_fraction")
+
+_COUNTS = (
+    *("max_train_samples", "max_eval_samples", "max_test_samples", "examples_per_class"),
+    "early_stopping_patience",
+)
+
+#: Options that change where or how a run is written, not what it computes; and the beginnings of such names.
+_NO_INFLUENCE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_total_limit", "report_to")
+_NO_INFLUENCE_BEGINNINGS = (
+    "do_",
+    "log_",
+    "logging_",
+    "disable_tqdm",
+    "run_name",
+    "project",
+    "push_",
+    "hub_",
+    "trackio_",
+)
+
+
+def load_run(
+    file: str | Path | None = None, overrides: Mapping[str, Any] | None = None, where: str = "the command line"
+) -> RunConfig:
+    """A run from an optional YAML or JSON file, with `overrides` on top (`method_args` are merged key by key).
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key or a wrong value.
+    """
+    values = read_run_file(file) if file is not None else {}
+    if file is not None:
+        where = f'"{file}"'
+    overrides = dict(overrides or {})
+    if "method_args" in overrides:
+        overrides["method_args"] = {**method_args(values.get("method_args")), **method_args(overrides["method_args"])}
+    nested = values.pop("training_arguments", None) or {}
+    return RunConfig.from_mapping({**values, **nested, **overrides}, where)
+
+
+def read_run_file(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file.
+
+    Raises:
+        ConfigError: there is no such file, it cannot be parsed, gives a key twice, or is not a mapping.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        near = did_you_mean(path.name, [f.name for f in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        raise ConfigError(f'There is no run file "{path}".{near}')
+    import yaml
+
+    from peft_lab.utils import plain_yaml
+
+    try:
+        values = plain_yaml.read(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f'"{path}" is not readable YAML or JSON: {" ".join(str(error).split())}') from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f'"{path}" must hold a mapping of option names to values.')
+    return values
+
+
+def method_args(value: Any) -> dict[str, Any]:
+    """Read `method_args`: a mapping, or `key=value` texts.
+
+    Raises:
+        ConfigError: a text without "=".
+    """
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) if isinstance(v, str) else v for k, v in value.items()}
+    pairs = [value] if isinstance(value, str) else list(value)
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = str(pair).partition("=")
+        if not equals or not key:
+            raise ConfigError(f'method_args takes key=value, got "{pair}"; for example rank=8.')
+        found[key.strip()] = _plain(text.strip())
+    return found
+
+
+def _plain(text: str) -> Any:
+    """Read a text as YAML does, and `1e-3` as the number it is (YAML 1.1 wants `1.0e-3`)."""
+    import yaml
+
+    try:
+        return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+@lru_cache(maxsize=1)
+def training_argument_fields() -> dict[str, source_reader.Field]:
+    """Fields of the installed `transformers.TrainingArguments`, read from its source."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        raise ConfigError("transformers is not installed; `pip install transformers`.")
+    return source_reader.dataclass_fields(Path(spec.origin).with_name("training_args.py"), "TrainingArguments")
+
+
+_TRUE, _FALSE = ("true", "yes", "on", "1", "t", "y"), ("false", "no", "off", "0", "f", "n")
+
+
+def convert(name: str, annotation: str, value: Any) -> Any:
+    """`value` as the type that a dataclass field's annotation text asks for.
+
+    Raises:
+        ConfigError: it cannot be read as that type.
+    """
+    kinds = {part.strip().split("[")[0] for part in annotation.split("|")}
+    text = value.strip().lower() if isinstance(value, str) else None
+    if value is None or (text in ("none", "null") and "None" in kinds and "str" not in kinds):
+        if "None" in kinds:
+            return None
+        raise ConfigError(f"{name} must be {_spoken(kinds)}, not empty.")
+    if "bool" in kinds and (isinstance(value, bool) or text in (*_TRUE, *_FALSE)):
+        return value if isinstance(value, bool) else text in _TRUE
+    if isinstance(value, bool) and kinds & {"int", "float"}:
+        raise ConfigError(f"{name} must be {_spoken(kinds)}, got {value!r}.")
+    for kind, read in (("int", _integer), ("float", float)):
+        if kind in kinds:
+            try:
+                return read(value)
+            except (TypeError, ValueError):
+                continue
+    if "list" in kinds and isinstance(value, list | tuple):
+        return value[0] if len(value) == 1 and "str" in kinds else list(value)
+    if kinds <= {"bool", "int", "float", "None"}:
+        raise ConfigError(f"{name} must be {_spoken(kinds)}, got {value!r}.")
+    if kinds <= {"str", "None"} and not isinstance(value, str | int | float):
+        raise ConfigError(f"{name} must be {_spoken(kinds)}, got {value!r}.")
+    if kinds <= {"list", "None"}:
+        return [value]
+    return str(value) if kinds <= {"str", "None"} else value
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(value)
+    return int(value)
+
+
+def _spoken(kinds: set[str]) -> str:
+    words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
+    return " or ".join(word for kind, word in words.items() if kind in kinds) or "a value"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing its usage and leaving."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(message[0].upper() + message[1:] + ".")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The flags of `peft-lab train`: our own and every one of TrainingArguments. All values stay text."""
+    parser = _Parser(
+        prog="peft-lab train",
+        usage="peft-lab train [RUN.yaml] [--option value ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train an adapter: flags, a YAML or JSON file, or both (flags win).\n\n"
+        "  peft-lab train --task snips --model_name_or_path minilm --method svfit --method_args rank=full "
+        "--output_dir out\n  peft-lab train run.yaml --learning_rate 1e-3",
+    )
+    parser.add_argument(
+        "run_file", nargs="?", default=None, metavar="RUN.yaml", help="A file with any of these options."
+    )
+    own = parser.add_argument_group("the run")
+    for spec in fields(RunConfig):
+        if spec.name != "training_arguments":
+            _add(own, spec.name, str(spec.type), spec.metadata["help"], several=spec.name == "method_args")
+    trainer = parser.add_argument_group("flags of transformers.TrainingArguments")
+    for name, spec_ in training_argument_fields().items():
+        if name != "output_dir" and name not in _REFUSED:
+            text = spec_.help + (" By default the method's own." if name == "learning_rate" else "")
+            _add(trainer, name, spec_.annotation, text, several="list" in spec_.annotation)
+    _add(trainer, "do_train", "bool", "Accepted for habit: this command always trains.", several=False)
+    return parser
+
+
+def _add(group: Any, name: str, annotation: str, text: str, several: bool) -> None:
+    options: dict[str, Any] = {"help": text.replace("%", "%%").strip(), "metavar": name.rsplit("_", 1)[-1].upper()}
+    if several:
+        options |= {"nargs": "+", "action": "extend"}
+    elif _is_flag(annotation):
+        options |= {"nargs": "?", "const": "true"}
+    group.add_argument(f"--{name}", **options)
+
+
+def _is_flag(annotation: str) -> bool:
+    return "bool" in {part.strip() for part in annotation.split("|")}
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """Split the command line of `train` into the run file, if one is named, and the options as text.
+
+    Boolean flags work both ways (`--bf16`, `--bf16 true`), dashes count as underscores, and an unknown flag raises
+    `ConfigError` with the nearest known one.
+    """
+    parser = argument_parser()
+    known = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
+    tidy: list[str] = []
+    for index, token in enumerate(argv):
+        if not token.startswith("--") or token == "--":
+            tidy.append(token)
+            continue
+        name, equals, value = token[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in known:
+            near = did_you_mean(name, known).replace('"', "", 1).replace('"', "", 1)
+            raise ConfigError(f"Unknown option --{name}.{near.replace('mean ', 'mean --')}")
+        following = argv[index + 1] if index + 1 < len(argv) else ""
+        if known[name].nargs == "?" and not equals and following.lower() not in (*_TRUE, *_FALSE, "none"):
+            equals, value = "=", "true"  # else argparse would take a following run file for the flag's value
+        tidy.append(f"--{name}{equals}{value}")
+    values = vars(parser.parse_args(tidy))
+    return values.pop("run_file"), values
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """`values` as YAML that `read_run_file` reads back."""
+    import yaml
+
+    return yaml.safe_dump(json.loads(json.dumps(dict(values), default=str)), sort_keys=False, allow_unicode=True)

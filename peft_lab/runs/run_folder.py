@@ -1,0 +1,196 @@
+"""What a run leaves in its folder, and who may write there. Imports nothing heavy.
+
+adapter_config.json, adapter_model.safetensors   the adapter, as peft writes it
+config.json, model.safetensors                   instead of these for full fine-tuning: a whole model
+tokenizer or image processor files               as transformers writes them
+labels.json    class index -> name               run.yaml     the options; `peft-lab train run.yaml` repeats the run
+metrics.json   what was measured, and on what    README.md    the model card
+base_fingerprint.json   which base weights an adapter of peft's own tuners belongs to
+task.yaml      a copy of your own task file      checkpoint-*  Trainer's checkpoints
+items.csv      what was found for each test row  trainer_state.json  Trainer's log of losses and evaluations
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from peft_lab.adapter_files import safe_files
+from peft_lab.adapter_files.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_RECORD,
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
+    write_json,
+)
+from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.metrics.predictions import ITEMS
+from peft_lab.runs.run_config import DTYPES, RunConfig, dump_yaml, read_run_file
+
+RUN, METRICS, LABELS, TASK, CARD = "run.yaml", "metrics.json", "labels.json", "task.yaml", "README.md"
+HISTORY = "trainer_state.json"
+
+#: What `remove_run` removes: a run that follows may write a different set of files.
+_OF_A_RUN = (
+    *(RUN, METRICS, LABELS, TASK, CARD, ITEMS, HISTORY),
+    *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_CONFIG, "model*.safetensors*"),
+)
+
+
+def check_output_dir(config: RunConfig) -> Literal["new", "started", "finished"]:
+    """Say what stands in the output folder of a run: nothing, a part of this same run, or all of it.
+
+    Raises:
+        ConfigError: the folder holds something else, which the run would overwrite.
+    """
+    folder = Path(config.output_dir).expanduser()
+    if config.overwrite_output_dir or not folder.is_dir() or not any(folder.iterdir()):
+        return "new"
+    mend = "choose another --output_dir, or pass --overwrite_output_dir to replace it"
+    if not (folder / RUN).is_file():
+        raise ConfigError(f'output_dir "{config.output_dir}" is not empty and holds no run of peft-lab; {mend}.')
+    finished = (folder / METRICS).is_file()
+    there, here = RunConfig.from_mapping(read_run_file(folder / RUN), str(folder / RUN)).identity(), config.identity()
+    differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    if differing:
+        changes = "; ".join(
+            f"{key}: {there.get(key, 'unset')} there, {here.get(key, 'unset')} here" for key in differing
+        )
+        state = "a finished" if finished else "an unfinished"
+        raise ConfigError(f'output_dir "{config.output_dir}" holds {state} run with other options ({changes}); {mend}.')
+    return "finished" if finished else "started"
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what an earlier run wrote into `folder`, its checkpoints included, and nothing else."""
+    for pattern in (*_OF_A_RUN, "checkpoint-*"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def write_run(config: RunConfig, folder: Path) -> None:
+    """Write the options of a run, without the token that may be among them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {key: value for key, value in config.to_dict().items() if key not in ("hub_token", "overwrite_output_dir")}
+    (folder / RUN).write_text(dump_yaml(values), encoding="utf-8")
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The content of metrics.json; empty for an adapter that peft-lab did not train.
+
+    Raises:
+        ConfigError: the file is not a JSON mapping.
+    """
+    return safe_files.read_json(folder / METRICS)
+
+
+def read_origin(folder: Path) -> dict[str, str]:
+    """What a saved adapter says it came from: `task`, `model_name_or_path`, `model_revision`, `dtype`, where known.
+
+    Raises:
+        ConfigError: a value is not what it should be; a folder may come from anywhere.
+    """
+    run = read_metrics(folder).get("run") or {}
+    names = ("task", "model_name_or_path", "model_revision", "dtype")
+    found = {name: run[name] for name in names if run.get(name) is not None} if isinstance(run, dict) else {}
+    for name, value in found.items():
+        if not isinstance(value, str) or (name == "dtype" and value not in DTYPES):
+            raise ConfigError(f'"{folder / METRICS}" names {value!r} as {name}, which cannot be.')
+    return found
+
+
+def read_labels(folder: Path) -> list[str] | None:
+    """The class names in the order of the model's outputs, or None if none were saved.
+
+    Raises:
+        ConfigError: the file is not the label map that `write_labels` wrote.
+    """
+    id2label = safe_files.read_json(folder / LABELS).get("id2label")
+    if id2label is None:
+        return None
+    if not isinstance(id2label, dict) or sorted(id2label) != sorted(str(i) for i in range(len(id2label))):
+        raise ConfigError(f'"{folder / LABELS}" must map 0, 1, ... to class names under "id2label".')
+    return [str(id2label[str(index)]) for index in range(len(id2label))]
+
+
+def write_labels(folder: Path, labels: list[str]) -> None:
+    """Write the label map in both directions."""
+    id2label = {str(index): label for index, label in enumerate(labels)}
+    write_json(folder / LABELS, {"id2label": id2label, "label2id": {label: i for i, label in enumerate(labels)}})
+
+
+def weights_bytes(folder: Path) -> int:
+    """Size of the weights that a run saved: the adapter file, or the whole model of full fine-tuning."""
+    adapter = folder / ADAPTER_WEIGHTS
+    files = [adapter] if adapter.is_file() else list(folder.glob("model*.safetensors"))
+    return sum(file.stat().st_size for file in files)
+
+
+def find_adapter(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a trained adapter or model; a Hub id is downloaded, at a branch, tag or commit if given.
+
+    Raises:
+        ConfigError: there is no such folder, it holds no safetensors weights, or something that `guard` refuses.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if not _may_be_hub_id(str(name)):
+            near = (
+                did_you_mean(folder.name, [p.name for p in folder.parent.glob("*/")]) if folder.parent.is_dir() else ""
+            )
+            raise ConfigError(f'There is no adapter folder "{name}".{near}')
+        folder = _download(str(name), revision)
+    safe_files.check_folder(folder)
+    for config, weights in ((ADAPTER_CONFIG, ADAPTER_WEIGHTS), (MODEL_CONFIG, MODEL_WEIGHTS)):
+        if (folder / config).is_file():
+            if (folder / weights).is_file() or (config == MODEL_CONFIG and list(folder.glob("model-*.safetensors"))):
+                return folder
+            raise ConfigError(f'"{name}" has {config} but no {weights}; only safetensors files are read.')
+    raise ConfigError(f'"{name}" is not an adapter folder: it has no {ADAPTER_CONFIG}.')
+
+
+def refuse_filled(folder: Path) -> None:
+    """Raise `ConfigError` if `folder` is a file or already holds something."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ConfigError(f'"{folder}" already exists and is not empty; name a new folder.')
+
+
+def _may_be_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~") and not Path(parts[0]).is_dir()
+
+
+def is_download(name: str | Path) -> bool:
+    """Whether an adapter comes from the Hub or its cache: nothing in it may then point to files of this machine."""
+    folder = Path(name).expanduser()
+    return not folder.is_dir() or folder.resolve().parent.name == "snapshots"
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.yaml", "*.jinja"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f'There is no folder "{name}", and the Hub gave no adapter of that name: {reason}') from error
+
+
+def without_paths(value: Any) -> Any:
+    """The same values, to be seen by others; of a text that is an absolute path the last part is left."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and re.match(r"(/|~/|[A-Za-z]:[\\/]).", value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value

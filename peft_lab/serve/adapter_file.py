@@ -1,0 +1,124 @@
+"""The file of one adapter, read without putting it on a model: its parameters by module, and its heads."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from peft_lab import registry
+from peft_lab.adapter_files import safe_files
+from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from peft_lab.errors import ConfigError
+from peft_lab.loading.config_files import read_config
+from peft_lab.registry import MethodInfo
+from peft_lab.runs import run_folder
+from peft_lab.tuners.mixed_batch import RowLayer
+
+#: Fields of a config that say where an adapter comes from, not what it is.
+_ORIGIN = ("fingerprints", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter folder holds.
+
+    Attributes:
+        info: its method's card.
+        config: its peft config.
+        values: module path -> parameter -> tensor, by the names in the file.
+        others: entries that are no parameters of the method: `modules_to_save`, and copies of embeddings.
+    """
+
+    info: MethodInfo
+    config: Any
+    values: dict[str, dict[str, Tensor]]
+    others: dict[str, Tensor]
+
+    def kind(self) -> str:
+        """Equal for adapters whose parameters have equal shapes wherever they have equal modules."""
+        fields = {key: value for key, value in self.config.to_dict().items() if key not in _ORIGIN}
+        return json.dumps(fields, sort_keys=True, default=str)
+
+    def heads(self) -> dict[str, dict[str, Tensor]]:
+        """The entries of `modules_to_save`: module path -> parameter -> tensor."""
+        found: dict[str, dict[str, Tensor]] = {}
+        saved = tuple(f".{name}." for name in self.config.modules_to_save or ())
+        for key, value in self.others.items():
+            if any(mark in f".{key}" for mark in saved):
+                path, _, name = key.rpartition(".")
+                found.setdefault(path, {})[name] = value
+        return found
+
+
+def read_adapter(adapter: str | Path) -> AdapterFile:
+    """Read an adapter from a folder or the Hub.
+
+    Raises:
+        ConfigError: there is no such adapter, or its files cannot be read or hold values that are not finite numbers.
+    """
+    folder = run_folder.find_adapter(adapter)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(f'"{adapter}" is a whole model, not an adapter; load it by itself.')
+    safe_files.check_folder(folder)
+    safe_files.read_header(folder / ADAPTER_WEIGHTS)
+    config: Any = read_config(folder)
+    try:
+        state = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f'The adapter "{adapter}" cannot be read: {" ".join(str(error).split())}') from error
+    prefix = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix
+    values: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise ConfigError(f'Entry "{key}" of the adapter "{adapter}" holds values that are not finite numbers.')
+        path, mark, parameter = key.removeprefix("base_model.model.").rpartition(f".{prefix}")
+        if mark:
+            values.setdefault(path, {})[prefix + parameter] = value
+        else:
+            others[key.removeprefix("base_model.model.")] = value
+    if not values:
+        raise ConfigError(f'The adapter "{adapter}" holds no parameters of its method.')
+    return AdapterFile(registry.method(str(config.peft_type.value).lower()), config, values, others)
+
+
+def row_layer_class(method: str) -> type[RowLayer]:
+    """The class that serves a method by row.
+
+    Raises:
+        ConfigError: the method has none.
+    """
+    tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    layer: Any = getattr(tuners[method.upper()], "tuner_layer_cls", None)
+    if getattr(layer, "row_fields", None):
+        return layer
+    described = registry.method(method).card_module
+    rows = getattr(importlib.import_module(described), "ROWS", None) if described else None
+    if rows is None:
+        raise ConfigError(
+            f'Method "{method}" cannot serve many adapters in one batch without a loop over them; load its adapters '
+            "with PeftModel.load_adapter and pass adapter_names."
+        )
+    return rows
+
+
+def check_shapes(path: str, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `ConfigError` where the tensors of one module are not those that the config asks for."""
+    for name in (*expected, *found):
+        if name not in found or name not in expected:
+            what = f'lacks "{path}.{name}"' if name not in found else f'has an unknown entry "{path}.{name}"'
+            raise ConfigError(f"The adapter file {what}; it was cut short or belongs to another model.")
+        if tuple(found[name].shape) != expected[name]:
+            raise ConfigError(
+                f'Adapter entry "{path}.{name}" has shape {list(found[name].shape)}, expected {list(expected[name])}.'
+            )

@@ -1,0 +1,340 @@
+"""Hundreds of adapters on one base, each row of a batch with its own: `load_many`.
+
+Parameters of adapters that are alike lie in one bank, so a layer fetches those of all rows at once. Each request works
+on the snapshot of banks that it began with; `add` and `remove` publish the next one and never wait for a request.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_lab import registry
+from peft_lab.adapter_files import base_fingerprint, module_matching
+from peft_lab.errors import AdapterMismatchError, ConfigError, did_you_mean
+from peft_lab.serve.adapter_file import AdapterFile, check_shapes, read_adapter, row_layer_class
+from peft_lab.serve.parameter_banks import Bank, Layout, Values
+from peft_lab.serve.request import HEADS, HeadRows, Part, Request, ServedModule, Snapshot
+from peft_lab.tuners.mixed_batch import BASE, RowLayer
+
+
+def load_many(model: nn.Module, adapters: Mapping[str, str | Path] | None = None) -> Tenants:
+    """Put many adapters on one base, to serve batches whose rows have different ones.
+
+    ```python
+    tenants = peft_lab.load_many(model, {"alice": "runs/alice", "bob": "someone/adapter-on-the-hub"})
+    logits = tenants(**batch, adapter_names=["alice", "bob", "__base__"]).logits
+    ```
+
+    The model itself stays what it was: called without names it is the base.
+
+    Args:
+        model: the base, without adapters, in evaluation mode, on the device and in the dtype to serve in.
+        adapters: name -> folder or Hub id.
+
+    Raises:
+        ConfigError: an adapter cannot be read, or its method or configuration cannot be served by row.
+        AdapterMismatchError: an adapter belongs to another base.
+    """
+    tenants = Tenants(model)
+    try:
+        for name, adapter in (adapters or {}).items():
+            tenants.add(name, adapter)
+    except BaseException:
+        tenants.unload()
+        raise
+    return tenants
+
+
+class Tenants:
+    """Many adapters on one base. Every method may be called from any thread at any time.
+
+    Attributes:
+        model: the base.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        for path, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer | ServedModule):
+                raise ConfigError(
+                    f'Module "{path}" of the model already carries {type(module).__name__}; pass a base without '
+                    "adapters, or add to the tenants that it has."
+                )
+        self.model = model
+        self._find = module_matching.finder(model)
+        self._lock = threading.Lock()
+        self._snapshot = Snapshot()
+        self._request: ContextVar[Request | None] = ContextVar("peft_lab_request", default=None)
+        self._layers: dict[tuple[str, str], RowLayer | HeadRows] = {}
+        self._shapes: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+        self._served: dict[str, ServedModule] = {}
+        self._hook = model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
+
+    # Requests ---------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
+        """The model's output for a batch, without gradients.
+
+        Args:
+            args, kwargs: as for the model.
+            adapter_names: one name per row, "__base__" for rows without an adapter.
+
+        Raises:
+            ConfigError: an unknown name, or not one name per row.
+        """
+        with torch.no_grad(), self.rows(adapter_names):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
+        """`model.generate` where each prompt has its own adapter, through beams and returned sequences alike.
+
+        Raises:
+            ConfigError: as for a call.
+        """
+        model: Any = self.model
+        given = _batch_size(model, args, kwargs)
+        request = Request(self._snapshot, adapter_names)
+        if given is not None:
+            request.check(given)
+        request.exact = False
+        with self._using(request):
+            return model.generate(*args, **kwargs)
+
+    @contextmanager
+    def rows(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Within the block, and in this thread alone, the model's batches have these adapters, one per row.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        with self._using(Request(self._snapshot, adapter_names)):
+            yield
+
+    @contextmanager
+    def _using(self, request: Request) -> Iterator[None]:
+        if self.model.training:
+            raise ConfigError("Rows with different adapters are for inference; call model.eval() first.")
+        token = self._request.set(request)
+        try:
+            yield
+        finally:
+            self._request.reset(token)
+
+    def _check_batch(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        request = self._request.get()
+        given = None if request is None else _batch_size(model, args, kwargs)
+        if request is not None and given is not None:
+            request.check(given)
+
+    # Adapters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that a request that begins now can ask for, in the order they were added."""
+        return list(self._snapshot.places)
+
+    def __len__(self) -> int:
+        return len(self._snapshot.places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._snapshot.places
+
+    def add(self, name: str, adapter: str | Path) -> None:
+        """Load one more adapter; requests that begin after this returns can ask for it.
+
+        Raises:
+            ConfigError: the name is taken or reserved, or as for `load_many`.
+            AdapterMismatchError: the adapter belongs to another base.
+        """
+        if not isinstance(name, str) or not name or name == BASE:
+            raise ConfigError(f'An adapter cannot be called {name!r}: names are text, and "{BASE}" means no adapter.')
+        self._check_free(name)
+        file = read_adapter(adapter)
+        row_layer_class(file.info.name)
+        with self._lock, torch.no_grad():
+            self._check_free(name)
+            parts = {file.info.name: self._values(file), HEADS: self._heads(file)}
+            snapshot = self._snapshot
+            banks = dict(snapshot.banks)
+            known = {layout.signature(): layout for layout in banks}
+            places = []
+            for owner, values in parts.items():
+                if not values:
+                    continue
+                layout = Layout.of(owner, values)
+                layout = known.get(layout.signature(), layout)
+                bank = banks.get(layout) or Bank.empty(layout, self._device())
+                banks[layout] = bank.added(name, layout.row(values))
+                places.append(layout)
+            self._publish({**snapshot.places, name: tuple(places)}, banks)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter. Requests that are under way still use it; its memory goes with the last of them.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        with self._lock:
+            snapshot = self._snapshot
+            self._check_known(name, snapshot)
+            banks = dict(snapshot.banks)
+            for layout in snapshot.places[name]:
+                bank = banks[layout].removed(name)
+                if bank.slots:
+                    banks[layout] = bank
+                else:
+                    del banks[layout]
+            self._publish({n: places for n, places in snapshot.places.items() if n != name}, banks)
+
+    def nbytes(self, name: str | None = None) -> int:
+        """Bytes of one adapter's parameters and heads; without a name, of all banks, unused rows included.
+
+        Raises:
+            ConfigError: there is no adapter of that name.
+        """
+        snapshot = self._snapshot
+        if name is None:
+            return sum(bank.rows.nbytes for bank in snapshot.banks.values())
+        self._check_known(name, snapshot)
+        return sum(layout.width * layout.dtype.itemsize for layout in snapshot.places[name])
+
+    def unload(self) -> nn.Module:
+        """Take everything out of the model again and return it. No request may be under way."""
+        with self._lock:
+            self._hook.remove()
+            for path, module in self._served.items():
+                self.model.set_submodule(path, module.base_layer)
+            self._served.clear()
+            self._snapshot = Snapshot()
+        return self.model
+
+    # What an adapter brings -------------------------------------------------------------------------------------
+
+    def _check_free(self, name: str) -> None:
+        if name in self._snapshot.places:
+            raise ConfigError(f'There already is an adapter "{name}"; remove it first, or choose another name.')
+
+    @staticmethod
+    def _check_known(name: str, snapshot: Snapshot) -> None:
+        if name not in snapshot.places:
+            raise ConfigError(f'There is no adapter "{name}".{did_you_mean(name, snapshot.places)}')
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _here(self, path: str) -> str:
+        """The name in this model of a module that may have another one in the adapter."""
+        return self._find(path) or path
+
+    def _values(self, file: AdapterFile) -> Values:
+        """The adapter's rows by module, after it is checked that they belong to this base."""
+        values = {self._here(path): tensors for path, tensors in file.values.items()}
+        recorded = getattr(file.config, "fingerprints", None)
+        if recorded:
+            recorded = {self._here(path): entry for path, entry in recorded.items()}
+            found = {path: self._fingerprint(path) for path in recorded}
+            base_fingerprint.check(recorded, found, dtype_bound=file.info.can("dtype_bound"))
+            for path in (*recorded, *values):
+                if path not in recorded or path not in values:
+                    raise ConfigError(f'The adapter file and its config differ in module "{path}"; it was cut short.')
+        rows: dict[str, dict[str, Tensor]] = {}
+        kind = file.kind()
+        for path, tensors in values.items():
+            layer: Any = self._layer(path, file.info.name, row_layer_class(file.info.name))
+            key = (path, kind)
+            if key not in self._shapes:
+                self._shapes[key] = layer.row_shapes(file.config)
+            check_shapes(path, tensors, self._shapes[key])
+            device = layer.base_layer.weight.device
+            rows[path] = layer.row_values({name: value.to(device) for name, value in tensors.items()}, file.config)
+        return rows
+
+    def _heads(self, file: AdapterFile) -> Values:
+        """The adapter's own heads by module, after it is checked that they fit."""
+        saved = file.heads()
+        heads = {self._here(path): tensors for path, tensors in saved.items()}
+        for key, value in file.others.items():
+            path, _, name = key.rpartition(".")
+            if path in saved:
+                continue
+            own = getattr(self._base(self._here(path.removesuffix(".base_layer"))), name, None)
+            if not isinstance(own, Tensor) or own.shape != value.shape or not torch.equal(own.to(value), value):
+                raise ConfigError(
+                    f'The adapter file has an entry "{key}" that is neither of its method nor a module to save, and '
+                    "not what the base has there; all rows share the base."
+                )
+        labels = getattr(getattr(self.model, "config", None), "num_labels", None)
+        for path, tensors in heads.items():
+            base: Any = self._layer(path, HEADS, HeadRows).base_layer
+            expected = {name: tuple(value.shape) for name, value in base.named_parameters(recurse=False)}
+            outputs = tensors["weight"].shape[0] if "weight" in tensors else 0
+            if isinstance(base, nn.Linear) and labels == base.out_features and outputs:
+                expected = {name: (outputs, *shape[1:]) for name, shape in expected.items()}
+            check_shapes(path, tensors, expected)
+        return heads
+
+    def _layer(self, path: str, owner: str, make: Callable[[nn.Module, str], Any]) -> Any:
+        if (path, owner) not in self._layers:
+            base = self._base(path)
+            if base is None:
+                raise AdapterMismatchError(
+                    f'The base has no module "{path}", which the adapter changes; load the model class and backbone '
+                    "it was trained on."
+                )
+            self._layers[path, owner] = make(base, path)
+        return self._layers[path, owner]
+
+    def _base(self, path: str) -> Any:
+        """The base module of a path; None if there is none."""
+        if path in self._served:
+            return self._served[path].base_layer
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            return None
+
+    def _fingerprint(self, path: str) -> dict[str, Any] | None:
+        module = self._base(path)
+        weight = getattr(module, "weight", None)
+        return base_fingerprint.module_fingerprint(module, weight) if isinstance(weight, Tensor) else None
+
+    def _publish(self, places: Mapping[str, tuple[Layout, ...]], banks: Mapping[Layout, Bank]) -> None:
+        """Make a new snapshot the one that requests begin with."""
+        snapshot = self._snapshot
+        modules = snapshot.modules if banks.keys() == snapshot.banks.keys() else self._modules(banks)
+        for path in modules:
+            if path not in self._served:
+                served = ServedModule(self.model.get_submodule(path), path, self._request)
+                self._served[path] = served.train(self.model.training)
+                self.model.set_submodule(path, served)
+        self._snapshot = Snapshot(places, banks, modules)
+
+    def _modules(self, banks: Mapping[Layout, Bank]) -> dict[str, tuple[Part, ...]]:
+        found: dict[str, dict[str, list[Layout]]] = {}
+        for layout in sorted(banks, key=_order):
+            for path in layout.spans:
+                found.setdefault(path, {}).setdefault(layout.owner, []).append(layout)
+        return {
+            path: tuple(Part(self._layers[path, owner], tuple(layouts)) for owner, layouts in owners.items())
+            for path, owners in found.items()
+        }
+
+
+def _order(layout: Layout) -> int:
+    """Deltas of the weight before what transforms the output, and heads last."""
+    return 2 if layout.owner == HEADS else int(registry.method(layout.owner).place == "feature")
+
+
+def _batch_size(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """Rows of a batch as the model is given it; None if it is not plain to see."""
+    main = getattr(model, "main_input_name", "input_ids")
+    named = (kwargs.get(name) for name in (main, "inputs", "input_ids", "inputs_embeds", "pixel_values"))
+    return next((value.shape[0] for value in (*args[:1], *named) if isinstance(value, Tensor) and value.dim()), None)

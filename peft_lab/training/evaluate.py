@@ -1,0 +1,137 @@
+"""Evaluation of a trained adapter on a split of its task, and prediction for raw inputs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments
+
+from peft_lab.data import prompt_column
+from peft_lab.data.splits import load_splits, subset
+from peft_lab.errors import ConfigError
+from peft_lab.loading.load_run import load
+from peft_lab.training.trainer import LabTrainer, scores
+
+if TYPE_CHECKING:
+    from peft_lab.data.task_schema import Task
+
+#: Files of inputs for `predict`: one input a line, or one row a line.
+INPUT_FILES = (".txt", ".csv", ".jsonl")
+
+
+def evaluate(
+    adapter: str | Path,
+    task: str | Task | None = None,
+    split: str = "test",
+    model_name_or_path: str | None = None,
+    *,
+    max_samples: int | None = None,
+    batch_size: int = 32,
+    allow_other_base: bool = False,
+) -> dict[str, Any]:
+    """Metrics of a saved adapter on a split of its task, or of another task with the same labels.
+
+    With `allow_other_base` a base whose weights differ from those trained on is reported, not refused.
+
+    Raises:
+        ConfigError, TaskError, AdapterMismatchError: what is wrong.
+    """
+    loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
+    splits = load_splits(loaded.task, test=split == "test")
+    if loaded.labels and splits.labels and list(splits.labels) != loaded.labels:
+        raise ConfigError(
+            f'"{adapter}" was trained on other labels ({", ".join(loaded.labels[:5])}, ...) than those of task '
+            f'"{loaded.task.name}" ({", ".join(splits.labels[:5])}, ...).'
+        )
+    raw = subset(getattr(splits, split), max_samples)
+    raw = prompt_column.for_model(raw, loaded.model, loaded.task)
+    rows = loaded.kind.preprocess(raw, loaded.processor, loaded.task, loaded.model)
+    prompt_column.check_kept(rows, raw, loaded.kind.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = LabTrainer(
+            model=loaded.model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                per_device_eval_batch_size=batch_size,
+                report_to="none",
+                remove_unused_columns=False,
+                dataloader_pin_memory=torch.cuda.is_available(),
+                label_names=["labels"],
+            ),
+            data_collator=loaded.kind.data_collator(loaded.processor, loaded.model),
+            compute_metrics=loaded.kind.compute_metrics(loaded.task, loaded.labels),
+            preprocess_logits_for_metrics=loaded.kind.preprocess_logits_for_metrics,
+        )
+        found = trainer.evaluate(rows, metric_key_prefix=split)
+    written = loaded.kind.generation_metrics(loaded.model, loaded.processor, raw, loaded.task, batch_size)
+    return scores(found, f"{split}_") | written | {"rows": len(rows)}
+
+
+def predict(
+    adapter: str | Path,
+    inputs: str | Sequence[Any],
+    task: str | Task | None = None,
+    model_name_or_path: str | None = None,
+    *,
+    batch_size: int = 32,
+    allow_other_base: bool = False,
+) -> list[Any]:
+    """Answers of a saved adapter to raw inputs, in order.
+
+    Args:
+        adapter, task, model_name_or_path: as for `load`.
+        inputs: one input or several: texts, pairs of texts, image files, PIL images, or mappings of the task's columns;
+            or one .txt, .csv or .jsonl file. The column that chooses prompts may be among those of a mapping.
+        batch_size: rows in one batch.
+        allow_other_base: as for `load`.
+
+    Raises:
+        ConfigError, TaskError, AdapterMismatchError: what is wrong.
+    """
+    rows = read_inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
+    loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
+    ids = prompt_column.ids_of_inputs(rows, loaded.model, loaded.task)
+    rows = [_input(row, loaded.task) if isinstance(row, Mapping) else row for row in rows]
+    return prompt_column.predict(loaded.kind, loaded.model, loaded.processor, rows, loaded.task, batch_size, ids)
+
+
+def read_inputs(inputs: list[Any]) -> list[Any]:
+    """Inputs as given, or the rows of the single .txt, .csv or .jsonl file that they name.
+
+    Raises:
+        ConfigError: the file does not exist or holds nothing.
+    """
+    if len(inputs) != 1 or not str(inputs[0]).lower().endswith(INPUT_FILES):
+        return inputs
+    path = Path(inputs[0]).expanduser()
+    if not path.is_file():
+        raise ConfigError(f'There is no input file "{path}".')
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix.lower() == ".csv":
+            rows: list[Any] = list(csv.DictReader(file))
+        elif path.suffix.lower() == ".jsonl":
+            rows = [json.loads(line) for line in file if line.strip()]
+        else:
+            rows = [line.rstrip("\r\n") for line in file if line.strip()]
+    if not rows:
+        raise ConfigError(f'"{path}" holds no input.')
+    return rows
+
+
+def _input(row: Mapping[str, Any], task: Task) -> Any:
+    """The input columns of a row of a file, which may have the names of the task's own data and further columns."""
+    names = {name: task.columns[name] for name in task.inputs}
+    chosen = {
+        name: row[name] if name in row else row[source] for name, source in names.items() if {name, source} & {*row}
+    }
+    if len(chosen) < len(names):
+        raise ConfigError(
+            f"A row of the input file lacks {', '.join(sorted({*names} - {*chosen}))}; it has {', '.join(row)}."
+        )
+    return next(iter(chosen.values())) if len(chosen) == 1 and task.template is None else chosen or row

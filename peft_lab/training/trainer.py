@@ -1,0 +1,289 @@
+"""`transformers.Trainer` with what adapters need: decay groups, frozen normalisation, exact resume, peak memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import threading
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from peft_lab.backbones.frozen_norms import set_frozen_norms
+from peft_lab.hub.push import create_repository, push
+from peft_lab.training.read_training_data import ReadTrainingData
+from peft_lab.training.step_timer import StepTimer, factor
+
+#: Trainer's own measurements of an evaluation, which say nothing about the model.
+_TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+
+
+class LabTrainer(Trainer):
+    """Trainer for adapters and baselines. Everything not named here is `transformers.Trainer`'s own.
+
+    - Parameters with at most one dimension get no weight decay, whatever their name; all others get it. (Trainer goes
+      by name, and would decay `q_proj.ssf_scale` but not `layernorm.ssf_scale`.)
+    - Normalisation layers whose parameters are frozen keep their running statistics: these are not in an adapter file.
+    - The gradient of a batch is the same however it is divided into accumulation steps and processes, also for the
+      many heads that take `num_items_in_batch` and ignore it.
+    - A checkpoint of a finished training is recognised, so that resuming from it trains no further step.
+    - No pickle is written beside the weights. A push uploads what `peft-lab push` does, when the run is over.
+
+    Args:
+        head_learning_rate: learning rate of the parameters below `head_modules`, if it is to differ.
+        head_modules: module paths of the task head, as they were before the adapter was put on.
+        max_seconds: end training after this time of steps; the learning rate then falls to 0 over time, not steps.
+    """
+
+    model: Any
+    hub_model_id: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        head_learning_rate: float | None = None,
+        head_modules: Sequence[str] = (),
+        max_seconds: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(StepTimer(max_seconds))
+        self.add_callback(ReadTrainingData())
+        self.head_learning_rate = head_learning_rate
+        self.head_modules = tuple(head_modules)
+        self._loss_divides: bool | None = None
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that get weight decay: those with two dimensions or more."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer; with `head_learning_rate`, the head's parameters get groups of their own."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
+        if not fresh or self.head_learning_rate is None:
+            return optimizer
+        head = {id(parameter) for parameter in self.head_parameters(model if model is not None else self.model)}
+        for group in list(optimizer.param_groups):
+            of_head = [p for p in group["params"] if id(p) in head]
+            if of_head:
+                group["params"] = [p for p in group["params"] if id(p) not in head]
+                optimizer.add_param_group({**group, "params": of_head, "lr": self.head_learning_rate})
+        return optimizer
+
+    def head_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters of the task head, also where peft keeps a copy of it to train."""
+        return [p for n, p in model.named_parameters() if any(f".{path}." in f".{n}" for path in self.head_modules)]
+
+    @property
+    def timer(self) -> StepTimer:
+        """The clock of the training steps; a resume puts another one in its place."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, StepTimer))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Create the schedule of the learning rate: over time if that is what ends the training."""
+        if self.lr_scheduler is None and self.timer.max_seconds and self.args.lr_scheduler_type == "linear":
+            warm_up = self.args.warmup_steps  # a part of the whole, as `training.training_arguments` has made sure
+            optimized: Any = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimized, lambda _: factor(self.timer.progress, warm_up)
+            )
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the loss with frozen normalisation layers in eval mode: Trainer has just called `model.train()`."""
+        set_frozen_norms(self.model)  # of baselines and peft's own tuners; ours see to it themselves
+        items = self._divisor(num_items_in_batch, inputs)
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one step, and the number of items to divide the loss by if the model's loss does that."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self._divisor(items, batches[0]) if batches else items
+
+    def _divisor(self, items: Any, batch: dict[str, Any]) -> Any:
+        """`items`, or None for a model that accepts their number and returns a plain mean.
+
+        Trainer goes by the signature of `forward`, and would make the gradients and losses of such a model (for one,
+        `BertForSequenceClassification`) too large by the number of accumulation steps and processes.
+        """
+        if items is None or self.label_smoother is not None or self.compute_loss_func is not None:
+            return items
+        if self._loss_divides is None:
+            self._loss_divides = self._divides_by_items(batch)
+        return None if self._loss_divides is False else items
+
+    @torch.no_grad()
+    def _divides_by_items(self, batch: dict[str, Any]) -> bool | None:
+        """Whether the model's loss halves when the number of items doubles; None if this batch cannot tell."""
+        if not self.model_accepts_loss_kwargs:
+            return None
+        training, inputs = self.model.training, self._prepare_inputs(dict(batch))
+        self.model.eval()
+        with torch.random.fork_rng(devices=[]):
+            losses = [self.model(**inputs, num_items_in_batch=torch.tensor(n))["loss"].float() for n in (1, 2)]
+        self.model.train(training)
+        once, halved = (loss.mean().item() for loss in losses)
+        return None if once == 0 or not math.isfinite(once) else math.isclose(once, 2 * halved, rel_tol=0.1)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, or only load the weights if `resume_from_checkpoint` is the end of a training."""
+        if isinstance(resume_from_checkpoint, str) and self._is_finished(resume_from_checkpoint):
+            return self._restore(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make sure of the repository before training starts: a push that would be refused is refused now."""
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        wanted = self.args.hub_private_repo if private is None else private
+        self.hub_model_id = create_repository(name, wanted is not False, token or self.args.hub_token)
+        self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the run's folder as `peft-lab push` does, always waiting for it; None on all but the first process."""
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        if not self.is_world_process_zero():
+            return None
+        wanted = self.args.hub_private_repo if private is None else private
+        return push(
+            str(self.args.output_dir),
+            str(self.hub_model_id),
+            wanted is not False,
+            revision=revision or self.args.hub_revision,
+            token=token,
+            commit_message=commit_message,
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(str(output_dir or self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
+
+    def _is_finished(self, checkpoint: str) -> bool:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= self._max_steps():
+            return True
+        control = state.stateful_callbacks.get("TrainerControl", {})
+        stopped = bool(control.get("args", {}).get("should_training_stop"))
+        return stopped and state.global_step < state.max_steps  # early stopping, not the end of a shorter schedule
+
+    def _max_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        updates = max(math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps), 1)
+        return math.ceil(self.args.num_train_epochs * updates)
+
+    def _restore(self, checkpoint: str) -> TrainOutput:
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        best = Path(checkpoint).with_name(f"checkpoint-{self.state.best_global_step}")
+        if self.args.load_best_model_at_end and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, float("nan"), {})
+
+
+def last_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
+    """The newest checkpoint whose writing was finished, or None.
+
+    Trainer writes `trainer_state.json` last on the first process, and each process its own random state: a checkpoint
+    without them is what a killed run left behind.
+    """
+    folder = Path(output_dir)
+    numbered = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    random_states = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{i}.pth" for i in range(world_size)]
+    for _, path in sorted(numbered, reverse=True):
+        if _is_json(path / "trainer_state.json") and all(zipfile.is_zipfile(path / name) for name in random_states):
+            return str(path)
+    return None
+
+
+def remove_checkpoints(output_dir: str | Path, after: str | None = None) -> None:
+    """Remove the checkpoints in `output_dir`, or only those newer than `after`, which a killed run left half done."""
+    newest = int(Path(after).name.rpartition("-")[2]) if after else -1
+    for path in Path(output_dir).glob("checkpoint-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdigit() and int(number) > newest:
+            shutil.rmtree(path)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class PeakMemory:
+    """Context manager that measures the peak memory of what runs inside it.
+
+    On CUDA it is the allocator's peak. Else the resident set of this process is sampled by a thread that sleeps in
+    between: an allocation shorter than `interval` can be missed.
+
+    Attributes:
+        peak: bytes, valid after leaving the context.
+        before: bytes on entry.
+    """
+
+    def __init__(self, interval: float = 0.02) -> None:
+        self.interval = interval
+        self.peak = self.before = 0
+        self._cuda = torch.cuda.is_available()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            self.before = self.peak = self._resident()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._cuda:
+            self.peak = torch.cuda.max_memory_allocated()
+        else:
+            self._stop.set()
+            self._thread.join()
+            self.peak = max(self.peak, self._resident())
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            self.peak = max(self.peak, self._resident())
+
+    @staticmethod
+    def _resident() -> int:
+        return psutil.Process().memory_info().rss
+
+
+def scores(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """An evaluation of Trainer without its prefix and its timings."""
+    named = {key.removeprefix(prefix): value for key, value in values.items()}
+    return {key: value for key, value in named.items() if key not in _TIMINGS}

@@ -1,0 +1,29 @@
+"""Everything that a method is built from: config, layers, tuner, registration. Method authors import from here."""
+
+from __future__ import annotations
+
+from peft_lab.registry import MethodInfo
+from peft_lab.tuners.config import AdapterConfig
+from peft_lab.tuners.layer import AdapterLayer, FeatureLayer, WeightLayer
+from peft_lab.tuners.mixed_batch import BASE, Rows
+from peft_lab.tuners.operations import Operation, apply_matrix, conv2d_rows, embed_scale, norm_offset, operation
+from peft_lab.tuners.registration import register
+from peft_lab.tuners.tuner import AdapterTuner
+
+__all__ = [
+    "BASE",
+    "AdapterConfig",
+    "AdapterLayer",
+    "AdapterTuner",
+    "FeatureLayer",
+    "MethodInfo",
+    "Operation",
+    "Rows",
+    "WeightLayer",
+    "apply_matrix",
+    "conv2d_rows",
+    "embed_scale",
+    "norm_offset",
+    "operation",
+    "register",
+]

@@ -1,0 +1,245 @@
+"""The config fields that every method of peft-lab shares, checked as a closed schema."""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from peft.config import PeftConfig
+from peft.utils import TaskType
+
+from peft_lab.adapter_files import safe_files
+from peft_lab.errors import ConfigError, check_keys, did_you_mean
+from peft_lab.registry import MethodInfo, with_preset
+
+#: Sizes of an adapter (rank, tokens, ...) may always go up to this, whatever the dimensions of the base.
+_SMALL = 4096
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Base of every config class; field names are peft's where peft has them.
+
+    Raises:
+        ConfigError: a field has the wrong type or an unknown key came from a file.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Modules to adapt: names, one regex, or nothing for the method's default roles."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules not to adapt: names or one regex."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained in full and saved; nothing means the task head if the model has one."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt; nothing means all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that holds the blocks, for unusual models."}
+    )
+    fingerprints: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Filled in when saved: which base weights the adapter belongs to."}
+    )
+    requires: str = field(
+        default="peft-lab", metadata={"help": "Filled in: the package to import before loading this adapter."}
+    )
+
+    #: Set by `peft_lab.tuners.register`.
+    peft_method_type: ClassVar[Any] = None
+    info: ClassVar[MethodInfo]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
+        # peft drops unknown keys of a file with a warning; a knob that is ignored must be an error instead.
+        check_keys(kwargs, (f.name for f in fields(cls)), f'the config of method "{cls.info.name}"')
+        return super().__new__(cls)
+
+    @classmethod
+    def from_preset(cls, preset: str, **fields: Any) -> Any:
+        """The config of a relative of the method, as its card's `presets` have it, with `fields` on top.
+
+        Raises:
+            ConfigError: the method has no such preset, or the preset needs a field that is not given.
+        """
+        return cls(**with_preset(cls.info.name, {"preset": preset, **fields}))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """peft's reader of a folder or Hub id, for weights in safetensors only.
+
+        Raises:
+            ConfigError: there is no safetensors file, or the config is not what it should be.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if not folder.is_dir():
+            _check_repository(pretrained_model_name_or_path, subfolder, kwargs)
+        elif not (folder / safe_files.ADAPTER_WEIGHTS).is_file():
+            raise ConfigError(f'"{folder}" has no {safe_files.ADAPTER_WEIGHTS}; only safetensors files are read.')
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The content of an adapter_config.json, within the limits of `peft_lab.adapter_files.safe_files`."""
+        return safe_files.read_json(Path(path_json_file))
+
+    def __post_init__(self) -> None:
+        self._check_types(guard_only=True)
+        super().__post_init__()
+        if self.peft_type is not None and str(getattr(self.peft_type, "value", self.peft_type)) != str(
+            getattr(self.peft_method_type, "value", self.peft_method_type)
+        ):
+            raise ConfigError(f'{type(self).__name__} cannot hold an adapter of type "{self.peft_type}".')
+        self.peft_type = self.peft_method_type
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(getattr(self, name), set | tuple):
+                setattr(self, name, sorted(getattr(self, name)))
+        self._check_types()
+        check_patterns({f.name: getattr(self, f.name) for f in fields(self)})
+        if self.fingerprints is not None:
+            safe_files.check_fingerprints(self.fingerprints, f'the config of method "{self.info.name}"')
+        if self.layers_to_transform == []:
+            raise ConfigError("layers_to_transform=[] names no block to adapt; name some, or leave it out for all.")
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ConfigError` where a method's own fields do not fit; methods override it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain values, with the fingerprints of the base it was put on."""
+        values = super().to_dict()
+        values["fingerprints"] = getattr(self, "recorded_fingerprints", None) or self.fingerprints
+        return values
+
+    def check_sizes(self, largest: int) -> None:
+        """Refuse a size that no adapter on this base can have, before anything is allocated for it.
+
+        Args:
+            largest: the largest dimension of the base's weights; a field may say otherwise in its metadata as `most`.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        for f in fields(self):
+            most = f.metadata.get("most", max(largest, _SMALL))
+            value = getattr(self, f.name)
+            if f.name not in _NO_SIZES and "seed" not in f.name and any(abs(v) > most for v in _ints(value)):
+                raise ConfigError(f"{f.name}={value} is larger than anything in this base: at most {most}.")
+
+    def _check_types(self, guard_only: bool = False) -> None:
+        cls: Any = type(self)
+        hints = type_hints(cls)
+        for name in (f.name for f in fields(self) if (f.name in PEFT_HINTS) == guard_only):
+            value = getattr(self, name)
+            value = value.value if isinstance(value, Enum) else value
+            if not fits(value, hints[name]):
+                raise ConfigError(
+                    f'{name}={shorten(value)} does not fit method "{self.info.name}": expected {_spell(hints[name])}.'
+                    + (did_you_mean(value, typing.get_args(hints[name])) if isinstance(value, str) else "")
+                )
+
+
+#: peft's own fields, which peft takes as they come.
+PEFT_HINTS: dict[str, Any] = {
+    "task_type": Literal[(None, *(task.value for task in TaskType))],
+    "peft_type": str | None,
+    "auto_mapping": dict[str, str | None] | None,
+    "peft_version": str | None,
+    "base_model_name_or_path": str | None,
+    "revision": str | None,
+    "inference_mode": bool,
+}
+_NO_SIZES = frozenset((*PEFT_HINTS, "layers_to_transform", "fingerprints"))
+
+
+@lru_cache(maxsize=256)
+def type_hints(cls: type) -> dict[str, Any]:
+    """The types of a config class's fields by name; those that all of peft's configs share are stricter than peft's."""
+    return {**typing.get_type_hints(cls), **PEFT_HINTS}
+
+
+def check_patterns(values: dict[str, Any]) -> None:
+    """Check every config value that peft matches against module names: regexes, names, and names put into a regex.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    for name, value in values.items():
+        if name.endswith("_modules") and isinstance(value, str):
+            safe_files.check_regex(name, value)
+        elif name.endswith("_pattern") and isinstance(value, dict):
+            for key in value:
+                safe_files.check_regex(name, str(key))
+        elif name in ("layers_pattern", "modules_to_save", "target_parameters"):
+            for part in [value] if isinstance(value, str) else value or ():
+                if not re.fullmatch(r"[\w.\-]{1,1000}", str(part)):
+                    raise ConfigError(f"{name} holds {shorten(part)}, which is no module name.")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of a type hint made of unions, literals, containers and plain types, and not huge."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, arg) for arg in args)
+    if origin is Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)
+    if origin in (list, set, tuple) or hint in (list, set, tuple):
+        inner = [arg for arg in args if arg is not Ellipsis] or [Any]
+        plain = isinstance(value, list | tuple | set) and len(value) <= safe_files.MAX_NAMES
+        return plain and all(any(fits(v, arg) for arg in inner) for v in value)
+    if origin is dict or hint is dict:
+        key, item = args or (str, Any)
+        plain = isinstance(value, dict) and len(value) <= safe_files.MAX_NAMES
+        return plain and all(fits(k, key) and fits(v, item) for k, v in value.items())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if hint is str:
+        return isinstance(value, str) and len(value) <= safe_files.MAX_REGEX
+    if is_dataclass(hint):
+        return isinstance(value, dict) and {*value} <= {f.name for f in fields(hint)}
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return value in [member.value for member in hint]
+    return isinstance(value, hint) if isinstance(hint, type) else False
+
+
+def _ints(value: Any) -> list[int]:
+    if isinstance(value, dict | list):
+        return [v for part in (value.values() if isinstance(value, dict) else value) for v in _ints(part)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
+
+
+def _check_repository(name: str, subfolder: str | None, options: dict[str, Any]) -> None:
+    """peft itself takes pickled weights where a repository of the Hub has no safetensors file."""
+    from huggingface_hub import constants, file_exists, try_to_load_from_cache
+
+    file = f"{subfolder}/{safe_files.ADAPTER_WEIGHTS}" if subfolder else safe_files.ADAPTER_WEIGHTS
+    revision, token = options.get("revision"), options.get("token")
+    if constants.HF_HUB_OFFLINE:
+        found = isinstance(try_to_load_from_cache(name, file, options.get("cache_dir"), revision), str)
+    else:
+        found = file_exists(name, file, revision=revision, token=token)
+    if not found:
+        raise ConfigError(f'"{name}" has no {file}; only safetensors files are read.')
+
+
+def shorten(value: Any) -> str:
+    """A value as it may stand in a message."""
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
+def _spell(hint: Any) -> str:
+    return str(hint).replace("typing.", "") if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))

@@ -1,0 +1,295 @@
+"""The shared adapter layers: active adapters, dtype, disabling, merging, mixed batches. A method adds only its own.
+
+`WeightLayer` is for methods that add a delta to a weight, `FeatureLayer` for methods that transform an op's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from peft_lab.adapter_files.base_fingerprint import module_fingerprint, reference_weight
+from peft_lab.errors import ConfigError
+from peft_lab.registry import CAPABILITIES, MethodInfo
+from peft_lab.tuners.config import AdapterConfig
+from peft_lab.tuners.mixed_batch import BASE, Rows
+from peft_lab.tuners.operations import Operation, StandIn, apply_matrix, operation
+
+
+class AdapterLayer(StandIn, BaseTunerLayer):
+    """A wrapped base module with any number of named adapters.
+
+    A subclass names its parameters in `adapter_layer_names` (each starts with the method's prefix), gives their start
+    values in `initial_values`, and computes `adapted`, `mixed` and `folded`.
+    """
+
+    info: ClassVar[MethodInfo]
+    #: The adapter's tensors that a row of a batch has of its own, each with the number that changes nothing; a method
+    #: that names them supplies `rows_delta` or `rows_transform`, and `peft_lab.load_many` serves it.
+    row_fields: ClassVar[Mapping[str, float]] = {}
+    #: Those with one value per output channel, likewise; if all are, an adapter can move in and out of a fused layer.
+    per_channel: ClassVar[Mapping[str, float]] = {}
+    base_layer: Any
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.configs: dict[str, Any] = {}
+        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        for parameter in self.adapter_layer_names:
+            setattr(self, parameter, nn.ParameterDict())
+        self.read_base(name)
+
+    def read_base(self, name: str) -> None:
+        """Learn what the base module is, which stands at the path `name`.
+
+        Raises:
+            ConfigError: the method cannot adapt such a module.
+        """
+        self.op: Operation = operation(self.base_layer, name)
+        if not self.info.can(self.op.op_type):
+            able = ", ".join(c for c in ("linear", "conv1d", "conv2d", "embedding", "norm") if self.info.can(c))
+            found = type(self.base_layer).__name__
+            raise ConfigError(f'Method "{self.info.name}" cannot adapt "{name}", a {found}; it adapts: {able}.')
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The weight that tells device, dtype and identity of the base, without anything merged into it."""
+        weight = self._unmerged[0] if self._unmerged else reference_weight(self.base_layer)
+        assert weight is not None, "a base module has weights"
+        return weight
+
+    # What a method supplies -------------------------------------------------------------------------------------
+
+    def initial_values(self, adapter: str, config: Any) -> dict[str, Tensor]:
+        """Start values of an adapter's parameters by name; they are stored as float32."""
+        raise NotImplementedError
+
+    def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The base module's output with the named adapters on it."""
+        raise NotImplementedError
+
+    def mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        """The output where each row of the batch has its own adapter."""
+        raise NotImplementedError
+
+    def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Base weight and bias with one adapter merged in, in float32 or wider."""
+        raise NotImplementedError
+
+    def rows_output(
+        self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The output where each row has its own `row_fields`; see `peft_lab.tuners.mixed_batch.RowLayer`."""
+        raise NotImplementedError
+
+    def check_values(self, adapter: str, values: Mapping[str, Tensor]) -> None:
+        """Raise `ConfigError` where the tensors of an adapter's file, by name, are not such as the method makes."""
+
+    # What is the same for all -----------------------------------------------------------------------------------
+
+    def row_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Shapes of an adapter's tensors in its file, by name."""
+        return {name: tuple(value.shape) for name, value in self.initial_values("", config).items()}
+
+    def row_values(self, values: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The tensors of an adapter's file as `row_fields`."""
+        return dict(values)
+
+    def update_layer(self, adapter: str, config: AdapterConfig) -> None:
+        """Add an adapter to this layer."""
+        self.configs[adapter] = config
+        device = self.base_weight.device
+        for name, value in self.initial_values(adapter, config).items():
+            getattr(self, name)[adapter] = nn.Parameter(value.to(device=device, dtype=torch.float32))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Tensor:
+        """Base output with the active adapters; `adapter_names` gives one adapter per row instead."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            if self.merged:
+                raise ValueError("Rows cannot have different adapters while adapters are merged; call unmerge_adapter.")
+            return self.mixed(x, Rows.of(adapter_names), *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.configs]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        return self.adapted(x, active, *args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base weight; the unmerged weight is kept aside, so that `unmerge` is exact.
+
+        Raises:
+            NotImplementedError: the method cannot be merged.
+            ValueError: with `safe_merge`, the merged weight is not finite.
+        """
+        if not self.info.can("merge"):
+            raise NotImplementedError(no_merge(self.info))
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.configs]
+        if not names:
+            return
+        base = self.base_layer
+        bias = getattr(base, "bias", None)
+        weight, new_bias = self._wide(base.weight), None if bias is None else self._wide(bias)
+        for name in names:
+            weight, new_bias = self.folded(name, weight, new_bias)
+        if safe_merge and not (weight.isfinite().all() and (new_bias is None or new_bias.isfinite().all())):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
+        if self._unmerged is None:
+            self._unmerged = (base.weight, bias)
+        base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+        if new_bias is not None:
+            base.bias = nn.Parameter(new_bias.to(base.weight.dtype), requires_grad=False)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the unmerged base weight back, bit for bit."""
+        if self._unmerged is None:
+            return
+        base = self.base_layer
+        base.weight, bias = self._unmerged
+        if hasattr(base, "bias"):
+            base.bias = bias
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Fingerprint of the base weight without anything merged into it."""
+        return module_fingerprint(self.base_layer, self.base_weight)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from this layer."""
+        self.configs.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # peft's own also casts to the base dtype; trainable parameters stay float32 here.
+        target = device if device is not None else self.base_weight.device
+        for name in self.adapter_layer_names:
+            values = getattr(self, name)
+            if adapter_name in values and not values[adapter_name].is_meta:
+                values[adapter_name] = values[adapter_name].to(target)
+
+    @staticmethod
+    def _wide(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+    def __repr__(self) -> str:
+        return f"{self.info.name}." + super().__repr__()
+
+
+def no_merge(info: MethodInfo) -> str:
+    """Why a method without the capability `merge` cannot be merged, as a message."""
+    reasons = {
+        "sequence": "its prompts are tokens of the sequence, and no weight of the base stands for them",
+        "input": "it changes what goes into the base, and no weight of the base stands for that",
+    }
+    reason = reasons.get(info.place, f"it does not declare that it {CAPABILITIES['merge']}")
+    return f'Method "{info.name}" cannot be merged, because {reason}.'
+
+
+class WeightLayer(AdapterLayer):
+    """Base of the methods that add a delta to the weight: `base(x) + delta(x)`.
+
+    A method supplies `delta_weight`; it may override `delta_output` where a cheaper contraction exists, and
+    `mixed_delta` to serve all rows of a batch at once.
+    """
+
+    def delta_weight(self, adapter: str) -> Tensor:
+        """The delta as a matrix (out, in) in float32; (tokens, dim) for an embedding."""
+        raise NotImplementedError
+
+    def delta_output(self, adapter: str, x: Tensor) -> Tensor:
+        """What the delta adds to the base output for input `x`."""
+        matrix = self.delta_weight(adapter)
+        x = x.to(matrix.dtype) if x.is_floating_point() else x
+        return apply_matrix(self.base_layer, self.op, x, matrix)
+
+    def mixed_delta(self, x: Tensor, rows: Rows) -> Tensor:
+        """What the rows' own deltas add to the base output. This general form runs once per adapter."""
+        out: Tensor | None = None
+        for name in rows.names:
+            if name == BASE or name not in self.configs:
+                continue
+            index = rows.of_adapter(name, x.shape[0], x.device)
+            part = self.delta_output(name, x[index])
+            out = part.new_zeros((x.shape[0], *part.shape[1:])) if out is None else out
+            out = out.index_add(0, index, part)
+        return torch.zeros((), device=x.device) if out is None else out
+
+    def rows_delta(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """What each row's `row_fields`, (rows, *shape), add to the base output."""
+        raise NotImplementedError
+
+    def rows_output(
+        self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        out = self.base_layer(x, *args, **kwargs) if out is None else out
+        return out + self.rows_delta(x, values).to(out.dtype)
+
+    def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        out = self.base_layer(x, *args, **kwargs)
+        for name in adapters:
+            out = out + self.delta_output(name, x).to(out.dtype)
+        return out
+
+    def mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.base_layer(x, *args, **kwargs)
+        return out + self.mixed_delta(x, rows).to(out.dtype)
+
+    def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        delta = self.delta_weight(adapter).detach().to(weight.dtype)
+        return weight + self.op.weight(delta, weight.shape), bias
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The delta in the layout of the base weight; peft's name for it, used by its conversion to LoRA."""
+        return self.op.weight(self.delta_weight(adapter), self.base_layer.weight.shape)
+
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """Exact factors B (out, r) and A (r, in) of `delta_weight`; None where only a decomposition gives them."""
+        return None
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return self.info.can("lora_export") and self.op.op_type in ("linear", "conv1d")
+
+
+class FeatureLayer(AdapterLayer):
+    """Base of the methods that transform the output of an op: `transform(base(x))`.
+
+    A method supplies `transform`, and `transform_rows` for mixed batches.
+    """
+
+    def transform(self, adapter: str, out: Tensor) -> Tensor:
+        """The op's output changed by one adapter."""
+        raise NotImplementedError
+
+    def transform_rows(self, rows: Rows, out: Tensor) -> Tensor:
+        """The op's output changed by each row's own adapter."""
+        raise NotImplementedError
+
+    def rows_transform(self, values: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        """The op's output changed by each row's `row_fields`, (rows, *shape)."""
+        raise NotImplementedError
+
+    def rows_output(
+        self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        return self.rows_transform(values, self.base_layer(x, *args, **kwargs) if out is None else out)
+
+    def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        out = self.base_layer(x, *args, **kwargs)
+        for name in adapters:
+            out = self.transform(name, out)
+        return out
+
+    def mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        return self.transform_rows(rows, self.base_layer(x, *args, **kwargs))

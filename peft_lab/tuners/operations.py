@@ -1,0 +1,144 @@
+"""The base operations that an adapter layer can wrap, seen in one way: a weight matrix (out, in) and a channel axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_lab.errors import ConfigError
+
+_TORCH_NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+class StandIn(nn.Module):
+    """A module around another one, its `base_layer`, that shows the other's attributes as its own.
+
+    Backbones read attributes of the module they think is there (weight, stride, eps, normalized_shape, ...).
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name == "base_layer":
+                raise
+            return getattr(base, name)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a wrapped module computes.
+
+    Attributes:
+        op_type: "linear", "conv1d", "conv2d", "embedding" or "norm"; the capability a method must declare to adapt it.
+        channels: number of output channels.
+        channel_dim: axis of the output that holds the channels (-1, or 1 for images).
+        takes_bias: whether the module's forward adds a `bias`, present or not. RMSNorm's does not.
+    """
+
+    op_type: str
+    channels: int
+    channel_dim: int = -1
+    takes_bias: bool = True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """View a base weight as its matrix (out, in); an embedding's is (tokens, dim). No copy."""
+        if self.op_type == "conv1d":
+            return weight.T
+        return weight.flatten(1) if self.op_type == "conv2d" else weight
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `matrix`: bring a matrix (out, in) into the layout of a base weight of that shape."""
+        return matrix.T if self.op_type == "conv1d" else matrix.reshape(shape)
+
+    def scale_shape(self, ndim: int) -> tuple[int, ...]:
+        """Shape that broadcasts a per-output-channel vector over a base weight with `ndim` axes."""
+        return (1, -1) if self.op_type == "conv1d" else (-1, *(1,) * (ndim - 1))
+
+
+def operation(module: nn.Module, name: str) -> Operation:
+    """Recognise a module; `name` is its path, for the message.
+
+    Raises:
+        ConfigError: the module is no operation that an adapter can wrap exactly, with the reason.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ConfigError(f'Module "{name}" ({type(module).__name__}) has no weight to adapt; choose other modules.')
+    if not weight.is_floating_point():
+        raise ConfigError(
+            f'Module "{name}" has a quantised weight ({weight.dtype}), which no method of peft-lab declares to adapt; '
+            "load the backbone in float32, bfloat16 or float16."
+        )
+    found = _recognise(module, weight)
+    if found is None:
+        raise ConfigError(
+            f'Module "{name}" is a {type(module).__name__}, not a Linear, Conv1D, Conv2d, Embedding or norm whose '
+            "forward is known; choose other modules with target_modules."
+        )
+    return found
+
+
+def _recognise(module: nn.Module, weight: Tensor) -> Operation | None:
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        return Operation("linear", weight.shape[0])
+    if forward is Conv1D.forward:
+        return Operation("conv1d", weight.shape[1])
+    if forward is nn.Conv2d.forward:
+        return Operation("conv2d", weight.shape[0], channel_dim=1)
+    if isinstance(module, nn.Embedding) and module.max_norm is None:
+        return Operation("embedding", weight.shape[1], takes_bias=False)
+    if weight.dim() == 1 and (isinstance(module, _TORCH_NORMS) or type(module).__name__.endswith("Norm")):
+        images = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)
+        first = images or getattr(module, "data_format", None) == "channels_first"
+        return Operation("norm", weight.shape[0], 1 if first else -1, takes_bias=isinstance(module, _TORCH_NORMS))
+    return None
+
+
+def apply_matrix(module: Any, op: Operation, x: Tensor, matrix: Tensor) -> Tensor:
+    """Run the base operation with another matrix (out, in) and no bias: what a delta adds to the output."""
+    if op.op_type == "embedding":
+        return F.embedding(x, matrix) * embed_scale(module)
+    if op.op_type == "conv2d":
+        return module._conv_forward(x, matrix.reshape(module.weight.shape), None)
+    return F.linear(x, matrix)
+
+
+def conv2d_rows(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Run a convolution without its bias where each row of x (batch, ...) has its own weight (batch, out, ...)."""
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+    # Rows with their own weights are groups of one long image of batch * channels.
+    folded, groups = x.reshape(1, -1, *x.shape[2:]), module.groups * x.shape[0]
+    out = F.conv2d(folded, weight.flatten(0, 1), None, module.stride, padding, module.dilation, groups)
+    return out.reshape(x.shape[0], -1, *out.shape[2:])
+
+
+def embed_scale(module: Any) -> Tensor | float:
+    """The factor that scaled embeddings (Gemma 3, M2M) apply behind the look-up; 1.0 for plain ones."""
+    return getattr(module, "embed_scale", 1.0)
+
+
+def norm_offset(module: Any) -> float:
+    """0.0 if a norm multiplies by its weight, 1.0 if by (1 + weight) as Gemma's does; found by running it.
+
+    Raises:
+        ConfigError: the norm does neither, so a scale cannot be folded into its weight.
+    """
+    if isinstance(module, _TORCH_NORMS):
+        return 0.0
+    weight = module.weight
+    probe = torch.linspace(-1.0, 2.0, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
+    for offset in (0.0, 1.0):
+        out = torch.func.functional_call(module, {"weight": torch.full_like(weight, -offset)}, (probe,))
+        if bool((out == 0).all()):
+            return offset
+    raise ConfigError(f"{type(module).__name__} is not linear in its weight, so a scale cannot be merged into it.")

@@ -1,0 +1,143 @@
+"""Registration of methods with peft: config classes, tuner classes, and configs built from plain values."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+from peft_lab.backbones import module_roles
+from peft_lab.errors import ConfigError
+from peft_lab.registry import MethodInfo, builtin_methods, check_method_args, method, third_party_methods, with_preset
+from peft_lab.tuners.tuner import AdapterTuner
+
+#: Roles for peft's own tuners on families that peft has no targets for; query and value for all others.
+_PEFT_ROLES = {"ia3": ("attn.k", "attn.v", "mlp.down"), "ln_tuning": ("norm", "norm.final")}
+
+
+def config_class(name: str) -> type:
+    """The config class of a method; imports peft and the module that defines the method."""
+    info = method(name)
+    if not info.config:
+        raise ConfigError(f'Method "{name}" is a baseline: it trains the model\'s own weights and has no config class.')
+    return getattr(importlib.import_module(info.module), info.config)
+
+
+def make_config(name: str, args: Mapping[str, Any] | None = None, model: Any = None, **common: Any) -> Any:
+    """Build a method's config from plain values.
+
+    Args:
+        name: method name.
+        args: config fields; text values such as `"full"`, `"8"` or `"[q_proj, v_proj]"` are read as YAML.
+        model: the backbone. With it, a tuner of peft itself that has no default targets for this model family gets
+            them by role, and the task head goes into `modules_to_save`.
+        common: fields set by the caller (`task_type`, ...), kept if the config has them.
+
+    Raises:
+        ConfigError: unknown field or a value that the config refuses.
+    """
+    cls = config_class(name)
+    check_method_args(name, args or {})
+    values = {key: _plain(value) for key, value in with_preset(name, args or {}).items()}
+    known = set(getattr(cls, "__dataclass_fields__", {}))
+    values.update({k: v for k, v in common.items() if k in known and k not in values})
+    if model is not None and method(name).module.startswith("peft."):
+        values = {**_role_defaults(name, model, known, values.get("task_type")), **values}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'Method "{name}" refuses {values}: {error}') from error
+
+
+def register(info: MethodInfo, config_cls: Any, layer_cls: Any, model_cls: Any = None) -> None:
+    """Make a method a native peft tuner under `info.name`.
+
+    The tuner class is derived from `peft_lab.tuners.tuner.AdapterTuner` unless `model_cls` is given. After this
+    `get_peft_model`, `PeftModel.from_pretrained` and the rest of peft know the method.
+
+    Raises:
+        ConfigError: peft, or another package, already has a method of that name.
+    """
+    known: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    present = known.get(info.name.upper())
+    if present is not None:
+        if present.__module__ == config_cls.__module__:
+            return
+        raise ConfigError(f'peft already has a method "{info.name}" ({present.__module__}); choose another name.')
+    peft_type = _extend_peft_type(info.name.upper())
+    config_cls.peft_method_type = peft_type
+    config_cls.info = info
+    layer_cls.info = info
+    members = {
+        "prefix": f"{info.name}_",
+        "tuner_layer_cls": layer_cls,
+        "info": info,
+        "__module__": layer_cls.__module__,
+    }
+    tuner = type(config_cls.__name__.removesuffix("Config") + "Model", (model_cls or AdapterTuner,), members)
+    vars(sys.modules[tuner.__module__]).setdefault(tuner.__name__, tuner)  # pickle looks for it there
+    register_peft_method(name=info.name, config_cls=config_cls, model_cls=tuner)
+
+
+def load_all() -> None:
+    """Import every built-in and third-party method, which registers them with peft."""
+    for info in builtin_methods():
+        importlib.import_module(info.module)
+    for info in third_party_methods():
+        try:
+            importlib.import_module(info.module)
+        except Exception as error:  # a broken plug-in must not take peft down with it
+            warnings.warn(f'Method "{info.name}" of {info.module} cannot be loaded: {error}', stacklevel=2)
+
+
+def _extend_peft_type(name: str) -> Any:
+    """Add a member to peft's closed `PeftType`; a plain string would leave peft's status reports empty."""
+    from peft import PeftType
+
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    if PeftType(name) is not member or name not in PeftType.__members__:
+        raise RuntimeError(f"This Python's enum cannot be extended by {name}; please report its version.")
+    return member
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    import yaml
+
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    if isinstance(read, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read):
+        return float(read)  # YAML 1.1 takes 1e-3 for text
+    return read
+
+
+def _role_defaults(name: str, model: Any, known: set[str], task_type: str | None) -> dict[str, Any]:
+    defaults: dict[str, Any] = {}
+    tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    mapped = getattr(tuners.get(name.upper()), "target_module_mapping", None) or {}
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    info = method(name)
+    if "target_modules" in known and (info.roles or model_type not in mapped):
+        wanted = info.roles or _PEFT_ROLES.get(name, ("attn.q", "attn.v"))
+        defaults["target_modules"] = module_roles.target_regex(model, wanted)
+        if "feedforward_modules" in known:
+            defaults["feedforward_modules"] = module_roles.target_regex(model, ("mlp.down",))
+    if "modules_to_save" in known:
+        defaults["modules_to_save"] = module_roles.head_modules(model, task_type) or None
+    return defaults

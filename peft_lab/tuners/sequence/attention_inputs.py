@@ -1,0 +1,125 @@
+"""What slots in a sequence mean for the arguments of a block: hidden states, masks, rotary positions, position ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_lab.errors import ConfigError
+from peft_lab.tuners.tokens import insert
+
+
+def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal: bool, unused: Tensor | None) -> Any:
+    """The attention mask of a prefill with `count` slots put in at position `at`.
+
+    Args:
+        mask: as the stack made it for the tokens alone: None, bool or additive (batch or 1, heads or 1, queries or 1,
+            keys), or (batch, keys) for flash attention.
+        tokens: hidden states (batch, n, dim) without slots.
+        causal: whether the block is causal; a slot then sees the slots before it only, and no token.
+        unused: bool (batch, count), slots that a row does not have; None if every row has all.
+
+    Raises:
+        ConfigError: a kind of mask that has no place for slots.
+    """
+    if mask is None:
+        if unused is None:
+            return None  # without padding nothing is masked but the future, which the kernel masks by itself
+        mask = _open_mask(tokens, tokens.shape[1], causal)
+    if not isinstance(mask, Tensor):
+        raise ConfigError(
+            f"Prompts in the sequence do not go with a mask of type {type(mask).__name__}; load the backbone with "
+            'attn_implementation="sdpa" or "eager".'
+        )
+    if mask.ndim == 2:
+        seen = mask.new_ones(mask.shape[0], count) if unused is None else (~unused).to(mask.dtype)
+        return insert(mask, seen, at)
+    if mask.ndim != 4:
+        raise ConfigError(f"Prompts in the sequence need an attention mask of 2 or 4 dimensions, got {mask.ndim}.")
+    visible, hidden = _levels(mask)
+    if unused is not None:
+        mask = mask.expand(unused.shape[0], *mask.shape[1:])
+    batch, heads, queries, keys = mask.shape
+    columns = mask.new_full((batch, heads, queries, count), visible)
+    if unused is not None:
+        columns = columns.masked_fill(unused[:, None, None, :], hidden)
+    if queries == 1 and tokens.shape[1] > 1:
+        return insert(mask, columns, at, 3)
+    between = mask.new_full((batch, heads, count, count), visible)
+    if causal:
+        future = torch.ones(count, count, dtype=torch.bool, device=mask.device).triu(1)
+        between = between.masked_fill(future, hidden)
+    if unused is not None:
+        itself = torch.eye(count, dtype=torch.bool, device=mask.device)  # a row of a softmax must not be empty
+        between = between.masked_fill(unused[:, None, None, :] & ~itself, hidden)
+    rows = (
+        mask.new_full((batch, heads, count, keys), hidden)
+        if causal
+        else mask.narrow(2, 0, 1).expand(batch, heads, count, keys)
+    )
+    return insert(insert(mask, columns, at, 3), insert(rows, between, at, 3), at, 2)
+
+
+def align_keys(mask: Any, keys: int, tokens: Tensor, unused: Tensor | None) -> Any:
+    """The mask of a decoding step for a layer that holds `keys` entries, the slots at the left of them.
+
+    The stack sizes one mask for all layers, by the first one, which may hold fewer or more slots than this one.
+    """
+    if mask is None:
+        if unused is None or not unused.any():
+            return None
+        mask = _open_mask(tokens, keys, causal=True)
+    visible, hidden = _levels(mask)
+    missing = keys - mask.shape[-1]
+    if missing > 0:
+        mask = torch.cat([mask.new_full((*mask.shape[:-1], missing), visible), mask], -1)
+    elif missing < 0:
+        mask = mask[..., -missing:]
+    if unused is not None:
+        mask = mask.expand(unused.shape[0], *mask.shape[1:]).clone()
+        part = mask[..., : unused.shape[1]]
+        part.masked_fill_(unused if mask.ndim == 2 else unused[:, None, None, :], hidden)
+    return mask
+
+
+def extend_rotary(embeddings: Any, tokens: int, count: int, at: int) -> Any:
+    """Rotary positions with the slots at position 0; others (patches alone) as they are.
+
+    They are cosines and sines (batch or 1, tokens, dim), or complex numbers of that shape.
+    """
+    if isinstance(embeddings, Tensor) and embeddings.is_complex() and embeddings.shape[-2] == tokens:
+        ones = embeddings.narrow(-2, 0, 1).abs().to(embeddings.dtype)
+        return insert(embeddings, ones.expand(*ones.shape[:-2], count, -1), at, embeddings.ndim - 2)
+    if not isinstance(embeddings, tuple) or len(embeddings) != 2 or embeddings[0].shape[-2] != tokens:
+        return embeddings
+    cos, sin = embeddings
+    dim = cos.ndim - 2
+    first = torch.hypot(cos.narrow(dim, 0, 1), sin.narrow(dim, 0, 1))  # some rotations also scale
+    shape = [*first.shape]
+    shape[dim] = count
+    ones = first.expand(shape)
+    return insert(cos, ones, at, dim), insert(sin, torch.zeros_like(ones), at, dim)
+
+
+def extend_bias(bias: Tensor | None, tokens: int, count: int, at: int) -> Tensor | None:
+    """A relative position bias (..., tokens, tokens) with zeros for the slots; one made for the slots too as it is."""
+    if bias is None or bias.shape[-1] != tokens:
+        return bias
+    bias = insert(bias, bias.new_zeros(*bias.shape[:-1], count), at, bias.ndim - 1)
+    return insert(bias, bias.new_zeros(*bias.shape[:-2], count, bias.shape[-1]), at, bias.ndim - 2)
+
+
+def _open_mask(tokens: Tensor, keys: int, causal: bool) -> Tensor:
+    """An additive mask (1, 1, tokens, keys), which every kind of attention but flash takes, that hides the future."""
+    mask = tokens.new_zeros(tokens.shape[1], keys)
+    if causal:
+        future = torch.ones_like(mask, dtype=torch.bool).triu(1 + keys - tokens.shape[1])
+        mask = mask.masked_fill(future, _levels(mask)[1])
+    return mask[None, None]
+
+
+def _levels(mask: Tensor) -> tuple[float, float]:
+    """What stands for visible and for hidden: an additive mask is of floating point, any other says which are seen."""
+    return (0.0, torch.finfo(mask.dtype).min) if mask.dtype.is_floating_point else (1, 0)

@@ -1,0 +1,109 @@
+"""Prompts from where the training data lie: particles of a mixture fitted to the mean token of each row.
+
+The tokens are the hidden states that enter the block which writes the prompts, as the frozen backbone makes them: the
+space that the prompts themselves are in. Padding counts for nothing, and neither do the class and register tokens of a
+vision transformer. (The authors' code takes word embeddings, before positions and norms, and averages over the padded
+length.) The backbone runs up to that block only, once for each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peft_lab.errors import ConfigError
+from peft_lab.tuners.forward_context import CALL
+from peft_lab.tuners.sequence.particles import Points, particles
+from peft_lab.tuners.sequence.stored_prompts import StoredPrompts
+
+#: Most rows that a mixture is fitted to, drawn evenly from all that are read.
+MAX_ROWS = 10_000
+
+
+def domain_prompts(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int = 0) -> None:
+    """Give the active adapter's prompts the values that it takes from training data (`domain_components`).
+
+    With `peft_lab.train`, or a `Trainer` with the callback `ReadTrainingData`, this happens by itself before the first
+    step. Prompts of other blocks than the first one that writes some keep what they have.
+
+    Args:
+        model: a model with the adapter on it.
+        batches: keyword arguments for the model's forward, for instance from a `DataLoader`.
+        seed: the same seed and data give the same particles.
+
+    Raises:
+        ConfigError: not exactly one active adapter takes values from data, or the data have fewer than two different
+            rows.
+    """
+    found = [
+        (layer, adapter)
+        for layer in model.modules()
+        if isinstance(layer, StoredPrompts) and not layer.disable_adapters
+        for adapter in layer.active_adapters
+        if layer.takes_domain(adapter)
+    ]
+    if len(found) != 1:
+        raise ConfigError(
+            f"Domain prompts are for one active adapter with domain_components at a time; this model has {len(found)}."
+        )
+    ((layer, adapter),) = found
+    config, target = layer.configs[adapter], layer.stored_values[adapter]
+    rows = _sample(_pooled(model, layer, batches), seed)
+    prompts = target.shape[: -2 if layer.draws(adapter) else -1]
+    each = config.domain_share(prompts.numel())
+    points = particles(rows, prompts.numel() * each, config.domain_components, config.domain_dimensions, seed)
+    values = torch.from_numpy(points).reshape(*prompts, each, target.shape[-1])
+    with torch.no_grad():
+        target.copy_(values if layer.draws(adapter) else values.mean(-2))
+    layer.waiting.discard(adapter)
+
+
+class _Reached(Exception):
+    """Ends a forward at the block where it has shown what is wanted of it."""
+
+
+def _pooled(model: nn.Module, layer: StoredPrompts, batches: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:
+    """Mean hidden states (rows, width) that enter a block, batch by batch."""
+    found: list[Tensor] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = CALL.get()
+        tokens = (args[0] if args else kwargs["hidden_states"])[:, layer.prefix_tokens :].float()
+        mask = None if call is None else call.mask
+        if mask is None:
+            found.append(tokens.mean(1))
+        else:
+            weights = mask.to(tokens)[..., None]
+            found.append(((tokens * weights).sum(1) / weights.sum(1))[mask.any(1)])
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(look, with_kwargs=True)
+    training, device = model.training, next(model.parameters()).device
+    try:
+        model.eval()
+        for batch in batches:
+            inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            try:
+                with torch.no_grad():
+                    model(**inputs)
+            except _Reached:
+                yield found.pop()
+    finally:
+        handle.remove()
+        model.train(training)
+
+
+def _sample(batches: Iterable[Tensor], seed: int) -> Points:
+    """All rows (n, width), or `MAX_ROWS` of them drawn evenly."""
+    random = np.random.default_rng(seed)
+    kept: list[Tensor] = []
+    for index, row in enumerate(row for batch in batches for row in batch.cpu()):
+        if index < MAX_ROWS:
+            kept.append(row.clone())  # not a view that keeps its batch
+        elif (place := int(random.integers(index + 1))) < MAX_ROWS:
+            kept[place] = row.clone()
+    return torch.stack(kept).double().numpy() if kept else np.zeros((0, 1))

@@ -1,0 +1,225 @@
+"""Prompts that are stored and depend on no input, and where their first values come from.
+
+`StaticPrompts` are the same for every row that has the same adapter; `StoredPrompts` need not be.
+
+With `domain_components` the first block's prompts come from the training data (BayesPrompt): they start at means of
+particles, or with `domain_draws` are such means for good. Then a prompt is in training the mean of a few of its
+particles, drawn anew for every row and forward, and in evaluation the mean of all; the particles are saved and not
+trained. The draws are of torch's generator, as dropout's are: a run that is repeated or resumed, and a forward that
+checkpointing repeats, draw the same.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from peft_lab.errors import ConfigError
+from peft_lab.tuners.forward_context import Call
+from peft_lab.tuners.mixed_batch import Rows
+from peft_lab.tuners.sequence.layer import SequenceLayer
+from peft_lab.tuners.sequence.tuner import SequenceConfig
+
+#: Particles that prompts start from, shared out among them; particles of each prompt that is drawn.
+PARTICLES, PARTICLES_DRAWN = 64, 16
+_NOT_READ = (
+    'Training begins without domain_components={} of method "{}" having read any data, so the prompts keep their usual '
+    "start: train by peft_lab.train, add the callback peft_lab.ReadTrainingData, or call peft_lab.domain_prompts first."
+)
+_NOTHING_TO_DRAW = (
+    'Method "{}" has read no training data to draw prompts from: train by peft_lab.train, add the callback '
+    "peft_lab.ReadTrainingData to the Trainer, or call peft_lab.domain_prompts(model, batches) first."
+)
+
+
+@dataclass
+class StaticConfig(SequenceConfig):
+    """Base of the configs of prompts that stand at the input (`deep=False`) or anew before every block.
+
+    Raises:
+        ConfigError: one of these numbers below 1 or without `domain_components`, or more draws than particles.
+    """
+
+    domain_components: int | None = field(
+        default=None,
+        metadata={
+            "help": "Start the first block's prompts at particles of a mixture of so many Gaussians, fitted to the "
+            "training data; nothing means the method's own start."
+        },
+    )
+    domain_dimensions: int | None = field(
+        default=None,
+        metadata={"help": "Principal directions of the data with full covariances there; nothing means at most 64."},
+    )
+    domain_particles: int | None = field(
+        default=None,
+        metadata={
+            "help": "Particles of each prompt there; nothing means 64 shared out among the prompts, or 16 each with "
+            "domain_draws."
+        },
+    )
+    domain_draws: int | None = field(
+        default=None,
+        metadata={
+            "help": "Do not train those prompts: each is the mean of so many of its particles, drawn for each row in "
+            "training, and of all in evaluation."
+        },
+    )
+
+    def check(self) -> None:
+        super().check()
+        further = ("domain_dimensions", "domain_particles", "domain_draws")
+        for name in ("domain_components", *further):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1.")
+            if value is not None and self.domain_components is None:
+                raise ConfigError(f"{name}={value} goes with domain_components; give both.")
+        if self.domain_draws is not None and self.domain_draws > self.domain_share(1):
+            raise ConfigError(
+                f"domain_draws={self.domain_draws} must be at most domain_particles={self.domain_share(1)}."
+            )
+
+    def domain_share(self, prompts: int) -> int:
+        """Particles of each of so many prompts."""
+        usual = max(PARTICLES // prompts, 1) if self.domain_draws is None else PARTICLES_DRAWN
+        return self.domain_particles or usual
+
+    def writing(self, depths: int) -> list[int]:
+        """Indices of the blocks that write prompts, of `depths` blocks."""
+        chosen = [depth for depth in range(depths) if self.writes(depth)]
+        return chosen if getattr(self, "deep", True) else chosen[:1]
+
+
+class StoredPrompts(SequenceLayer):
+    """A block before which prompts that are stored are written. A method supplies `initial_values` and `prompts`.
+
+    The first of `adapter_layer_names` holds the prompts (..., width), or their particles (..., particles, width). A
+    method makes the former in `initial_values` and reads them by `values`.
+
+    Attributes:
+        waiting: adapters whose first values here are to come from the training data, until these are read.
+    """
+
+    waiting: set[str]
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        self.waiting = set()
+
+    @property
+    def stored_values(self) -> nn.ParameterDict:
+        """The stored prompts of each adapter."""
+        found: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
+        return found
+
+    def takes_domain(self, adapter: str) -> bool:
+        """Whether an adapter's prompts before this block take their first values from the training data."""
+        config = self.configs.get(adapter)
+        return (
+            config is not None
+            and config.domain_components is not None
+            and config.writing(self.depths)[:1] == [self.depth]
+        )
+
+    def draws(self, adapter: str) -> bool:
+        """Whether an adapter's prompts before this block are means of particles."""
+        return self.takes_domain(adapter) and self.configs[adapter].domain_draws is not None
+
+    def values(self, adapter: str, rows: int | None = None) -> Tensor | None:
+        """The stored prompts (..., width) of an adapter, None if it has none here.
+
+        In training, prompts that are drawn are (rows, ..., width) if `rows` is given.
+
+        Raises:
+            ConfigError: prompts are drawn from particles, and there are none yet.
+        """
+        found = self.stored_values.get(adapter)
+        if found is None or not self.draws(adapter):
+            return found
+        if not bool(found.any()):
+            raise ConfigError(_NOTHING_TO_DRAW.format(self.info.name))
+        if rows is None or not self.training:
+            return found.mean(-2)
+        draws = self.configs[adapter].domain_draws
+        chosen = torch.rand(rows, *found.shape[:-1], device=found.device).topk(draws).indices
+        weights = found.new_zeros(chosen.shape[:-1] + found.shape[-2:-1]).scatter(-1, chosen, 1 / draws)
+        return torch.einsum("r...p,...pd->r...d", weights, found)
+
+    def update_layer(self, adapter: str, config: Any) -> None:
+        super().update_layer(adapter, config)
+        if not self.takes_domain(adapter):
+            return
+        if config.fingerprints is None:
+            self.waiting.add(adapter)
+        if config.domain_draws is not None:
+            shape = self.stored_values[adapter].shape
+            count = config.domain_share(shape[:-1].numel())
+            empty = self.stored_values[adapter].new_zeros(*shape[:-1], count, shape[-1])
+            self.stored_values[adapter] = nn.Parameter(empty, requires_grad=False)
+            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: self.adapter_layer_names[:1]}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.waiting.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # Values that were trained before are no start: a checkpoint, or an adapter that is trained on.
+        loaded = {name for name in self.waiting if f"{prefix}{self.adapter_layer_names[0]}.{name}" in state_dict}
+        self.waiting -= loaded
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _write(self, active: list[str], tokens: Tensor, call: Call) -> None:
+        if self.training and torch.is_grad_enabled() and not self.waiting.isdisjoint(active):
+            self.begin_unread(active[0])
+        super()._write(active, tokens, call)
+
+    def begin_unread(self, adapter: str) -> None:
+        """Say that training begins and the data were not read: from now on the values that are there stand."""
+        if self.draws(adapter):
+            return  # particles that are not there are refused, and those that are need no data
+        self.waiting.discard(adapter)
+        warnings.warn(_NOT_READ.format(self.configs[adapter].domain_components, self.info.name), stacklevel=2)
+
+
+class StaticPrompts(StoredPrompts):
+    """A block before which the same stored prompts, or draws of them, are written in every row.
+
+    A method supplies `initial_values`. The first of `adapter_layer_names` holds the prompts (slots, width), or their
+    particles.
+    """
+
+    def uniform(self, count: int, width: int) -> Tensor:
+        """Start values (count, width) as Xavier's rule draws them for a projection of patches."""
+        patch = getattr(self.settings, "patch_size", None)
+        pixels = 3 * math.prod(patch if isinstance(patch, list | tuple) else (patch, patch)) if patch else self.width
+        bound = math.sqrt(6 / (pixels + width))
+        return torch.empty(count, width).uniform_(-bound, bound)
+
+    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
+        """The prompts of one adapter (slots, width), None if it writes none here; see `values` for `rows`."""
+        return self.values(adapter, rows)
+
+    def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
+        found = self.stored(adapter, call, tokens.shape[0])
+        return None if found is None else found.expand(tokens.shape[0], -1, -1)
+
+    def _write_rows(self, rows: Rows, tokens: Tensor, call: Call) -> None:
+        """Prompts of all rows in one gather from those of the adapters, whatever their numbers."""
+        found: dict[str, Any] = {name: self.stored(name, call) for name in rows.names if name in self.configs}
+        if all(prompts is None for prompts in found.values()):
+            return
+        empty = tokens.new_zeros(0, tokens.shape[-1])
+        parts = [empty if found.get(name) is None else found[name].to(tokens.dtype) for name in rows.names]
+        bank = pad_sequence(parts, batch_first=True, padding_side="left")
+        counts = torch.tensor([len(part) for part in parts], device=tokens.device)
+        writes = torch.tensor([found.get(name) is not None for name in rows.names], device=tokens.device)
+        index = rows.index(tokens.shape[0], tokens.device)
+        self._merge(call, bank[index], counts[index], writes[index])

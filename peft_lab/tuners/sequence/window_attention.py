@@ -1,0 +1,195 @@
+"""Prompts in blocks that attend within windows of one size (Swin): in every window, and averaged over the windows.
+
+Tokens of such a block are the cells of a grid, so slots cannot stand among them all the way. They go through the norms,
+the MLP and the residual connections beside the tokens; hooks take them out before the grid is cut into windows, put
+them into each window, where bias and shift mask are zero for them, and bring their mean over the windows back. Where
+patches are merged between stages, a slot is merged as if it were a patch of four cells with this one value.
+
+What the hooks need is in a context variable, set around the block, so the block is checkpointed from out here: its own
+checkpointing would run it again without. A stage around the blocks is not checkpointed as a whole, for slots leave it
+beside its outputs; each of its blocks is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_lab.tuners.forward_context import CALL
+from peft_lab.tuners.sequence.attention_inputs import extend_bias
+from peft_lab.tuners.tokens import insert, parameter_names, split
+
+
+@dataclass
+class Slots:
+    """The slots of one run of a block.
+
+    Attributes:
+        count: their number.
+        at: number of tokens before them.
+        unused: bool (batch, slots), those that a row does not have; None if every row has all.
+        inside: what has become of them, (batch, slots, dim), while they are not among the tokens.
+    """
+
+    count: int
+    at: int
+    unused: Tensor | None
+    inside: Tensor | None = None
+
+
+_RUNNING: ContextVar[tuple[Any, Slots] | None] = ContextVar("peft_lab_windows", default=None)
+
+
+def has_windows(block: Any) -> bool:
+    """Whether a block, wrapped or not, reads its tokens as a grid."""
+    return "input_dimensions" in parameter_names(type(getattr(block, "base_layer", block)).forward)
+
+
+def can_hook(block: Any) -> bool:
+    """Whether a block with windows has the parts that `hook` needs; Swin v2 makes its bias inside of attention."""
+    bias = getattr(getattr(block, "attention", None), "relative_position_bias", None)
+    parts = (bias, *(getattr(block, name, None) for name in ("layernorm_before", "drop_path", "dropout")))
+    return all(isinstance(part, nn.Module) for part in parts)
+
+
+def hook(block: Any) -> None:
+    """Put the hooks into a block that let `run` have slots."""
+    block.layernorm_before.register_forward_hook(_take_out)
+    block.attention.register_forward_pre_hook(_into_windows)
+    block.attention.relative_position_bias.register_forward_hook(_extend_bias)
+    block.attention.register_forward_hook(_out_of_windows)
+    block.drop_path.register_forward_pre_hook(_put_back)
+
+
+def stage_of(path: str) -> str:
+    """Path of the stage that a block with windows is in."""
+    return path.rpartition(".")[0].rpartition(".")[0]
+
+
+def width(block: Any) -> int:
+    """Width of the hidden states of a block with windows."""
+    return int(block.layernorm_before.normalized_shape[-1])
+
+
+def run(block: Any, slots: Slots, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """`function(hidden)`, which calls the block on tokens with slots, checkpointed where the block is."""
+
+    def inside(hidden: Tensor) -> Any:
+        token = _RUNNING.set((block, Slots(slots.count, slots.at, slots.unused)))
+        checkpointed = _suspend(block)
+        try:
+            return function(hidden)
+        finally:
+            _resume(block, checkpointed)
+            _RUNNING.reset(token)
+
+    if block.training and getattr(block, "gradient_checkpointing", False):
+        return block._gradient_checkpointing_func(inside, hidden)
+    return inside(hidden)
+
+
+def merge(downsample: Any, slots: Tensor) -> Tensor:
+    """Slots (batch, count, dim) as the next stage has them (batch, count, dim of that stage)."""
+    cells = slots.repeat_interleave(2, 1)  # each slot is a square of four equal cells, all squares in one row
+    merged: Tensor = downsample(torch.cat([cells, cells], 1), (2, cells.shape[1]))
+    return merged
+
+
+def hook_stage(stage: nn.Module) -> None:
+    """Leave checkpointing in a stage to its blocks, if that is not so yet."""
+    if _enter_stage not in stage._forward_pre_hooks.values():
+        stage.register_forward_pre_hook(_enter_stage)
+        stage.register_forward_hook(_leave_stage, always_call=True)
+
+
+def _enter_stage(stage: nn.Module, args: Any) -> None:
+    """Pre-hook of a stage."""
+    call = CALL.get()
+    if call is not None:
+        call.shared[stage] = _suspend(stage)
+
+
+def _leave_stage(stage: nn.Module, args: Any, output: Any) -> None:
+    """Post-hook of a stage, called after errors too."""
+    call = CALL.get()
+    if call is not None:
+        _resume(stage, call.shared.pop(stage, False))
+
+
+def _suspend(module: Any) -> bool:
+    """Switch a module's own checkpointing off; returns whether it was on."""
+    found = bool(getattr(module, "gradient_checkpointing", False))
+    if found:
+        module.gradient_checkpointing = False
+    return found
+
+
+def _resume(module: Any, was_on: bool) -> None:
+    if was_on:
+        module.gradient_checkpointing = True
+
+
+def _take_out(norm: nn.Module, args: Any, out: Tensor) -> Tensor:
+    """Hook of the norm before attention."""
+    found = _RUNNING.get()
+    if found is None:
+        return out
+    tokens, found[1].inside = split(out, found[1].count, found[1].at)
+    return tokens
+
+
+def _into_windows(attention: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pre-hook of attention on windows (batch x windows, cells, dim) with a mask (windows, cells, cells) or None."""
+    found = _RUNNING.get()
+    if found is None:
+        return args
+    slots, (windows, mask, *rest) = found[1], args
+    assert slots.inside is not None
+    batch, cells = len(slots.inside), windows.shape[1]
+    each = len(windows) // batch
+    mask = extend_bias(mask, cells, slots.count, 0)
+    if slots.unused is not None:
+        size = cells + slots.count
+        mask = windows.new_zeros(each, size, size) if mask is None else mask
+        mask = mask.repeat(batch, 1, 1)
+        unused = slots.unused.repeat_interleave(each, 0)[:, None]
+        mask[..., : slots.count].masked_fill_(unused, torch.finfo(mask.dtype).min)
+    return (insert(windows, slots.inside.repeat_interleave(each, 0), 0), mask, *rest)
+
+
+def _extend_bias(module: nn.Module, args: Any, bias: Tensor) -> Tensor:
+    """Hook of the relative position bias."""
+    found = _RUNNING.get()
+    extended = bias if found is None else extend_bias(bias, bias.shape[-1], found[1].count, 0)
+    assert extended is not None
+    return extended
+
+
+def _out_of_windows(attention: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> Any:
+    """Hook of attention; the dropout that the block does next is for the slots too."""
+    found = _RUNNING.get()
+    if found is None:
+        return output
+    block, slots = found
+    assert slots.inside is not None
+    (tokens, attended), weights = split(output[0], slots.count, 0), output[1]
+    slots.inside = block.dropout(attended).unflatten(0, (len(slots.inside), -1)).mean(1)
+    return tokens.contiguous(), None if weights is None else weights[..., slots.count :, slots.count :]
+
+
+def _put_back(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Pre-hook of what stands between attention and the residual connection."""
+    found = _RUNNING.get()
+    if found is None:
+        return args
+    assert found[1].inside is not None
+    return (insert(args[0], found[1].inside, found[1].at), *args[1:])
+
+
+#: All hooks, by which they are found again.
+HOOKS = (_take_out, _into_windows, _extend_bias, _out_of_windows, _put_back, _enter_stage, _leave_stage)

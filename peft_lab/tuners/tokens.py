@@ -1,0 +1,33 @@
+"""Tokens of a sequence: prompt tokens put in and taken out, and the names of a forward's parameters."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def insert(tensor: Tensor, new: Tensor, at: int, dim: int = 1) -> Tensor:
+    """`tensor` with `new` put in before position `at` of a dimension."""
+    if at == 0:
+        return torch.cat([new, tensor], dim)
+    return torch.cat([tensor.narrow(dim, 0, at), new, tensor.narrow(dim, at, tensor.shape[dim] - at)], dim)
+
+
+def split(tensor: Tensor, count: int, at: int, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Tokens and slots of a tensor with `count` slots at position `at` of a dimension; the inverse of `insert`."""
+    slots = tensor.narrow(dim, at, count)
+    rest = tensor.narrow(dim, at + count, tensor.shape[dim] - at - count)
+    return (torch.cat([tensor.narrow(dim, 0, at), rest], dim) if at else rest), slots
+
+
+@lru_cache(maxsize=256)
+def parameter_names(forward: Any) -> tuple[str, ...]:
+    """Names of a forward's positional parameters, without `self`."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(
+        name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds and name != "self"
+    )

@@ -1,0 +1,269 @@
+"""The shared tuner: peft's `BaseTuner` with targets by role, a base check and vectorised mixed batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+import peft_lab.backbones.module_roles as roles
+from peft_lab.adapter_files import base_fingerprint, module_matching
+from peft_lab.backbones.frozen_norms import keep_statistics, release_statistics
+from peft_lab.errors import ConfigError
+from peft_lab.registry import MethodInfo
+from peft_lab.tuners.layer import AdapterLayer, no_merge
+from peft_lab.tuners.mixed_batch import BASE
+
+_LOG = logging.getLogger("peft_lab")
+#: What peft puts into `modules_to_save` for text classification, whatever the model's head is called.
+_PEFT_HEADS = ["classifier", "score"]
+
+
+class AdapterTuner(BaseTuner):
+    """Puts a method's layers into a model. `peft_lab.tuners.register` derives one subclass per method."""
+
+    info: ClassVar[MethodInfo]
+    tuner_layer_cls: type[AdapterLayer]
+    target_module_mapping = {}  # noqa: RUF012 - peft's own declaration; targets come from roles here
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check name and base, put the adapter in, and remember which weights it is on."""
+        if adapter_name in self.prefix or adapter_name == BASE:
+            raise ConfigError(
+                f'Adapter name "{adapter_name}" cannot be used: it is part of the parameter prefix "{self.prefix}" '
+                "or reserved, and its weights would be lost at load; choose another name."
+            )
+        config: Any = self.peft_config[adapter_name]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        keep_statistics(model)
+        layers = {k: m for k, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.configs}
+        if config.fingerprints:
+            config.recorded_fingerprints = config.fingerprints
+            return
+        places = roles.places(model)
+        config.recorded_fingerprints = {
+            name: {**layer.fingerprint(), **places.get(name, {})}
+            for name, layer in layers.items()
+            if not layer.base_weight.is_meta
+        }
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        loaded = peft_config.fingerprints is not None
+        layers = peft_config.layers_to_transform
+        if peft_config.target_modules is None:
+            peft_config.target_modules = roles.target_regex(self.model, self.info.roles, layers=layers)
+        elif isinstance(peft_config.target_modules, str) and layers is not None and not loaded:
+            raise ConfigError(
+                f"layers_to_transform={layers} does not go with the regex target_modules="
+                f"{peft_config.target_modules!r}: let the regex choose the blocks, or give names."
+            )
+        else:
+            peft_config.target_modules = roles.rename_targets(self.model, peft_config.target_modules)
+        if not loaded and peft_config.modules_to_save in (None, _PEFT_HEADS):
+            heads = _heads(self.model, peft_config.task_type)
+            peft_config.modules_to_save = sorted({*heads, *(peft_config.modules_to_save or [])}) or None
+        if peft_config.fingerprints:
+            self._find_modules(peft_config)
+        return peft_config
+
+    def _find_modules(self, config: Any) -> None:
+        """Bring a loaded config to the names that its modules have in this model."""
+        recorded = config.fingerprints
+        found = module_matching.fit(self.model, recorded)
+        layer = self.tuner_layer_cls
+        module_matching.check_fusable(found, self.info.name, layer.adapter_layer_names, layer.per_channel)
+        config.found, config.fingerprints = found, found.records(self.model, recorded)
+        if not found.missing and not all(check_target_module_exists(config, name) for name in found.modules):
+            config.target_modules, config.exclude_modules = found.regex(), None
+        heads = config.modules_to_save or []
+        config.lost_heads = lost = module_matching.missing_modules(self.model, heads)
+        # peft lists both of its usual heads where a model has one.
+        if lost and not (len(lost) < len(heads) and set(lost) <= set(_PEFT_HEADS)):
+            _LOG.warning("%s has no %s: that part of the adapter is left out.", type(self.model).__name__, lost[0])
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        # Before anything is injected, so that a refused adapter leaves the model as it was.
+        if not peft_config.fingerprints:
+            return
+        largest = max((size for p in model.parameters() for size in p.shape), default=1)
+        peft_config.check_sizes(largest)
+        recorded = peft_config.fingerprints
+        found = {name: _find_fingerprint(model, name) for name in recorded}
+        offloaded = {name for name, entry in found.items() if entry == {}}
+        bound = self.info.can("dtype_bound") and not getattr(peft_config, "save_bases", False)
+        base_fingerprint.check({k: v for k, v in recorded.items() if k not in offloaded}, found, dtype_bound=bound)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config)
+            return
+        if isinstance(target, BaseTunerLayer):
+            raise ConfigError(f'Module "{current_key}" already carries {type(target).__name__}; remove that one first.')
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ConfigError(f'Module "{current_key}" is read by nn.MultiheadAttention without being called.')
+        layer = self.new_layer(target, current_key)
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
+        """The layer that takes the place of a base module."""
+        return self.tuner_layer_cls(target, path)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        found, lost = getattr(config, "found", module_matching.Fit()), getattr(config, "lost_heads", [])
+        kept = {key: value for key, value in state_dict.items() if not module_matching.is_head(key, lost)}
+        locate = partial(_locate, prefix=cls.prefix)
+        renamed = module_matching.adapt_state(kept, found, locate, cls.tuner_layer_cls.per_channel)
+        if not found.modules:
+            rename = roles.renamer(model)
+            renamed = {_rename_key(rename, key, cls.prefix): value for key, value in renamed.items()}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+        _check_keys(model, cls.prefix, adapter_name, remapped)
+        return remapped
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if not self.info.can("mixed_batch"):
+            raise ConfigError(f'Method "{self.info.name}" does not serve rows of one batch with different adapters.')
+        if self.training:
+            raise ValueError("adapter_names is for inference; call model.eval() first.")
+        self._check_row_names(names)
+        beams = kwargs.get("num_beams") or 1
+        settings = getattr(self.model, "config", None)
+        encoder = self.model.get_encoder() if getattr(settings, "is_encoder_decoder", False) else None
+        inside = set(encoder.modules()) if encoder is not None else set()
+        handles = []
+        for module in self.modules():
+            if isinstance(module, AdapterLayer | AuxiliaryTrainingWrapper):
+                # Beam search repeats the rows of the decoder, not those of an encoder.
+                per_row = list(names) if module in inside else [name for name in names for _ in range(beams)]
+                hook = partial(_pass_names, adapter_names=per_row)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        release_statistics(self.model)
+        return model
+
+    def _check_row_names(self, names: Any) -> None:
+        unknown = sorted({*names} - {BASE} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+    def _check_merge_allowed(self) -> None:
+        if not self.info.can("merge"):
+            raise NotImplementedError(no_merge(self.info))
+        super()._check_merge_allowed()
+
+
+def _heads(model: nn.Module, task_type: str | None) -> list[str]:
+    """Task heads by name, also where an earlier adapter has already wrapped them."""
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    found = roles.head_modules(model, task_type)
+    return [next((w for w in wrapped if head == w or head.startswith(f"{w}.")), head) for head in found]
+
+
+def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _find_fingerprint(model: nn.Module, name: str) -> dict[str, Any] | None:
+    """Fingerprint of the base weight of a module by name; None if there is no such module, {} if it is on meta."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    if isinstance(module, AdapterLayer):
+        return module.fingerprint()
+    weight = base_fingerprint.reference_weight(module)
+    if weight is None:
+        return None
+    return {} if weight.is_meta else base_fingerprint.module_fingerprint(module, weight)
+
+
+def _locate(key: str, prefix: str) -> tuple[str, str] | None:
+    """The module that an entry of an adapter file belongs to, and the name of its parameter."""
+    head, mark, tail = key.rpartition(f".{prefix}")
+    return (head.removeprefix("base_model.model."), f"{prefix}{tail}") if mark else None
+
+
+def _rename_key(rename: Callable[[str], str], key: str, prefix: str) -> str:
+    head, mark, tail = key.rpartition(f".{prefix}")
+    if not mark:
+        return key
+    wrapper = "base_model.model." if head.startswith("base_model.model.") else ""
+    return wrapper + rename(head.removeprefix(wrapper)) + mark + tail
+
+
+def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Tensor]) -> None:
+    """An adapter file must hold exactly the adapter's parameters: peft itself only warns of what is missing."""
+    known = model.state_dict()
+    ours = {k for k in known if f".{prefix}" in k and k.endswith(f".{adapter}")}
+    heads = [f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    resized = _embeddings(model)
+    embeddings = [f"{n}." for n, m in model.named_modules() if n and m in resized]
+    given = {k for k in state if not k.startswith((*heads, *embeddings)) or f".{prefix}" in k}
+    missing, extra = sorted(ours - given), sorted(given - ours)
+    if missing or extra:
+        what = f'lacks "{missing[0]}"' if missing else f'has an unknown entry "{extra[0]}"'
+        raise ConfigError(
+            f"The adapter file {what} ({len(missing)} missing, {len(extra)} unknown entries); it was cut short or "
+            "belongs to another model."
+        )
+    for key in sorted(ours):
+        if known[key].shape != state[key].shape:
+            raise ConfigError(
+                f'Adapter entry "{key}" has shape {list(state[key].shape)}, expected {list(known[key].shape)}.'
+            )
+        if not known[key].is_floating_point() and known[key].dtype != state[key].dtype:
+            raise ConfigError(f'Adapter entry "{key}" holds {state[key].dtype}, expected {known[key].dtype}.')
+    for key, value in state.items():
+        # a table of indices, or the number of batches that a norm among the modules to save has seen
+        whole = key in known and value.dtype == known[key].dtype and not value.is_floating_point()
+        if not whole and not (value.is_floating_point() and bool(value.isfinite().all())):
+            raise ConfigError(f'Adapter entry "{key}" holds values that are not finite numbers; train it again.')
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterLayer) and adapter in module.configs:
+            names = (*module.adapter_layer_names, *module.other_param_names)
+            keys = {name: f"{path}.{name}.{adapter}" for name in names}
+            module.check_values(adapter, {name: state[key] for name, key in keys.items() if key in state})
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """Embedding layers, which peft itself adds to an adapter file when they were resized or adapted."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, name)())
+        except (AttributeError, NotImplementedError):  # transformers' answer of models without token embeddings
+            continue
+    return [module for module in found if module is not None]

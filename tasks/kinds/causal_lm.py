@@ -1,0 +1,262 @@
+"""Instruction tuning of decoders: a prompt and an answer from a template, the loss on the answer only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from peft_lab.data import prompt_column
+from peft_lab.data.prompt_template import Template, fields, fill
+from peft_lab.data.task_schema import PROMPT_IDS
+from peft_lab.errors import TaskError
+from peft_lab.metrics import load_metric
+from peft_lab.metrics.predictions import Items
+from peft_lab.registry import KindInfo
+from peft_lab.tasks.kinds._base import Kind, length_limit
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import EvalPrediction, PreTrainedModel
+
+    from peft_lab.data.task_registry import Task
+
+MAX_LENGTH = 512
+MAX_NEW_TOKENS = 64
+IGNORED = -100
+
+#: Metrics of what the model writes by itself: each row has a value of its own, and the metric is their mean.
+WRITTEN = ("exact_match", "rouge_l", "coverage")
+
+
+KIND = KindInfo(
+    name="causal_lm",
+    title="prompt -> written answer",
+    runtime="CausalLM",
+    settings=("template", "max_length", "max_new_tokens"),
+    metrics=("perplexity", "token_accuracy", "exact_match", "rouge_l", "coverage"),
+    task_type="CAUSAL_LM",
+    pipeline_tag="text-generation",
+)
+
+
+class CausalLM(Kind):
+    """`template.prompt` -> `template.answer`; AutoModelForCausalLM.
+
+    Perplexity and token accuracy are taken on the answers' tokens, end token included, with the true tokens before
+    them. The other metrics let the model write (greedily): `exact_match` compares what `template.extract` finds,
+    `rouge_l` the whole text with the row's answer, and `coverage` is the share of what `template.required` finds in
+    the prompt that stands in the text.
+    """
+
+    info = KIND
+
+    def check(self, task: Task) -> None:
+        if task.template is None:
+            raise TaskError('the kind "causal_lm" needs a "template" with "prompt" and "answer".')
+        unfit = [name for name in task.metrics if name not in KIND.metrics]
+        if unfit:
+            known = ", ".join(KIND.metrics)
+            raise TaskError(f'metric "{unfit[0]}" does not fit this kind of task; fitting: {known}.')
+        if task.metrics[0] in WRITTEN:
+            first = task.metrics[0]
+            raise TaskError(f'the first metric is taken after every epoch, so it cannot be "{first}"; put it last.')
+        if task.max_new_tokens is not None and not _written(task):
+            names = ", ".join(WRITTEN)
+            raise TaskError(f'"max_new_tokens" has no effect without a metric of {names}; remove it or name one.')
+        if bool(task.template.required) != ("coverage" in task.metrics):
+            raise TaskError('the metric "coverage" and the key "required" of the template go together; give both.')
+
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    def load_processor(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub_kwargs)
+        if tokenizer.eos_token is None:
+            raise TaskError(f'The tokenizer of "{model_name_or_path}" has no end token, so no answer could ever end.')
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if _template(task).chat and not tokenizer.chat_template:
+            raise TaskError(
+                f'"{model_name_or_path}" has no chat template; set "chat: false" in the template of the task.'
+            )
+        return tokenizer
+
+    def load_model(
+        self, model_name_or_path: str, task: Task, labels: Sequence[str] | None, **hub_kwargs: Any
+    ) -> PreTrainedModel:
+        hub_kwargs.setdefault("dtype", KIND.default_dtype)
+        return self.auto_class().from_pretrained(model_name_or_path, **hub_kwargs)
+
+    def preprocess(self, rows: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
+        """`input_ids`, `attention_mask` and `labels`, which are -100 on the prompt and the tokens after it else."""
+        template, limit = _template(task), length_limit(task, MAX_LENGTH, processor, model)
+
+        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+            prompt, answer = template.render(row)
+            if template.required:
+                template.demands(prompt)  # a row without any is found before the training and not after it
+            start = prompt_ids(processor, prompt, template.chat)
+            end = [*processor(answer, add_special_tokens=False)["input_ids"], processor.eos_token_id]
+            return answer_only(start, end, limit, processor.bos_token_id)
+
+        read = [name for name in rows.column_names if name != PROMPT_IDS]
+        return rows.map(encode, remove_columns=read, desc="Tokenising")
+
+    def data_collator(self, processor: Any, model: Any) -> Any:
+        from transformers import DataCollatorForSeq2Seq
+
+        return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+
+    @staticmethod
+    def preprocess_logits_for_metrics(logits: Any, labels: Any) -> tuple[Any, Any]:
+        """Logits (n, t, vocabulary) -> predicted token and log-probability of the true one, both (n, t - 1)."""
+        import torch
+        from torch.nn import functional
+
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        # virtual tokens of a prompt method stand before the row's own
+        logits, targets = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+        # row by row, for log-probabilities of a whole batch over the vocabulary are as big as the logits
+        losses = [
+            functional.cross_entropy(row.float(), target, reduction="none", ignore_index=IGNORED)
+            for row, target in zip(logits, targets, strict=True)
+        ]
+        return logits.argmax(-1), -torch.stack(losses)
+
+    def compute_metrics(self, task: Task, labels: Sequence[str] | None) -> Callable[[EvalPrediction], dict[str, float]]:
+        perplexity, accuracy = load_metric("perplexity"), load_metric("accuracy")
+        if "rouge_l" in task.metrics:
+            load_metric("rouge_l")  # a missing package is found before the training and not after it
+
+        def compute(prediction: EvalPrediction) -> dict[str, float]:
+            outputs: Any = prediction.predictions
+            label_ids: Any = prediction.label_ids
+            (predicted, log_probabilities), targets = outputs, label_ids[:, 1:]
+            kept = targets != IGNORED
+            found: dict[str, float] = {}
+            if "perplexity" in task.metrics:
+                found |= perplexity.compute(predictions=log_probabilities[kept])
+            if "token_accuracy" in task.metrics:
+                hits = accuracy.compute(predictions=predicted[kept], references=targets[kept])
+                found["token_accuracy"] = hits["accuracy"]
+            return found
+
+        return compute
+
+    def items(self, prediction: EvalPrediction) -> Items:
+        outputs: Any = prediction.predictions
+        label_ids: Any = prediction.label_ids
+        (predicted, log_probabilities), targets = outputs, label_ids[:, 1:]
+        kept = targets != IGNORED
+        columns = {
+            "loss": -(log_probabilities * kept).sum(-1),
+            "tokens": kept.sum(-1),
+            "hits": ((predicted == targets) & kept).sum(-1),
+        }
+        return Items(self.name, columns)
+
+    def generation_items(
+        self, model: Any, processor: Any, rows: Dataset, task: Task, batch_size: int = 16
+    ) -> dict[str, list[float]]:
+        wanted, template = _written(task), _template(task)
+        if not wanted:
+            return {}
+        plain = list(rows)
+        prompts = [fill(template.prompt, row) for row in plain]
+        # rows may share a prompt, and with it what is written
+        keys = [(prompt, row.get(PROMPT_IDS)) for prompt, row in zip(prompts, plain, strict=True)]
+        once = dict(zip(keys, plain, strict=True))
+        ids = [number for _, number in once] if PROMPT_IDS in rows.column_names else None
+        answers = prompt_column.predict(self, model, processor, list(once.values()), task, batch_size, ids)
+        texts = dict(zip(once, answers, strict=True))
+        written = [texts[key] for key in keys]
+        found: dict[str, list[float]] = {}
+        if "exact_match" in wanted:
+            pairs = [(template.found(text), template.target(row)) for text, row in zip(written, plain, strict=True)]
+            found["exact_match"] = _of_each("exact_match", pairs)
+        if "rouge_l" in wanted:
+            pairs = [(text, template.render(row)[1]) for text, row in zip(written, plain, strict=True)]
+            found["rouge_l"] = _of_each("rouge_l", pairs)
+        if "coverage" in wanted:
+            found["coverage"] = [template.coverage(*pair) for pair in zip(prompts, written, strict=True)]
+        return found
+
+    def predict(self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32) -> list[str]:
+        """What the model writes, greedily: inputs are mappings of the template's columns, or texts if it has one."""
+        import torch
+
+        template = _template(task)
+        new_tokens = task.max_new_tokens or MAX_NEW_TOKENS
+        limit = max(1, length_limit(task, MAX_LENGTH, processor, model, reserve=new_tokens))
+        prompts = [prompt_ids(processor, _prompt(template, value), template.chat)[-limit:] for value in inputs]
+        written: list[str] = []
+        training = model.training
+        model.eval()
+        try:
+            for start in range(0, len(prompts), batch_size):
+                batch = processor.pad(
+                    {"input_ids": prompts[start : start + batch_size]}, padding_side="left", return_tensors="pt"
+                ).to(model.device)
+                with torch.no_grad():
+                    tokens = model.generate(
+                        **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=processor.pad_token_id
+                    )
+                texts = processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+                written += [text.strip() for text in texts]
+        finally:
+            model.train(training)
+        return written
+
+
+def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """The tokens that the answer follows, with the tokenizer's own beginning and without an end."""
+    if chat:
+        turn = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def answer_only(start: list[int], end: list[int], limit: int, bos: int | None) -> dict[str, list[int]]:
+    """Join prompt and answer tokens; what is over `limit` is cut from the prompt's front, then from the answer's end.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels` of one length; `labels` equal `input_ids` on the answer, else -100.
+    """
+    end = end[:limit]
+    room = limit - len(end)
+    if len(start) > room:
+        keep_bos = room > 1 and start[0] == bos
+        start = [start[0], *start[len(start) - room + 1 :]] if keep_bos else start[len(start) - room :]
+    ids = start + end
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(start) + end}
+
+
+def _written(task: Task) -> list[str]:
+    return [name for name in WRITTEN if name in task.metrics]
+
+
+def _of_each(name: str, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """A metric of ours on each pair of what was written and what should have been."""
+    metric = load_metric(name)
+    return [metric.compute(predictions=[found], references=[wanted])[name] for found, wanted in pairs]
+
+
+def _template(task: Task) -> Template:
+    if task.template is None:
+        raise TaskError(f'Task "{task.name}" has no template.')
+    return task.template
+
+
+def _prompt(template: Template, value: Any) -> str:
+    names = list(dict.fromkeys(fields(template.prompt)))
+    if isinstance(value, str) and len(names) == 1:
+        value = {names[0]: value}
+    if not isinstance(value, Mapping):
+        raise TaskError(f"an input of this task is a mapping with the keys {', '.join(names)}, not {value!r}.")
+    return fill(template.prompt, value)

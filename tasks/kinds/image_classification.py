@@ -1,0 +1,169 @@
+"""Image classification: one image to one of several labels."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from peft_lab.backbones.from_pretrained import load_checkpoint
+from peft_lab.errors import ConfigError, TaskError
+from peft_lab.registry import KindInfo
+from peft_lab.tasks.kinds._base import ClassificationKind, Record
+from peft_lab.utils.images import open_image
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from peft_lab.data.task_registry import Task
+
+logger = logging.getLogger("peft_lab")
+
+
+KIND = KindInfo(
+    name="image_classification",
+    title="one image -> label",
+    runtime="ImageClassification",
+    columns={"image": True, "label": True},
+    settings=("labels", "image_size"),
+    metrics=("accuracy", "f1", "matthews_correlation", "ece"),
+    pipeline_tag="image-classification",
+)
+
+
+class ImageClassification(ClassificationKind):
+    """`image` -> `label`; AutoModelForImageClassification. Images are decoded and resized when they are used."""
+
+    info = KIND
+
+    def cast(self, rows: Dataset, task: Task) -> Dataset:
+        from datasets import Image, Value
+
+        feature = rows.features["image"]
+        if isinstance(feature, Value):
+            raise TaskError(
+                f'Task "{task.name}": the column "{task.columns["image"]}" holds {feature.dtype}, not images; '
+                "use the builder imagefolder for image files."
+            )
+        return rows.cast_column("image", Image(mode="RGB"))
+
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForImageClassification
+
+        return AutoModelForImageClassification
+
+    def load_processor(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> Any:
+        """The backbone's image processor; `image_size` replaces its size if the backbone takes any size."""
+        from transformers import AutoImageProcessor
+
+        # one backend on every machine: torchvision resizes to slightly different pixels
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path, backend="pil", **hub_kwargs)
+        if task.image_size is None:
+            return processor
+        if _has_fixed_grid(model_name_or_path, hub_kwargs):
+            logger.warning('"%s" has a fixed grid of patches and keeps its own image size.', model_name_or_path)
+            return processor
+        if hasattr(processor, "crop_pct"):
+            processor.size, processor.crop_pct = {"shortest_edge": task.image_size}, 1.0
+        else:
+            processor.size = {"height": task.image_size, "width": task.image_size}
+            processor.do_center_crop = False
+        return processor
+
+    def load_classifier(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> PreTrainedModel:
+        hub_kwargs.setdefault("dtype", KIND.default_dtype)
+        model, info = load_checkpoint(
+            self.auto_class(), model_name_or_path, problem_type=task.problem_type, **hub_kwargs
+        )
+        missing = sorted(info.get("missing_keys", ()))
+        if missing:
+            raise ConfigError(
+                f'"{model_name_or_path}" brings no trained head ({missing[0]} is not in its weights), and the method '
+                "keeps the head; choose a backbone that was trained to classify."
+            )
+        return model
+
+    def check_processor(self, processor: Any, model: PreTrainedModel) -> None:
+        from PIL import Image
+
+        own = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
+        own = tuple(own) if isinstance(own, (list, tuple)) else (own, own)
+        for shape in ((64, 64), (96, 64)):
+            pixels = processor([Image.new("RGB", shape)], return_tensors="pt")["pixel_values"]
+            height, width = pixels.shape[-2:]
+            if (height, width) != own:
+                _try_size(model, pixels)
+
+    def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:
+        return super().adapter_settings(processor, labels) | _pixel_statistics(processor)
+
+    def preprocess(self, rows: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
+        # both columns have names of the model's forward, so that Trainer leaves them in place for the transform
+        rows = rows.rename_columns({"image": "pixel_values", "label": "labels"})
+
+        def transform(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            if "pixel_values" in batch:
+                batch["pixel_values"] = processor(batch["pixel_values"], return_tensors="pt")["pixel_values"]
+            return batch
+
+        return rows.with_transform(transform)
+
+    def data_collator(self, processor: Any, model: Any) -> Any:
+        from transformers import DefaultDataCollator
+
+        return DefaultDataCollator()
+
+    def predict(
+        self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32
+    ) -> list[Record]:
+        """Label and score of each input: the path of an image file, or a PIL image."""
+
+        def encode(batch: Sequence[Any]) -> Any:
+            return processor([open_image(value) for value in batch], return_tensors="pt")
+
+        return self.batches(model, list(inputs), encode, batch_size)
+
+
+def _pixel_statistics(processor: Any) -> dict[str, Any]:
+    """What a processor does to images, found by using it.
+
+    Mean and standard deviation by channel that it normalises by, in units of white, and the side of the images that it
+    makes, where these are always the same square.
+    """
+    from PIL import Image
+
+    images = [Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 255)]
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    black, white = pixels.flatten(2).double().quantile(0.5, dim=2)
+    mean, std = -black / (white - black), 1 / (white - black)
+    other = processor([Image.new("RGB", (96, 96))], return_tensors="pt")["pixel_values"]
+    height, width = pixels.shape[-2:]
+    fixed = height == width and other.shape[-2:] == pixels.shape[-2:]
+    return {"image_mean": mean.tolist(), "image_std": std.tolist(), **({"image_size": width} if fixed else {})}
+
+
+def _try_size(model: PreTrainedModel, pixels: torch.Tensor) -> None:
+    """Show a model an image of a size that is not the one in its config; many take any."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(pixel_values=pixels.to(model.device, model.dtype))
+    except (ValueError, RuntimeError) as error:
+        (height, width), why = pixels.shape[-2:], str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f'"{model.name_or_path}" takes no images of {height} x {width} pixels, as its image processor makes them '
+            f"({why}); correct the size in its preprocessor_config.json."
+        ) from error
+
+
+def _has_fixed_grid(model_name_or_path: str, hub_kwargs: dict[str, Any]) -> bool:
+    """Whether the backbone refuses images of another size unless it is told to interpolate its positions."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    config = AutoConfig.from_pretrained(model_name_or_path, **hub_kwargs)
+    model_class: Any = AutoModelForImageClassification._model_mapping[type(config)]
+    return "interpolate_pos_encoding" in inspect.signature(model_class.forward).parameters

@@ -1,0 +1,127 @@
+"""Two processes on the CPU (gloo): the averaged gradient is the single process's, and a broken run continues."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from support.tiny_runs import (
+    environment,
+    make_backbone,
+    make_decoder,
+    make_task,
+    make_writing_task,
+    options,
+    same_weights,
+    train_as_rank,
+    weights,
+)
+
+from peft_lab.training.run import train
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
+
+#: Plain SGD without clipping: Adam would hide a gradient that is too large by a factor.
+SGD = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.5, "max_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return {
+        "task": make_task(folder / "data"),
+        "writing": make_writing_task(folder / "data"),
+        "backbone": make_backbone(folder / "bert"),
+        "decoder": make_decoder(folder / "llama"),
+    }
+
+
+@pytest.fixture(scope="module")
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_runs", "peft_lab.training.run"])
+    return context
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def two(server, values, kill=None) -> list[int]:
+    """Train as two processes; with `kill`, the second dies there and the first, which waits for it, is ended."""
+    port = free_port()
+    processes = [server.Process(target=train_as_rank, args=(values, r, port, kill if r else None)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    processes[1].join(120)
+    processes[0].join(120 if kill is None else 5)
+    if processes[0].is_alive():
+        processes[0].kill()
+        processes[0].join()
+    return [process.exitcode for process in processes]
+
+
+def test_accelerate_launch_with_two_processes_gives_the_weights_of_one(place, tmp_path):
+    run = tmp_path / "run.yaml"
+    values = options(place["task"], place["backbone"], tmp_path / "two", **SGD, per_device_train_batch_size=4)
+    run.write_text(yaml.safe_dump(values))
+    # accelerate starts several processes on one CPU machine by its --multi_gpu launcher; `use_cpu` makes them gloo
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(free_port())]
+    done = subprocess.run(
+        [*launch, "-m", "peft_lab", "train", str(run), "--max_steps", "5"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trainable parameters") == 1  # only the first process reports
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert metrics["processes"] == 2
+    one = train(options(place["task"], place["backbone"], tmp_path / "one", **SGD, per_device_train_batch_size=8))
+    start = train(options(place["task"], place["backbone"], tmp_path / "start", **SGD | {"learning_rate": 0.0}))
+    assert same_weights(tmp_path / "one", tmp_path / "two", tolerance=2e-6)
+    assert not same_weights(tmp_path / "two", start.output_dir, tolerance=1e-2)  # it did move
+    assert metrics["metrics"]["test"]["loss"] == pytest.approx(one.metrics["metrics"]["test"]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["svfit", "ssf", "head"])
+def test_other_methods_give_the_weights_of_one_process(method, server, place, tmp_path):
+    sgd = {**SGD, "method": method, "learning_rate": 0.05}
+    values = options(place["task"], place["backbone"], tmp_path / "two", **sgd, per_device_train_batch_size=4)
+    assert two(server, values) == [0, 0]
+    train(options(place["task"], place["backbone"], tmp_path / "one", **sgd, per_device_train_batch_size=8))
+    assert same_weights(tmp_path / "one", tmp_path / "two", tolerance=2e-6)
+
+
+def test_tokens_count_alike_in_whichever_process_they_are(server, place, tmp_path):
+    """Answers differ in length: a mean of the two processes' means would weigh their tokens differently."""
+    values = options(place["writing"], place["decoder"], tmp_path / "two", **SGD | {"learning_rate": 0.1})
+    divided = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    assert two(server, values | divided) == [0, 0]
+    train(values | {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 8})
+    assert same_weights(tmp_path / "one", tmp_path / "two", tolerance=5e-6)
+    assert max(v.abs().max() for n, v in weights(tmp_path / "two").items() if "lora_B" in n) > 1e-3  # it did move
+
+
+def test_a_run_whose_process_was_killed_continues_to_the_same_weights(server, place, tmp_path):
+    values = {"save_steps": 2, "max_steps": 6, "per_device_train_batch_size": 4}
+    assert two(server, options(place["task"], place["backbone"], tmp_path / "alone", **values)) == [0, 0]
+    broken = options(place["task"], place["backbone"], tmp_path / "out", **values)
+    codes = two(server, broken, kill=("_save_rng_state", 2))
+    assert codes[1] == -signal.SIGKILL
+    assert two(server, broken) == [0, 0]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["resumed_from"] == "checkpoint-2"
+    assert same_weights(tmp_path / "out", tmp_path / "alone")

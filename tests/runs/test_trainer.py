@@ -1,0 +1,196 @@
+"""The Trainer subclass: decay groups, frozen normalisation, learning rate of the head, complete checkpoints, memory."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import time
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainingArguments,
+)
+
+from peft_lab.backbones.frozen_norms import frozen_norms
+from peft_lab.training.trainer import LabTrainer, PeakMemory, last_complete_checkpoint, remove_checkpoints
+from peft_lab.tuners.registration import make_config
+
+
+def tiny_bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    return BertForSequenceClassification(config)
+
+
+def tiny_resnet() -> ResNetForImageClassification:
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    return ResNetForImageClassification(config)
+
+
+def images(count: int = 8) -> list[dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    return [
+        {"pixel_values": 5 + torch.randn(3, 32, 32, generator=draw), "labels": torch.tensor(i % 3)}
+        for i in range(count)
+    ]
+
+
+def trainer(model: nn.Module, folder, rows=None, head=None, **flags) -> LabTrainer:
+    values = {"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": 0.1, **flags}
+    arguments = TrainingArguments(output_dir=str(folder), per_device_train_batch_size=4, save_strategy="no", **values)
+    return LabTrainer(
+        model=model, args=arguments, train_dataset=rows, head_learning_rate=head, head_modules=["classifier"]
+    )
+
+
+def group_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict:
+    (group,) = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
+    return group
+
+
+def test_vectors_get_no_weight_decay_and_matrices_do_whatever_their_names(tmp_path):
+    model = tiny_bert()
+    # Trainer alone goes by these names, and would treat both the wrong way round.
+    model.bert.pooler.register_parameter("scale", nn.Parameter(torch.ones(16)))
+    model.bert.embeddings.register_parameter("layernorm_prompt", nn.Parameter(torch.ones(4, 16)))
+    optimizer = trainer(model, tmp_path, weight_decay=0.3).create_optimizer()
+    for name, parameter in model.named_parameters():
+        expected = 0.3 if parameter.ndim > 1 else 0.0
+        assert group_of(optimizer, parameter)["weight_decay"] == expected, name
+
+
+@pytest.mark.parametrize("method", ["ssf", "svfit", "ln_tuning"])
+def test_weight_decay_leaves_the_vectors_of_an_adapter_alone(method, tmp_path):
+    model = tiny_bert()
+    adapted = get_peft_model(model, make_config(method, {}, model=model))
+    optimizer = trainer(adapted, tmp_path, weight_decay=0.3).create_optimizer()
+    vectors = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad and p.ndim <= 1]
+    assert any(f"{method}_" in name for name, _ in vectors)
+    for name, parameter in vectors:
+        assert group_of(optimizer, parameter)["weight_decay"] == 0, name
+
+
+def test_the_head_has_its_own_learning_rate_and_it_acts(tmp_path):
+    rows = [{"input_ids": torch.arange(4) + i, "labels": torch.tensor(i % 3)} for i in range(8)]
+
+    def change(head):
+        model = get_peft_model(
+            tiny_bert(), LoraConfig(target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
+        )
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        run = trainer(model, tmp_path, rows, head=head, max_steps=1, lr_scheduler_type="constant", optim="sgd")
+        run.train()
+        moved = {n: (p.detach() - before[n]).abs().max().item() for n, p in model.named_parameters() if p.requires_grad}
+        return moved
+
+    alone, faster = change(None), change(1.0)
+    for name, size in alone.items():
+        factor = 10 if "classifier" in name else 1
+        assert faster[name] == pytest.approx(factor * size, rel=1e-3, abs=1e-9), name
+    assert any("classifier" in name and size > 0 for name, size in alone.items())
+
+
+def running_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: b.clone() for n, b in model.named_buffers() if "running" in n or "tracked" in n}
+
+
+def test_frozen_batchnorm_keeps_its_statistics_and_a_trained_one_does_not(tmp_path):
+    for trained in (False, True):
+        model = tiny_resnet()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained or "classifier" in name)
+        before = running_statistics(model)
+        trainer(model, tmp_path, images()).train()
+        after = running_statistics(model)
+        assert before
+        assert all(torch.equal(before[n], after[n]) for n in before) != trained
+
+
+def test_frozen_batchnorm_below_an_adapter_keeps_its_statistics(tmp_path):
+    model = get_peft_model(tiny_resnet(), LoraConfig(target_modules=["convolution"], modules_to_save=["classifier.1"]))
+    before = running_statistics(model)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trainer(model, tmp_path, images()).train()
+    assert all(torch.equal(value, running_statistics(model)[name]) for name, value in before.items())
+    assert any(not torch.equal(value, dict(model.named_parameters())[name]) for name, value in weights.items())
+
+
+def test_a_norm_without_parameters_counts_as_frozen_only_in_a_frozen_model():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False))
+    assert frozen_norms(model) == []
+    model[0].bias.requires_grad_(False)
+    assert frozen_norms(model) == [model[1]]
+
+
+def checkpoint(folder, number, state='{"global_step": 1}', processes=1):
+    path = folder / f"checkpoint-{number}"
+    path.mkdir(parents=True)
+    (path / "trainer_state.json").write_text(state)
+    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
+    for name in names:
+        torch.save({}, path / name)
+    return path
+
+
+def test_half_written_checkpoints_are_passed_over_and_removed(tmp_path):
+    good = checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 10, state='{"global_')  # cut short while writing
+    (tmp_path / "checkpoint-11").mkdir()  # only just begun
+    (checkpoint(tmp_path, 12) / "rng_state.pth").write_bytes(b"PK\x03\x04 cut")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_complete_checkpoint(tmp_path) == str(good)
+    remove_checkpoints(tmp_path, after=str(good))
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-best"}
+    remove_checkpoints(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-best"}
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_is_complete_only_with_the_random_state_of_every_process(tmp_path):
+    path = checkpoint(tmp_path, 5, processes=2)
+    assert last_complete_checkpoint(tmp_path, world_size=2) == str(path)
+    (path / "rng_state_1.pth").unlink()
+    assert last_complete_checkpoint(tmp_path, world_size=2) is None
+
+
+def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
+    with PeakMemory() as memory:
+        block = mmap.mmap(-1, 256 * 2**20)  # fresh pages, where numpy may be given what was freed before
+        np.frombuffer(block, dtype=np.uint8)[:] = 1
+        time.sleep(1.0)
+        block.close()
+    assert memory.peak - memory.before > 128 * 2**20
+    if torch.cuda.is_available():
+        pytest.skip("on CUDA the allocator of torch is measured, not numpy's")
+
+
+def test_no_pickle_is_written_beside_the_weights(tmp_path):
+    run = trainer(tiny_bert(), tmp_path / "out")
+    run.save_model()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_the_state_file_of_trainer_has_the_fields_that_resuming_reads(tmp_path):
+    rows = [{"input_ids": torch.arange(4), "labels": torch.tensor(0)} for _ in range(8)]
+    run = trainer(tiny_bert(), tmp_path, rows)
+    run.args.save_strategy = "steps"
+    run.train()
+    path = last_complete_checkpoint(tmp_path)
+    assert path is not None
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] is True
+    assert run._is_finished(path)
+    run.args.max_steps = 3
+    assert not run._is_finished(path)

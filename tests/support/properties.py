@@ -1,0 +1,132 @@
+"""What the property tests share: the registered methods, ways to move an adapter off its start, model outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from peft_lab import registry
+from peft_lab.tuners.registration import make_config
+from support.backbones import tiny_inputs
+
+_ALL = [name for name, info in registry.list_methods().items() if info.place not in ("peft", "baseline")]
+#: Those that keep the head of an image classifier: in none of the next lists.
+KEEPS_HEAD = [name for name in _ALL if registry.method(name).can("keeps_head")]
+#: Those that are for images alone: in `pairs`, `ON_BLOCKS` and `EVERY`, and in none of the other lists.
+IMAGES = [name for name in _ALL if registry.method(name).can("images") and name not in KEEPS_HEAD]
+#: Those that leave the head of an image classifier untrained.
+IMAGE_LOGITS = [name for name in IMAGES if registry.method(name).can("image_logits")]
+#: Every other registered method with an adapter of its own; LoRA stands among them as the yardstick.
+METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD)]
+#: Those built on peft-lab's shared layers.
+OWN = [name for name in METHODS if registry.method(name).module.startswith("peft_lab.")]
+#: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
+SEQUENCE = [name for name in OWN if registry.method(name).place == "sequence"]
+ON_OPS = [name for name in OWN if name not in SEQUENCE]
+#: Those that are put on whole blocks.
+ON_BLOCKS = [*SEQUENCE, *IMAGES]
+#: All of them, and those of peft-lab; `text_or_image` names a family of `backbones.TINY` that goes with each.
+EVERY, EVERY_OWN = [*METHODS, *IMAGES], [*OWN, *IMAGES]
+#: Those whose values come from the training data: in a test, from `fill`.
+UNTRAINED = [name for name in OWN if registry.method(name).can("untrained")]
+TRAINED = [name for name in OWN if name not in UNTRAINED]
+#: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets.
+NO_SEQUENCE = ("convnext", "resnet", "efficientnet", "mobilenet_v2")
+#: Families of `backbones.TINY` that classify images and have a place for prompts.
+IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
+#: Those that classify images.
+CLASSIFIERS = (*IMAGE_CLASSIFIERS, "swin", *NO_SEQUENCE)
+#: Those with a place for a branch between attention and MLP.
+PRE_NORM = (*IMAGE_CLASSIFIERS, "dinov3_vit", "clip", "siglip")
+
+
+def config(method: str, model: nn.Module | None = None, **fields: Any) -> Any:
+    """A method's config; text and list fields are taken as they are."""
+    return make_config(method, fields, model=model)
+
+
+def text_or_image(method: str) -> str:
+    """A family with a head that the method goes with: a text encoder, or for images alone a vision transformer."""
+    return "vit" if method in IMAGES else "bert"
+
+
+def pairs(methods: Iterable[str], families: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrise a test over methods and the families of backbones that they go with."""
+    families = list(families)
+    found = [(m, f) for f in families for m in methods if not (m in SEQUENCE and f in NO_SEQUENCE)]
+    found = [(m, f) for m, f in found if m not in KEEPS_HEAD or f in CLASSIFIERS]
+    found += [(m, f) for f in families for m in IMAGES if f in (IMAGE_CLASSIFIERS if m in IMAGE_LOGITS else PRE_NORM)]
+    return pytest.mark.parametrize(("method", "family"), found)
+
+
+def adapt(method: str, model: nn.Module, seed: int = 0, **fields: Any) -> Any:
+    """A copy of `model` with a fresh adapter on it, which has read data if it wants to; in evaluation mode."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(model)
+    adapted = fill(get_peft_model(model, config(method, model, **fields))).eval()
+    for module in adapted.modules() if method in KEEPS_HEAD else ():
+        if hasattr(type(module), "read_data"):
+            module.read_data([{**tiny_inputs(model), "labels": torch.arange(2)}], 0)
+    return adapted
+
+
+@torch.no_grad()
+def fill(model: Any) -> Any:
+    """Give some values to what an adapter would take from training data."""
+    if model.peft_config["default"].peft_type.lower() in UNTRAINED:
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_()
+    return model
+
+
+def adapter_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """The adapter's own parameters by name, without heads in `modules_to_save`."""
+    marks = (f".{adapter}.", f".{adapter}")
+    named = model.named_parameters()
+    return {n: p for n, p in named if (marks[0] in n or n.endswith(marks[1])) and "modules_to_save" not in n}
+
+
+def move(model: nn.Module, adapter: str = "default", scale: float = 0.3, seed: int = 1) -> nn.Module:
+    """Move an adapter's parameters off their start, so that it has an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model, adapter).values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(scale * noise.to(parameter))
+    return model
+
+
+@torch.no_grad()
+def output(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    """The model's main output tensor for given inputs, in evaluation mode, without gradients."""
+    model.eval()
+    return main_tensor(model(**inputs, **kwargs))
+
+
+def main_tensor(result: Any) -> Tensor:
+    """Logits where there are any, else the last hidden state."""
+    if isinstance(result, Tensor):
+        return result
+    for name in ("logits", "logits_per_image", "last_hidden_state"):
+        value = getattr(result, name, None)
+        if value is not None:
+            return value
+    raise TypeError(f"no known output in {type(result).__name__}")
+
+
+def equal_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models hold bit-equal state dicts."""
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to `tolerance` of the largest expected value: what another order of summation may change."""
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, atol=tolerance * max(scale, 1.0), rtol=0.0)
