@@ -1,114 +1,120 @@
-"""A branch on the residual stream between attention and MLP of a block: x + MLP(norm(x)) + branch(x).
+"""Branches on the residual stream: read before a sub-layer (attention or MLP), added behind it.
 
-That point lies inside the block's own forward, so hooks on its parts read and write it. What the branch needs travels
-with the block's arguments, which go on to its attention and are kept where gradient checkpointing runs a block again:
-nothing of a call is left on a module once the block is done.
+In a pre-norm block, x + mlp(norm(x)) becomes x + mlp(norm(x)) + branch(x); in a post-norm block, norm(x + mlp(x))
+becomes norm(x + mlp(x) + branch(x)). Both points lie inside the block's own forward, so hooks on its modules read and
+write them. The stream of a call is kept in its `ForwardContext`, never on a module.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
-from peft_lab.tuners.forward_context import Call
-from peft_lab.tuners.mixed_batch import BASE, Rows
-from peft_lab.tuners.sequence.stored_prompts import StaticPrompts
+from peft_lab.tuners.forward_context import ForwardContext, on_rows
+from peft_lab.tuners.layer import AdapterLayer
+from peft_lab.tuners.mixed_batch import BASE, current_row_adapters
 
-#: The norm before the MLP, and what makes the summand of the residual connection behind it, as blocks name them: the
-#: branch is no more scaled or dropped with the MLP than in the equation.
+#: Names of the norm before the MLP, and of the module whose output is added to the stream behind it.
 _NORMS = ("layernorm_after", "layer_norm2", "norm2")
 _SUMMANDS = ("drop_path", "layer_scale2", "mlp")
-_ARGUMENT = "peft_lab_branch"
 
 
-@dataclass(frozen=True)
-class Part:
-    """What the branch of one adapter needs in one block.
+class ResidualBranches(AdapterLayer):
+    """A block with branches beside some of its sub-layers. A method supplies `branch`."""
 
-    Attributes:
-        adapter: its name.
-        weights: tensors that the method gave for this block.
-        rows: indices of the batch that it is for; None for all.
-        at: number of tokens before the slots.
-        unused, count: slots that these rows do not have, which come first, and those they have.
-    """
+    #: Sub-layers that get a branch: "attention", "mlp".
+    sub_layers: ClassVar[tuple[str, ...]] = ("mlp",)
 
-    adapter: str
-    weights: tuple[Tensor, ...]
-    rows: Tensor | None
-    at: int
-    unused: int
-    count: int
-
-
-class BranchLayer(StaticPrompts):
-    """A block with prompts and a branch. A method supplies `initial_values`, `branch_weights` and `branch`."""
-
-    in_windows = False  # the branch is as wide as the first block of its group
-
-    def branch_weights(self, adapter: str, call: Call) -> tuple[Tensor, ...] | None:
-        """The tensors of this block's branch; None if there is none here."""
+    def branch(self, adapter: str, sub_layer: str, stream: Tensor) -> Tensor:
+        """Summand (rows, tokens, width) that an adapter adds behind a sub-layer to the stream of the same shape."""
         raise NotImplementedError
 
-    def branch(self, x: Tensor, part: Part) -> Tensor:
-        """What is added to the stream x (rows, sequence, width), slots at `part.at` and none that are unused."""
-        raise NotImplementedError
+    def hook_sub_layers(self, name: str) -> None:
+        """Put the hooks into the block, which stands at the path `name`.
 
-    def read_base(self, name: str) -> None:
-        super().read_base(name)
-        base = self.base_layer
-        attention = [m for m in base.children() if hasattr(m, "q_proj")]
-        norm, summand = (next((p for p in names if hasattr(base, p)), None) for names in (_NORMS, _SUMMANDS))
-        if len(attention) != 1 or norm is None or summand is None:
+        Raises:
+            ConfigError: the block has no place for a branch beside one of the sub-layers.
+        """
+        block = self.base_layer
+        norm, output = (next((p for p in names if hasattr(block, p)), None) for names in (_NORMS, _SUMMANDS))
+        attention = [module for module in block.children() if hasattr(module, "q_proj")]
+        if len(attention) != 1 or norm is None or output is None:
             raise ConfigError(
                 f'Method "{self.info.name}" has no place for its branch between attention and MLP of '
-                f'{type(base).__name__} ("{name}").'
+                f'{type(block).__name__} ("{name}").'
             )
-        self._parts: list[Part] | None = None
-        self._stream: Tensor | None = None
-        attention[0].register_forward_pre_hook(self._enter, with_kwargs=True)
-        getattr(base, norm).register_forward_pre_hook(self._read)
-        getattr(base, summand).register_forward_hook(self._add)
+        getattr(block, norm).register_forward_pre_hook(_ReadInput(self, "mlp"))
+        getattr(block, output).register_forward_hook(_AddBranch(self, "mlp"))
 
-    def arguments(self, active: list[str], rows: Rows | None, call: Call, at: int) -> dict[str, Any]:
-        assert call.states is not None
-        names, size = active if rows is None else rows.names, call.states.shape[1]
-        parts = []
-        for name in names:
-            weights = None if name == BASE or name not in self.configs else self.branch_weights(name, call)
-            if weights is not None:
-                index = None if rows is None else rows.of_adapter(name, len(call.states), call.states.device)
-                unused = 0 if call.unused is None or index is None else int(call.unused[index[0]].sum())
-                parts.append(Part(name, weights, index, at, unused, size - unused))
-        return {_ARGUMENT: parts} if parts else {}
+    def adapters_with_rows(self, size: int, device: torch.device) -> Iterator[tuple[str, Tensor | None]]:
+        """The adapters that act here, each with the numbers of its rows, int64; None for all rows."""
+        if self.disable_adapters:
+            return
+        rows = current_row_adapters()
+        if rows is None:
+            for name in self.active_adapters:
+                if name in self.configs:
+                    yield name, None
+            return
+        for name in rows.names:
+            if name != BASE and name in self.configs:
+                yield name, rows.of_adapter(name, size, device)
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self._parts, self._stream = kwargs.pop(_ARGUMENT, None), None
-        return args, kwargs
+    def read_stream(self, sub_layer: str, stream: Tensor) -> None:
+        """Keep the stream before a sub-layer for the branch that is added behind it."""
+        context = ForwardContext.current()
+        if context is None:
+            return
+        context.shared[self, sub_layer] = stream
+        # A block that is recomputed has the adapters of its first run, whichever are active by then.
+        if (self, "adapters") not in context.shared:
+            context.shared[self, "adapters"] = list(self.adapters_with_rows(len(stream), stream.device))
 
-    def _read(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._stream = args[0] if self._parts else None
+    def add_branch(self, sub_layer: str, output: Tensor) -> Tensor:
+        """The output of a sub-layer with the branches of the adapters that act here."""
+        context = ForwardContext.current()
+        # The same dropout may stand behind attention too: there is no stream to read there.
+        stream = None if context is None else context.shared.pop((self, sub_layer), None)
+        if context is None or stream is None:
+            return output
+        for name, rows in context.shared[self, "adapters"]:
+            if rows is None:
+                output = output + self.branch(name, sub_layer, stream).to(output.dtype)
+            else:
+                with on_rows(len(stream), rows):
+                    added = self.branch(name, sub_layer, stream[rows]).to(output.dtype)
+                output = output.index_add(0, rows, added)
+        return output
 
-    def _add(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        parts, x = self._parts, self._stream
-        if not parts or x is None:  # also where the same module makes the summand behind attention
-            return out
-        self._parts = self._stream = None
-        for part in parts:
-            if part.rows is None:
-                return out + self._branched(x, part).to(out.dtype)
-            out = out.index_add(0, part.rows, self._branched(x[part.rows], part).to(out.dtype))
-        return out
 
-    def _branched(self, x: Tensor, part: Part) -> Tensor:
-        """The branch of rows, zero at slots that they do not have."""
-        if not part.unused:
-            return self.branch(x, part)
-        kept, end = x.new_ones(x.shape[1], dtype=torch.bool), part.at + part.unused
-        kept[part.at : end] = False
-        added = self.branch(x[:, kept], part)
-        return added.new_zeros(x.shape).index_copy(1, kept.nonzero().flatten(), added)
+class _StreamHook:
+    """A hook inside a block, found again by its class when the adapter is taken out."""
+
+    def __init__(self, layer: ResidualBranches, sub_layer: str) -> None:
+        self.layer, self.sub_layer = layer, sub_layer
+
+
+class _ReadInput(_StreamHook):
+    """Pre-hook of the norm before a sub-layer: its input is the stream."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.layer.read_stream(self.sub_layer, args[0])
+
+
+class _AddBranch(_StreamHook):
+    """Hook of the module whose output is added to the stream."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self.layer.add_branch(self.sub_layer, output)
+
+
+def remove_stream_hooks(model: nn.Module) -> None:
+    """Take the hooks of residual branches out of a model."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _StreamHook)]:
+                del cast(Any, hooks)[key]
