@@ -9,6 +9,7 @@ from peft_lab.tuners.layer import AdapterLayer, FeatureLayer, WeightLayer
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters
 from peft_lab.tuners.operations import Operation, apply_matrix, conv2d_rows, embed_scale, norm_offset, operation
 from peft_lab.tuners.registration import register
+from peft_lab.tuners.residual_layer import ResidualBranches, ResidualLayer, register_residual
 from peft_lab.tuners.tuner import AdapterTuner
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "ForwardContext",
     "MethodInfo",
     "Operation",
+    "ResidualBranches",
+    "ResidualLayer",
     "RowAdapters",
     "RowInput",
     "WeightLayer",
@@ -29,4 +32,5 @@ __all__ = [
     "norm_offset",
     "operation",
     "register",
+    "register_residual",
 ]

@@ -2,7 +2,8 @@
 
 In a pre-norm block, x + mlp(norm(x)) becomes x + mlp(norm(x)) + branch(x); in a post-norm block, norm(x + mlp(x))
 becomes norm(x + mlp(x) + branch(x)). Both points lie inside the block's own forward, so hooks on its modules read and
-write them. The stream of a call is kept in its `ForwardContext`, never on a module.
+write them; `Family.residual` says which modules these are. The stream of a call is kept in its `ForwardContext`, never
+on a module.
 """
 
 from __future__ import annotations
@@ -13,42 +14,56 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from peft_lab.backbones.family import ResidualConnection
+from peft_lab.backbones.family_table import FAMILIES
+from peft_lab.backbones.residual_stream import residual_connections
 from peft_lab.errors import ConfigError
-from peft_lab.tuners.forward_context import ForwardContext, on_rows
+from peft_lab.registry import MethodInfo
+from peft_lab.tuners.forward_context import ForwardContext, on_rows, wrap_forward
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.mixed_batch import BASE, current_row_adapters
-
-#: Names of the norm before the MLP, and of the module whose output is added to the stream behind it.
-_NORMS = ("layernorm_after", "layer_norm2", "norm2")
-_SUMMANDS = ("drop_path", "layer_scale2", "mlp")
+from peft_lab.tuners.registration import register
+from peft_lab.tuners.tuner import BlockTuner
 
 
 class ResidualBranches(AdapterLayer):
-    """A block with branches beside some of its sub-layers. A method supplies `branch`."""
+    """A block with branches beside some of its sub-layers. A method supplies `branch`.
 
-    #: Sub-layers that get a branch: "attention", "mlp".
+    Attributes:
+        summand_scale: number by which the block multiplies every summand before the addition, mostly 1.
+    """
+
+    #: Sub-layers that get a branch: "attention", "cross_attention", "mlp". A block lacks those that its family lacks.
     sub_layers: ClassVar[tuple[str, ...]] = ("mlp",)
+    summand_scale: float = 1.0
 
     def branch(self, adapter: str, sub_layer: str, stream: Tensor) -> Tensor:
         """Summand (rows, tokens, width) that an adapter adds behind a sub-layer to the stream of the same shape."""
         raise NotImplementedError
 
-    def hook_sub_layers(self, name: str) -> None:
-        """Put the hooks into the block, which stands at the path `name`.
+    def hook_sub_layers(self, model: nn.Module, path: str) -> None:
+        """Put the hooks into the block, which stands at a path of the model.
 
         Raises:
-            ConfigError: the block has no place for a branch beside one of the sub-layers.
+            ConfigError: the family is not known, or the block has none of the sub-layers.
         """
-        block = self.base_layer
-        norm, output = (next((p for p in names if hasattr(block, p)), None) for names in (_NORMS, _SUMMANDS))
-        attention = [module for module in block.children() if hasattr(module, "q_proj")]
-        if len(attention) != 1 or norm is None or output is None:
-            raise ConfigError(
-                f'Method "{self.info.name}" has no place for its branch between attention and MLP of '
-                f'{type(block).__name__} ("{name}").'
-            )
-        getattr(block, norm).register_forward_pre_hook(_ReadInput(self, "mlp"))
-        getattr(block, output).register_forward_hook(_AddBranch(self, "mlp"))
+        block, connections = self.base_layer, _connections_of(model, path, self)
+        for index, connection in enumerate(connections):
+            name = connection.sub_layer
+            if name not in self.sub_layers or not _has_norm(connection):
+                continue
+            if connection.norm_before:
+                block.get_submodule(connection.norm_before).register_forward_pre_hook(
+                    _ReadInput(self, name), with_kwargs=True
+                )
+            elif index == 0:
+                # The block's own input would do, but checkpointing recomputes what lies inside the block alone.
+                first = block.get_submodule(connection.output.partition(".")[0])
+                first.register_forward_pre_hook(_ReadInput(self, name), with_kwargs=True)
+            else:
+                before = block.get_submodule(connections[index - 1].norm_after)
+                before.register_forward_hook(_ReadOutput(self, name))
+            block.get_submodule(connection.output).register_forward_hook(_AddBranch(self, name))
 
     def adapters_with_rows(self, size: int, device: torch.device) -> Iterator[tuple[str, Tensor | None]]:
         """The adapters that act here, each with the numbers of its rows, int64; None for all rows."""
@@ -77,18 +92,67 @@ class ResidualBranches(AdapterLayer):
     def add_branch(self, sub_layer: str, output: Tensor) -> Tensor:
         """The output of a sub-layer with the branches of the adapters that act here."""
         context = ForwardContext.current()
-        # The same dropout may stand behind attention too: there is no stream to read there.
+        # The same dropout may stand behind another sub-layer too: there is no stream to read there.
         stream = None if context is None else context.shared.pop((self, sub_layer), None)
         if context is None or stream is None:
             return output
         for name, rows in context.shared[self, "adapters"]:
             if rows is None:
-                output = output + self.branch(name, sub_layer, stream).to(output.dtype)
+                added = self.branch(name, sub_layer, stream)
+                output = output + (added / self.summand_scale).to(output.dtype).reshape(output.shape)
             else:
                 with on_rows(len(stream), rows):
-                    added = self.branch(name, sub_layer, stream[rows]).to(output.dtype)
-                output = output.index_add(0, rows, added)
+                    added = self.branch(name, sub_layer, stream[rows])
+                output = output.index_add(0, rows, (added / self.summand_scale).to(output.dtype))
         return output
+
+
+class ResidualLayer(ResidualBranches):
+    """Base of the methods that put a branch beside sub-layers of a block, such as parallel adapters.
+
+    A method supplies `initial_values` and `branch`.
+
+    Attributes:
+        width: width of the residual stream.
+    """
+
+    width: int
+
+    general_forms: ClassVar[dict[str, str]] = {"mixed": "branch"}
+
+    def read_base(self, name: str) -> None:
+        """A block is taken as it is."""
+
+    def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """The block; its hooks add the branches."""
+        acts = any(name in self.configs for name in self.active_adapters) and not self.disable_adapters
+        if acts and ForwardContext.current() is None:
+            raise ConfigError("A block with residual branches was called without its backbone; call the whole model.")
+        return self.base_layer(*args, **kwargs)
+
+
+class ResidualTuner(BlockTuner):
+    """Puts `ResidualLayer`s around blocks."""
+
+    def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
+        layer = super().new_layer(target, path)
+        assert isinstance(layer, ResidualLayer)
+        layer.hook_sub_layers(self.model, path)
+        return layer
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        wrap_forward(model, opens=True)
+
+    def unload(self) -> Any:
+        """The base model without wrapped blocks and without hooks."""
+        model = super().unload()
+        remove_stream_hooks(model)
+        return model
+
+
+def register_residual(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None:
+    """`peft_lab.tuners.register` for a method with residual branches."""
+    register(info, config_cls, layer_cls, ResidualTuner)
 
 
 class _StreamHook:
@@ -99,10 +163,17 @@ class _StreamHook:
 
 
 class _ReadInput(_StreamHook):
-    """Pre-hook of the norm before a sub-layer: its input is the stream."""
+    """Pre-hook of a module whose input is the stream."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.layer.read_stream(self.sub_layer, args[0])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer.read_stream(self.sub_layer, args[0] if args else kwargs["hidden_states"])
+
+
+class _ReadOutput(_StreamHook):
+    """Hook of a norm whose output is the stream."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.layer.read_stream(self.sub_layer, output)
 
 
 class _AddBranch(_StreamHook):
@@ -118,3 +189,36 @@ def remove_stream_hooks(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _StreamHook)]:
                 del cast(Any, hooks)[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _has_norm(connection: ResidualConnection) -> bool:
+    """Test whether a norm reads or writes the stream; in convolutional blocks, which have another layout, none does."""
+    return bool(connection.norm_before or connection.norm_after)
+
+
+def _connections_of(model: nn.Module, path: str, layer: ResidualBranches) -> tuple[ResidualConnection, ...]:
+    """The residual connections of the block at a path; sets the layer's width and scale by them.
+
+    Raises:
+        ConfigError: there is no place for a branch in the block.
+    """
+    steps = path.split(".")
+    around = [model.get_submodule(".".join(steps[:end])) for end in range(len(steps) - 1, -1, -1)]
+    configs = [module.config for module in around if hasattr(module, "config")]
+    config = next((c for c in configs if getattr(c, "model_type", None) in FAMILIES), None)
+    found: tuple[ResidualConnection, ...] = ()
+    if config is not None:
+        found = residual_connections(FAMILIES[config.model_type], layer.base_layer, config)
+    wanted = [c for c in found if c.sub_layer in layer.sub_layers and _has_norm(c)]
+    if config is None or not wanted:
+        raise ConfigError(
+            f'Method "{layer.info.name}" has no place for its branch beside {" or ".join(layer.sub_layers)} of '
+            f'{type(layer.base_layer).__name__} ("{path}").'
+        )
+    multiplier = FAMILIES[config.model_type].residual_multiplier
+    layer.summand_scale = getattr(config, multiplier) if multiplier else 1.0
+    norm = layer.base_layer.get_submodule(wanted[0].norm_before or wanted[0].norm_after)
+    if isinstance(layer, ResidualLayer):
+        layer.width = norm.weight.numel()
+    return found

@@ -206,6 +206,14 @@ class AdapterTuner(BaseTuner):
         super()._check_merge_allowed()
 
 
+class BlockTuner(AdapterTuner):
+    """A tuner whose layers wrap whole blocks instead of single operations."""
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # peft's own looks for the weight of the module; the layer has already put its parameters on the right device
+        setattr(parent, child_name, new_module)
+
+
 def _heads(model: nn.Module, task_type: str | None) -> list[str]:
     """Task heads by name, also where an earlier adapter has already wrapped them."""
     wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]

@@ -103,10 +103,6 @@ class DVPTLayer(ResidualBranches, StoredPrompts):
     )
     in_windows = False  # the bottleneck is as wide as the first block of its group
 
-    def read_base(self, name: str) -> None:
-        super().read_base(name)
-        self.hook_sub_layers(name)
-
     def initial_values(self, adapter: str, config: DVPTConfig) -> dict[str, Tensor]:
         if self.depth not in config.prompted_block_indices(self.num_blocks):
             return {}

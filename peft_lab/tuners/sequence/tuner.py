@@ -16,13 +16,13 @@ from peft_lab.tuners.config import AdapterConfig
 from peft_lab.tuners.forward_context import wrap_forward
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.registration import register
-from peft_lab.tuners.residual_layer import remove_stream_hooks
+from peft_lab.tuners.residual_layer import ResidualBranches, remove_stream_hooks
 from peft_lab.tuners.sequence import window_attention
 from peft_lab.tuners.sequence.layer import SequenceLayer
 from peft_lab.tuners.sequence.prompt_state import read_out, replace_logits, run_with_prompts
 from peft_lab.tuners.sequence.stack import StackInfo, chosen_stack, norms_around, prefix_tokens, stack_info, stacks_of
 from peft_lab.tuners.sequence.supported_models import check_supported
-from peft_lab.tuners.tuner import AdapterTuner
+from peft_lab.tuners.tuner import BlockTuner
 
 #: Every hook that a tuner puts in, by which it finds them again.
 _HOOKS = (read_out, replace_logits, *window_attention.HOOKS)
@@ -65,7 +65,7 @@ class SequenceConfig(AdapterConfig):
         return layers is None or depth in ([layers] if isinstance(layers, int) else layers)
 
 
-class SequenceTuner(AdapterTuner):
+class SequenceTuner(BlockTuner):
     """Puts `SequenceLayer`s around all blocks of a stack: those that get no prompts hand them on."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -128,6 +128,8 @@ class SequenceTuner(AdapterTuner):
         layer.depth = blocks.index(path)
         layer.downsample = None
         before = window_attention.stage_of(blocks[layer.depth - 1]) if layer.depth else ""
+        if isinstance(layer, ResidualBranches):
+            layer.hook_sub_layers(self.model, path)
         if window_attention.has_windows(layer) and before and before != window_attention.stage_of(path):
             layer.downsample = (self.model.get_submodule(before), "downsample")
         return layer
@@ -140,10 +142,6 @@ class SequenceTuner(AdapterTuner):
             found = (blocks, stack_info(self.model, path, blocks))
             known.update(dict.fromkeys(blocks, found))
         return known[block]
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # peft's own looks for the weight of the module; the layer has already put its parameters on the right device
-        setattr(parent, child_name, new_module)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         path, blocks = chosen_stack(model, config.stack)
