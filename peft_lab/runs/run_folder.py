@@ -28,7 +28,7 @@ from peft_lab.adapter_files.names import (
     write_json,
 )
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.metrics.predictions import ITEMS
+from peft_lab.metrics.predictions import PREDICTIONS
 from peft_lab.runs.run_config import DTYPES, RunConfig, dump_yaml, read_run_file
 
 RUN, METRICS, LABELS, TASK, CARD = "run.yaml", "metrics.json", "labels.json", "task.yaml", "README.md"
@@ -36,7 +36,7 @@ HISTORY = "trainer_state.json"
 
 #: What `remove_run` removes: a run that follows may write a different set of files.
 _OF_A_RUN = (
-    *(RUN, METRICS, LABELS, TASK, CARD, ITEMS, HISTORY),
+    *(RUN, METRICS, LABELS, TASK, CARD, PREDICTIONS, HISTORY),
     *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_CONFIG, "model*.safetensors*"),
 )
 

@@ -30,7 +30,7 @@ from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.load_run import adapt, count_parameters, load, load_base
 from peft_lab.metrics import METRICS
-from peft_lab.metrics.predictions import Items, write_items
+from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import RunConfig, load_run
@@ -192,7 +192,7 @@ class _Run:
         self.kind = task_kind(task.kind)
         self.start = time.perf_counter()
         self.process = PartialState()
-        self.items: Items | None = None  # of the split that was evaluated last, which is test if there is one
+        self.items: Predictions | None = None  # of the split evaluated last, which is test if there is one
 
     def execute(self) -> TrainResult:
         checkpoint = self._checkpoint()
@@ -318,7 +318,7 @@ class _Run:
         """`compute`, which also keeps what was found for each row: no split is evaluated twice for that."""
 
         def keep(prediction: EvalPrediction) -> dict[str, float]:
-            self.items = self.kind.items(prediction)
+            self.items = self.kind.row_predictions(prediction)
             return compute(prediction)
 
         return keep
@@ -343,7 +343,7 @@ class _Run:
         for split, prefix in wanted.items():
             if split in self.rows:
                 found = self.trainer.evaluate(self.rows[split], metric_key_prefix=prefix)
-                written = self.kind.generation_items(
+                written = self.kind.generation_scores(
                     self.model, self.processor, self.raw[split], self.task, self.arguments.per_device_eval_batch_size
                 )
                 means = {name: float(np.mean(values)) for name, values in written.items()}
@@ -400,7 +400,7 @@ class _Run:
         module_matching.write_record(self.model, self.folder)
         self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
         if self.items is not None and "test" in self.metrics["metrics"]:
-            write_items(self.folder, self.items)
+            write_predictions(self.folder, self.items)
         self._card()
         write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
 
