@@ -25,7 +25,6 @@ from peft_lab.data import prompt_column
 from peft_lab.data.splits import Splits, carve, load_splits, per_class, subset
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
-from peft_lab.data.task_schema import check_classes
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.load_run import adapt, count_parameters, load, load_base
@@ -85,11 +84,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
         ConfigError, TaskError, AdapterMismatchError: what is wrong, before anything is written.
     """
     config = _as_config(config, options)
-    info = config.check()
-    task = load_task(config.task)
-    if config.examples_per_class is not None:
-        check_classes(task)
-    state = run_folder.check_output_dir(config)
+    info, task, state = run_folder.check_run(config)
     folder = Path(config.output_dir).expanduser()
     arguments = training_arguments(config, info)
     _check_best_metric(arguments, task)
@@ -107,6 +102,8 @@ def _as_config(config: Any, options: Mapping[str, Any]) -> RunConfig:
         return RunConfig.from_mapping(options, "the arguments of train()")
     if isinstance(config, str | Path):
         return load_run(config, options)
+    if isinstance(config, RunConfig) and not options:
+        return config
     values = config.to_dict() if isinstance(config, RunConfig) else dict(config)
     return RunConfig.from_mapping({**values, **options}, "the arguments of train()")
 
