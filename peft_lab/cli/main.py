@@ -102,7 +102,7 @@ def validate(file: Annotated[str, typer.Argument(help="A task, run or study YAML
     """Check a task, run or study file without loading a model or data."""
     from peft_lab.comparison.study.schema import is_study
     from peft_lab.data.task_registry import validate_task
-    from peft_lab.runs import run_config
+    from peft_lab.runs import run_config, run_folder
 
     values = run_config.read_run_file(file)
     if is_study(values):
@@ -115,7 +115,7 @@ def validate(file: Annotated[str, typer.Argument(help="A task, run or study YAML
         _out().print(f'[green]ok[/] task "{task.name}" ({task.kind}), metrics: {", ".join(task.metrics)}')
         return
     config = run_config.load_run(file)
-    _check(config)
+    run_folder.check_run(config)
     _out().print(f'[green]ok[/] run: method "{config.method}" on task "{config.task}" with {config.model_name_or_path}')
 
 
@@ -125,14 +125,14 @@ def validate(file: Annotated[str, typer.Argument(help="A task, run or study YAML
 )
 def train(context: typer.Context) -> None:
     """Train an adapter: flags, a run YAML, or both. `peft-lab train --help` lists the flags."""
-    from peft_lab.runs import run_config
+    from peft_lab.runs import run_config, run_folder
 
     if not context.args or {"-h", "--help"} & set(context.args):
         run_config.argument_parser().print_help()
         raise typer.Exit()
     file, overrides = run_config.parse_arguments(context.args)
     config = run_config.load_run(file, overrides)
-    _check(config)
+    run_folder.check_run(config)  # before torch is imported
     from peft_lab.training.run import train as run_training
 
     result = run_training(config)
@@ -246,16 +246,6 @@ share.register(app)
 compare.register(app)
 for module in registry.command_modules():
     importlib.import_module(module).register(app)
-
-
-def _check(config: Any) -> None:
-    """Everything about a run that can be known without importing torch."""
-    from peft_lab.data.task_registry import validate_task
-    from peft_lab.runs.run_folder import check_output_dir
-
-    config.check()
-    validate_task(config.task)
-    check_output_dir(config)
 
 
 def _report(metrics: dict[str, Any]) -> None:

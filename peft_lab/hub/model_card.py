@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from peft_lab.backbones.pypi_weights import BACKBONES, is_local, public_name
 from peft_lab.data.task_registry import kind as task_kind
-from peft_lab.metrics.predictions import ITEMS, Items, read_item_file
+from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
 from peft_lab.utils.text import markdown_text
 
@@ -47,9 +47,9 @@ def write_card(folder: Path, metrics: Mapping[str, Any], info: MethodInfo, task:
     (folder / run_folder.CARD).write_text(text, encoding="utf-8")
 
 
-def items_of(folder: Path) -> Items | None:
+def items_of(folder: Path) -> Predictions | None:
     """What a run found for each test row, if it wrote that."""
-    return read_item_file(folder / ITEMS) if (folder / ITEMS).is_file() else None
+    return read_predictions(folder / PREDICTIONS) if (folder / PREDICTIONS).is_file() else None
 
 
 def card_text(
@@ -59,7 +59,7 @@ def card_text(
     task: Task,
     base: Base | None = None,
     repo: str = "",
-    items: Items | None = None,
+    items: Predictions | None = None,
     standing: Standing | None = None,
 ) -> str:
     """The card as Markdown with the Hub's YAML head. A local path is never given as the base model.
@@ -301,7 +301,7 @@ def _scores(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
     ]
 
 
-def _interval(metrics: Mapping[str, Any], task: Task, items: Items | None) -> list[str]:
+def _interval(metrics: Mapping[str, Any], task: Task, items: Predictions | None) -> list[str]:
     """One sentence with the interval of the main metric over the choice of the test rows, if one can be had."""
     name, rows = metrics["main_metric"], metrics["data"]["rows"].get("test")
     value = metrics["metrics"].get("test", {}).get(name)
@@ -342,12 +342,12 @@ def _seeds(standing: Standing) -> str:
     return f"{len(standing.seeds)} seed{'s' if len(standing.seeds) > 1 else ''}"
 
 
-def _jackknife(metric: str, items: Items | None, labels: int | None) -> tuple[float, float] | None:
+def _jackknife(metric: str, items: Predictions | None, labels: int | None) -> tuple[float, float] | None:
     from scipy.stats import t
 
-    from peft_lab.metrics.per_row import BOUNDS, item_values
+    from peft_lab.metrics.per_row import BOUNDS, jackknife_values
 
-    found = item_values(metric, items, labels) if items is not None and len(items) > 1 else None
+    found = jackknife_values(metric, items, labels) if items is not None and len(items) > 1 else None
     if found is None:
         return None
     value, rows = found

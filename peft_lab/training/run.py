@@ -25,12 +25,11 @@ from peft_lab.data import prompt_column
 from peft_lab.data.splits import Splits, carve, load_splits, per_class, subset
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
-from peft_lab.data.task_schema import check_classes
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.load_run import adapt, count_parameters, load, load_base
 from peft_lab.metrics import METRICS
-from peft_lab.metrics.predictions import Items, write_items
+from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import RunConfig, load_run
@@ -85,11 +84,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
         ConfigError, TaskError, AdapterMismatchError: what is wrong, before anything is written.
     """
     config = _as_config(config, options)
-    info = config.check()
-    task = load_task(config.task)
-    if config.examples_per_class is not None:
-        check_classes(task)
-    state = run_folder.check_output_dir(config)
+    info, task, state = run_folder.check_run(config)
     folder = Path(config.output_dir).expanduser()
     arguments = training_arguments(config, info)
     _check_best_metric(arguments, task)
@@ -107,6 +102,8 @@ def _as_config(config: Any, options: Mapping[str, Any]) -> RunConfig:
         return RunConfig.from_mapping(options, "the arguments of train()")
     if isinstance(config, str | Path):
         return load_run(config, options)
+    if isinstance(config, RunConfig) and not options:
+        return config
     values = config.to_dict() if isinstance(config, RunConfig) else dict(config)
     return RunConfig.from_mapping({**values, **options}, "the arguments of train()")
 
@@ -192,7 +189,7 @@ class _Run:
         self.kind = task_kind(task.kind)
         self.start = time.perf_counter()
         self.process = PartialState()
-        self.items: Items | None = None  # of the split that was evaluated last, which is test if there is one
+        self.items: Predictions | None = None  # of the split evaluated last, which is test if there is one
 
     def execute(self) -> TrainResult:
         checkpoint = self._checkpoint()
@@ -318,7 +315,7 @@ class _Run:
         """`compute`, which also keeps what was found for each row: no split is evaluated twice for that."""
 
         def keep(prediction: EvalPrediction) -> dict[str, float]:
-            self.items = self.kind.items(prediction)
+            self.items = self.kind.row_predictions(prediction)
             return compute(prediction)
 
         return keep
@@ -343,7 +340,7 @@ class _Run:
         for split, prefix in wanted.items():
             if split in self.rows:
                 found = self.trainer.evaluate(self.rows[split], metric_key_prefix=prefix)
-                written = self.kind.generation_items(
+                written = self.kind.generation_scores(
                     self.model, self.processor, self.raw[split], self.task, self.arguments.per_device_eval_batch_size
                 )
                 means = {name: float(np.mean(values)) for name, values in written.items()}
@@ -400,7 +397,7 @@ class _Run:
         module_matching.write_record(self.model, self.folder)
         self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
         if self.items is not None and "test" in self.metrics["metrics"]:
-            write_items(self.folder, self.items)
+            write_predictions(self.folder, self.items)
         self._card()
         write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
 
