@@ -14,7 +14,8 @@ from support.tiny_runs import make_backbone, make_task, options
 from peft_lab import registry
 from peft_lab.backbones.pypi_weights import hub_id, public_name, reachable_name, resolve_model
 from peft_lab.data.task_registry import load_task
-from peft_lab.hub.model_card import Base, base_of, card_text, eval_entries, write_card
+from peft_lab.hub.evaluation_results import eval_entries
+from peft_lab.hub.model_card import Base, base_of, card_text, write_card
 from peft_lab.loading.load_run import load
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.training.run import train
@@ -137,6 +138,8 @@ def test_a_base_without_the_hub_is_loaded_by_peft_lab(finished):
     text = card_text("name", metrics, info, task, repo="someone/name")
     assert "base_model" not in head_of(text)
     assert 'load("someone/name")' in text
+    lines = text.split("```python\n")[1].split("```")[0].splitlines()
+    exec(lines[0], {})  # the module that the card names is there
 
 
 def test_a_revision_of_the_base_is_named(finished):
