@@ -15,8 +15,9 @@ from support.tiny_runs import (
 )
 
 from peft_lab.errors import ConfigError
+from peft_lab.export.merge import merge
 from peft_lab.hub.public_copy import stage
-from peft_lab.training.evaluate import evaluate, merge, predict
+from peft_lab.training.evaluate import evaluate, predict
 from peft_lab.training.run import train
 
 

@@ -16,8 +16,9 @@ import peft_lab
 from peft_lab import registry
 from peft_lab.adapter_files.names import write_json
 from peft_lab.errors import ConfigError, PeftLabError
+from peft_lab.export.merge import merge
 from peft_lab.loading.load_run import load
-from peft_lab.training.evaluate import evaluate, merge, predict
+from peft_lab.training.evaluate import evaluate, predict
 from peft_lab.training.run import train
 
 X = {"input_ids": torch.tensor([[2, 4, 14, 3], [2, 17, 5, 3]]), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
