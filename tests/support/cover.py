@@ -10,57 +10,59 @@ import pytest
 
 from peft_lab import registry
 
-#: One family of each main architecture: encoder, decoders, vision transformer, windows, conv net.
-DAILY_FAMILIES = ("bert", "llama", "gpt2", "vit", "swin", "efficientnet")
+#: One family of each shape of model: encoder, decoder, fused attention, encoder-decoder, vision transformer, windows,
+#: two conv nets.
+MAIN = ("bert", "llama", "gpt2", "t5", "vit", "swin", "resnet", "efficientnet")
+#: Those that every method runs on daily where it goes, by what they stand for.
+_STANDS_FOR = {"bert": "encoder", "llama": "decoder", "gpt2": "decoder", "vit": "vision transformer"}
+_STANDS_FOR |= dict.fromkeys(("swin", "resnet", "efficientnet"), "hierarchy")
+Needs = Callable[[tuple[Any, ...]], set[Hashable]]
 
 
 def each_value(case: tuple[Any, ...]) -> set[Hashable]:
-    """Every value of every parameter has its turn."""
+    """Every value of every parameter."""
     return {(position, str(value)) for position, value in enumerate(case)}
 
 
 def each_place(case: tuple[Any, ...]) -> set[Hashable]:
     """One method of each place, and every value of the other parameters."""
-    return {registry.method(case[0]).place, *enumerate(map(str, case[1:]))}
+    return {registry.method(case[0]).place, *each_value(case[1:])}
 
 
-def places_and_families(case: tuple[Any, ...]) -> set[Hashable]:
-    """Each family with one method of each place, and each method with the main architectures."""
-    method, family = case[:2]
-    needs: set[Hashable] = {(registry.method(method).place, family), method, *case[2:]}
-    if family in DAILY_FAMILIES:
-        architecture = (
-            "decoder" if family in ("llama", "gpt2") else "image" if family in ("swin", "efficientnet") else family
-        )
-        needs.add((method, architecture))
+def each_family(case: tuple[Any, ...]) -> set[Hashable]:
+    """Every family, and every method with a text and an image."""
+    method, family = case
+    needs: set[Hashable] = {family}
+    if family in MAIN:
+        needs.add((method, "text" if MAIN.index(family) < MAIN.index("vit") else "image"))
     return needs
 
 
-def cover(
-    cases: Iterable[Any], needs: Callable[[tuple[Any, ...]], set[Hashable]] = each_value, daily: int | None = None
-) -> list[Any]:
-    """Mark as `full` the cases that a cover of all needs can do without.
+def places_and_families(case: tuple[Any, ...]) -> set[Hashable]:
+    """Every family with one method of each place, and every method with each main architecture."""
+    method, family = case
+    needs: set[Hashable] = {(registry.method(method).place, family)}
+    if family in _STANDS_FOR:
+        needs.add((method, _STANDS_FOR[family]))
+    return needs
+
+
+def cover(cases: Iterable[Any], needs: Needs = each_value) -> list[Any]:
+    """Mark as `full` the cases that a cover can do without.
 
     Args:
         cases: values of one parameter, or tuples of several.
-        needs: case -> what is tested once it has run; the daily cases together have tested all that the cases can.
-        daily: instead of a cover, that many of the first cases.
+        needs: case -> what is tested once it has run. The daily cases together test all that all cases test.
     """
-    cases = list(cases)
-    chosen = set(range(len(cases))[:daily]) if daily is not None else _chosen([_tuple(case) for case in cases], needs)
-    return [
-        case if i in chosen else pytest.param(*_tuple(case), marks=pytest.mark.full) for i, case in enumerate(cases)
-    ]
+    tuples = [case if isinstance(case, tuple) else (case,) for case in cases]
+    daily = _chosen(tuples, needs)
+    return [pytest.param(*case, marks=() if i in daily else pytest.mark.full) for i, case in enumerate(tuples)]
 
 
-def _tuple(case: Any) -> tuple[Any, ...]:
-    return case if isinstance(case, tuple) else (case,)
-
-
-def _chosen(cases: list[tuple[Any, ...]], needs: Callable[[tuple[Any, ...]], set[Hashable]]) -> set[int]:
-    """Indices of a cover, found greedily; among equals a case whose values were chosen least."""
+def _chosen(cases: list[tuple[Any, ...]], needs: Needs) -> set[int]:
+    """Indices of a cover, found greedily; among equal cases the one whose values were chosen least."""
     wanted = [needs(case) for case in cases]
-    left = set[Hashable]().union(*wanted)
+    left: set[Hashable] = set().union(*wanted)
     used: Counter[str] = Counter()
     chosen: set[int] = set()
     while left:
