@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from peft_lab.adapter_files import base_fingerprint, safe_files
 from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, is_head_alone, write_json
-from peft_lab.backbones import family_table, module_roles
+from peft_lab.backbones import module_roles
+from peft_lab.backbones.family import LINEAR
 from peft_lab.errors import AdapterMismatchError
 
 _LOG = logging.getLogger("peft_lab")
@@ -29,7 +30,7 @@ _WRAPPER = "base_model.model."
 _PARTS = ("attn.q", "attn.k", "attn.v")
 _FUSED = "attn.qkv"
 #: Roles whose weights say which backbone it is.
-_WEIGHTS = frozenset((*family_table.LINEAR, "linear"))
+_WEIGHTS = frozenset((*LINEAR, "linear"))
 #: Parameters of peft's tuners with one value per output channel, and the value that changes nothing.
 _PER_CHANNEL = {"ia3_l": 1.0}
 

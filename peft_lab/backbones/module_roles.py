@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from peft_lab.backbones.family_table import FALLBACKS, FAMILIES, LINEAR, ROLES, Family, path_regex
+from peft_lab.backbones.family import FALLBACKS, LINEAR, ROLES, Family, path_regex
+from peft_lab.backbones.family_table import FAMILIES, family
 from peft_lab.backbones.name_aliases import Renames
 from peft_lab.backbones.unknown_families import made_up_family
 from peft_lab.errors import ConfigError, did_you_mean
@@ -47,11 +48,6 @@ _PEFT_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-
-
-def family(model_type: str) -> Family | None:
-    """The family of a `model_type`; None if the table has none, also for composites such as "clip"."""
-    return FAMILIES.get(model_type)
 
 
 def target_regex(model: nn.Module, roles: Iterable[str], *, layers: Collection[int] | int | None = None) -> str:

@@ -26,12 +26,14 @@ IMAGE_LOGITS = [name for name in IMAGES if registry.method(name).can("image_logi
 #: Every other registered method with an adapter of its own; LoRA stands among them as the yardstick.
 METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD)]
 #: Those built on peft-lab's shared layers.
-OWN = [name for name in METHODS if registry.method(name).module.startswith("peft_lab.")]
+OWN = [name for name in METHODS if not registry.method(name).module.startswith("peft.")]
 #: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
 SEQUENCE = [name for name in OWN if registry.method(name).place == "sequence"]
-ON_OPS = [name for name in OWN if name not in SEQUENCE]
+#: Those that put branches beside the sub-layers of a block.
+RESIDUAL = [name for name in OWN if "block" in registry.method(name).roles and name not in SEQUENCE]
+ON_OPS = [name for name in OWN if name not in (*SEQUENCE, *RESIDUAL)]
 #: Those that are put on whole blocks.
-ON_BLOCKS = [*SEQUENCE, *IMAGES]
+ON_BLOCKS = [*SEQUENCE, *RESIDUAL, *IMAGES]
 #: All of them, and those of peft-lab; `text_or_image` names a family of `backbones.TINY` that goes with each.
 EVERY, EVERY_OWN = [*METHODS, *IMAGES], [*OWN, *IMAGES]
 #: Those whose values come from the training data: in a test, from `fill`.
@@ -60,7 +62,7 @@ def text_or_image(method: str) -> str:
 def pairs(methods: Iterable[str], families: Iterable[str], needs: Needs = each_family) -> pytest.MarkDecorator:
     """Parametrise a test over methods and the families that they go with, daily over a cover of `needs`."""
     families = list(families)
-    found = [(m, f) for f in families for m in methods if not (m in SEQUENCE and f in NO_SEQUENCE)]
+    found = [(m, f) for f in families for m in methods if not (m in (*SEQUENCE, *RESIDUAL) and f in NO_SEQUENCE)]
     found = [(m, f) for m, f in found if m not in KEEPS_HEAD or f in CLASSIFIERS]
     found += [(m, f) for f in families for m in IMAGES if f in (IMAGE_CLASSIFIERS if m in IMAGE_LOGITS else PRE_NORM)]
     return pytest.mark.parametrize(("method", "family"), cover(found, needs))

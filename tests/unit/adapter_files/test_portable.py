@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from peft_lab import registry
 from peft_lab.adapter_files import module_matching
-from peft_lab.backbones.family_table import FAMILIES, Family
+from peft_lab.backbones.family import Family
+from peft_lab.backbones.family_table import FAMILIES
 from peft_lab.backbones.module_roles import head_modules, modules_by_role, places, target_regex
 from peft_lab.errors import AdapterMismatchError, ConfigError
 from peft_lab.loading.load_run import load_adapter

@@ -227,4 +227,4 @@ def test_tokens_before_the_patches(name):
     inputs = {"pixel_values": torch.randn(1, 3, 16, 16)}
     with model.disable_adapter():
         model(**inputs)
-    assert seen == [4 + layer.prefix_tokens]
+    assert seen == [4 + layer.stack.prefix_tokens]
