@@ -25,8 +25,9 @@ def missing_names(code: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             module = importlib.import_module(str(node.module))
             missing += [f"{node.module}.{alias.name}" for alias in node.names if not hasattr(module, alias.name)]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-            if not hasattr(modules[node.value.id], node.attr):
-                missing.append(f"{node.value.id}.{node.attr}")
+    read = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    for node in read:
+        owner = ast.unparse(node.value)
+        if owner in modules and not hasattr(modules[owner], node.attr):
+            missing.append(f"{owner}.{node.attr}")
     return missing
