@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import fnmatch
 import json
-import os
 import re
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -16,17 +14,14 @@ import pytest
 import torch
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.backbones import TINY, tiny
+from support.backbones import TINY
+from support.cover import cover, each_place
 from support.properties import EVERY, EVERY_OWN, ON_BLOCKS, config, equal_weights, move
 from torch import nn
 
 from peft_lab.adapter_files.module_matching import write_record
-from peft_lab.adapter_files.safe_files import check_regex
-from peft_lab.backbones.module_roles import target_regex
-from peft_lab.data.task_registry import data_files
 from peft_lab.errors import PeftLabError
-from peft_lab.loading.load_run import base_of, load_adapter, trained_task
-from peft_lab.runs.run_folder import is_download, read_labels
+from peft_lab.loading.load_run import load_adapter
 
 
 def _model(method: str = "") -> nn.Module:
@@ -47,7 +42,7 @@ def _adapted(method: str) -> nn.Module:
 _METHOD_OF: dict[Path, str] = {}
 
 
-@pytest.fixture(params=EVERY_OWN)
+@pytest.fixture(params=cover(EVERY_OWN, each_place))
 def folder(request, tmp_path):
     _adapted(request.param).save_pretrained(tmp_path)
     _METHOD_OF[tmp_path] = request.param
@@ -175,7 +170,7 @@ def test_adapter_name_inside_the_prefix_is_refused(folder):
 # Through peft_lab's own loader, for every method ----------------------------------------------------------------------
 
 
-@pytest.fixture(params=EVERY)
+@pytest.fixture(params=cover(EVERY, each_place))
 def any_folder(request, tmp_path):
     model = _adapted(request.param)
     model.save_pretrained(tmp_path)
@@ -192,14 +187,13 @@ def assert_refused(folder, match):
     assert equal_weights(_base(base, base), _model(method))
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
-def test_pickles_are_never_read(any_folder, name):
+def test_pickles_are_never_read(any_folder):
     (any_folder / "adapter_model.safetensors").unlink()
-    torch.save({"x": torch.zeros(1)}, any_folder / name)
+    torch.save({"x": torch.zeros(1)}, any_folder / "adapter_model.bin")
     assert_refused(any_folder, "safetensors")
 
 
-@pytest.mark.parametrize("method", EVERY_OWN)
+@pytest.mark.parametrize("method", cover(EVERY_OWN, each_place))
 def test_peft_does_not_read_pickles_of_our_methods(method, tmp_path):
     _adapted(method).save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "adapter_model.bin").is_file()
@@ -207,20 +201,12 @@ def test_peft_does_not_read_pickles_of_our_methods(method, tmp_path):
         PeftModel.from_pretrained(_model(method), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "labels.json", "other"])
-def test_link_out_of_the_folder_is_refused(any_folder, name, tmp_path_factory):
+def test_link_out_of_the_folder_is_refused(any_folder, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "file"
-    path = any_folder / name
-    outside.write_bytes(path.read_bytes() if path.is_file() else b"{}")
-    path.unlink(missing_ok=True)
+    path = any_folder / "adapter_model.safetensors"
+    path.rename(outside)
     path.symlink_to(outside)
     assert_refused(any_folder, "link that leads out")
-
-
-def test_pipe_is_refused(any_folder):
-    (any_folder / "labels.json").unlink(missing_ok=True)
-    os.mkfifo(any_folder / "labels.json")
-    assert_refused(any_folder, "not a plain file")
 
 
 def test_links_of_the_cache_of_the_hub_are_followed(any_folder):
@@ -234,36 +220,10 @@ def test_links_of_the_cache_of_the_hub_are_followed(any_folder):
     assert load_adapter(_model(_METHOD_OF[any_folder]), snapshot).training is False
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        *(
-            "(a+)+$",
-            "(a|a)*$",
-            "(.*)*x",
-            "(?:a?){30}a{30}",
-            "a?" * 30 + "a" * 30,
-            ".*" * 9 + "x",
-            r"(\w+\s?)*",
-            r"(a)\1",
-        ),
-        *("(?<=a)b", "(" * 3000 + ")" * 3000, "(a{1,60000}){2}", "(x+x+)+y", "(?P<n>a)(?(n)b|c)", "("),
-    ],
-)
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
-def test_slow_regex_is_refused_at_once(any_folder, pattern, field):
-    _edit_config(any_folder, **{field: pattern})
-    started = time.perf_counter()
-    assert_refused(any_folder, "regular expression|may take for ever")
-    assert time.perf_counter() - started < 5
-
-
-@pytest.mark.parametrize("name", ["bert", "vit", "swin", "t5", "clip", "resnet", "gpt2", "modernbert", "efficientnet"])
-def test_our_own_regexes_pass(name):
-    for role in ("linear", "norm", "attn.q", "op"):
-        check_regex("target_modules", target_regex(tiny(name), [role]))
-    for pattern in (r".*\.layers\.\d+\..*\.(q|v)_proj", r"^.*(?:query|value)$", r"(?:.*\.)?layer\.[0-3]\.\w+"):
-        check_regex("target_modules", pattern)
+def test_slow_regex_is_refused(any_folder, field):
+    _edit_config(any_folder, **{field: "(a+)+$"})
+    assert_refused(any_folder, "may take for ever")
 
 
 @pytest.mark.parametrize("size", [10**6, 10**9, 2**62])
@@ -280,10 +240,9 @@ def test_absurd_sizes_allocate_nothing(any_folder, size):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("length", [2**20, 2**40, 2**63, 2**64 - 1])
-def test_absurd_header_is_refused(any_folder, length):
+def test_absurd_header_is_refused(any_folder):
     path = any_folder / "adapter_model.safetensors"
-    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    path.write_bytes((2**40).to_bytes(8, "little") + path.read_bytes()[8:])
     assert_refused(any_folder, "no safetensors file")
 
 
@@ -297,19 +256,16 @@ def test_file_much_larger_than_the_base_is_refused(any_folder):
     ("text", "match"),
     [
         ('{"peft_type": "X", "peft_type": "LORA"}', "given twice"),
-        ("[" * 200_000, "not readable JSON"),
-        ('{"a": ' * 50 + "1" + "}" * 50, "nested more than"),
-        ('{"peft_type": NaN}', "not a number of JSON"),
-        ("[]", "must hold a JSON mapping"),
         ("{}", "peft_type"),
         ('{"peft_type": ["LORA"]}', "peft_type"),
         ('{"peft_type": "LORRA"}', 'Did you mean "LORA"'),
-        ("\xff", "not readable JSON"),
     ],
 )
-def test_bad_json_is_refused(any_folder, text, match):
-    (any_folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
-    assert_refused(any_folder, match)
+def test_config_without_a_method_is_refused(tmp_path, text, match):
+    _adapted("svfit").save_pretrained(tmp_path)
+    _METHOD_OF[tmp_path] = "svfit"
+    (tmp_path / "adapter_config.json").write_text(text)
+    assert_refused(tmp_path, match)
 
 
 @pytest.mark.parametrize(
@@ -336,92 +292,6 @@ def test_nothing_is_imported_by_name(any_folder):
     if json.loads((any_folder / "adapter_config.json").read_text())["peft_type"] == "LORA":
         _edit_config(any_folder, megatron_core="antigravity")
         assert_refused(any_folder, "module to import")
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
-def test_remote_code_is_refused(any_folder, name):
-    (any_folder / name).write_text('{"auto_map": {"AutoModel": "x.Y"}}')
-    assert_refused(any_folder, "auto_map")
-
-
-@pytest.mark.parametrize("part", ["../../x.safetensors", "/x.safetensors", "x.bin", 7, "a/b.safetensors"])
-def test_index_names_only_files_beside_it(any_folder, part):
-    (any_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": part}}))
-    assert_refused(any_folder, "no safetensors file beside it")
-
-
-# What a folder says about other files ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def snapshot(tmp_path):
-    """A folder as a download from the Hub leaves it."""
-    folder = tmp_path / "models--a--b" / "snapshots" / "0123"
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text("{}")
-    return folder
-
-
-@pytest.mark.parametrize("name", ["/etc", "../x", "~/model", "./x", "a/../b", "C:\\model", "file:///x", "", 7])
-def test_download_names_no_base_of_this_machine(snapshot, name):
-    (snapshot / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
-    assert is_download(snapshot)
-    with pytest.raises(PeftLabError, match="model_name_or_path"):
-        base_of(snapshot, {}, download=True)
-
-
-def test_download_names_a_base_on_the_hub(snapshot, monkeypatch, tmp_path):
-    for name in ("google/vit-base-patch16-224", "gpt2"):
-        assert base_of(snapshot, {"model_name_or_path": name}, download=True) == name
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "gpt2").mkdir()  # a name on the Hub must not turn into a folder that lies here
-    with pytest.raises(PeftLabError, match="model_name_or_path"):
-        base_of(snapshot, {"model_name_or_path": "gpt2"}, download=True)
-
-
-TASK = """
-name: mine
-kind: text_classification
-data: {builder: csv, files: {train: "FILE"}}
-columns: {text: text, label: label}
-labels: [a, b]
-"""
-
-
-@pytest.mark.parametrize("file", ["/etc/passwd", "../../secret.csv", "${PEFT_LAB_DATA}/x.csv"])
-def test_task_of_a_folder_reads_no_data_outside(snapshot, file, monkeypatch, tmp_path):
-    monkeypatch.setenv("PEFT_LAB_DATA", str(tmp_path))
-    (snapshot / "task.yaml").write_text(TASK.replace("FILE", file))
-    task = trained_task(snapshot, {"task": "elsewhere.yaml"}, download=True)
-    assert task.labels == ("a", "b")
-    with pytest.raises(PeftLabError, match="does not exist"):
-        data_files(task, "train")
-
-
-def test_task_file_is_followed_only_if_it_is_the_same(snapshot, tmp_path):
-    own = tmp_path / "mine.yaml"
-    own.write_text(TASK.replace("FILE", "train.csv"))
-    (tmp_path / "train.csv").write_text("text,label\n")
-    (snapshot / "task.yaml").write_text(own.read_text())
-    run = {"task": str(own)}
-    assert trained_task(snapshot, run).folder == tmp_path
-    assert trained_task(snapshot, run, download=True).folder == snapshot
-    (snapshot / "task.yaml").write_text(own.read_text() + "title: another\n")
-    assert trained_task(snapshot, run).folder == snapshot
-
-
-def test_metric_of_a_folder_is_not_run(snapshot):
-    (snapshot / "metric.py").write_text("raise SystemExit")
-    (snapshot / "task.yaml").write_text(TASK.replace("FILE", "train.csv") + "metrics: [metric.py]\n")
-    with pytest.raises(PeftLabError, match="metric to run"):
-        trained_task(snapshot, {})
-
-
-@pytest.mark.parametrize("text", ['{"id2label": {"0": "a", "2": "b"}}', '{"id2label": [1]}', '{"id2label": 7}', "["])
-def test_bad_label_map_is_refused(tmp_path, text):
-    (tmp_path / "labels.json").write_text(text)
-    with pytest.raises(PeftLabError):
-        read_labels(tmp_path)
 
 
 def test_revision_is_pinned(monkeypatch, any_folder):
