@@ -8,7 +8,6 @@ from support.backbones import TINY
 from support.properties import OWN, adapt, text_or_image
 from support.tiny_runs import make_backbone, make_decoder, make_task, make_writing_task, options, weights
 
-from peft_lab import registry
 from peft_lab.comparison.run.measures import cost_of_step
 from peft_lab.comparison.study.schema import from_mapping
 from peft_lab.errors import ConfigError
@@ -37,7 +36,7 @@ def _run(place, out, **changes):
 def test_the_capability_is_true(method):
     """Declared where there is an activation that learns, and nowhere else."""
     model = adapt(method, TINY[text_or_image(method)]())
-    assert bool(activation_parameters(model)) == registry.method(method).can("learned_activation")
+    assert bool(activation_parameters(model)) == registry.learns_activation(registry.method(method))
 
 
 def test_held_out_rows_train_the_activation_alone(place, tmp_path):
