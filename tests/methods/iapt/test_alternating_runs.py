@@ -8,6 +8,7 @@ from support.backbones import TINY
 from support.properties import OWN, adapt, text_or_image
 from support.tiny_runs import make_backbone, make_decoder, make_task, make_writing_task, options, weights
 
+from peft_lab import registry
 from peft_lab.comparison.run.measures import cost_of_step
 from peft_lab.comparison.study.schema import from_mapping
 from peft_lab.errors import ConfigError
