@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_lab.errors import ConfigError, TaskError, check_keys, did_you_mean
-from peft_lab.utils import source_reader
+from peft_lab.utils import peft_source, source_reader
 
 ENTRY_POINTS = "peft_lab.methods"
 TASK_ENTRY_POINTS = "peft_lab.tasks"
@@ -157,7 +157,7 @@ class RecipeInfo:
 
 def list_methods() -> dict[str, MethodInfo]:
     """Every method by name: ours, third parties', and each tuner of peft. Imports neither torch nor peft."""
-    found = dict(_peft_tuners())
+    found = dict(_peft_methods())
     for info in (*builtin_methods(), *third_party_methods()):
         clash = found.get(info.name)
         if clash is not None and clash.place != "peft":
@@ -209,7 +209,7 @@ def config_fields(name: str) -> dict[str, source_reader.Field]:
     info = method(name)
     if info.path is None or not info.config:
         return {}
-    elsewhere = {**_config_bases(info.path), **_peft_config_files()}
+    elsewhere = {**_config_bases(info.path), **peft_source.config_files()}
     path = info.path if info.config in source_reader.classes(info.path) else elsewhere.get(info.config)
     fields = source_reader.dataclass_fields(path, info.config, elsewhere) if path else {}
     return {k: v for k, v in fields.items() if k not in _MACHINE_FIELDS}
@@ -222,6 +222,9 @@ def _config_bases(path: Path) -> dict[str, Path]:
     own_folder = [] if path.parent.name in PLACES else sorted(path.parent.glob("*.py"))
     found: dict[str, Path] = {}
     for file in (*sorted(tuners.rglob("*.py")), *own_folder):
+        # parsing every file would take longer than all the rest of a listing
+        if not re.search(r"^class \w+Config\b", file.read_text(encoding="utf-8"), re.MULTILINE):
+            continue
         for name in source_reader.classes(file):
             if name.endswith("Config"):
                 found[name] = file
@@ -288,7 +291,7 @@ def builtin_methods() -> tuple[MethodInfo, ...]:
 
 def _with_peft_module(info: MethodInfo) -> MethodInfo:
     """A card that only describes a tuner of peft points to peft's config file and module."""
-    tuner = _peft_tuners().get(info.name)
+    tuner = peft_source.tuners().get(info.name)
     return replace(info, module=tuner.module, path=tuner.path) if tuner and info.place != "baseline" else info
 
 
@@ -357,44 +360,20 @@ def _module_file(entry: importlib.metadata.EntryPoint) -> Path | None:
     return Path(spec.origin) if spec and spec.origin else None
 
 
-def _peft_root() -> Path | None:
-    spec = importlib.util.find_spec("peft")
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
-
-
 @lru_cache(maxsize=1)
-def _peft_tuners() -> dict[str, MethodInfo]:
-    root, found = _peft_root(), {}
-    for path in sorted(root.glob("tuners/*/config.py")) if root else ():
-        text = path.read_text(encoding="utf-8")
-        match = re.search(r"self\.peft_type = (?:.*\n?.*)?PeftType\.([A-Z0-9_]+)", text)
-        names = re.findall(r"^class (\w+Config)\(", text, re.MULTILINE)
-        if not match or not names:
-            continue
-        name = match[1].lower()
-        found[name] = MethodInfo(
-            name=name,
-            title=path.parent.name,
+def _peft_methods() -> dict[str, MethodInfo]:
+    """Cards of peft's own tuners, which have none themselves."""
+    found = {}
+    for tuner in peft_source.tuners().values():
+        rate = _PEFT_LEARNING_RATES.get(tuner.name, _DEFAULT_LEARNING_RATE)
+        found[tuner.name] = MethodInfo(
+            name=tuner.name,
+            title=tuner.folder,
             paper="",
             place="peft",
-            config=_main_class(text, names, match.start()),
-            learning_rate=_PEFT_LEARNING_RATES.get(name, _DEFAULT_LEARNING_RATE),
-            module=f"peft.tuners.{path.parent.name}.config",
-            path=path,
+            config=tuner.config,
+            learning_rate=rate,
+            module=tuner.module,
+            path=tuner.path,
         )
     return found
-
-
-def _main_class(text: str, names: list[str], position: int) -> str:
-    """The class in whose body the peft type is set: the last one that starts before that line."""
-    return max((text.find(f"class {n}("), n) for n in names if text.find(f"class {n}(") < position)[1]
-
-
-@lru_cache(maxsize=1)
-def _peft_config_files() -> dict[str, Path]:
-    root = _peft_root()
-    if root is None:
-        return {}
-    files = {"PeftConfig": root / "config.py", "PeftConfigMixin": root / "config.py"}
-    files |= {"PromptLearningConfig": root / "config.py", "LycorisConfig": root / "tuners" / "lycoris_utils.py"}
-    return files | {info.config: info.path for info in _peft_tuners().values() if info.path}
