@@ -1,4 +1,4 @@
-"""Registry of the methods: one card each, read from source text without importing torch or peft.
+"""Registry of methods and kinds of task, by cards read from source.
 
 A method is one Python file with a literal `METHOD = MethodInfo(...)`, a config dataclass, a layer class and one line
 `register(METHOD, Config, Layer)`. Files below `peft_lab.adapters` are found by scanning that folder, third parties by
@@ -52,7 +52,9 @@ _DEFAULT_LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A method's card. Every value is a literal in the method's file, so that it can be read without importing it.
+    """Card of a method.
+
+    Every value is a literal in the method's file, so that it can be read without importing it.
 
     Attributes:
         name: lower-case name, used on the command line, as peft type (upper case) and as parameter prefix (`name_`).
@@ -97,7 +99,7 @@ class MethodInfo:
                 raise ConfigError(f'Method "{self.name}" declares an unknown capability "{capability}".{hint}')
 
     def can(self, capability: str) -> bool:
-        """Whether the method declares a capability."""
+        """Test whether the method declares a capability."""
         if capability not in CAPABILITIES:
             raise ConfigError(f'Unknown capability "{capability}".{did_you_mean(capability, CAPABILITIES)}')
         return capability in self.capabilities
@@ -105,7 +107,9 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class KindInfo:
-    """A kind of task: its card. Every value is a literal in the kind's file, read without importing it.
+    """Card of a kind of task.
+
+    Every value is a literal in the kind's file, so that it can be read without importing it.
 
     Attributes:
         name: the file's name and the `kind` of a task file.
@@ -140,7 +144,7 @@ class KindInfo:
 
 @dataclass(frozen=True)
 class RecipeInfo:
-    """A training recipe: its card.
+    """Card of a training recipe.
 
     Attributes:
         name: lower-case name.
@@ -156,7 +160,10 @@ class RecipeInfo:
 
 
 def list_methods() -> dict[str, MethodInfo]:
-    """Every method by name: ours, third parties', and each tuner of peft. Imports neither torch nor peft."""
+    """Every method by name, without importing torch or peft.
+
+    These are ours, those of third parties, and each tuner of peft.
+    """
     found = dict(_peft_methods())
     for info in (*builtin_methods(), *third_party_methods()):
         clash = found.get(info.name)
@@ -167,7 +174,10 @@ def list_methods() -> dict[str, MethodInfo]:
 
 
 def method(name: str) -> MethodInfo:
-    """The card of one method; raises `ConfigError` with the nearest name if there is none."""
+    """Card of one method.
+
+    Raises `ConfigError` with the nearest name if there is none.
+    """
     known = list_methods()
     if name not in known:
         ours = ", ".join(n for n, info in known.items() if info.place != "peft")
@@ -178,7 +188,10 @@ def method(name: str) -> MethodInfo:
 
 
 def command_modules() -> list[str]:
-    """Modules of the methods' own commands: each `cli.py` beside a method's file, with a function `register(app)`."""
+    """Modules of the methods' own commands.
+
+    Each is a `cli.py` beside a method's file, with a function `register(app)`.
+    """
     found = []
     for info in builtin_methods():
         package = info.module.rpartition(".")[0]
@@ -192,7 +205,9 @@ _FOLDER_DEPTH = 3
 
 
 def list_recipes() -> dict[str, RecipeInfo]:
-    """Every training recipe by name: loops or losses beyond Trainer's own, such as distillation.
+    """Every training recipe by name.
+
+    Recipes are loops or losses beyond Trainer's own, such as distillation.
 
     A recipe is one file of `peft_lab.training.recipes` with a literal `RECIPE = RecipeInfo(...)`.
     """
@@ -205,7 +220,7 @@ def list_recipes() -> dict[str, RecipeInfo]:
 
 
 def config_fields(name: str) -> dict[str, source_reader.Field]:
-    """The fields of a method's config, read from source; empty if the source cannot be found."""
+    """Fields of a method's config, read from source; empty without a source."""
     info = method(name)
     if info.path is None or not info.config:
         return {}
@@ -217,7 +232,10 @@ def config_fields(name: str) -> dict[str, source_reader.Field]:
 
 @lru_cache(maxsize=256)
 def _config_bases(path: Path) -> dict[str, Path]:
-    """Files of the config classes that a method may inherit from: those of `peft_lab.tuners` and of its own folder."""
+    """Files of the config classes that a method may inherit from.
+
+    They stand in `peft_lab.tuners` and in the method's own folder.
+    """
     tuners = Path(__file__).with_name("tuners")
     own_folder = [] if path.parent.name in PLACES else sorted(path.parent.glob("*.py"))
     found: dict[str, Path] = {}
@@ -241,14 +259,16 @@ _MACHINE_FIELDS = frozenset(
 
 
 def check_method_args(name: str, args: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a method argument that the method's config does not have. Imports nothing heavy."""
+    """Raise `ConfigError` for an argument that the method's config lacks."""
     fields = config_fields(name)
     if fields or not method(name).config:
         check_keys(with_preset(name, args), fields, f'method "{name}"')
 
 
 def with_preset(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Method arguments with those that a `preset` among them stands for; what is given beside it goes first.
+    """Method arguments, with those that a `preset` among them stands for.
+
+    Arguments given beside it go first.
 
     Raises:
         ConfigError: the method has no such preset, or the preset needs an argument that is not given.
@@ -290,14 +310,17 @@ def builtin_methods() -> tuple[MethodInfo, ...]:
 
 
 def _with_peft_module(info: MethodInfo) -> MethodInfo:
-    """A card that only describes a tuner of peft points to peft's config file and module."""
+    """Card that points to peft's files if it describes peft's tuner."""
     tuner = peft_source.tuners().get(info.name)
     return replace(info, module=tuner.module, path=tuner.path) if tuner and info.place != "baseline" else info
 
 
 @lru_cache(maxsize=1)
 def list_kinds() -> dict[str, KindInfo]:
-    """Every kind of task by name: ours and third parties'. Imports neither torch nor the kinds themselves."""
+    """Every kind of task by name, without importing torch or the kinds.
+
+    These are ours and those of third parties.
+    """
     spec = importlib.util.find_spec("peft_lab.tasks")
     found: dict[str, KindInfo] = {}
     for entry in importlib.metadata.entry_points(group=TASK_ENTRY_POINTS):
@@ -314,7 +337,10 @@ def list_kinds() -> dict[str, KindInfo]:
 
 
 def kind_info(name: str) -> KindInfo:
-    """The card of one kind of task; raises `TaskError` with the nearest name if there is none."""
+    """Card of one kind of task.
+
+    Raises `TaskError` with the nearest name if there is none.
+    """
     known = list_kinds()
     if name not in known:
         names = sorted(known)

@@ -1,4 +1,6 @@
-"""Options of one run, read from flags, a YAML or JSON file, or Python. Imports nothing heavy.
+"""Options of one run. Imports nothing heavy.
+
+They come from flags, a YAML or JSON file, or Python.
 
 The names are those of the Hugging Face example scripts. Every flag of `transformers.TrainingArguments` is accepted too:
 their names and types are read from the installed source text, so a misspelt one is found before torch is imported.
@@ -110,7 +112,9 @@ class RunConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "the run") -> RunConfig:
-        """Build from flat values (as in a YAML file or on the command line); `where` names their source in errors.
+        """Build from flat values, as in a file or from flags.
+
+        `where` names their source in errors.
 
         Raises:
             ConfigError: an unknown key, a missing one, or a value of the wrong type.
@@ -131,7 +135,7 @@ class RunConfig:
         return cls(**plain, training_arguments={name: value for name, value in flat.items() if name not in own})
 
     def check(self) -> registry.MethodInfo:
-        """Check names, method arguments and values without importing torch; return the method's card.
+        """Check names, arguments and values without torch; return the method's card.
 
         The options cannot change, so a second call does not check again.
 
@@ -204,7 +208,10 @@ class RunConfig:
         return {k: v for k, v in values.items() if v not in (None, {}, False)} | arguments
 
     def identity(self) -> dict[str, Any]:
-        """The values that decide the result: two runs with the same identity end with the same weights."""
+        """Values that decide the result.
+
+        Two runs with the same identity end with the same weights.
+        """
         values = self.to_dict()
         return {
             name: value
@@ -239,7 +246,9 @@ _NO_INFLUENCE_BEGINNINGS = (
 def load_run(
     file: str | Path | None = None, overrides: Mapping[str, Any] | None = None, where: str = "the command line"
 ) -> RunConfig:
-    """A run from an optional YAML or JSON file, with `overrides` on top (`method_args` are merged key by key).
+    """Read a run from an optional file, with `overrides` on top.
+
+    `method_args` are merged key by key.
 
     Raises:
         ConfigError: an unreadable file, an unknown key or a wrong value.
@@ -298,7 +307,10 @@ def method_args(value: Any) -> dict[str, Any]:
 
 
 def _plain(text: str) -> Any:
-    """Read a text as YAML does, and `1e-3` as the number it is (YAML 1.1 wants `1.0e-3`)."""
+    """Read a text as YAML does, and `1e-3` as a number.
+
+    YAML 1.1 would want `1.0e-3`.
+    """
     import yaml
 
     try:
@@ -371,7 +383,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The flags of `peft-lab train`: our own and every one of TrainingArguments. All values stay text."""
+    """Flags of `peft-lab train`: our own, and those of TrainingArguments.
+
+    All values stay text.
+    """
     parser = _Parser(
         prog="peft-lab train",
         usage="peft-lab train [RUN.yaml] [--option value ...]",
@@ -412,7 +427,7 @@ def _is_flag(annotation: str) -> bool:
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """Split the command line of `train` into the run file, if one is named, and the options as text.
+    """Split the command line of `train` into run file and options.
 
     Boolean flags work both ways (`--bf16`, `--bf16 true`), dashes count as underscores, and an unknown flag raises
     `ConfigError` with the nearest known one.

@@ -1,4 +1,7 @@
-"""Tuners of the installed peft, read from its source without importing it; cached on disk, because that takes time."""
+"""Tuners of the installed peft, read from its source without importing it.
+
+They are cached on disk, because parsing takes time.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class PeftTuner(NamedTuple):
 
 @lru_cache(maxsize=1)
 def tuners() -> dict[str, PeftTuner]:
-    """Every tuner of the installed peft by its name; empty if peft is not installed."""
+    """Tuners of the installed peft by name; empty without peft."""
     if importlib.util.find_spec("peft") is None:
         return {}
     found = _read_cache()
@@ -57,7 +60,7 @@ def tuners() -> dict[str, PeftTuner]:
 
 @lru_cache(maxsize=1)
 def config_files() -> dict[str, Path]:
-    """Config class of peft, base classes included -> the file that it stands in."""
+    """Config class of peft, base classes included -> its file."""
     if importlib.util.find_spec("peft") is None:
         return {}
     bases = dict.fromkeys(("PeftConfig", "PeftConfigMixin", "PromptLearningConfig"), _root() / "config.py")
@@ -74,7 +77,7 @@ def _root() -> Path:
 
 
 def _tuners_of(file: Path) -> list[PeftTuner]:
-    """The tuner whose config class in a file sets `self.peft_type`, the only one or the last."""
+    """Tuners whose config classes in a file set `self.peft_type`."""
     found = []
     for name, node in source_reader.classes(file).items():
         peft_type = _peft_type(node)
@@ -84,7 +87,7 @@ def _tuners_of(file: Path) -> list[PeftTuner]:
 
 
 def _peft_type(node: ast.ClassDef) -> str:
-    """The member of `PeftType` that a class assigns to `self.peft_type`; "" if it assigns none."""
+    """Member of `PeftType` that a class assigns to `self.peft_type`, or ""."""
     for line in ast.walk(node):
         if not isinstance(line, ast.Assign) or ast.unparse(line.targets[0]) != "self.peft_type":
             continue
@@ -95,7 +98,7 @@ def _peft_type(node: ast.ClassDef) -> str:
 
 
 def _cache_file() -> tuple[Path, list[str]]:
-    """The file of the cache, one for each installed peft, and the key that it must hold to be used."""
+    """Cache file of the installed peft, and its valid key."""
     # a tuner that is added to an editable peft changes the folder, but not the version
     changed = (_root() / "tuners").stat().st_mtime_ns
     key = [importlib.metadata.version("peft"), str(_root()), str(changed)]
@@ -104,7 +107,7 @@ def _cache_file() -> tuple[Path, list[str]]:
 
 
 def _read_cache() -> list[PeftTuner] | None:
-    """The tuners in the cache; None if there is no usable one, which is then written anew."""
+    """Tuners in the cache; None if there is no usable cache."""
     file, key = _cache_file()
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
