@@ -166,6 +166,7 @@ def list_methods() -> dict[str, MethodInfo]:
     """
     found = dict(_peft_methods())
     for info in (*builtin_methods(), *third_party_methods()):
+        # one of ours may describe a tuner of peft (LoRA), but no two cards may share a name
         clash = found.get(info.name)
         if clash is not None and clash.place != "peft":
             raise ConfigError(f'Method "{info.name}" is defined by both {clash.module} and {info.module}.')
@@ -261,6 +262,7 @@ _MACHINE_FIELDS = frozenset(
 def check_method_args(name: str, args: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for an argument that the method's config lacks."""
     fields = config_fields(name)
+    # a plug-in whose source cannot be found is checked by its config class, when that is imported
     if fields or not method(name).config:
         check_keys(with_preset(name, args), fields, f'method "{name}"')
 
@@ -275,6 +277,7 @@ def with_preset(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = dict(args)
     info = method(name)
+    # a tuner of peft may have a field of its own that is called so
     if "preset" not in given or info.place == "peft":
         return given
     preset, presets = given.pop("preset"), info.presets
@@ -301,6 +304,7 @@ def builtin_methods() -> tuple[MethodInfo, ...]:
     for root in (spec.submodule_search_locations if spec else None) or []:
         for file in sorted(Path(root).rglob("*.py")):
             steps = file.relative_to(root).with_suffix("").parts
+            # a look at the text first: parsing every file would cost more than the whole listing
             if file.name.startswith("_") or "METHOD = MethodInfo(" not in file.read_text(encoding="utf-8"):
                 continue
             card = _card(file, ".".join(("peft_lab.adapters", *steps)))
@@ -374,6 +378,7 @@ def third_party_methods() -> tuple[MethodInfo, ...]:
 
 
 def _module_file(entry: importlib.metadata.EntryPoint) -> Path | None:
+    # `find_spec` of a dotted name imports the parent package; the files of the distribution are looked at first
     if entry.dist is not None:
         for suffix in (".py", "/__init__.py"):
             path = Path(str(entry.dist.locate_file(entry.module.replace(".", "/") + suffix)))

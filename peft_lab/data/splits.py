@@ -64,10 +64,12 @@ def load_splits(task: Task, seed: int | None = None, *, test: bool = False) -> S
     has_test = "test" in task.splits or task.test_fraction > 0
     if test and not has_test:
         raise TaskError(f'Task "{task.name}" has no test rows: name a "test" split or set "test_fraction".')
+    # labels and prompts are those of all training rows, so they are read before any rows are carved
     train = _canonical(task, "train")
     labels, prompt_values = _label_names(task, train), prompt_column.values_of(task, train)
     train = _encode_labels(task, "train", train, labels)
     parts: dict[str, Dataset] = {}
+    # test rows are carved first and even if nobody asked: train must be the same with and without them
     if "test" not in task.splits and task.test_fraction:
         train, parts["test"] = carve(task, train, "test", task.test_fraction, seed)
     if "validation" in task.splits:
@@ -77,6 +79,7 @@ def load_splits(task: Task, seed: int | None = None, *, test: bool = False) -> S
     parts |= {"train": train, "validation": validation}
     if test and "test" in task.splits:
         parts["test"] = _encode_labels(task, "test", _canonical(task, "test"), labels)
+    # never handed out unasked, so that no choice can be made on them
     if not test:
         parts.pop("test", None)
     fingerprints = {name: fingerprint(part) for name, part in parts.items()}
@@ -120,6 +123,7 @@ def fingerprint(dataset: Dataset) -> str:
 
     names = sorted(dataset.column_names)
     for name in names:
+        # decoded pixels may differ between versions of the decoder, the bytes of a file do not
         if isinstance(dataset.features[name], Image):
             dataset = dataset.cast_column(name, Image(decode=False))
     known = {n: dataset.features[n].names for n in names if isinstance(dataset.features[n], ClassLabel)}
@@ -168,6 +172,7 @@ def _canonical(task: Task, split: str) -> Dataset:
     if len(dataset) == 0:
         raise TaskError(f'Task "{task.name}": the {split} data has no rows.')
     texts = prompt_column.texts(task, split, dataset) if PROMPT_IDS in task.columns else None
+    # one source column may serve as an input and choose the prompts, so it is copied and not renamed
     columns = {name: source for name, source in task.columns.items() if name != PROMPT_IDS}
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({source: name for name, source in columns.items() if source != name})
@@ -185,7 +190,7 @@ def _read(task: Task, split: str) -> Dataset:
             return datasets.load_dataset(data.path, data.name or None, revision=data.revision or None, split=source)
         files: Any = data_files(task, split)
         if data.builder == "imagefolder":
-            files = [f"{folder}/**" for folder in files]
+            files = [f"{folder}/**" for folder in files]  # else images in folders of folders are missed
         options = dict(data.options)
         if data.builder == "csv":
             # pandas would turn the texts "null", "None" and "NA" into missing values
@@ -212,6 +217,7 @@ def _label_names(task: Task, train: Dataset) -> tuple[str, ...] | None:
     feature = train.features["label"]
     if isinstance(feature, ClassLabel):
         if task.labels and set(task.labels) == set(feature.names) and list(task.labels) != feature.names:
+            # the classes of image folders are matched by name, all others by position
             if task.data.builder != "imagefolder":
                 raise TaskError(
                     f'Task "{task.name}": the data has the labels in this order: {", ".join(feature.names)}.'
@@ -286,6 +292,7 @@ def carve(task: Task, dataset: Dataset, split: str, fraction: float, seed: int) 
     count = round(fraction * len(dataset))
     if not 0 < count < len(dataset):
         raise TaskError(f'Task "{task.name}": {len(dataset)} rows are too few to carve a {split} split from them.')
+    # scikit-learn refuses to stratify a class of one row, or more classes than rows in a part
     stratify = None
     if isinstance(dataset.features.get("label"), ClassLabel):
         sizes = Counter(dataset["label"][:]).values()

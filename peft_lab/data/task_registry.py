@@ -74,6 +74,7 @@ def validate_task(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any]) -
         TaskError: names the file, the key, the value and the mend.
     """
     task = parse_task(path_or_mapping) if isinstance(path_or_mapping, Mapping) else load_task(path_or_mapping)
+    # the form of a task can be checked on a machine that has no data
     if task.where != f"${DATA_VARIABLE}" or os.environ.get(DATA_VARIABLE):
         for split in task.data.files:
             data_files(task, split)
@@ -158,6 +159,7 @@ def _installed_tasks() -> dict[str, Task]:
     for folder in builtin_folders():
         for file in sorted(folder.glob("*.yaml")):
             task = _read(file)
+            # `peft-lab tasks` shows names, and people look for a file of that name
             if task.name != file.stem:
                 raise TaskError(f'{file}: the name "{task.name}" must be the name of the file.')
             found[task.name] = task

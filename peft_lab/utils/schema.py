@@ -79,21 +79,23 @@ def _sentence(failure: ValidationError, known: list[str], what: str) -> str:
     errors: list[Any] = failure.errors(include_url=False)
     order = {"extra_forbidden": 0, "invalid_key": 0, "missing": 1}
     first = min(errors, key=lambda error: order.get(error["type"], 2))
-    kind, location, value = first["type"], first["loc"], first["input"]
+    error_type, location, value = first["type"], first["loc"], first["input"]
     key = ".".join(str(step) for step in location)
-    if kind in ("extra_forbidden", "invalid_key"):
-        return unknown_key(str(location[-1]), known, what)
-    if kind == "missing":
+    if error_type == "extra_forbidden":
+        return unknown_key(key, known, what)
+    if error_type == "invalid_key":  # YAML reads the keys on, 3 and null as no texts
+        return unknown_key(str(value), known, what)
+    if error_type == "missing":
         return f'the key "{key}" is missing in {what}.'
-    if kind == "value_error":  # raised by a validator of ours
+    if error_type == "value_error":  # raised by a validator of ours
         return str(first["ctx"]["error"])
-    if kind == "literal_error":
+    if error_type == "literal_error":
         choices = re.findall(r"'(.*?)'", first["ctx"]["expected"])
         near = did_you_mean(str(value), choices)
         return f'"{key}" in {what} must be one of {", ".join(choices)}, not "{value}".{near}'
     for bound, words in (("ge", "at least"), ("gt", "over"), ("le", "at most")):
         if bound in first.get("ctx", ()):
-            return f'"{key}" in {what} must be {words} {first["ctx"][bound]}, not {value}.'
+            return f'"{key}" in {what} must be {words} {first["ctx"][bound]:g}, not {value}.'
     return _wrong_type(key, first, what)
 
 

@@ -180,6 +180,7 @@ class ClassificationKind(Kind):
             ignore_mismatched_sizes=True,
             **hub_kwargs,
         )
+        # a head of other shapes is meant to be replaced; any other weight of another shape means a wrong checkpoint
         body = f"{model.base_model_prefix}."
         for key in sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get("mismatched_keys", ())):
             if key.startswith(body):
@@ -192,6 +193,7 @@ class ClassificationKind(Kind):
     def compute_metrics(self, task: Task, labels: Sequence[str] | None) -> Callable[[EvalPrediction], dict[str, float]]:
         metrics = {name: load_metric(name) for name in task.metrics}
         takes_probabilities = {name for name in task.metrics if name in METRICS and METRICS[name].takes_probabilities}
+        # over all labels, because classes that are absent from an evaluation count too
         average = "binary" if labels is not None and len(labels) == 2 else "macro"
         options = {"f1": {"average": average, "labels": list(range(len(labels or ())))}}
 
@@ -215,6 +217,7 @@ class ClassificationKind(Kind):
         logits = prediction.predictions
         logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float32)
         references: Any = prediction.label_ids
+        # one output is a regression, because a task of classes has at least two
         if logits.shape[-1] == 1:
             return Predictions("regression", {"reference": references.reshape(-1), "prediction": logits.reshape(-1)})
         confidence = _probabilities(logits).max(-1)

@@ -101,6 +101,7 @@ class CausalLM(Kind):
             prompt, answer = template.render(row)
             if template.required:
                 template.demands(prompt)  # a row without any is found before the training and not after it
+            # tokenised apart, so that the answer's tokens do not depend on where the prompt ends
             start = prompt_ids(processor, prompt, template.chat)
             end = [*processor(answer, add_special_tokens=False)["input_ids"], processor.eos_token_id]
             return answer_only(start, end, limit, processor.bos_token_id)
@@ -206,6 +207,7 @@ class CausalLM(Kind):
         model.eval()
         try:
             for start in range(0, len(prompts), batch_size):
+                # padded on the left: the new tokens must follow the prompt's last one
                 batch = processor.pad(
                     {"input_ids": prompts[start : start + batch_size]}, padding_side="left", return_tensors="pt"
                 ).to(model.device)
@@ -227,6 +229,7 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
         prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt)["input_ids"]
+    # some tokenizers add an end token, after which a decoder would not go on writing
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -241,6 +244,7 @@ def answer_only(start: list[int], end: list[int], limit: int, bos: int | None) -
     end = end[:limit]
     room = limit - len(end)
     if len(start) > room:
+        # a decoder that was trained with a first token needs it, however long the prompt is
         keep_bos = room > 1 and start[0] == bos
         start = [start[0], *start[len(start) - room + 1 :]] if keep_bos else start[len(start) - room :]
     ids = start + end
