@@ -17,7 +17,6 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_determinism, set_seed
 
-from peft_lab.adapter_files import module_matching
 from peft_lab.adapter_files.names import write_json
 from peft_lab.backbones import module_roles
 from peft_lab.backbones.pypi_weights import cached_commit
@@ -28,6 +27,7 @@ from peft_lab.data.task_registry import load_task
 from peft_lab.data.task_schema import check_classes
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
 from peft_lab.hub.model_card import write_card
+from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, count_parameters, load, load_base
 from peft_lab.metrics import METRICS
 from peft_lab.metrics.predictions import Items, write_items
@@ -397,7 +397,7 @@ class _Run:
         origin = self.task.origin
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
-        module_matching.write_record(self.model, self.folder)
+        write_record(self.model, self.folder)
         self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
         if self.items is not None and "test" in self.metrics["metrics"]:
             write_items(self.folder, self.items)

@@ -16,17 +16,18 @@ import pytest
 import torch
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.backbones import TINY, tiny
+from support.backbones import TINY
 from support.properties import EVERY, EVERY_OWN, ON_BLOCKS, config, equal_weights, move
 from torch import nn
 
-from peft_lab.adapter_files.module_matching import write_record
-from peft_lab.adapter_files.safe_files import check_regex
-from peft_lab.backbones.module_roles import target_regex
+from peft_lab.adapter_files.name_patterns import check_key_pattern
 from peft_lab.data.task_registry import data_files
 from peft_lab.errors import PeftLabError
-from peft_lab.loading.load_run import base_of, load_adapter, trained_task
+from peft_lab.loading.adapter_folder import AdapterFolder
+from peft_lab.loading.foreign_adapters import write_record
+from peft_lab.loading.load_adapter import load_adapter
 from peft_lab.runs.run_folder import is_download, read_labels
+from peft_lab.runs.trained_task import trained_task
 
 
 def _model(method: str = "") -> nn.Module:
@@ -100,7 +101,6 @@ def test_untouched_folder_loads(folder):
         {"trust_remote_code": True},
         {"modules_to_svae": ["x"]},
         {"target_modules": 7},
-        {"target_modules": "("},
         {"target_modules": [1, 2]},
         {"exclude_modules": {"a": 1}},
         {"layers_to_transform": "all"},
@@ -234,36 +234,42 @@ def test_links_of_the_cache_of_the_hub_are_followed(any_folder):
     assert load_adapter(_model(_METHOD_OF[any_folder]), snapshot).training is False
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        *(
-            "(a+)+$",
-            "(a|a)*$",
-            "(.*)*x",
-            "(?:a?){30}a{30}",
-            "a?" * 30 + "a" * 30,
-            ".*" * 9 + "x",
-            r"(\w+\s?)*",
-            r"(a)\1",
-        ),
-        *("(?<=a)b", "(" * 3000 + ")" * 3000, "(a{1,60000}){2}", "(x+x+)+y", "(?P<n>a)(?(n)b|c)", "("),
-    ],
+HOSTILE_PATTERNS = (
+    *("(a+)+$", "(a|a)*$", "(.*)*x", "(?:a?){30}a{30}", "a?" * 30 + "a" * 30, ".*" * 9 + "x", r"(\w+\s?)*", r"(a)\1"),
+    *("(?<=a)b", "(" * 3000 + ")" * 3000, "(a{1,60000}){2}", "(x+x+)+y", "(?P<n>a)(?(n)b|c)", "("),
 )
+
+
+@pytest.mark.parametrize("pattern", HOSTILE_PATTERNS)
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
-def test_slow_regex_is_refused_at_once(any_folder, pattern, field):
+def test_regex_of_a_file_is_not_run(any_folder, pattern, field):
+    """The modules are those of the weights, so the adapter loads as it was."""
+    expected = load_adapter(_model(_METHOD_OF[any_folder]), any_folder)
     _edit_config(any_folder, **{field: pattern})
     started = time.perf_counter()
-    assert_refused(any_folder, "regular expression|may take for ever")
+    model = load_adapter(_model(_METHOD_OF[any_folder]), any_folder)
+    assert time.perf_counter() - started < 5
+    assert pattern not in (model.peft_config["default"].target_modules, model.peft_config["default"].exclude_modules)
+    assert equal_weights(model, expected)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", ".*" * 9 + "x", "(x+x+)+y", r"(a)\1", "("])
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_slow_regex_for_ranks_is_refused_at_once(tmp_path, pattern, field):
+    _adapted("lora").save_pretrained(tmp_path)
+    _METHOD_OF[tmp_path] = "lora"
+    _edit_config(tmp_path, **{field: {pattern: 4}})
+    started = time.perf_counter()
+    assert_refused(tmp_path, "regular expression|may take for ever")
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "swin", "t5", "clip", "resnet", "gpt2", "modernbert", "efficientnet"])
-def test_our_own_regexes_pass(name):
-    for role in ("linear", "norm", "attn.q", "op"):
-        check_regex("target_modules", target_regex(tiny(name), [role]))
-    for pattern in (r".*\.layers\.\d+\..*\.(q|v)_proj", r"^.*(?:query|value)$", r"(?:.*\.)?layer\.[0-3]\.\w+"):
-        check_regex("target_modules", pattern)
+@pytest.mark.parametrize(
+    "pattern",
+    [r".*\.layers\.\d+\..*\.(q|v)_proj", r"^.*(?:query|value)$", r"layer\.[0-3]\.\w+", "model.layers.0.q_proj"],
+)
+def test_usual_patterns_for_ranks_pass(pattern):
+    check_key_pattern("rank_pattern", pattern)
 
 
 @pytest.mark.parametrize("size", [10**6, 10**9, 2**62])
@@ -367,16 +373,17 @@ def test_download_names_no_base_of_this_machine(snapshot, name):
     (snapshot / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
     assert is_download(snapshot)
     with pytest.raises(PeftLabError, match="model_name_or_path"):
-        base_of(snapshot, {}, download=True)
+        AdapterFolder(snapshot, is_download=True).base_name()
 
 
 def test_download_names_a_base_on_the_hub(snapshot, monkeypatch, tmp_path):
     for name in ("google/vit-base-patch16-224", "gpt2"):
-        assert base_of(snapshot, {"model_name_or_path": name}, download=True) == name
+        (snapshot / "metrics.json").write_text(json.dumps({"run": {"model_name_or_path": name}}))
+        assert AdapterFolder(snapshot, is_download=True).base_name() == name
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()  # a name on the Hub must not turn into a folder that lies here
     with pytest.raises(PeftLabError, match="model_name_or_path"):
-        base_of(snapshot, {"model_name_or_path": "gpt2"}, download=True)
+        AdapterFolder(snapshot, is_download=True).base_name()
 
 
 TASK = """
