@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,4 +68,4 @@ def _confined(task: Task) -> Task:
                 f'The task file beside the adapter names a metric to run, "{metric}"; name a task with --task.'
             )
     files = task.data.files if inside else {split: (f"{split} data of {task.name}",) for split in task.data.files}
-    return replace(task, data=replace(task.data, files=files))
+    return task.model_copy(update={"data": task.data.model_copy(update={"files": files})})

@@ -20,8 +20,9 @@ from peft_lab.backbones.heads import PEFT_HEADS
 from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
+from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_forward
 from peft_lab.tuners.layer import AdapterLayer, no_merge
-from peft_lab.tuners.mixed_batch import BASE
+from peft_lab.tuners.mixed_batch import BASE, mixed_batch
 
 _LOG = logging.getLogger("peft_lab")
 #: What peft puts into `modules_to_save` for text classification, whatever the model's head is called.
@@ -45,6 +46,8 @@ class AdapterTuner(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         keep_statistics(model)
+        if config.row_inputs():
+            wrap_forward(model, opens=True).declared[adapter_name] = config.row_inputs()
         layers = {k: m for k, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.configs}
         if config.fingerprints:
             config.recorded_fingerprints = config.fingerprints
@@ -127,7 +130,18 @@ class AdapterTuner(BaseTuner):
 
     def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
         """The layer that takes the place of a base module."""
-        return self.tuner_layer_cls(target, path)
+        layer = self.tuner_layer_cls(target, path)
+        layer.owners = self._owners()
+        return layer
+
+    def _owners(self) -> dict[Any, AdapterLayer]:
+        """The mapping of shared parameters that all layers of this method on the model have in common."""
+        if "shared_owners" not in self.__dict__:
+            layers = (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
+            first = next(layers, None)
+            self.__dict__["shared_owners"] = {} if first is None else first.owners
+        found: dict[Any, AdapterLayer] = self.__dict__["shared_owners"]
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -155,19 +169,17 @@ class AdapterTuner(BaseTuner):
         if self.training:
             raise ValueError("adapter_names is for inference; call model.eval() first.")
         self._check_row_names(names)
+        # Beam search repeats the rows of a head that peft keeps a copy of, for which peft wants every name.
         beams = kwargs.get("num_beams") or 1
-        settings = getattr(self.model, "config", None)
-        encoder = self.model.get_encoder() if getattr(settings, "is_encoder_decoder", False) else None
-        inside = set(encoder.modules()) if encoder is not None else set()
+        per_row = [name for name in names for _ in range(beams)]
         handles = []
         for module in self.modules():
-            if isinstance(module, AdapterLayer | AuxiliaryTrainingWrapper):
-                # Beam search repeats the rows of the decoder, not those of an encoder.
-                per_row = list(names) if module in inside else [name for name in names for _ in range(beams)]
+            if isinstance(module, AuxiliaryTrainingWrapper):
                 hook = partial(_pass_names, adapter_names=per_row)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
-            yield
+            with mixed_batch(names):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -175,6 +187,7 @@ class AdapterTuner(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         release_statistics(self.model)
+        unwrap_forwards(self.model)
         return model
 
     def _check_row_names(self, names: Any) -> None:
@@ -182,10 +195,26 @@ class AdapterTuner(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and the row inputs that it declares."""
+        super().delete_adapter(adapter_name)
+        for module in self.model.modules():
+            wrapper = module.__dict__.get("forward")
+            if isinstance(wrapper, WrappedForward):
+                wrapper.declared.pop(adapter_name, None)
+
     def _check_merge_allowed(self) -> None:
         if not self.info.can("merge"):
             raise NotImplementedError(no_merge(self.info))
         super()._check_merge_allowed()
+
+
+class BlockTuner(AdapterTuner):
+    """A tuner whose layers wrap whole blocks instead of single operations."""
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # peft's own looks for the weight of the module; the layer has already put its parameters on the right device
+        setattr(parent, child_name, new_module)
 
 
 def _heads(model: nn.Module, task_type: str | None) -> list[str]:

@@ -15,8 +15,6 @@ from support.properties import adapt, move, output
 from torch import nn
 
 from peft_lab.adapter_files import safe_files
-from peft_lab.adapter_files.name_patterns import without_patterns
-from peft_lab.errors import ConfigError
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_adapter import load_adapter
@@ -90,13 +88,6 @@ def test_ranks_by_pattern_are_kept(tmp_path: Path) -> None:
     again = load_adapter(TINY["bert"](), tmp_path)
     inputs = tiny_inputs(tiny("bert"))
     assert torch.equal(output(again, inputs), output(model, inputs))
-
-
-def test_a_regex_without_modules_in_the_weights_is_refused() -> None:
-    with pytest.raises(ConfigError, match="name none; write module names"):
-        without_patterns({"target_modules": ".*"}, {}, "lora_", '"x"')
-    with pytest.raises(ConfigError, match="sets other_modules to a regular expression"):
-        without_patterns({"other_modules": ".*"}, {"base_model.model.a.lora_A": ("F32", [1])}, "lora_", '"x"')
 
 
 def test_a_base_without_transformers(tmp_path: Path) -> None:

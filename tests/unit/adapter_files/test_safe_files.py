@@ -1,62 +1,78 @@
-"""Headers of safetensors files that describe something else than the file."""
+"""Checks on the files of a folder from anywhere: links, pipes, code and JSON."""
 
 from __future__ import annotations
 
 import json
-import struct
+import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from peft_lab.adapter_files.safe_files import read_header
-from peft_lab.errors import ConfigError
-
-ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+from peft_lab.adapter_files.safe_files import check_folder, parse_json
+from peft_lab.errors import PeftLabError
 
 
-def _write(folder: Path, header: Any, data: bytes = bytes(8), length: int | None = None) -> Path:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
-    return path
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the names of an adapter's files."""
+    home = tmp_path / "adapter"
+    home.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "labels.json"):
+        (home / name).write_text("{}")
+    check_folder(home)
+    return home
 
 
-def test_dtype_and_shape_by_name(tmp_path: Path) -> None:
-    assert read_header(_write(tmp_path, {"a": ENTRY, "__metadata__": {"format": "pt"}})) == {"a": ("F32", [2])}
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "labels.json", "other"])
+def test_link_out_of_the_folder_is_refused(folder: Path, name: str) -> None:
+    outside = folder.parent / "outside"
+    outside.write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(PeftLabError, match="link that leads out"):
+        check_folder(folder)
+
+
+def test_pipe_is_refused(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(PeftLabError, match="not a plain file"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+def test_weights_that_are_pickled_alone_are_refused(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"")
+    check_folder(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(PeftLabError, match=f"only in {name}.*safetensors"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_remote_code_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_text('{"auto_map": {"AutoModel": "x.Y"}}')
+    with pytest.raises(PeftLabError, match="auto_map"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("part", ["../../x.safetensors", "/x.safetensors", "x.bin", 7, "a/b.safetensors"])
+def test_index_names_only_files_beside_it(folder: Path, part: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": part}}))
+    with pytest.raises(PeftLabError, match="no safetensors file beside it"):
+        check_folder(folder)
 
 
 @pytest.mark.parametrize(
-    ("header", "data", "length"),
+    ("text", "match"),
     [
-        ({"a": ENTRY}, bytes(4), None),
-        ({"a": ENTRY}, bytes(16), None),
-        ({"a": {**ENTRY, "shape": [3]}}, bytes(8), None),
-        ({"a": {**ENTRY, "shape": [-2]}}, bytes(8), None),
-        ({"a": {**ENTRY, "shape": [2**63, 2**63]}}, bytes(8), None),
-        ({"a": {**ENTRY, "dtype": "X"}}, bytes(8), None),
-        ({"a": ENTRY, "b": ENTRY}, bytes(8), None),
-        ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [12, 20]}}, bytes(24), None),
-        ({"a": ENTRY}, bytes(8), 2**40),
-        ({"a": ENTRY}, bytes(8), 2**64 - 1),
-        (b'{"a": NaN}', b"", None),
-        (b"[" * 100_000, b"", None),
-        (b"", b"", None),
+        ('{"peft_type": "X", "peft_type": "LORA"}', "given twice"),
+        ("[" * 200_000, "not readable JSON"),
+        ('{"a": ' * 50 + "1" + "}" * 50, "nested more than"),
+        ('{"peft_type": NaN}', "not a number of JSON"),
+        ("[]", "must hold a JSON mapping"),
+        ("\xff", "not readable JSON"),
     ],
 )
-def test_damaged_files_are_refused(tmp_path: Path, header: Any, data: bytes, length: int | None) -> None:
-    with pytest.raises(ConfigError, match="no safetensors file that can be read"):
-        read_header(_write(tmp_path, header, data, length))
-
-
-@pytest.mark.parametrize("header", [{"a" * 5000: ENTRY}, {"a": {**ENTRY, "shape": [1] * 50 + [2]}}])
-def test_names_and_shapes_that_no_adapter_has(tmp_path: Path, header: Any) -> None:
-    with pytest.raises(ConfigError, match="of a name or shape that no adapter has"):
-        read_header(_write(tmp_path, header))
-
-
-def test_too_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_lab.adapter_files.safe_files._MAX_TENSORS", 1)
-    other = {**ENTRY, "data_offsets": [8, 16]}
-    with pytest.raises(ConfigError, match="declares 2 tensors; at most 1 are read"):
-        read_header(_write(tmp_path, {"a": ENTRY, "b": other}, bytes(16)))
+def test_bad_json_is_refused(text: str, match: str) -> None:
+    with pytest.raises(PeftLabError, match=match):
+        parse_json(text.encode("latin-1"), "The file")

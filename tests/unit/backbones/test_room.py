@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 import transformers as hf
 from support.backbones import _GROUPED, _SEQ2SEQ, _SPECIAL, _T5, _TEXT, TINY, _build
+from support.cover import cover
 from support.properties import adapt, move
 from torch import Tensor, nn
 
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.prompt_support import PROMPT_SUPPORT
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.sequence.layer import SequenceLayer
-from peft_lab.tuners.sequence.supported_models import ALSO_TRIED, NO_ROOM
 
 _GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _HEADS = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
@@ -67,8 +69,7 @@ GENERATE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_tok
 METHODS = ("soft_prompt", "iapt")
 VISION = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit", "siglip", "ijepa")
 
-others = pytest.mark.parametrize("family", OTHERS)
-both = pytest.mark.parametrize("method", METHODS)
+others = pytest.mark.parametrize(("method", "family"), cover(itertools.product(METHODS, OTHERS)))
 
 
 def _base(table: dict[str, tuple[str, dict[str, Any]]], family: str) -> Any:
@@ -89,12 +90,13 @@ def _labels(ids: Tensor, instruction: int) -> Tensor:
 
 
 def test_every_family_is_named_once():
-    assert set(ALSO_TRIED) == set(OTHERS)
+    tested = {name for name, support in PROMPT_SUPPORT.items() if support.tested and not support.obstacle}
+    assert tested == set(OTHERS)
     assert not any(map(module_roles.family, OTHERS))
-    assert {*NO_ROOM, "falcon"} == {*REFUSED, "falcon_h1"}, "one with a recurrence beside attention is refused unseen"
+    refused = {name for name, support in PROMPT_SUPPORT.items() if support.obstacle}
+    assert {*refused, "falcon"} == {*REFUSED, "falcon_h1"}, "one with a recurrence beside attention is refused unseen"
 
 
-@both
 @others
 @torch.no_grad()
 def test_prompts_change_what_is_said_and_see_no_answer(method, family):
@@ -108,7 +110,6 @@ def test_prompts_change_what_is_said_and_see_no_answer(method, family):
     assert (later - out)[:, :-1].abs().max() < 1e-6
 
 
-@both
 @others
 @torch.no_grad()
 def test_written_as_taught(method, family):
@@ -129,7 +130,6 @@ def test_written_as_taught(method, family):
     assert (torch.stack(out.logits, 1) - taught[:, ids.shape[1] - 1 : -1]).abs().max() < 1e-5
 
 
-@both
 @others
 @torch.no_grad()
 def test_padding_at_the_left(method, family):
@@ -227,4 +227,4 @@ def test_tokens_before_the_patches(name):
     inputs = {"pixel_values": torch.randn(1, 3, 16, 16)}
     with model.disable_adapter():
         model(**inputs)
-    assert seen == [4 + layer.prefix_tokens]
+    assert seen == [4 + layer.stack.prefix_tokens]
