@@ -71,7 +71,7 @@ class Tenants:
                     "adapters, or add to the tenants that it has."
                 )
         self.model = model
-        self._find_module = module_matching.finder(model)
+        self._find_module = module_matching.module_finder(model)
         self._lock = threading.Lock()
         self._snapshot = Snapshot()
         self._request: ContextVar[Request | None] = ContextVar("peft_lab_request", default=None)

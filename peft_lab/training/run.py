@@ -19,7 +19,6 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_determinism, set_seed
 
-from peft_lab.adapter_files import module_matching
 from peft_lab.adapter_files.names import write_json
 from peft_lab.backbones import module_roles
 from peft_lab.backbones.pypi_weights import cached_commit
@@ -29,6 +28,7 @@ from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
 from peft_lab.errors import ConfigError
 from peft_lab.hub.model_card import write_card
+from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, count_parameters, load, load_base
 from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
@@ -352,7 +352,7 @@ class _Run:
         origin = self.task.origin
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
-        module_matching.write_record(self.model, self.folder)
+        write_record(self.model, self.folder)
         self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
         if self.items is not None and "test" in self.metrics["metrics"]:
             write_predictions(self.folder, self.items)
