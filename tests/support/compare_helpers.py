@@ -9,8 +9,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from peft_lab.comparison.records.results import Record, append_record
-from peft_lab.comparison.records.run import Run
+from peft_lab.comparison.records.results import append_record
+from peft_lab.comparison.records.run import Record, Run
 from peft_lab.comparison.run.worker import Job, record_of
 from support import tiny_runs
 
@@ -70,12 +70,12 @@ class PretendBackend:
     def submit(self, job: Job) -> Future[None]:
         """Record the result of a job."""
         future: Future[None] = Future()
-        run = Run(**job["run"])
+        run = job.run
         self.runs.append(run)
         try:
             values = {"status": "ok", "metrics": metrics_of(run, self.score(run)), "measures": self.measures(run)}
             started = datetime.now(timezone.utc) - timedelta(seconds=OVERHEAD + values["measures"]["train_seconds"])
-            append_record(job["folder"], record_of(run, started.isoformat(), **values))
+            append_record(job.folder, record_of(run, started.isoformat(), **values))
             future.set_result(None)
         except RuntimeError as error:
             future.set_exception(error)

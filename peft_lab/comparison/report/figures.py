@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peft_lab.comparison.records.measured import measure_head, measured, scaled
-from peft_lab.comparison.records.results import Record
+from peft_lab.comparison.records.measure_table import MEASURES, mean_measure
+from peft_lab.comparison.records.run import Record
 from peft_lab.comparison.report import plots
 from peft_lab.comparison.report.sentences import join, metric_title
 from peft_lab.comparison.stats.over_tasks import arm_labels
@@ -72,11 +72,11 @@ INTERVALS = "Means with 95 % intervals; an arm in grey is separated from the bes
 
 def _pareto(cell: Cell, costs: Sequence[str]) -> Iterator[Plan]:
     for name in costs:
-        found = {arm.label: measured(arm.records, name) for arm in cell.arms}
-        cost = {label: scaled(name, value) for label, value in found.items() if value is not None}
+        found = {arm.label: mean_measure(arm.records, name) for arm in cell.arms}
+        cost = {label: MEASURES[name].scaled(value) for label, value in found.items() if value is not None}
         if len(cost) < 2:
             continue
-        head = measure_head(name)
+        head = MEASURES[name].head
         arms = [arm for arm in cell.arms if arm.label in cost]
         on = pareto_front([(cost[arm.label], arm.score.value) for arm in arms], (False, cell.higher_is_better))
         front = join([arm.label for arm, there in zip(arms, on, strict=True) if there])

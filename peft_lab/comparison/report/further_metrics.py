@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peft_lab.comparison.records.results import Record
+from peft_lab.comparison.records.run import Record
 from peft_lab.comparison.report.sentences import interval_text, join, metric_title
 from peft_lab.comparison.report.tables import MISSING, Column, Entry, Table, further_names
 from peft_lab.comparison.stats.statistics import Arm, Cell, Estimate, score_of

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft_lab.backbones.pypi_weights import is_local
-from peft_lab.comparison.records.results import RESULTS, RUNS, STUDY, Record
+from peft_lab.comparison.records.results import RESULTS, RUNS, STUDY
+from peft_lab.comparison.records.run import Record
 from peft_lab.errors import ConfigError
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import dump_yaml, read_run_file

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from peft_lab.comparison.records.results import Record, overlapping, read_items, read_results, search_budgets
+from peft_lab.comparison.records.results import read_items, read_results
+from peft_lab.comparison.records.run import Record
+from peft_lab.comparison.records.search_budget import overlapping, search_budgets
 from peft_lab.comparison.report import figures, tables
 from peft_lab.comparison.report.further_metrics import Further, further
 from peft_lab.comparison.report.public_copy import copy_records, without_paths

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_lab.comparison.records.results import Record, read_items, read_results
+from peft_lab.comparison.records.results import read_items, read_results
+from peft_lab.comparison.records.run import Record
 from peft_lab.comparison.report.public_copy import without_paths
 from peft_lab.comparison.report.sentences import words
 from peft_lab.comparison.stats.statistics import rank_arms

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from peft_lab.comparison.records.measured import SHOWN, measured
-from peft_lab.comparison.records.results import MEASURES, Record, overlapping, search_budgets
+from peft_lab.comparison.records.measure_table import MEASURES, mean_measure
+from peft_lab.comparison.records.run import Record
+from peft_lab.comparison.records.search_budget import overlapping, search_budgets
 from peft_lab.comparison.report.sentences import interval_text, metric_title, number
 from peft_lab.comparison.stats.bootstrap import bootstrap_interval
 from peft_lab.comparison.stats.over_tasks import average_ranks
@@ -67,8 +68,7 @@ def headline(cell: Cell) -> Table:
     """The arms of a cell: score with interval, distance to the best, costs, and what else was measured."""
     # a measure that the task has as a metric too stands among those, with its interval
     metrics = {cell.metric, *further_names(cell)}
-    shown = [name for name in SHOWN if any(measured(arm.records, name) is not None for arm in cell.arms)]
-    shown = [name for name in shown if name not in metrics]
+    shown = [name for name in MEASURES if name not in metrics and _is_shown(name, cell)]
     columns = [
         Column("arm", numeric=False),
         Column(metric_title(cell.metric), help="mean over seeds on the test rows, with the 95 % interval"),
@@ -79,7 +79,7 @@ def headline(cell: Cell) -> Table:
         ),
         Column("p (Holm)", help="probability of such a difference between equal arms, adjusted for all pairs"),
         Column("seeds"),
-        *(Column(SHOWN[name][0], help=MEASURES[name].title) for name in shown),
+        *(Column(MEASURES[name].head, help=MEASURES[name].title) for name in shown),
         Column("learning rate", help="chosen on the validation rows"),
     ]
     rows = []
@@ -121,12 +121,13 @@ def _score_entries(cell: Cell, arm: Arm, group: tuple[str, str, str]) -> tuple[E
 
 
 def _measure(arm: Arm, name: str, group: tuple[str, str, str]) -> Entry:
-    value = measured(arm.records, name)
-    if value is None:
-        return MISSING
-    _, unit, decimals = SHOWN[name]
-    small = 0 < abs(value / unit) < 0.5 / 10**decimals
-    return Entry(f"{value / unit:.2g}" if small else f"{value / unit:,.{decimals}f}", value, group)
+    value = mean_measure(arm.records, name)
+    return MISSING if value is None else Entry(MEASURES[name].text(value), value, group)
+
+
+def _is_shown(name: str, cell: Cell) -> bool:
+    """Test whether a measure belongs in a cell's table: it has a head, and a run that was measured."""
+    return bool(MEASURES[name].head) and any(mean_measure(arm.records, name) is not None for arm in cell.arms)
 
 
 def overall(mean: Cell, cells: Sequence[Cell]) -> Table:

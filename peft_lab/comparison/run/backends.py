@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 from peft_lab.comparison.run.worker import Job, execute
@@ -89,7 +90,8 @@ class LocalBackend:
         if self._closed:
             raise RunEndedError("The comparison was ended.")
         device = self._slots.get()
-        process = self._context.Process(target=execute, args=({**job, "threads": self._threads, "device": device},))
+        job = replace(job, threads=self._threads, device=device)
+        process = self._context.Process(target=execute, args=(job,))
         try:
             process.start()
             self._processes.add(process)

@@ -13,8 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from peft_lab import registry
-from peft_lab.comparison.records.results import Record
-from peft_lab.comparison.records.run import Run
+from peft_lab.comparison.records.run import Record, Run
 from peft_lab.comparison.study.study import Arm, Cell, Search, Study
 from peft_lab.data.task_registry import load_task
 from peft_lab.errors import ConfigError
@@ -221,6 +220,7 @@ def _run(
         backbone=cell.backbone,
         seed=seed,
         learning_rate=trial.learning_rate,
+        status="planned",
         method_args=args,
         tuned=dict(trial.tuned),
         round=number,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-from peft_lab.comparison.records.results import Record
+from peft_lab.comparison.records.run import Record
 
 
 class Progress:

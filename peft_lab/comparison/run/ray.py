@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from peft_lab.comparison.run.worker import Job, execute
@@ -65,7 +66,7 @@ class RayBackend:
     def submit(self, job: Job) -> Future[None]:
         """Carry out a job somewhere in the cluster."""
         threads = int(os.environ.get("OMP_NUM_THREADS") or self._threads)
-        reference = self._execute.remote({**job, "threads": threads})
+        reference = self._execute.remote(replace(job, threads=threads))
         future: Future[None] = reference.future()
         self._references[future] = reference
         future.add_done_callback(lambda done: self._references.pop(done, None))

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft_lab.comparison.records.results import Record, read_items
-from peft_lab.comparison.records.run import Run
+from peft_lab.comparison.records.results import read_items
+from peft_lab.comparison.records.run import Record, Run
 from peft_lab.comparison.report.sentences import words
 from peft_lab.comparison.run import plan
 from peft_lab.comparison.run.backends import Backend, make_backend

@@ -17,17 +17,16 @@ from peft_lab.comparison.records.results import (
     RUNS,
     STUDY,
     Journal,
-    Record,
     append_record,
     repair,
-    search_budgets,
 )
-from peft_lab.comparison.records.run import Run
+from peft_lab.comparison.records.run import Record, Run
+from peft_lab.comparison.records.search_budget import search_budgets
 from peft_lab.comparison.run import plan
 from peft_lab.comparison.run.backends import Backend, is_import_of_main, make_backend
 from peft_lab.comparison.run.plan import Choice
 from peft_lab.comparison.run.progress import Progress
-from peft_lab.comparison.run.worker import Job, lock_file, now, one_line, record_of
+from peft_lab.comparison.run.worker import Job, counts, lock_file, now, one_line, record_of
 from peft_lab.comparison.study import parameter_budget
 from peft_lab.comparison.study.schema import load_study
 from peft_lab.comparison.study.study import Arm, Cell, Study
@@ -223,7 +222,7 @@ class _Runner:
     def _record(self, run: Run) -> Record | None:
         """The run's record, unless it is of a failure that is to be tried again."""
         found = self.journal.records.get(run.id)
-        return found if found is not None and (found.ok or not self.since or found.finished >= self.since) else None
+        return found if counts(found, self.since) else None
 
     def _advance(self, groups: Sequence[_Group]) -> list[Run]:
         """Take in new records; returns the runs that have none."""
@@ -266,7 +265,7 @@ class _Runner:
                 break
             if run.id in under_way or not _is_free(lock_file(self.folder, run.id)):
                 continue
-            job: Job = {"do": "run", "folder": str(self.folder), "run": asdict(run), "since": self.since}
+            job = Job("run", str(self.folder), run, self.since)
             self.started[run.id] = now()
             self.running[self.backend.submit(job)] = run
         self.progress.running(len(self.running))
@@ -301,7 +300,7 @@ class _Runner:
             run = plan.size_run(self.study, cell, arm, name, limit)
             file = parameter_budget.size_file(self.folder, run.id)
             if not file.is_file():
-                job: Job = {"do": "size", "folder": str(self.folder), "run": asdict(run), "field": name, "limit": limit}
+                job = Job("size", str(self.folder), run, size_argument=name, limit=limit)
                 self.backend.submit(job).result()
             found[cell.task, cell.backbone, arm.label] = parameter_budget.read_size(file)
         return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peft_lab.comparison.records.measured import measure_head, measured
+from peft_lab.comparison.records.measure_table import MEASURES, mean_measure
 from peft_lab.comparison.stats.statistics import Cell
 
 
@@ -25,10 +25,10 @@ def pareto_front(points: Sequence[Sequence[float]], higher_is_better: Sequence[b
 
 def front_of_all(cell: Cell, costs: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arms that no other beats in score and all costs at once, and the heads of the costs that were measured."""
-    names = [name for name in costs if all(measured(arm.records, name) is not None for arm in cell.arms)]
+    names = [name for name in costs if all(mean_measure(arm.records, name) is not None for arm in cell.arms)]
     if not cell.arms or not names:
         return [], []
-    points = [(arm.score.value, *(measured(arm.records, name) or 0.0 for name in names)) for arm in cell.arms]
+    points = [(arm.score.value, *(mean_measure(arm.records, name) or 0.0 for name in names)) for arm in cell.arms]
     on = pareto_front(points, (cell.higher_is_better, *[False] * len(names)))
     labels = [arm.label for arm, there in zip(cell.arms, on, strict=True) if there]
-    return labels, [measure_head(name) for name in names]
+    return labels, [MEASURES[name].head for name in names]

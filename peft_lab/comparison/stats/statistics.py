@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, special
 
-from peft_lab.comparison.records.results import Record
+from peft_lab.comparison.records.run import Record
 from peft_lab.errors import ConfigError
 from peft_lab.metrics import greater_is_better
 from peft_lab.metrics.per_row import BOUNDS, SHARES, item_values

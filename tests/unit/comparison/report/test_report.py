@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from support.compare_helpers import record
 
-from peft_lab.comparison.records.results import RESULTS, Record, overlapping, read_results
+from peft_lab.comparison.records.results import RESULTS, read_results
+from peft_lab.comparison.records.run import Record
+from peft_lab.comparison.records.search_budget import overlapping
 from peft_lab.comparison.report import plots, tables
 from peft_lab.comparison.report.further_metrics import further
 from peft_lab.comparison.report.public_copy import without_paths

@@ -13,7 +13,7 @@ import yaml
 from support import tiny_runs
 from support.compare_helpers import tiny_study
 
-from peft_lab.comparison.records.results import MEASURES
+from peft_lab.comparison.records.measure_table import MEASURES
 from peft_lab.comparison.records.run import Run
 from peft_lab.comparison.run.measures import calibration_error, curves, measure
 from peft_lab.comparison.run.plan import arm_runs

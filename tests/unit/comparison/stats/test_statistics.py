@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from peft_lab.comparison.records.results import Record
+from peft_lab.comparison.records.run import Record
 from peft_lab.comparison.report.sentences import metric_title, words
 from peft_lab.comparison.stats import bootstrap
 from peft_lab.comparison.stats.over_tasks import average_ranks, has_scale, mean_of, over_tasks
