@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_lab.comparison.records.results import read_items, read_results
+    from peft_lab.comparison.records.results import read_predictions, read_results
     from peft_lab.comparison.records.run import Record
     from peft_lab.comparison.run.recommend import Recommendation, recommend
     from peft_lab.comparison.run.runner import Comparison, compare
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 #: Public names, resolved on first use: checking a study file needs few of them.
 _LAZY = {
     **dict.fromkeys(("Recommendation", "recommend"), "run.recommend"),
-    **dict.fromkeys(("read_items", "read_results"), "records.results"),
+    **dict.fromkeys(("read_predictions", "read_results"), "records.results"),
     "Record": "records.run",
     **dict.fromkeys(("Comparison", "compare"), "run.runner"),
     "Study": "study.study",
@@ -31,7 +31,7 @@ __all__ = [
     "compare",
     "default_study",
     "load_study",
-    "read_items",
+    "read_predictions",
     "read_results",
     "recommend",
 ]

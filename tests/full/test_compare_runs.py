@@ -17,7 +17,7 @@ import yaml
 from support import tiny_runs
 from support.compare_helpers import tiny_study
 
-from peft_lab.comparison import compare, read_items, read_results
+from peft_lab.comparison import compare, read_predictions, read_results
 from peft_lab.comparison.records.results import RESULTS, Journal
 
 SCRIPT = """
@@ -100,7 +100,7 @@ def test_a_killed_comparison_goes_on_where_it_was(place: Path) -> None:
     assert all(record.ok for record in records)
     for record in before.records.values():  # not repeated
         assert next(r for r in records if r.id == record.id) == record
-    assert all(len(read_items(out, record)) == 24 for record in records)
+    assert all(len(read_predictions(out, record)) == 24 for record in records)
 
 
 def test_workers_end_with_a_killed_driver_and_their_run_is_continued(place: Path) -> None:

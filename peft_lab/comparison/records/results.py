@@ -124,7 +124,7 @@ def _cut_incomplete_line(path: Path) -> bool:
         return position < end
 
 
-def read_items(folder: str | Path, record: Record) -> Items:
+def read_predictions(folder: str | Path, record: Record) -> Items:
     """Read the predictions of a record's test rows.
 
     Raises:

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft_lab.comparison.records.results import read_items
+from peft_lab.comparison.records.results import read_predictions
 from peft_lab.comparison.records.run import Record, Run
-from peft_lab.comparison.report.sentences import words
+from peft_lab.comparison.report.sentences import describe
 from peft_lab.comparison.run import plan
 from peft_lab.comparison.run.backends import Backend, make_backend
 from peft_lab.comparison.run.plan import Choice
 from peft_lab.comparison.run.progress import seconds
 from peft_lab.comparison.run.runner import Comparison, carry_out, compare
-from peft_lab.comparison.stats.statistics import Cell, rank_arms
+from peft_lab.comparison.stats.statistics import CellResult, rank_arms
 from peft_lab.comparison.study.schema import default_study
 from peft_lab.comparison.study.study import Arm, Limits, Search, Study
 from peft_lab.errors import ConfigError
@@ -118,7 +118,7 @@ def recommend(
             carrier.close()
     if done.unfinished:
         dropped = (*dropped, f"{done.unfinished} runs were not made or not ended when the time was over.")
-    arm, reasons = choose(rank_arms(done.records, lambda record: read_items(folder, record)))
+    arm, reasons = choose(rank_arms(done.records, lambda record: read_predictions(folder, record)))
     chosen = next(r for r in done.records if r.stage == "final" and r.ok and r.arm == arm)
     if edge := next((choice.edge for choice in done.choices if choice.arm == arm), ""):
         reasons = (*reasons, f"Its learning rate is the {edge} that was tried; a better one may lie beyond.")
@@ -194,7 +194,7 @@ def _times(pilot: Record, steps: int) -> tuple[float, float]:
     return max(0.0, seconds(pilot) - training) + first, steps * pilot.measures["step_seconds"]
 
 
-def choose(cells: Sequence[Cell]) -> tuple[str, tuple[str, ...]]:
+def choose(cells: Sequence[CellResult]) -> tuple[str, tuple[str, ...]]:
     """The arm to take, and why.
 
     Raises:
@@ -207,7 +207,7 @@ def choose(cells: Sequence[Cell]) -> tuple[str, tuple[str, ...]]:
     alike = [best, *(arm for arm in cell.arms if arm.label in cell.indistinguishable)]
     sizes = {arm.label: int(arm.records[0].measures["trainable_parameters"]) for arm in alike}
     chosen = min(alike, key=lambda arm: sizes[arm.label])
-    reasons = [words(cell)]
+    reasons = [describe(cell)]
     if len(alike) == 1:
         reasons.append(f"{chosen.label} is taken, for it is the best and every other method is told apart from it.")
     else:

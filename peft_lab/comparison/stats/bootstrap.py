@@ -1,4 +1,4 @@
-"""The plain bootstrap over seeds and test rows, shown beside the intervals that the findings rest on."""
+"""Percentile bootstrap over seeds and test rows, shown beside the intervals that the tests rest on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def bootstrap_interval(values: Sequence[np.ndarray]) -> tuple[float, float] | No
     """95 % percentile interval of a score, seeds and test rows resampled apart from each other.
 
     Args:
-        values: for each seed the rows' values, arrays (rows,), as `item_values` gives them; their mean is the score.
+        values: for each seed the values per row, float arrays (rows,), whose mean is the score.
 
     Returns:
-        None with fewer than two seeds or rows. With 3 seeds the interval is too narrow (`tests/test_statistics.py`).
+        None with fewer than two seeds or rows. With 3 seeds the interval is too narrow, as tests simulate.
     """
     if len(values) < 2 or len(values[0]) < 2:
         return None
