@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import time
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from peft_lab.comparison.run.plan import arm_runs
 from peft_lab.comparison.study.schema import load_study
 from peft_lab.errors import ConfigError, TaskError
 from peft_lab.metrics.predictions import Items, read_item_file
+from peft_lab.training import step_timer
 from peft_lab.training.run import train
 
 
@@ -107,15 +109,17 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error(Items("classification", columns), bins=10) == pytest.approx((0.8 + 0.4) / 4)
 
 
-def test_training_ends_with_the_time(place: Path, tmp_path: Path) -> None:
+def test_training_ends_with_the_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which every step takes an eighth of a second, however fast the machine is."""
+    ticks = itertools.count(step=0.125)
+    monkeypatch.setattr(step_timer, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     run = final_run(place, "lora", limits={"seconds": 1.0}, training={"logging_steps": 1, "use_cpu": True})
-    start = time.monotonic()
     metrics = train({**run.options, "output_dir": str(tmp_path)}).metrics
-    assert metrics["global_step"] > 3
-    assert 0.9 < metrics["train_seconds"] < 3
-    assert time.monotonic() - start < 60
+    assert metrics["global_step"] == 8
+    assert metrics["step_seconds"] == 0.125
     rates = [rate for _, rate in curves(tmp_path)["learning_rate"]]
-    assert rates[-1] < 0.3 * max(rates)
+    # after the warm-up, a tenth of the time, the rate falls to 0 with the time that is left
+    assert rates[2:] == pytest.approx([run.learning_rate * (1 - step / 8) / 0.9 for step in range(1, 7)])
 
 
 def test_examples_of_each_class_are_drawn_by_the_seed(place: Path, tmp_path: Path) -> None:
