@@ -1,4 +1,4 @@
-"""Measures of a run besides its metrics: names, meanings, units and means over runs."""
+"""Measures of a run besides its metrics: names, meanings, units, means."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Measure:
     def text(self, value: float) -> str:
         """Value as displayed, two digits at least."""
         shown = self.scaled(value)
+        # a small number would be shown as 0
         vanishes = 0 < abs(shown) < 0.5 / 10**self.decimals
         return f"{shown:.2g}" if vanishes else f"{shown:,.{self.decimals}f}"
 
@@ -57,7 +58,10 @@ MEASURES: dict[str, Measure] = {
 
 
 def mean_measure(records: Iterable[Record], name: str) -> float | None:
-    """Mean of a measure over the runs that have it; None if there are none or one is not finite."""
+    """Mean of a measure over the runs that have it.
+
+    Returns None if no run has it, or a value is not finite.
+    """
     values = [record.measures.get(name) for record in records]
     known = [float(value) for value in values if value is not None]
     return float(np.mean(known)) if known and np.isfinite(known).all() else None

@@ -1,4 +1,4 @@
-"""Files of a comparison: results.jsonl with one line for each run, and the predictions of each final run.
+"""Files of a comparison: results.jsonl and the predictions of final runs.
 
 A folder of a comparison holds study.yaml, results.jsonl and `runs/ID`, one folder for each run: the adapter, its
 metrics.json and, if the run was scored on the test rows, items.csv. Imports nothing heavy.
@@ -25,7 +25,7 @@ _FIELDS = frozenset(each.name for each in fields(Record))
 
 
 def read_results(folder: str | Path) -> list[Record]:
-    """Read the records of a comparison, in the order of their first line.
+    """Read the records of a comparison, in their order.
 
     Of a run that was repeated, the last record counts. Runs that the study no longer has are left out if
     comparison.json says which it has. An incomplete last line, left by a killed process, is passed over.
@@ -38,6 +38,7 @@ def read_results(folder: str | Path) -> list[Record]:
         raise ConfigError(f'"{folder}" holds no {RESULTS}; name the output_dir of a comparison.')
     journal = Journal(folder)
     journal.read()
+    # a study may have shrunk, but its journal keeps every run
     included = Path(folder) / COMPARISON
     if not included.is_file():
         return list(journal.records.values())
@@ -58,12 +59,16 @@ class Journal:
         self.records: dict[str, Record] = {}
 
     def read(self) -> None:
-        """Read the lines added since the last call; an incomplete one is left for the next."""
+        """Read the lines added since the last call.
+
+        An incomplete line is left for the next call.
+        """
         if not self._path.is_file():
             return
         with self._path.open("rb") as file:
             file.seek(self._position)
             for line in file:
+                # another process may be writing this line
                 if not line.endswith(b"\n"):
                     break
                 self._position += len(line)
@@ -73,8 +78,9 @@ class Journal:
 
 
 def _parsed(line: str, where: str) -> Record:
-    """Record of a line; keys that a later version may have added are ignored."""
+    """Parse a line; keys of a later version are ignored."""
     try:
+        # a record of an earlier version lacks fields that have defaults
         values: Mapping[str, Any] = json.loads(line)
         return Record(**{name: value for name, value in values.items() if name in _FIELDS})
     except (ValueError, TypeError, AttributeError) as error:
@@ -87,6 +93,7 @@ def append_record(folder: str | Path, record: Record) -> None:
     Processes that write at the same time wait for one another.
     """
     path = Path(folder) / RESULTS
+    # one write of one line, so that a killed process leaves at most one incomplete line
     line = json.dumps(asdict(record), ensure_ascii=False, default=str) + "\n"
     with FileLock(f"{path}.lock"):
         _cut_incomplete_line(path)
@@ -97,7 +104,10 @@ def append_record(folder: str | Path, record: Record) -> None:
 
 
 def repair(folder: str | Path) -> bool:
-    """Cut off an incomplete last line, left by a killed process; returns True if there was one."""
+    """Cut off an incomplete last line, left by a killed process.
+
+    Returns True if there was one.
+    """
     path = Path(folder) / RESULTS
     with FileLock(f"{path}.lock"):
         return _cut_incomplete_line(path)

@@ -63,7 +63,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Run(RunInfo):
-    """A planned run, with all that its process has to know.
+    """Planned run, with all that its process has to know.
 
     Attributes:
         shifted: task whose test rows are scored besides, "" for none.
@@ -80,7 +80,7 @@ class Run(RunInfo):
 
 @dataclass(frozen=True)
 class Record(RunInfo):
-    """A run that has ended, as one line of results.jsonl.
+    """Ended run, one line of results.jsonl.
 
     Attributes:
         metrics: the content of metrics.json; empty if the run failed.
@@ -122,13 +122,16 @@ class Record(RunInfo):
         return found
 
     def score(self, split: str = "test", metric: str = "") -> float | None:
-        """Main metric, or the named one, on a split; None if it was not computed there."""
+        """Main metric, or the named one, on a split.
+
+        Returns None if it was not computed there.
+        """
         value = self.scores.get(split, {}).get(metric or self.main_metric)
         return None if value is None else float(value)
 
     @property
     def further_metrics(self) -> list[str]:
-        """Names of the task's metrics on the test rows besides the main one, without the loss."""
+        """Names of the test metrics besides the main one and the loss."""
         main_or_loss = (self.main_metric, "loss")
         return [name for name in self.scores.get("test", {}) if name not in main_or_loss]
 

@@ -23,14 +23,21 @@ def run_frame(records: Sequence[Record]) -> pd.DataFrame:
     """
     return pd.concat(
         [
-            pd.DataFrame({name: [getattr(record, name) for record in records] for name in SETTINGS}, dtype=object),
+            _attributes(records, SETTINGS),
             _frame([record.tuned for record in records]).add_prefix("tuned_"),
             _frame([_flat_scores(record) for record in records]),
             _frame([record.measures for record in records]),
-            pd.DataFrame({name: [getattr(record, name) for record in records] for name in ENDING}, dtype=object),
+            _attributes(records, ENDING),
         ],
         axis="columns",
     )
+
+
+def _attributes(records: Sequence[Record], names: Sequence[str]) -> pd.DataFrame:
+    columns = {}
+    for name in names:
+        columns[name] = [getattr(record, name) for record in records]
+    return pd.DataFrame(columns, dtype=object)
 
 
 def _flat_scores(record: Record) -> dict[str, float]:
@@ -44,6 +51,7 @@ def _flat_scores(record: Record) -> dict[str, float]:
 def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows of different keys as a frame, its columns in alphabetical order."""
     columns: dict[str, list[Any]] = {}
+    # the order of columns does not depend on the order of runs
     for name in sorted(set().union(*rows)):
         columns[name] = [row.get(name) for row in rows]
     # objects, so that a count stays a whole number where another run has none
@@ -60,7 +68,10 @@ def results_csv(records: Sequence[Record]) -> str:
 
 
 def _csv_value(value: Any) -> Any:
-    """Value that a spreadsheet does not take for a formula; a score that is not a number is told from none."""
+    """Value that a spreadsheet does not take for a formula.
+
+    A score that is not a number is written as nan, a missing one is left empty.
+    """
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return f"'{value}"
     return "nan" if value is not None and value != value else value

@@ -1,4 +1,4 @@
-"""Cost of the search of each arm, and the runs that shared the machine."""
+"""Costs of the arms' searches, and runs that shared the machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SearchBudget:
 
 
 def search_budgets(records: Iterable[Record]) -> list[SearchBudget]:
-    """Cost of the search of each arm, by task and backbone, in the order of the first runs.
+    """Cost of the search of each arm, by task and backbone.
 
     Without the records that are `beyond`, the budgets are those that all arms share.
     """
@@ -50,6 +50,7 @@ def search_budgets(records: Iterable[Record]) -> list[SearchBudget]:
 def _count_candidates(runs: Sequence[Record]) -> int:
     candidates = set()
     for run in runs:
+        # tuned values may be lists, which no set takes, so candidates are compared as text
         candidates.add(json.dumps([run.learning_rate, run.tuned], sort_keys=True, default=str))
     return len(candidates)
 

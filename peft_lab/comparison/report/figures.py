@@ -84,6 +84,7 @@ def _pareto(cell: CellResult, costs: Sequence[str]) -> Iterator[FigureSpec]:
                 cost[arm.label] = measure.scaled(mean)
         if len(cost) < 2:
             continue
+        # the front is of the means, as in the words of the section
         arms = [arm for arm in cell.arms if arm.label in cost]
         on = pareto_front([(cost[arm.label], arm.score.value) for arm in arms], (False, cell.higher_is_better))
         front = join([arm.label for arm, there in zip(arms, on, strict=True) if there])
@@ -96,6 +97,7 @@ def _rates(
     cell: CellResult, searched: list[Record], records: Sequence[Record], order: Sequence[str]
 ) -> Iterator[FigureSpec]:
     trials = pd.DataFrame([_trial(record) for record in searched])
+    # runs that failed or diverged have no point
     trials = trials[np.isfinite(trials["score"])]
     means = trials.groupby(["arm", "learning_rate", "round", "max_steps"])["score"].mean()
     # of a rate that was tried at several lengths (rounds, trials of time), the longest one counts
@@ -133,6 +135,7 @@ def _curves(cell: CellResult, final: list[Record], order: Sequence[str]) -> Iter
             curves = [record.curves[name] for record in final if record.arm == label and record.curves.get(name)]
             if curves:
                 lines.append(_mean_curve(label, curves))
+        # a curve of one point shows nothing
         if any(len(line.x) > 1 for line in lines):
             caption = f"{capital(words)} by step, mean over seeds."
             draw = partial(plots.chart, lines, order, ("training step", words))
@@ -141,7 +144,10 @@ def _curves(cell: CellResult, final: list[Record], order: Sequence[str]) -> Iter
 
 def _mean_curve(label: str, curves: Sequence[plots.Curve]) -> plots.Line:
     """Mean over seeds at the steps that all curves have."""
-    by_step = [pd.Series({float(step): float(value) for step, value in curve}) for curve in curves]
+    by_step = []
+    for curve in curves:
+        steps, values = np.asarray(curve, dtype=float).T
+        by_step.append(pd.Series(dict(zip(steps, values, strict=True))))
     mean = pd.concat(by_step, axis="columns", join="inner").mean(axis="columns", skipna=False).sort_index()
     return plots.Line(label, mean.index.tolist(), mean.tolist())
 
@@ -161,7 +167,11 @@ def colour_order(cells: Sequence[CellResult], records: Sequence[Record]) -> list
 
 
 def draw(spec: FigureSpec, folder: Path, prefix: str) -> EmbeddedFigure:
-    """Draw a figure for light and dark pages; the light one is also a file in `folder`."""
+    """Draw a figure for light and dark pages.
+
+    The light one is also written into `folder`.
+    """
+    # both, because the page follows the reader's colour scheme
     light, dark = (plots.render(spec.draw, scheme) for scheme in (plots.LIGHT, plots.DARK))
     file = f"{prefix}-{spec.name}.png"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Metrics on the test rows besides the one that arms are ranked by; arms are neither ranked by them nor tested."""
+"""Test metrics besides the main one, by which arms are not ranked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class FurtherMetrics:
 def further_metrics_table(
     cell: CellResult, predictions: Callable[[Record], Items] | None = None
 ) -> FurtherMetrics | None:
-    """Build the table of the further metrics, the arms in the order of the headline.
+    """Build the table of the further metrics.
+
+    The arms are in the order of the headline.
 
     Args:
         cell: results on one task and backbone.
@@ -68,7 +70,10 @@ def further_metrics_table(
 
 
 def _score(arm: ArmResult, metric: str, predictions: Callable[[Record], Items] | None) -> tuple[Estimate, int]:
-    """Estimate and its number of seeds; a metric may be missing or infinite in some runs."""
+    """Estimate and its number of seeds.
+
+    A metric may be missing or infinite in some runs.
+    """
     runs = {}
     for record in arm.records:
         score = record.score(metric=metric)

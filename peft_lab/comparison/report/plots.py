@@ -52,7 +52,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 
 @dataclass(frozen=True)
 class Line:
-    """Line of a chart: label, points, and the index of a ringed point or None."""
+    """Line of a chart; `ringed` is the index of a ringed point."""
 
     label: str
     x: Sequence[float]
@@ -61,9 +61,13 @@ class Line:
 
 
 def render(draw: Callable[[ColourScheme], Figure], scheme: ColourScheme) -> bytes:
-    """Render a figure as PNG of 256 colours, a third of the size of one with all."""
+    """Render a figure as PNG.
+
+    It has 256 colours, which makes it a third of the size of one with all.
+    """
     from PIL import Image
 
+    # a report holds dozens of figures, twice each, in one file
     drawn, buffer = io.BytesIO(), io.BytesIO()
     draw(scheme).savefig(drawn, format="png", dpi=DPI, facecolor=scheme.paper)
     Image.open(drawn).convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
@@ -77,6 +81,7 @@ def forest(cell: CellResult, scheme: ColourScheme) -> Figure:
     """
     figure, axes = _axes(scheme, 0.75 + 0.27 * len(cell.arms))
     for place, arm in enumerate(reversed(cell.arms)):
+        # faint is what the test separates, not what merely has a lower mean
         near = arm.versus_best is None or arm.label in cell.indistinguishable
         colour = scheme.accent if near else scheme.faint
         if arm.score.low is not None and arm.score.high is not None:
@@ -92,7 +97,9 @@ def forest(cell: CellResult, scheme: ColourScheme) -> Figure:
 
 
 def pareto(cell: CellResult, cost: Mapping[str, float], title: str, scheme: ColourScheme) -> Figure:
-    """Draw score against cost; the Pareto front is joined by a line, its labels are bold.
+    """Draw score against cost.
+
+    The Pareto front is joined by a line, its labels are bold.
 
     Args:
         cell: the arms with their scores.
@@ -103,10 +110,12 @@ def pareto(cell: CellResult, cost: Mapping[str, float], title: str, scheme: Colo
     points = [(cost[arm.label], arm.score.value) for arm in arms]
     front = pareto_front(points, (False, cell.higher_is_better))
     figure, axes = _axes(scheme, 3.1)
+    # costs that span more than a factor of 20 crowd at one end of a linear axis
     if min(x for x, _ in points) > 0 and max(x for x, _ in points) > 20 * min(x for x, _ in points):
         axes.set_xscale("log")
     else:
         axes.locator_params(axis="x", nbins=6)
+    # the front is a staircase: between two arms the cheaper one's score is what can be had
     staircase = sorted(point for point, on in zip(points, front, strict=True) if on)
     axes.step(*zip(*staircase, strict=True), where="post", color=scheme.accent, lw=1.2, alpha=0.6)
     for arm, (x, y), on in zip(arms, points, front, strict=True):
@@ -140,6 +149,7 @@ def chart(
     figure, axes = _axes(scheme, 2.6 + 0.19 * rows)
     for line in lines:
         index = order.index(line.label)
+        # colours repeat after ten arms, with another line style
         colour = scheme.arms[index % len(scheme.arms)]
         style = _STYLES[index // len(scheme.arms) % len(_STYLES)]
         marker = _MARKERS[index % len(_MARKERS)] if log_x or len(line.x) < 4 else None
@@ -167,7 +177,10 @@ def chart(
 
 
 def _tick_at(axes: Axes, values: Sequence[float]) -> None:
-    """Set the ticks of a logarithmic x axis at the values, leaving out those too near."""
+    """Set the ticks of a logarithmic x axis at the values.
+
+    Values too near to the last tick are left out.
+    """
     gap, ticks = 0.15 * np.log(values[-1] / values[0]), list(values[:1])
     for value in values[1:]:
         if np.log(value / ticks[-1]) >= gap:
@@ -192,9 +205,11 @@ def place_labels(
     figure.draw_without_rendering()  # from here on the layout is fixed and sizes in pixels are known
     figure.set_layout_engine("none")
     pixels = axes.transData.transform(np.asarray(points, dtype=float))
+    # the points themselves must stay visible
     taken = [_box(x, y, 14, 14) for x, y in pixels]
     scale = figure.dpi / 72
     placed = []
+    # from the top down, so that the places do not depend on the order of the arms
     for index in sorted(range(len(labels)), key=lambda i: -pixels[i][1]):
         x, y = pixels[index]
         text = axes.annotate(

@@ -1,4 +1,4 @@
-"""Public copy of a comparison: records without paths of this machine, in a folder without runs."""
+"""Public copy of a comparison: no runs, no paths of this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peft_lab.runs.run_config import dump_yaml, read_run_file
 
 
 def copy_records(folder: Path, out: Path, records: Sequence[Record]) -> None:
-    """Write the study of a comparison and its records into a folder without runs.
+    """Write the study and records of a comparison into another folder.
 
     Args:
         folder: the comparison's folder.
@@ -44,6 +44,7 @@ def without_paths(records: Sequence[Record]) -> list[Record]:
     """
     paths = {record.backbone for record in records}
     names = {path: _public_name(path) for path in paths}
+    # two folders may end in the same name; these keep their paths
     uses = Counter(names.values())
     public = []
     for record in records:

@@ -65,7 +65,10 @@ class Section:
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs of one arm on one task and backbone, with the anchor that numbers link to."""
+    """Runs of one arm on one task and backbone.
+
+    Numbers link to the anchor.
+    """
 
     anchor: str
     task: str
@@ -150,9 +153,11 @@ def build(folder: Path, records: Sequence[Record], out: Path | None = None) -> R
         records: the records that are reported.
         out: folder for the plots, `folder` by default.
     """
+    # predictions lie beside the runs, plots beside the page
     place = out or folder
     predictions = partial(read_predictions, folder)
     cells = rank_arms(records, predictions)
+    # matplotlib is an optional dependency
     plots = importlib.util.find_spec("matplotlib") is not None
     order = figures.colour_order(cells, records)
     anchors = _anchors(cells)
@@ -181,7 +186,7 @@ NO_PLOTS = "There are no plots: matplotlib is not installed (pip install 'peft-l
 
 
 def _anchors(cells: Sequence[CellResult]) -> list[str]:
-    """Names of the cells for addresses and file names, numbered if two would be the same."""
+    """Unique names of the cells for addresses and file names."""
     found: list[str] = []
     for cell in cells:
         name = slug(f"{cell.task}-{cell.backbone}")
@@ -199,6 +204,7 @@ def _section(
     plots: bool,
 ) -> Section:
     costs = tables.costs(records)
+    # one front over all costs at once; the figures show one cost each
     labels, heads = front_of_all(cell, costs)
     front = ""
     if len(cell.arms) > 1 and labels:
@@ -217,7 +223,11 @@ def _section(
 
 def _overall(folder: Path, mean: CellResult, cells: Sequence[CellResult], plots: bool) -> Section:
     text = describe(mean)
-    left_out = [cell.task for cell in cells if not all(cell.arm(arm.label) for arm in mean.arms)]
+    averaged = {arm.label for arm in mean.arms}
+    left_out = []
+    for cell in cells:
+        if not averaged.issubset(arm.label for arm in cell.arms):
+            left_out.append(cell.task)
     if "," in mean.metric:
         text += f" The tasks have different metrics ({metric_title(mean.metric)})."
     if left_out:
@@ -256,7 +266,7 @@ def _warnings(records: Sequence[Record], cells: Sequence[CellResult]) -> list[st
         found.append(
             f"Fewer than {FEW_SEEDS} seeds on {names}: intervals are wide or leave out the seed, and tests are rough."
         )
-    incomplete = [cell.task for cell in cells if any(arm.missing for arm in cell.arms) or cell.without_score]
+    incomplete = [cell.task for cell in cells if not cell.is_complete]
     if incomplete:
         names = join(incomplete)
         found.append(f"Not every arm has every seed on {names}; the arms concerned are named there.")
@@ -281,6 +291,7 @@ def _few_validation_rows(records: Iterable[Record]) -> dict[str, int]:
 
 
 def _budget(records: Sequence[Record]) -> str:
+    # runs beyond an edge are every arm's right, so they do not make budgets unequal
     spent = search_budgets(record for record in records if not record.beyond)
     if not spent:
         return "Nothing was searched: every arm ran with the learning rate it was given."
@@ -313,20 +324,29 @@ def _groups(lines: Sequence[RunLine]) -> list[RunGroup]:
 
 
 def _line(folder: Path, record: Record, linked: bool) -> RunLine:
-    scores = [record.score(split) if record.ok else None for split in ("test", "validation")]
-    shown = ["-" if score is None else f"{score:.4f}" for score in scores]
+    score, validation = _score_text(record, "test"), _score_text(record, "validation")
+    # a record names its folder, and a hostile one might name any
     inside = linked and bool(record.folder) and (folder / record.folder).resolve().is_relative_to(folder.resolve())
     files = ("metrics.json", "run.yaml", "error.txt") if inside else ()
     present = tuple(name for name in files if (folder / record.folder / name).is_file())
     # "./" and quoting: whatever the record names, the link stays a relative path
     link = f"./{quote(record.folder)}" if inside else ""
-    return RunLine(record, shown[0], shown[1], dump_yaml(record.options) if record.options else "", link, present)
+    return RunLine(record, score, validation, dump_yaml(record.options) if record.options else "", link, present)
+
+
+def _score_text(record: Record, split: str) -> str:
+    score = record.score(split) if record.ok else None
+    return "-" if score is None else f"{score:.4f}"
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Versions, device and further facts of the runs; several values where runs differ."""
+    """Versions, device and further facts of the runs.
+
+    There are several values where runs differ.
+    """
     versions: dict[str, dict[str, None]] = {}
     for record in records:
+        # a launched run's own processes know their versions best
         used = {**record.environment.get("versions", {}), **record.metrics.get("versions", {})}
         for name, version in used.items():
             versions.setdefault(str(name), {})[str(version)] = None
@@ -365,7 +385,11 @@ def as_html(report: Report) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        # undefined names must not pass as empty text
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     anchors = {(group.task, group.backbone, group.arm): group.anchor for group in report.groups}
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,4 +1,7 @@
-"""Standing of a run in its comparison: the mean of its arm over seeds, and the report's sentence on the arms."""
+"""Standing of a run in its comparison.
+
+It is the mean of the run's arm over seeds, and the report's sentence on the arms.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,7 @@ def write_standing_in(adapter: str | Path, comparison: str | Path) -> None:
     run, place = local_adapter(adapter), Path(comparison).expanduser()
     metrics = read_metrics(run)
     records = without_paths(read_results(place))
+    # the folder's name is no proof: a copy may have another
     own = [one for one in records if one.stage == "final" and one.ok and _same(one, metrics)]
     standing = _standing(place, own[0], records) if own else None
     if standing is None:

@@ -30,6 +30,7 @@ def describe(cell: CellResult) -> str:
     best = f"{top.label} has the {extreme} mean {of_what}, {interval_text(top.score)}"
     if len(cell.arms) == 1:
         text = f"{top.label} is the only arm with a score, {interval_text(top.score)}."
+    # one seed: no statement about the method, only about this run
     elif top.score.basis in ("rows", "none"):
         text = f"{best}, with one seed. Another seed may turn the order, so no arm is called better than another."
     else:
@@ -46,6 +47,7 @@ def describe(cell: CellResult) -> str:
 def _against_others(cell: CellResult) -> str:
     """Clauses on the tests of the best arm against the others."""
     others = cell.arms[1:]
+    # each other arm is worse, untested, or not distinguishable
     worse = [arm.label for arm in others if arm.label not in cell.indistinguishable]
     untested = [arm.label for arm in others if arm.versus_best is None or arm.versus_best.p is None]
     same = [arm.label for arm in others if arm.label not in (*worse, *untested)]
@@ -70,12 +72,12 @@ def _against_others(cell: CellResult) -> str:
 
 
 def _significant_alone(arm: ArmResult) -> bool:
-    """Test whether the arm would differ from the best if this were the only test."""
+    """Test whether the unadjusted test against the best arm is significant."""
     return arm.versus_best is not None and arm.versus_best.p is not None and arm.versus_best.p < LEVEL
 
 
 def _all_others(every: str, labels: list[str], cell: CellResult) -> str:
-    """Labels joined, or "any of the other 5 arms" if they are all that there are."""
+    """Join labels, or count them if they are all other arms."""
     if len(labels) == len(cell.arms) - 1 and len(labels) > 2:
         return f"{every} of the other {len(labels)} arms"
     return join(labels)
@@ -102,7 +104,10 @@ def join(names: Sequence[str]) -> str:
 
 
 def metric_title(name: str) -> str:
-    """Name of a metric, or of several joined by ", ", as written in a sentence."""
+    """Name of a metric in a sentence.
+
+    Several, joined by ", ", are joined again by commas and "and".
+    """
     return join([_TITLES.get(part, part.replace("_", " ")) for part in name.split(", ")])
 
 

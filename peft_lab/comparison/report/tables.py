@@ -1,4 +1,4 @@
-"""Tables of a report as plain values, for the HTML page and the Markdown file."""
+"""Tables of a report as plain values, for HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -66,13 +66,16 @@ MISSING = Entry("-")
 
 
 def costs(records: Iterable[Record]) -> tuple[str, ...]:
-    """Measures that scores are drawn against: FLOPs in place of times if runs shared the machine."""
+    """Measures that scores are drawn against.
+
+    FLOPs stand in place of times if runs shared the machine.
+    """
     time = "step_flops" if overlapping(records) else "step_seconds"
     return ("trainable_parameters", "peak_memory_bytes", time, "adapter_bytes")
 
 
 def headline(cell: CellResult) -> Table:
-    """Scores of the arms with intervals, distance to the best, costs and further measures."""
+    """Table of the arms: scores, intervals, distance to the best, measures."""
     # a measure that the task has as a metric too stands among those, with its interval
     metrics = {cell.metric, *further_names(cell)}
     shown = [name for name in MEASURES if name not in metrics and _is_shown(name, cell)]
@@ -104,7 +107,7 @@ def headline(cell: CellResult) -> Table:
 
 
 def further_names(cell: CellResult) -> list[str]:
-    """Metrics of the task on the test rows besides the one that arms are ranked by."""
+    """Names of the test metrics besides the main one."""
     names: dict[str, None] = {}
     for arm in cell.arms:
         for record in arm.records:
@@ -113,7 +116,7 @@ def further_names(cell: CellResult) -> list[str]:
 
 
 def _is_shown(name: str, cell: CellResult) -> bool:
-    """Test whether a measure has a head and was taken of some arm."""
+    """Test whether a measure has a head and a value."""
     return bool(MEASURES[name].head) and any(mean_measure(arm.records, name) is not None for arm in cell.arms)
 
 
@@ -149,7 +152,7 @@ def _measure(arm: ArmResult, name: str, group: Group) -> Entry:
 
 
 def overall(mean: CellResult, cells: Sequence[CellResult]) -> Table:
-    """Mean scores over all tasks with intervals, average ranks, and the scores on each task."""
+    """Table over all tasks: mean scores, average ranks, scores on each."""
     ranks = average_ranks(cells)
     columns = [
         Column("arm", numeric=False),
@@ -173,10 +176,11 @@ def overall(mean: CellResult, cells: Sequence[CellResult]) -> Table:
 
 
 def tuning(records: Sequence[Record]) -> Table | None:
-    """Costs and choices of the arms' searches; None if there was no search."""
+    """Table of the arms' searches; None if there was none."""
     budgets = search_budgets(records)
     if not budgets:
         return None
+    # the column is left out where it would be all zeros
     any_beyond = any(budget.beyond for budget in budgets)
     columns = [Column(title, numeric=False) for title in ("task", "backbone", "arm")]
     columns += [Column("candidates"), *([Column("beyond an edge")] if any_beyond else [])]
@@ -188,6 +192,7 @@ def tuning(records: Sequence[Record]) -> Table | None:
         group = (budget.task, budget.backbone, budget.arm)
         tried = sorted(rates[(*group, "search")])
         chosen = sorted(rates.get((*group, "final"), ()))
+        # of two rates each is an edge, so the mark would say nothing
         at_edge = len(tried) > 2 and not {tried[0], tried[-1]}.isdisjoint(chosen)
         picked = Entry(_listed(chosen) + (" (edge)" if at_edge else ""), chosen[0], group) if chosen else MISSING
         numbers = [budget.trials, *([budget.beyond] if any_beyond else []), budget.runs, budget.steps]
@@ -201,7 +206,9 @@ def tuning(records: Sequence[Record]) -> Table | None:
 def markdown(table: Table) -> str:
     """Table in Markdown."""
     head = "| " + " | ".join(markdown_text(column.title) for column in table.columns) + " |"
-    rule = "|" + "|".join(" -: " if column.numeric else " - " for column in table.columns) + "|"
+    rule = "|"
+    for column in table.columns:
+        rule += " -: |" if column.numeric else " - |"
     lines = [head, rule]
     for row in table.rows:
         texts = []

@@ -1,4 +1,6 @@
-"""Runs on a Ray cluster: Ray places them, restarts nothing, and gives each a process and, if there are any, a GPU.
+"""Runs on a Ray cluster.
+
+Ray places them, restarts none, and gives each a process and, if there are any, a GPU.
 
 The folder of the comparison must be the same file system on all machines, and peft-lab installed on each.
 """
@@ -16,7 +18,10 @@ from peft_lab.utils.cores import usable_cores
 
 
 def _execute(job: Job) -> None:
-    """Carry out a job in a process of Ray, which puts the driver's working directory on the module path."""
+    """Carry out a job in a process of Ray.
+
+    Ray puts the driver's working directory on the module path, from which it is taken off again.
+    """
     import peft_lab.utils._safe_path  # noqa: F401
 
     execute(job)
@@ -73,7 +78,7 @@ class RayBackend:
         return future
 
     def close(self) -> None:
-        """End what is still running, and the cluster if it was started here."""
+        """End all runs, and the cluster if it was started here."""
         for reference in list(self._references.values()):
             self._ray.cancel(reference, force=True)
         if self._started:

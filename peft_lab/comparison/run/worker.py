@@ -1,4 +1,7 @@
-"""Process of one run: trains, measures and records. Each run has its own, so that its memory ends with it."""
+"""Process of one run: trains, measures and records.
+
+Each run has a process of its own, so that its memory ends with it.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class Job:
 
 
 def execute(job: Job) -> None:
-    """Carry out a job; its result is on the disk when this returns.
+    """Carry out a job and write its result to the disk.
 
     A run that another process has locked, or has recorded already, is left to it.
     """
@@ -83,19 +86,22 @@ def execute(job: Job) -> None:
 
 
 def lock_file(folder: Path, run_id: str) -> Path:
-    """File whose lock the process of a run holds; the system releases it however the process ends."""
+    """File whose lock the process of a run holds.
+
+    The system releases it however the process ends.
+    """
     return folder / RUNS / f"{run_id}.lock"
 
 
 def is_recorded(folder: Path, run_id: str, since: str = "") -> bool:
-    """Test whether a run has a record; one of a failure counts only from the time `since` on."""
+    """Test whether a run has a record that stands."""
     journal = Journal(folder)
     journal.read()
     return counts(journal.records.get(run_id), since)
 
 
 def counts(record: Record | None, since: str) -> bool:
-    """Test whether a record stands, so that its run is not made again.
+    """Test whether a record stands: its run is not repeated.
 
     Args:
         record: the record, None if the run has none.
@@ -124,7 +130,7 @@ def _logged(file: Path) -> Iterator[None]:
 
 
 def _make_and_record(folder: Path, run: Run) -> None:
-    """Make the run and record how it ended; an error of the run is a result too."""
+    """Make the run and record its end, an error too."""
     place, started = folder / RUNS / run.id, now()
     (place / ERROR).unlink(missing_ok=True)
     try:
@@ -153,7 +159,7 @@ def record_of(run: Run, started: str, **outcome: Any) -> Record:
 
 
 def one_line(error: BaseException) -> str:
-    """Error in one line, with its type if it is not one of peft-lab's."""
+    """Error in one line, with its type unless it is peft-lab's."""
     text = " ".join(str(error).split())[:500]
     return text if isinstance(error, PeftLabError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
@@ -175,14 +181,17 @@ def perform(run: Run, place: Path) -> dict[str, Any]:
 
 
 def _prune(place: Path, stage: str) -> None:
-    """Remove the checkpoints of a recorded run, and of a search's run the adapter too."""
+    """Remove the checkpoints of a recorded run.
+
+    Of a search's run the adapter is removed too.
+    """
     for path in place.iterdir():
         if path.name.startswith("checkpoint-") or (stage == "search" and path.name not in _KEPT):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device, threads, platform and commit, which decide a result besides the options."""
+    """Versions, device, threads, platform and commit of this process."""
     import torch
 
     from peft_lab.utils.versions import device_name, versions

@@ -1,4 +1,4 @@
-"""Percentile bootstrap over seeds and test rows, shown beside the intervals that the tests rest on."""
+"""Percentile bootstrap over seeds and test rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ _RESAMPLES = 2000
 
 
 def bootstrap_interval(values: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """95 % percentile interval of a score, seeds and test rows resampled apart from each other.
+    """95 % percentile interval of a score.
+
+    Seeds and test rows are resampled independently.
 
     Args:
         values: for each seed the values per row, float arrays (rows,), whose mean is the score.
@@ -26,6 +28,7 @@ def bootstrap_interval(values: Sequence[np.ndarray]) -> tuple[float, float] | No
     def mean(seeds: np.ndarray, rows: np.ndarray) -> float:
         return float(table[seeds][:, rows].mean())
 
+    # equal values would only cost time
     if np.ptp(table) == 0:
         return float(table[0, 0]), float(table[0, 0])
     samples = tuple(np.arange(size) for size in table.shape)

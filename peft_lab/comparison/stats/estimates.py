@@ -36,7 +36,7 @@ class VarianceComponent:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean or a difference of means.
+    """Mean or difference of means, with its interval.
 
     Attributes:
         value: the mean over seeds.
@@ -78,6 +78,7 @@ def estimate(
     if not len(scores):
         return Estimate(float("nan"), None, None, "none")
     components = []
+    # one seed says nothing about another one
     if len(scores) > 1:
         components += _seed_components(float(np.var(scores, ddof=1)), len(scores), pooled)
     rows = len(values[0]) if len(values) else 0
@@ -88,9 +89,10 @@ def estimate(
 
 
 def _seed_components(variance: float, seeds: int, pooled: VarianceComponent | None) -> list[VarianceComponent]:
-    """Components from seeds: an arm's own variance, or the pooled one and the excess over it."""
+    """Components from seeds: the variance, or pooled variance and excess."""
     if pooled is None:
         return [VarianceComponent(variance / seeds, seeds - 1, "seeds")]
+    # pooling must not hide an arm that varies more than the others
     excess = max(variance - pooled.variance, 0.0)
     return [
         VarianceComponent(pooled.variance / seeds, pooled.df, "seeds"),
@@ -101,7 +103,7 @@ def _seed_components(variance: float, seeds: int, pooled: VarianceComponent | No
 def with_interval(
     mean: float, components: Sequence[VarianceComponent], bounds: tuple[float, float] | None = None
 ) -> Estimate:
-    """Mean with the 95 % interval of its variance components, cut at the metric's bounds."""
+    """Mean with its 95 % interval, cut at the metric's bounds."""
     sources = {component.source for component in components}
     basis: Basis = "seeds and rows" if len(sources) == 2 else "none" if not sources else sources.pop()
     if not components:
@@ -134,17 +136,22 @@ def half_width(components: Sequence[VarianceComponent], level: float = LEVEL) ->
     # the quantile of the mixture lies between those of its components
     varying = [component for component in components if component.variance > 0]
     quantiles = [-special.stdtrit(component.df, level / 2) * np.sqrt(total) for component in varying]
+    # with one component or equal ones there is no bracket to search in
     if max(quantiles) - min(quantiles) < 1e-12 * max(quantiles):
         return float(quantiles[0])
     return float(optimize.brentq(lambda x: p_value(x, components) - level, min(quantiles), max(quantiles)))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjust p-values by Holm's step-down method; None stays None and does not count."""
+    """Adjust p-values by Holm's step-down method.
+
+    None stays None and does not count.
+    """
     order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
     for position, (p, index) in enumerate(order):
+        # adjusted p-values must not fall where the p-values rise
         largest = max(largest, min(1.0, p * (len(order) - position)))
         adjusted[index] = largest
     return adjusted

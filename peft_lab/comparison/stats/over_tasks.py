@@ -1,4 +1,4 @@
-"""Results over all tasks of a comparison: mean score with its interval, and average rank."""
+"""Results over all tasks: mean scores and average ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft_lab.metrics.per_row import BOUNDS
 
 
 def over_tasks(cells: Sequence[CellResult]) -> CellResult | None:
-    """Mean over cells, as a cell of its own, of the arms with a score in each.
+    """Mean over cells of the arms with a score in each.
 
     The tasks are those that were run, not a draw from others: seeds and test rows vary, tasks do not. Cells with a
     metric that shares no scale with others (perplexity) are left out.
@@ -23,6 +23,7 @@ def over_tasks(cells: Sequence[CellResult]) -> CellResult | None:
     Returns:
         None if fewer than two cells can be averaged, or fewer than two arms are in all of them.
     """
+    # a perplexity would outweigh all shares
     cells = [cell for cell in cells if cell.arms and has_scale(cell)]
     by_label = _arms_in_all(cells)
     if len(cells) < 2 or len(by_label) < 2:
@@ -49,7 +50,7 @@ def has_scale(cell: CellResult) -> bool:
 
 
 def arm_labels(cells: Sequence[CellResult]) -> list[str]:
-    """Labels of all arms, in the order of their first appearance, those without a score included."""
+    """Labels of all arms, in the order of their first appearance."""
     labels: dict[str, None] = {}
     for cell in cells:
         labels |= dict.fromkeys(arm.label for arm in cell.arms)
@@ -58,17 +59,18 @@ def arm_labels(cells: Sequence[CellResult]) -> list[str]:
 
 
 def _arms_in_all(cells: Sequence[CellResult]) -> dict[str, list[ArmResult]]:
-    """Results by label, one for each cell, of the arms that have a score in every cell."""
+    """Results by label of the arms with a score in each cell."""
     common: dict[str, list[ArmResult]] = {}
     for label in arm_labels(cells):
-        found = [arm for cell in cells for arm in cell.arms if arm.label == label]
+        results = [cell.arm(label) for cell in cells]
+        found = [arm for arm in results if arm is not None]
         if len(found) == len(cells):
             common[label] = found
     return common
 
 
 def average_ranks(cells: Sequence[CellResult]) -> dict[str, float]:
-    """Mean rank over cells, 1 is best, of the arms with a score in each.
+    """Mean rank, 1 is best, of arms scored in each cell.
 
     The arms are ranked among themselves.
     """
@@ -78,6 +80,7 @@ def average_ranks(cells: Sequence[CellResult]) -> dict[str, float]:
         return {}
     ranks = []
     for position, cell in enumerate(cells):
+        # rank 1 is the smallest value, so scores of which more is better are negated
         scores = np.array([found[position].score.value for found in by_label.values()])
         ranks.append(rankdata(-scores if cell.higher_is_better else scores))
     return dict(zip(by_label, np.mean(ranks, axis=0).tolist(), strict=True))
@@ -95,6 +98,7 @@ def mean_of(tasks: Sequence[str], scores: Sequence[Estimate], bounds: tuple[floa
     rows: list[tuple[str, VarianceComponent]] = []
     sources = {"seeds", "rows"}
     for task, score in zip(tasks, scores, strict=True):
+        # a source that one task lacks cannot be accounted for in the mean
         sources &= {component.source for component in score.components}
         for component in score.components:
             if component.source == "seeds":
@@ -118,7 +122,10 @@ def mean_of(tasks: Sequence[str], scores: Sequence[Estimate], bounds: tuple[floa
 def _mean_component(
     components: Sequence[VarianceComponent], variance: float, count: int, source: Literal["seeds", "rows"]
 ) -> VarianceComponent:
-    """Variance component of a mean over `count` tasks; degrees of freedom by Satterthwaite."""
+    """Variance component of a mean over `count` tasks.
+
+    The degrees of freedom are Satterthwaite's.
+    """
     total = sum(component.variance for component in components)
     squares = sum(component.variance**2 / component.df for component in components)
     df = total**2 / squares if squares > 0 else sum(component.df for component in components)

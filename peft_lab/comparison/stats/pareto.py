@@ -18,6 +18,7 @@ def pareto_front(points: Sequence[Sequence[float]], higher_is_better: Sequence[b
     A point with an unknown (nan) coordinate is not on the front and beats nobody.
     """
     values = np.asarray(points, dtype=float).reshape(-1, len(higher_is_better))
+    # from here on, more is better in every coordinate
     values = np.where(higher_is_better, values, -values)
     known = np.isfinite(values).all(1)
     candidates = values[known]
@@ -26,7 +27,10 @@ def pareto_front(points: Sequence[Sequence[float]], higher_is_better: Sequence[b
 
 
 def front_of_all(cell: CellResult, costs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Labels of the arms on the front over score and all costs, and the measured costs."""
+    """Arms on the front over score and all costs, and these costs.
+
+    Returns labels of arms and heads of measures.
+    """
     coordinates = [[arm.score.value for arm in cell.arms]]
     heads = []
     for name in costs:

@@ -1,4 +1,4 @@
-"""Results of the arms on each task and backbone: ranked means, and tests of all pairs."""
+"""Ranked means and pairwise tests on each task and backbone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALL_TASKS = "all tasks"
 
 @dataclass(frozen=True)
 class PairTest:
-    """Paired test of two arms on the seeds and test rows that both have.
+    """Paired test of two arms on their shared seeds and rows.
 
     Attributes:
         first, second: labels of the arms.
@@ -108,8 +108,13 @@ class CellResult:
         seeds: set[int] = set()
         return tuple(sorted(seeds.union(*(arm.by_seed for arm in self.arms))))
 
+    @property
+    def is_complete(self) -> bool:
+        """True if every arm has a score for every seed."""
+        return not self.without_score and not any(arm.missing for arm in self.arms)
+
     def arm(self, label: str) -> ArmResult | None:
-        """Results of the arm of that label, None if it has no score."""
+        """Results of an arm by label, None if it has none."""
         return next((arm for arm in self.arms if arm.label == label), None)
 
     def difference(self, first: str, second: str) -> Estimate:
@@ -131,12 +136,14 @@ def rank_arms(records: Iterable[Record], predictions: Callable[[Record], Items] 
         groups.setdefault((record.task, record.backbone), []).append(record)
     cells = []
     for (task, backbone), runs in groups.items():
+        # a search alone says nothing about the test rows
         if any(run.stage == "final" for run in runs):
             cells.append(_cell(task, backbone, runs, predictions))
     return cells
 
 
 def _cell(task: str, backbone: str, records: list[Record], predictions: Callable[[Record], Items] | None) -> CellResult:
+    # failed runs have no metric
     metric = next((record.main_metric for record in records if record.main_metric), "")
     # arms of the search count too: one that failed there has no final run
     groups: dict[str, list[Record]] = {record.arm: [] for record in records}
@@ -189,6 +196,7 @@ def _find_test(pair_tests: Sequence[PairTest], first: str, second: str) -> PairT
 
 def _with_test_against(best: ArmResult, arm: ArmResult, pair_tests: Sequence[PairTest]) -> ArmResult:
     test = _find_test(pair_tests, best.label, arm.label)
+    # the difference is always the best less the other
     if test.first != best.label:
         test = replace(test, first=best.label, second=arm.label, difference=test.difference.negated())
     return replace(arm, versus_best=test)
@@ -211,6 +219,7 @@ def _arm(
     failed = []
     for record in sorted(records, key=lambda record: record.seed):
         reached = record.score() if record.ok else None
+        # a diverged run counts as a missing seed, not as a score
         if reached is not None and np.isfinite(reached) and record.main_metric == metric:
             good[record.seed], by_seed[record.seed] = record, reached
         else:
@@ -241,6 +250,7 @@ def mean_score(
         The estimate, and seed -> values per row, empty if some seed has none.
     """
     values = {seed: _row_values(record, metric, predictions) for seed, record in runs.items()}
+    # values of some seeds alone would give the seeds unequal weights
     kept = {seed: rows for seed, rows in values.items() if rows is not None}
     if len(kept) < len(runs) or len({len(rows) for rows in kept.values()}) > 1:
         kept = {}
@@ -249,7 +259,10 @@ def mean_score(
 
 
 def _row_values(record: Record, metric: str, predictions: Callable[[Record], Items] | None) -> np.ndarray | None:
-    """Values per row of a run; None if its predictions are missing or contradict the reported score."""
+    """Values per row of a run.
+
+    Returns None if its predictions are missing or contradict the reported score.
+    """
     if predictions is None:
         return None
     try:
@@ -257,20 +270,26 @@ def _row_values(record: Record, metric: str, predictions: Callable[[Record], Ite
     except ConfigError:  # the basis of the estimate will say that rows are not accounted for
         return None
     reported = record.score(metric=metric)
+    # predictions of another run may lie in the folder; their score gives them away
     if found is None or reported is None or not np.isclose(found[0], reported, rtol=0.01, atol=0.01):
         return None
     return found[1] if np.isfinite(found[1]).all() else None
 
 
 def pairwise_tests(arms: Sequence[ArmResult], metric: str = "") -> list[PairTest]:
-    """Test all pairs on their shared seeds and rows, without adjustment for their number."""
+    """Test all pairs on their shared seeds and rows.
+
+    The p-values are not adjusted for the number of pairs.
+    """
     pairs = list(itertools.combinations(arms, 2))
     pooled = _pooled_variance(pairs)
     return [_test_pair(first, second, metric, pooled) for first, second in pairs]
 
 
 def _pooled_variance(pairs: Sequence[tuple[ArmResult, ArmResult]]) -> VarianceComponent | None:
-    """Mean variance over seeds of the pairs' differences: twice the mean square of arm by seed.
+    """Mean variance over seeds of the pairs' differences.
+
+    It is twice the mean square of arm by seed.
 
     Two degrees of freedom, all that one pair has at 3 seeds, would separate hardly anything. What a pair varies in
     excess of this is charged with its own degrees of freedom, see `estimate`: simulated with 3 seeds and 8 arms of
@@ -278,6 +297,7 @@ def _pooled_variance(pairs: Sequence[tuple[ArmResult, ArmResult]]) -> VarianceCo
     """
     arms = {arm.label: arm for arm in itertools.chain(*pairs)}
     most = max((len(arm.by_seed) for arm in arms.values()), default=0)
+    # pairs that lack seeds have variances of fewer degrees of freedom
     complete = [pair for pair in pairs if len(_shared(*pair)) == most]
     if most < 2 or not complete:
         return None
@@ -296,6 +316,7 @@ def _seed_differences(first: ArmResult, second: ArmResult) -> list[float]:
 
 def _test_pair(first: ArmResult, second: ArmResult, metric: str, pooled: VarianceComponent | None) -> PairTest:
     shared, values = _shared(first, second), []
+    # the rows are paired by position, so their numbers must agree
     if shared and first.values and _rows(first) == _rows(second):
         values = [first.values[seed] - second.values[seed] for seed in shared]
     difference = estimate(_seed_differences(first, second), values, metric, None, pooled)
