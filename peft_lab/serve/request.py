@@ -141,7 +141,7 @@ class Request:
     def _row_indices(self, layout: RowLayout, repeat: int) -> tuple[Tensor | None, Tensor]:
         """Indices of input rows that use a bank, and of their bank rows.
 
-        Both are int64; the first is None if all rows use it. `repeat` is the number of input rows for each row of the batch.
+        Both are int64; the first is None if all rows use it. `repeat` counts the input rows of each row of the batch.
         """
         key = (layout, repeat)
         if key not in self._indices:
