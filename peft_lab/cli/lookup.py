@@ -69,7 +69,7 @@ def validate(file: Annotated[str, typer.Argument(help="A task, run or study YAML
     """Check a task, run or study file without loading a model."""
     from peft_lab.comparison.study.schema import is_study
     from peft_lab.data.task_registry import validate_task
-    from peft_lab.runs import run_config
+    from peft_lab.runs import run_config, run_folder
 
     values = run_config.read_run_file(file)
     if is_study(values):
@@ -82,18 +82,8 @@ def validate(file: Annotated[str, typer.Argument(help="A task, run or study YAML
         print_out(f'[green]ok[/] task "{task.name}" ({task.kind}), metrics: {", ".join(task.metrics)}')
         return
     config = run_config.load_run(file)
-    check_run(config)
+    run_folder.check_run(config)
     print_out(f'[green]ok[/] run: method "{config.method}" on task "{config.task}" with {config.model_name_or_path}')
-
-
-def check_run(config: Any) -> None:
-    """Check the options, the task file and the folder of a run."""
-    from peft_lab.data.task_registry import validate_task
-    from peft_lab.runs.run_folder import check_output_dir
-
-    config.check()
-    validate_task(config.task)
-    check_output_dir(config)
 
 
 def _paper(paper: str) -> str:

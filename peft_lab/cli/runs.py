@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from peft_lab.cli.lookup import check_run
 from peft_lab.cli.options import Adapter, Base, BatchSize, OtherBase
 from peft_lab.cli.output import format_metric, new_table, print_out
 from peft_lab.errors import ConfigError, did_you_mean
@@ -32,14 +31,14 @@ def train(context: typer.Context) -> None:
 
     The options are flags, a run YAML, or both.
     """
-    from peft_lab.runs import run_config
+    from peft_lab.runs import run_config, run_folder
 
     if not context.args or {"-h", "--help"} & set(context.args):
         run_config.argument_parser().print_help()
         raise typer.Exit()
     file, overrides = run_config.parse_arguments(context.args)
     config = run_config.load_run(file, overrides)
-    check_run(config)
+    run_folder.check_run(config)  # before torch is imported
     from peft_lab.training.run import train as run_training
 
     result = run_training(config)

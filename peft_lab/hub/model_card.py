@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from peft_lab.backbones.pypi_weights import BACKBONES, is_local, public_name
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.hub.evaluation_results import eval_results, mean_of_arm
-from peft_lab.metrics.predictions import ITEMS, Items, read_item_file
+from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
 from peft_lab.utils.text import markdown_text
 
@@ -102,9 +102,9 @@ def write_card(folder: Path, metrics: Mapping[str, Any], info: MethodInfo, task:
     (folder / run_folder.CARD).write_text(text, encoding="utf-8")
 
 
-def items_of(folder: Path) -> Items | None:
+def items_of(folder: Path) -> Predictions | None:
     """Predictions of a run for each test row; None if absent."""
-    return read_item_file(folder / ITEMS) if (folder / ITEMS).is_file() else None
+    return read_predictions(folder / PREDICTIONS) if (folder / PREDICTIONS).is_file() else None
 
 
 def card_text(
@@ -114,7 +114,7 @@ def card_text(
     task: Task,
     base: Base | None = None,
     repo: str = "",
-    items: Items | None = None,
+    items: Predictions | None = None,
     standing: Standing | None = None,
 ) -> str:
     """Render the card of a run: Markdown with the Hub's YAML head.
@@ -290,7 +290,7 @@ def _standing(standing: Standing, seed: int) -> str:
     return f"{run}, {standing.task}: {mean_of_arm(standing)}. Of all arms there, {standing.words}"
 
 
-def _interval(metrics: Mapping[str, Any], task: Task, items: Items | None) -> Interval | None:
+def _interval(metrics: Mapping[str, Any], task: Task, items: Predictions | None) -> Interval | None:
     """Interval of the main metric; None if its data are missing."""
     name, rows = metrics["main_metric"], metrics["data"]["rows"].get("test")
     value = metrics["metrics"].get("test", {}).get(name)
@@ -310,13 +310,13 @@ def _interval(metrics: Mapping[str, Any], task: Task, items: Items | None) -> In
     return Interval(f"{name} {value:.4f} on {rows:,} test rows", "jackknife interval over the rows", *ends)
 
 
-def _jackknife(metric: str, items: Items | None, labels: int | None) -> tuple[float, float] | None:
+def _jackknife(metric: str, items: Predictions | None, labels: int | None) -> tuple[float, float] | None:
     """Jackknife interval (95 %), cut at the metric's bounds; None without rows."""
     from scipy.stats import t
 
-    from peft_lab.metrics.per_row import BOUNDS, item_values
+    from peft_lab.metrics.per_row import BOUNDS, jackknife_values
 
-    found = item_values(metric, items, labels) if items is not None and len(items) > 1 else None
+    found = jackknife_values(metric, items, labels) if items is not None and len(items) > 1 else None
     if found is None:
         return None
     value, rows = found

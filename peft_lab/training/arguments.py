@@ -37,6 +37,8 @@ def as_run_config(config: Any, options: Mapping[str, Any]) -> RunConfig:
         return RunConfig.from_mapping(options, "the arguments of train()")
     if isinstance(config, str | Path):
         return load_run(config, options)
+    if isinstance(config, RunConfig) and not options:
+        return config
     values = config.to_dict() if isinstance(config, RunConfig) else dict(config)
     return RunConfig.from_mapping({**values, **options}, "the arguments of train()")
 

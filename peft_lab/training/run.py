@@ -27,11 +27,10 @@ from peft_lab.data import prompt_column
 from peft_lab.data.splits import Splits, carve, load_splits, per_class, subset
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
-from peft_lab.data.task_schema import check_classes
 from peft_lab.errors import ConfigError
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.load_run import adapt, count_parameters, load, load_base
-from peft_lab.metrics.predictions import Items, write_items
+from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import RunConfig
@@ -87,11 +86,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
         ConfigError, TaskError, AdapterMismatchError: what is wrong, before anything is written.
     """
     config = as_run_config(config, options)
-    info = config.check()
-    task = load_task(config.task)
-    if config.examples_per_class is not None:
-        check_classes(task)
-    state = run_folder.check_output_dir(config)
+    info, task, state = run_folder.check_run(config)
     folder = Path(config.output_dir).expanduser()
     arguments = training_arguments(config, info)
     check_best_metric(arguments, task)
@@ -129,7 +124,7 @@ class _Run:
         self.kind = task_kind(task.kind)
         self.start = time.perf_counter()
         self.process = PartialState()
-        self.items: Items | None = None  # of the split that was evaluated last, which is test if there is one
+        self.items: Predictions | None = None  # of the split that was evaluated last, which is test if there is one
 
     def execute(self) -> TrainResult:
         """Train, evaluate and save."""
@@ -271,7 +266,7 @@ class _Run:
         """
 
         def keep(prediction: EvalPrediction) -> dict[str, float]:
-            self.items = self.kind.items(prediction)
+            self.items = self.kind.row_predictions(prediction)
             return compute(prediction)
 
         return keep
@@ -298,7 +293,7 @@ class _Run:
                 continue
             found = self.trainer.evaluate(self.rows[split], metric_key_prefix=prefix)
             # metrics of written text need generation, which Trainer's evaluation does not do
-            written = self.kind.generation_items(
+            written = self.kind.generation_scores(
                 self.model, self.processor, self.raw[split], self.task, self.arguments.per_device_eval_batch_size
             )
             means = {name: float(np.mean(values)) for name, values in written.items()}
@@ -355,7 +350,7 @@ class _Run:
         module_matching.write_record(self.model, self.folder)
         self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
         if self.items is not None and "test" in self.metrics["metrics"]:
-            write_items(self.folder, self.items)
+            write_predictions(self.folder, self.items)
         write_card(self.folder, self.metrics, self.info, self.task)
         write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
 

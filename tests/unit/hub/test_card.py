@@ -17,7 +17,7 @@ from peft_lab.data.task_registry import load_task
 from peft_lab.hub.evaluation_results import eval_entries
 from peft_lab.hub.model_card import Base, base_of, card_text, write_card
 from peft_lab.loading.load_run import load
-from peft_lab.metrics.predictions import Items
+from peft_lab.metrics.predictions import Predictions
 from peft_lab.training.run import train
 
 X = {"input_ids": torch.tensor([[2, 4, 14, 3], [2, 17, 5, 3]]), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
@@ -102,7 +102,7 @@ def test_the_interval_of_another_metric_needs_the_items(finished):
         "data": finished.metrics["data"] | {"labels": 2, "rows": {"test": 400}},
     }
     assert "interval" not in card_text("name", metrics, info, task)
-    items = Items("classification", {"reference": reference, "prediction": prediction})
+    items = Predictions("classification", {"reference": reference, "prediction": prediction})
     text = card_text("name", metrics, info, task, items=items)
     found = re.search(r"on 400 test rows, 95 % jackknife interval over the rows ([\d.]+) to ([\d.]+)\. It", text)
     assert found
