@@ -207,7 +207,7 @@ def refuse_private(folder: Path, texts: Iterable[str]) -> None:
 
 
 def _header(path: Path) -> bytes:
-    """JSON header of a safetensors file, whose length the first 8 bytes give."""
+    """JSON header of a safetensors file, by its length in 8 bytes."""
     with path.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little"))
 

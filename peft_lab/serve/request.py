@@ -52,7 +52,7 @@ class Snapshot:
 
 
 class Request:
-    """Adapters of a batch, one per row, looked up once for all layers.
+    """Adapters of a batch, one per row, looked up once.
 
     Args:
         snapshot: the adapters at the start of the request.
@@ -139,9 +139,10 @@ class Request:
         return self.snapshot.banks[layout].rows[:, module.start : module.start + module.width], module
 
     def _row_indices(self, layout: RowLayout, repeat: int) -> tuple[Tensor | None, Tensor]:
-        """Indices of input rows that use a bank, and of their bank rows.
+        """Input rows that use a bank, and their rows in the bank.
 
-        Both are int64; the first is None if all rows use it. `repeat` counts the input rows of each row of the batch.
+        Both are int64 indices; the first is None if all rows use it. `repeat` counts the input rows of each row of the
+        batch.
         """
         key = (layout, repeat)
         if key not in self._indices:

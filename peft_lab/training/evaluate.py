@@ -116,7 +116,7 @@ def predict(
 
 
 def read_inputs(inputs: list[Any]) -> list[Any]:
-    """Read inputs: as given, or rows of a .txt, .csv or .jsonl file.
+    """Inputs as given, or read from a .txt, .csv or .jsonl file.
 
     Raises:
         ConfigError: the file does not exist or is empty.

@@ -1,4 +1,4 @@
-"""Training run: a method on a backbone, trained on a task and measured.
+"""Training run: a method trained on a task, measured and saved.
 
 The result is a folder with the adapter, its metrics and its model card.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate import PartialState
@@ -48,9 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("peft_lab")
 
-_T = TypeVar("_T")
-
-#: Rows of train that bi-level training holds out, and their share unless the run says otherwise.
+#: Split that bi-level training holds out of train, and its share unless the run gives another.
 HELD_OUT, HELD_OUT_FRACTION = "held_out", 0.1
 
 
@@ -83,7 +81,9 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
         options: fields of `RunConfig` and flags of `TrainingArguments`; they override `config`.
 
     Raises:
-        ConfigError, TaskError, AdapterMismatchError: what is wrong, before anything is written.
+        ConfigError: an option or the backbone is not what it should be; raised before anything is written.
+        TaskError: the task or its data are not what they should be.
+        AdapterMismatchError: the adapter of a finished run does not fit its base any more.
     """
     config = as_run_config(config, options)
     info, task, state = run_folder.check_run(config)
