@@ -43,10 +43,6 @@ _NO_INSTRUCTION = (
     'Method "{}" trains without labels or instruction_mask in the call, so its prompts see the answers too; label '
     "smoothing and a loss function of one's own take the labels out of it: then pass instruction_mask."
 )
-#: Arguments of blocks that hold a bias for each pair of positions.
-_BIASES = ("position_bias", "relative_pos")
-#: Families whose blocks make rotary positions for themselves.
-_OWN_ROTARY = ("gptj", "codegen")
 
 
 class SequenceLayer(AdapterLayer):
@@ -342,14 +338,14 @@ class SequenceLayer(AdapterLayer):
             kwargs["attention_mask"] = extend_mask(mask, tokens, count, at, self.stack.causal, state.unused)
         if "position_embeddings" in kwargs:
             kwargs["position_embeddings"] = extend_rotary(kwargs["position_embeddings"], length, count, at)
-        for name in _BIASES:
+        for name in self.stack.position_biases:
             if kwargs.get(name) is not None:
                 kwargs[name] = extend_bias(kwargs[name], length, count, at)
         if kwargs.get("position_ids") is not None:
             ids = kwargs["position_ids"]
             # Blocks that make no rotary positions read the ids only to find packed sequences.
-            own = self.stack.settings.model_type in _OWN_ROTARY
-            kwargs["position_ids"] = insert(ids, ids.new_zeros(len(ids), count), at) if own else None
+            own_rotary = self.stack.rotary_in_block
+            kwargs["position_ids"] = insert(ids, ids.new_zeros(len(ids), count), at) if own_rotary else None
         for module in self._biases:
             module.prompts_at = at
         self._enter_cache(state, _cache_of(kwargs), count)

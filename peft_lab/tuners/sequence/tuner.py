@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.family_table import FAMILIES
+from peft_lab.backbones.prompt_support import PROMPT_SUPPORT
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.config import AdapterConfig
@@ -28,8 +30,6 @@ from peft_lab.tuners.tuner import BlockTuner
 _HOOKS = (read_out, replace_logits, *window_attention.HOOKS)
 #: Arguments of `generate` with which text is read in pieces, or with drafts of what is to be written.
 _NO_WHOLE_TEXT = ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens")
-#: Models with a class token whose head reads the patches alone.
-_PATCH_HEADS = ("CLIPForImageClassification", "MetaClip2ForImageClassification")
 
 
 @dataclass
@@ -95,8 +95,10 @@ class SequenceTuner(BlockTuner):
 
     def _check_readout(self, path: str) -> None:
         """There must be a class token with a norm behind the blocks, and a head that reads it."""
-        none = not prefix_tokens(self.model, path) or type(self.model).__name__ in _PATCH_HEADS
-        if none or "norm.final" not in norms_around(self.model, path):
+        model_type = self.model.get_submodule(path).config.model_type
+        known = FAMILIES.get(model_type) or PROMPT_SUPPORT.get(model_type)
+        reads_patches = known is not None and type(self.model).__name__ in known.patch_heads
+        if not prefix_tokens(self.model, path) or reads_patches or "norm.final" not in norms_around(self.model, path):
             raise ConfigError(
                 f"{type(self.model).__name__} reads no class token behind a final norm, so it cannot read prompts in "
                 "its place."
@@ -131,7 +133,7 @@ class SequenceTuner(BlockTuner):
         if isinstance(layer, ResidualBranches):
             layer.hook_sub_layers(self.model, path)
         if window_attention.has_windows(layer) and before and before != window_attention.stage_of(path):
-            layer.downsample = (self.model.get_submodule(before), "downsample")
+            layer.downsample = window_attention.downsample_of(self.model.get_submodule(before))
         return layer
 
     def _stack_of(self, block: str) -> tuple[list[str], StackInfo]:
