@@ -42,7 +42,7 @@ def timed(function: Callable[[], object], device: str = "cpu") -> float:
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Markdown table; the first column is aligned left, the others right."""
     lines = [header, ["-", *["-:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def publish(text: str, output: Path | None) -> None:

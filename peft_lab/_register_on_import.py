@@ -15,7 +15,7 @@ from types import ModuleType
 
 
 def register_with_peft() -> None:
-    """Register the methods now if peft is loaded, else right after its import.
+    """Register the methods now, or right after the import of peft.
 
     A second call changes nothing.
     """
@@ -63,7 +63,7 @@ class _PeftFinder(MetaPathFinder):
         return None
 
     def count_import(self, change: int) -> int:
-        """Number of watched imports under way in this thread, after a change by 1 or -1."""
+        """Change the number of watched imports in this thread, and return it."""
         self._imports.count = getattr(self._imports, "count", 0) + change
         return int(self._imports.count)
 

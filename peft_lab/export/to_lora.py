@@ -152,7 +152,7 @@ def _check_layer(info: MethodInfo, layer: Any, base: Any, op: Operation, name: s
 
 
 def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """LoRA factors B (out, r) and A (r, in), float32, and their error.
+    """LoRA factors B (out, r), A (r, in) in float32, and their error.
 
     The error is relative to the delta (Frobenius norm). For a convolution with groups A has the rows of all groups, and
     B those of a row's own group: (out, r / groups).
@@ -245,7 +245,8 @@ def _targets(model: nn.Module, ranks: dict[str, int]) -> list[str] | str:
     paths = {name.removeprefix(_PREFIX) for name, _ in model.named_modules()}
     others = {path for path in paths if path not in ranks and not path.endswith(".base_layer")}
     for names in ({name.rpartition(".")[2] for name in ranks}, set(ranks)):
-        if not any(other == name or other.endswith(f".{name}") for other in others for name in names):
+        endings = tuple(f".{name}" for name in names)
+        if not any(f".{other}".endswith(endings) for other in others):
             return sorted(names)
     return "|".join(re.escape(name) for name in ranks)
 

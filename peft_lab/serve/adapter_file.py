@@ -69,6 +69,7 @@ def read_adapter(adapter: str | Path) -> AdapterFile:
     folder = run_folder.find_adapter(adapter)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(f'"{adapter}" is a whole model, not an adapter; load it by itself.')
+    # the files may come from anyone, so they are checked before anything is loaded
     safe_files.check_folder(folder)
     safe_files.read_header(folder / ADAPTER_WEIGHTS)
     config: Any = read_config(folder)
@@ -98,6 +99,7 @@ def row_layer_class(method: str) -> type[RowLayer]:
     Raises:
         ConfigError: the method has none.
     """
+    # our own layers serve rows themselves; for a tuner of peft the method's file may name a class
     tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
     layer: Any = getattr(tuners[method.upper()], "tuner_layer_cls", None)
     if getattr(layer, "row_fields", None):

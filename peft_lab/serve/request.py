@@ -182,7 +182,8 @@ def _join_rows(
     """Join groups of rows to (size, *largest shape), filled with `neutral`."""
     if parts[0][0] is None:  # one bank serves all rows
         return parts[0][1]
-    largest = [max(sides) for sides in zip(*(values.shape[1:] for _, values in parts), strict=True)]
+    shapes = [values.shape[1:] for _, values in parts]
+    largest = [max(sides) for sides in zip(*shapes, strict=True)]
     joined = parts[0][1].new_full((size, *largest), neutral)
     for rows, values in parts:
         assert rows is not None

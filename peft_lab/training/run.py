@@ -132,6 +132,7 @@ class _Run:
         self._load()
         self._build_trainer()
         self._claim_folder(checkpoint)
+        # memory and time are those of the training steps, without loading and evaluation at the end
         with PeakMemory(self.arguments.device) as memory:
             started = time.perf_counter()
             self.trainer.train(checkpoint)
@@ -306,6 +307,7 @@ class _Run:
         self, scores: dict[str, Any], memory: PeakMemory, seconds: float, checkpoint: str | None
     ) -> dict[str, Any]:
         trainable, total = count_parameters(self.model)
+        # methods are compared by the parameters of the adapter, without those of the task head
         head = {id(p) for p in self.trainer.head_parameters(self.model)}
         adapter = sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
         peft_config = self.model.active_peft_config.to_dict() if isinstance(self.model, PeftModel) else {}
