@@ -1,4 +1,4 @@
-"""peft-lab: parameter-efficient fine-tuning methods as native peft tuners, trained by Trainer, compared honestly.
+"""Parameter-efficient fine-tuning methods as native peft tuners.
 
 `import peft_lab` makes every method known to peft. It does not import torch itself: if peft is already loaded the
 methods are registered at once, otherwise in the moment peft is imported.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from peft_lab._register_on_import import activate
-from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError
+from peft_lab._register_on_import import register_with_peft
+from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError, did_you_mean
 from peft_lab.registry import list_kinds, list_methods, list_recipes
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"peft_lab.{_LAZY[name]}"), name)
     if name.endswith("Config"):
         return getattr(importlib.import_module("peft_lab.adapters"), name)
-    raise AttributeError(f"module 'peft_lab' has no attribute {name!r}")
+    raise AttributeError(f"module 'peft_lab' has no attribute {name!r}.{did_you_mean(name, __all__)}")
 
 
 def __dir__() -> list[str]:
@@ -93,4 +93,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY, *configs])
 
 
-activate()
+register_with_peft()

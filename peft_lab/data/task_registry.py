@@ -22,7 +22,7 @@ import yaml
 
 from peft_lab.data.prompt_template import Template
 from peft_lab.data.task_schema import SPLITS, DataSource, Task, build, builtin_folders
-from peft_lab.errors import TaskError, did_you_mean
+from peft_lab.errors import ConfigError, TaskError, did_you_mean
 from peft_lab.registry import TASK_ENTRY_POINTS, kind_info
 from peft_lab.utils import plain_yaml
 from peft_lab.utils.data_root import DATA_PREFIX, DATA_VARIABLE, below_data
@@ -34,6 +34,7 @@ __all__ = [
     "DataSource",
     "Task",
     "Template",
+    "check_split",
     "data_files",
     "kind",
     "list_tasks",
@@ -41,6 +42,12 @@ __all__ = [
     "parse_task",
     "validate_task",
 ]
+
+
+def check_split(split: str) -> None:
+    """Raise `ConfigError` if `split` is not the name of a split."""
+    if split not in SPLITS:
+        raise ConfigError(f'Unknown split "{split}".{did_you_mean(split, SPLITS)} Splits: {", ".join(SPLITS)}.')
 
 
 def list_tasks() -> dict[str, Task]:

@@ -97,6 +97,7 @@ def row_layer_class(method: str) -> type[RowLayer]:
     Raises:
         ConfigError: the method has none.
     """
+    # our own layers serve rows themselves; for a tuner of peft the method's file may name a class
     tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
     layer: Any = getattr(tuners[method.upper()], "tuner_layer_cls", None)
     if getattr(layer, "row_fields", None):

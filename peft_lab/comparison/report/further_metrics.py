@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from peft_lab.comparison.records.run import Record
 from peft_lab.comparison.report.sentences import interval_text, join, metric_title
 from peft_lab.comparison.report.tables import MISSING, Column, Entry, Group, Table, further_names
 from peft_lab.comparison.stats.estimates import Estimate
 from peft_lab.comparison.stats.statistics import ArmResult, CellResult, ReadPredictions, mean_score
 from peft_lab.metrics import greater_is_better
-from peft_lab.metrics.predictions import Predictions
 
 TITLE = "Further metrics"
 
@@ -27,9 +24,7 @@ class FurtherMetrics:
     title: str = TITLE
 
 
-def further_metrics_table(
-    cell: CellResult, predictions: ReadPredictions | None = None
-) -> FurtherMetrics | None:
+def further_metrics_table(cell: CellResult, predictions: ReadPredictions | None = None) -> FurtherMetrics | None:
     """Build the table of the further metrics.
 
     The arms are in the order of the headline.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from peft_lab.comparison.report.sentences import describe, join, metric_title
 from peft_lab.comparison.stats.over_tasks import over_tasks
 from peft_lab.comparison.stats.pareto import front_of_all
 from peft_lab.comparison.stats.statistics import CellResult, ReadPredictions, rank_arms
-from peft_lab.metrics.predictions import Predictions
 from peft_lab.runs.run_config import dump_yaml
 from peft_lab.utils.text import markdown_text
 

@@ -125,9 +125,7 @@ class CellResult:
         return found.difference if found.first == first else found.difference.negated()
 
 
-def rank_arms(
-    records: Iterable[Record], predictions: ReadPredictions | None = None
-) -> list[CellResult]:
+def rank_arms(records: Iterable[Record], predictions: ReadPredictions | None = None) -> list[CellResult]:
     """Rank the arms of every task and backbone and test all pairs.
 
     Args:
@@ -146,9 +144,7 @@ def rank_arms(
     return cells
 
 
-def _cell(
-    task: str, backbone: str, records: list[Record], predictions: ReadPredictions | None
-) -> CellResult:
+def _cell(task: str, backbone: str, records: list[Record], predictions: ReadPredictions | None) -> CellResult:
     # failed runs have no metric
     metric = next((record.main_metric for record in records if record.main_metric), "")
     # arms of the search count too: one that failed there has no final run
