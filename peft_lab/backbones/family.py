@@ -6,7 +6,6 @@ block. Module names are those of transformers 5.23; `aliases` hold the names of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -177,11 +176,6 @@ class Family:
             else:
                 found.append(("", path))
         return tuple(found)
-
-
-def path_regex(path: str) -> str:
-    """A path as a regex in which every `*` is any index."""
-    return re.escape(path).replace(r"\*", r"\d+")
 
 
 def in_blocks(**roles: str) -> dict[str, tuple[str, ...]]:

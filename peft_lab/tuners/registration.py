@@ -158,9 +158,9 @@ def _role_defaults(name: str, model: Any, known: set[str], task_type: str | None
     info = method(name)
     if "target_modules" in known and (info.roles or model_type not in mapped):
         wanted = info.roles or _PEFT_ROLES.get(name, ("attn.q", "attn.v"))
-        defaults["target_modules"] = module_roles.target_regex(model, wanted)
+        defaults["target_modules"] = module_roles.target_modules(model, wanted)
         if "feedforward_modules" in known:
-            defaults["feedforward_modules"] = module_roles.target_regex(model, ("mlp.down",))
+            defaults["feedforward_modules"] = module_roles.target_modules(model, ("mlp.down",))
     if "modules_to_save" in known:
         defaults["modules_to_save"] = module_roles.head_modules(model, task_type) or None
     return defaults

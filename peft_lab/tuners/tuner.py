@@ -49,9 +49,9 @@ class AdapterTuner(BaseTuner):
         if config.fingerprints:
             config.recorded_fingerprints = config.fingerprints
             return
-        places = roles.places(model)
+        locations = roles.module_locations(model)
         config.recorded_fingerprints = {
-            name: {**layer.fingerprint(), **places.get(name, {})}
+            name: {**layer.fingerprint(), **locations.get(name, {})}
             for name, layer in layers.items()
             if not layer.base_weight.is_meta
         }
@@ -60,7 +60,7 @@ class AdapterTuner(BaseTuner):
         loaded = peft_config.fingerprints is not None
         layers = peft_config.layers_to_transform
         if peft_config.target_modules is None:
-            peft_config.target_modules = roles.target_regex(self.model, self.info.roles, layers=layers)
+            peft_config.target_modules = roles.target_modules(self.model, self.info.roles, layers=layers)
         elif isinstance(peft_config.target_modules, str) and layers is not None and not loaded:
             raise ConfigError(
                 f"layers_to_transform={layers} does not go with the regex target_modules="
