@@ -1,13 +1,4 @@
-"""A method of your own, in one file: it adds the outer product of two trained vectors to each weight.
-
-Put the file into a package and name it in that package's pyproject.toml:
-
-    [project.entry-points."peft_lab.methods"]
-    rankone = "add_a_method"
-
-From then on `peft-lab methods` lists it, `peft-lab train --method rankone` trains it, and `get_peft_model`,
-`PeftModel.from_pretrained`, merging and mixed batches work with it.
-"""
+"""Rank one: adds the outer product of two trained vectors to each weight, W + scale * outer(left, right)."""
 
 from __future__ import annotations
 
@@ -16,10 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peft_lab.registry import MethodInfo
-from peft_lab.tuners.config import AdapterConfig
-from peft_lab.tuners.layer import WeightLayer
-from peft_lab.tuners.registration import register
+from peft_lab.tuners import AdapterConfig, MethodInfo, WeightLayer, register
 
 METHOD = MethodInfo(
     name="rankone",
@@ -35,9 +23,9 @@ METHOD = MethodInfo(
 
 @dataclass
 class RankOneConfig(AdapterConfig):
-    """Configuration of the rank-one method."""
+    """Configuration of the rank-one method. Trainable parameters: out + in for each adapted weight."""
 
-    scale: float = field(default=1.0, metadata={"help": "Factor of the delta."})
+    scale: float = field(default=1.0, metadata={"help": "Factor of the delta.", "other": 2.0})
 
 
 class RankOneLayer(WeightLayer):

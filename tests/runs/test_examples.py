@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.code import missing_names
-from support.tiny_runs import command, environment, flags, make_backbone, make_task, options
+from support.tiny_runs import command, environment, make_backbone, make_task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -76,49 +76,8 @@ def test_own_data_needs_a_csv_and_ten_lines(run, place, tmp_path):
     assert len((tmp_path / "own-data" / "letters.yaml").read_text().splitlines()) <= 10
 
 
-@pytest.fixture
-def installed(tmp_path):
-    """The folder of an installed package with the example's method, without running pip."""
-    site = tmp_path / "site"
-    info = site / "rankone-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rankone\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[peft_lab.methods]\nrankone = add_a_method\n")
-    (site / "add_a_method.py").write_text((EXAMPLES / "add_a_method.py").read_text())
-    return {"PYTHONPATH": str(site)}
-
-
-@pytest.mark.full
-def test_a_third_partys_method_is_found_trained_loaded_and_merged(installed, place, tmp_path):
-    listed = command("methods", env=installed)
-    assert "rankone" in listed.stdout
-    assert "rankone" not in command("methods").stdout
-    wrong = options(place["task"], place["backbone"], tmp_path / "out", method="rankone", method_args={"scal": 2})
-    assert '"scale"' in command("train", *flags(wrong), env=installed).stderr
-
-    good = options(place["task"], place["backbone"], tmp_path / "out", method="rankone", method_args={"scale": 2.0})
-    script = (
-        "import torch, peft_lab\n"
-        "from peft_lab.loading.load_run import load\n"
-        f"peft_lab.train({good | {'max_steps': 40}!r})\n"
-        f"model = load({good['output_dir']!r}).model\n"
-        "x = {'input_ids': torch.tensor([[2, 4, 14, 3]])}\n"
-        "with torch.no_grad():\n"
-        "    adapted = model(**x).logits\n"
-        "    with model.disable_adapter(): base = model(**x).logits\n"
-        "    merged = model.merge_and_unload()(**x).logits\n"
-        "print((adapted - base).abs().max().item(), (adapted - merged).abs().max().item())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(installed), check=False
-    )
-    assert done.returncode == 0, done.stderr
-    effect, difference = map(float, done.stdout.split()[-2:])
-    assert effect > 1e-3
-    assert difference < 1e-5
-
-
 def test_the_method_of_the_example_is_short():
+    # tests/runs/test_docs.py trains, saves, loads and merges it, because a page of docs/ shows the same file
     lines = (EXAMPLES / "add_a_method.py").read_text().split('"""', 2)[2].splitlines()
     code = [line for line in lines if line.strip() and not line.startswith(("from ", "import "))]
     assert len(code) <= 35

@@ -230,7 +230,7 @@ def test_what_it_refuses():
     other = Data2VecVisionForImageClassification(
         Data2VecVisionConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16)
     )
-    with pytest.raises(ConfigError, match=r"no place for its branch between attention and MLP of Data2VecVisionLayer"):
+    with pytest.raises(ConfigError, match=r"no place for its branch beside mlp of Data2VecVisionLayer"):
         adapt("dvpt", other)
     for family in ("swin", "resnet"):
         with pytest.raises(ConfigError, match=r"prompts|branch"):
