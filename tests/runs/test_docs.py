@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from support.tiny_runs import command, environment, flags, make_backbone, make_task, options
+from support.tiny_runs import command, environment, flags, make_backbone, make_image_backbone, make_task, options
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -56,6 +56,11 @@ def run(script: str, env: dict[str, str], cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     return make_backbone(tmp_path_factory.mktemp("docs") / "bert")
+
+
+@pytest.fixture(scope="module")
+def image_backbone(tmp_path_factory):
+    return make_image_backbone(tmp_path_factory.mktemp("docs") / "vit")
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +191,17 @@ def test_generated_pages_say_what_the_studies_found():
     assert "| DVPT, 50 prompts | 202,836 | 1.283 | 1.639 | 1.289 | 1.500 |" in dvpt
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (DOCS / "methods").glob("*.md")))
+def test_the_lines_of_each_method_run(page, backbone, image_backbone, capsys):
+    for language, _, code in BLOCK.findall((DOCS / "methods" / page).read_text(encoding="utf-8")):
+        if language == "python":
+            tiny = image_backbone if "AutoModelForImageClassification" in code else backbone
+            code, replaced = re.subn(r"^name = .*$", f"name = {str(tiny)!r}", code, flags=re.MULTILINE)
+            assert replaced == 1
+            exec(code, {})
+            assert "trainable params" in capsys.readouterr().out
+
+
 def test_every_method_has_a_page_with_its_paper():
     from peft_lab import registry
 
@@ -262,7 +278,10 @@ def test_commands_exist(page):
     from peft_lab.cli.main import app
 
     commands = set(get_command(app).commands)
-    named = set(re.findall(r"(?:^|`|-m )peft[-_]lab ([a-z][a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
+    text = page.read_text(encoding="utf-8")
+    in_blocks = "\n".join(re.findall(r"^```\w*.*?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    pattern = r"(?:^|-m )peft[-_]lab ([a-z][a-z-]+)"
+    named = {*re.findall(pattern, in_blocks, re.MULTILINE), *re.findall(r"`peft-lab ([a-z][a-z-]+)", text)}
     assert named <= commands
 
 
@@ -280,3 +299,18 @@ def test_files_of_the_pictures_exist(made):
     steps = (*made.diagrams.GET_PEFT_MODEL, *made.diagrams.TRAIN)
     named = {name for step in steps for name in step.files}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "add_a_kind.md"], ids=name_of)
+def test_files_that_pages_show_are_valid(page, tmp_path, monkeypatch):
+    from peft_lab.cli.main import validate
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos/train", "photos/test"):
+        Path(name).mkdir(parents=True)
+    for name in ("reviews.csv", "questions.jsonl", "tickets.csv"):
+        Path(name).touch()
+    for _, title, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if title.endswith(".yaml"):
+            Path(title).write_text(code)
+            validate(title)
