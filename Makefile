@@ -1,16 +1,20 @@
-# Two commands on a fresh machine with Python 3.10+ and make: `make demo` and `make test`.
+# On a fresh machine with Python 3.10+ and make: `make demo`, `make test` (minutes), `make test-full` (before a release).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test docs lint types clean
+.PHONY: demo test test-full docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m peft_lab demo --output_dir runs/demo
 
 test: $(VENV)/.test lint types
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full"
+
+# The whole matrix of methods and families, killed and resumed runs, clusters and fuzz, and all of `make test` but lint.
+test-full: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test build/site

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from peft_lab.training.evaluate import evaluate, predict
     from peft_lab.training.read_training_data import ReadTrainingData, read_training_data
     from peft_lab.training.run import train
-    from peft_lab.tuners.forward_context import prompt_inputs
+    from peft_lab.tuners.forward_context import row_inputs
     from peft_lab.tuners.sequence.init_from_data import domain_prompts
 
 __version__ = "0.1.0"
@@ -50,10 +50,10 @@ __all__ = [
     "load_many",
     "merge",
     "predict",
-    "prompt_inputs",
     "push",
     "read_training_data",
     "recommend",
+    "row_inputs",
     "to_lora",
     "train",
 ]
@@ -71,7 +71,7 @@ _LAZY = {
     "load_many": "serve.tenants",
     "merge": "export.merge",
     "predict": "training.evaluate",
-    "prompt_inputs": "tuners.forward_context",
+    "row_inputs": "tuners.forward_context",
     "push": "hub.push",
     "read_training_data": "training.read_training_data",
     "recommend": "comparison.run.recommend",

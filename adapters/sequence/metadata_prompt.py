@@ -1,7 +1,7 @@
 """Prompts chosen by what is known of a row: its domain, its source, its resolution, the mode it is to be read in.
 
 An adapter has a few sets of prompts, and each row of a batch names one by `prompt_ids`, an argument of the model's
-forward; where a call cannot take it (`generate`), `peft_lab.prompt_inputs` gives it around the
+forward; where a call cannot take it (`generate`), `peft_lab.row_inputs` gives it around the
 call. A task file that names a column of such values, `columns: {prompt_ids: domain, ...}`, has it given in training,
 evaluation and prediction: the adapter keeps the values in the order of its sets, as `prompt_values`.
 
@@ -24,7 +24,8 @@ from torch import Tensor
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.config import shorten
-from peft_lab.tuners.forward_context import Call
+from peft_lab.tuners.forward_context import RowInput
+from peft_lab.tuners.sequence.prompt_state import PromptState
 from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
 from peft_lab.tuners.sequence.stored_tuner import register_static
 
@@ -96,6 +97,9 @@ class MetadataPromptConfig(StaticConfig):
         if self.default_mode is not None and not 0 <= self.default_mode < self.modes:
             raise ConfigError(f"default_mode={self.default_mode} must be from 0 to {self.modes - 1}.")
 
+    def row_inputs(self) -> tuple[RowInput, ...]:
+        return (RowInput("prompt_ids", "int64"),)
+
     @property
     def modes(self) -> int:
         """Sets of prompts."""
@@ -125,32 +129,27 @@ class MetadataPromptLayer(StoredPrompts):
     """A block before which each row's own set of prompts, of a table (modes, prompts, width), is written."""
 
     adapter_layer_names = ("metadata_prompt_table",)
+    same_for_all_rows = False
 
     def initial_values(self, adapter: str, config: MetadataPromptConfig) -> dict[str, Tensor]:
-        if self.depth not in config.writing(self.depths):
+        if self.depth not in config.prompted_block_indices(self.num_blocks):
             return {}
         table = torch.empty(config.modes, config.num_prompts, self.width)
         return {"metadata_prompt_table": table.uniform_(-0.5, 0.5)}
 
-    def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
-        config, ids, table = self.configs.get(adapter), call.prompt_ids, self.values(adapter, len(tokens))
-        if config is None or table is None:
-            return None
-        table = table.expand(len(tokens), -1, -1, -1)
+    def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
+        config, ids = self.configs[adapter], state.row_input("prompt_ids")
+        rows = state.batch if state.rows is None else len(state.rows)
+        table = values.expand(rows, -1, -1, -1)
         if ids is None:
             if config.default_mode is None:
                 raise ConfigError('A call without prompt_ids, which method "metadata_prompt" needs: pass one per row.')
             if self.training and torch.is_grad_enabled() and config.modes > 1:
                 warnings.warn(_NO_IDS.format(config.default_mode, config.modes), stacklevel=2)
             return table[:, config.default_mode]
-        if ids.shape != tokens.shape[:1] or ids.is_floating_point():
-            raise ConfigError(
-                f"prompt_ids has shape {list(ids.shape)} and dtype {ids.dtype}, expected one integer for each of "
-                f"{len(tokens)} rows."
-            )
         if bool(((ids < 0) | (ids >= config.modes)).any()):
             raise ConfigError(f"prompt_ids={ids.tolist()} must be from 0 to {config.modes - 1}.")
-        return table[torch.arange(len(tokens), device=table.device), ids.to(table.device)]
+        return table[torch.arange(rows, device=table.device), ids.to(table.device)]
 
 
 register_static(METHOD, MetadataPromptConfig, MetadataPromptLayer)

@@ -8,6 +8,7 @@ Source: Jia et al. 2022, Visual Prompt Tuning, arXiv:2203.12119. Written from th
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.tuners.forward_context import Call
-from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StaticPrompts
+from peft_lab.tuners.sequence.prompt_state import PromptState
+from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
 from peft_lab.tuners.sequence.stored_tuner import register_static
 
 METHOD = MethodInfo(
@@ -75,45 +76,42 @@ class VPTConfig(StaticConfig):
             raise ConfigError(f'position="{self.position}" must be "after" or "before".')
 
 
-class VPTLayer(StaticPrompts):
-    """A block before which prompts (p, width) are written; the first such block also holds the shared projection.
-
-    Where stages have different widths, each has a projection of its own.
-    """
+class VPTLayer(StoredPrompts):
+    """A block before which prompts (p, width) are written; blocks of one width share the projection."""
 
     adapter_layer_names = ("vpt_prompts", "vpt_projection_weight", "vpt_projection_bias")
 
     def initial_values(self, adapter: str, config: VPTConfig) -> dict[str, Tensor]:
-        writing = config.writing(self.depths)
+        writing = config.prompted_block_indices(self.num_blocks)
         if self.depth not in writing:
             return {}
-        order = writing.index(self.depth)
         counts = config.num_prompts if isinstance(config.num_prompts, list) else [config.num_prompts] * len(writing)
         if len(counts) != len(writing):
             raise ConfigError(f"num_prompts has {len(counts)} numbers, but {len(writing)} blocks get prompts.")
-        width = config.projection or self.width
-        values = {"vpt_prompts": self.uniform(counts[order], width)}
-        if config.projection and all(self.widths[depth] != self.width for depth in writing[:order]):
-            weight = nn.init.kaiming_normal_(torch.empty(self.width, width), mode="fan_out", nonlinearity="linear")
-            values |= {"vpt_projection_weight": weight, "vpt_projection_bias": torch.zeros(self.width)}
-        return values
+        return {"vpt_prompts": self.uniform(counts[writing.index(self.depth)], config.projection or self.width)}
 
-    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
-        prompts = super().stored(adapter, call, rows)
-        if adapter in self.vpt_projection_weight:
-            call.shared[adapter] = (self.vpt_projection_weight[adapter], self.vpt_projection_bias[adapter])
-        if prompts is None or adapter not in call.shared:
-            return prompts
-        return nn.functional.linear(prompts, *call.shared[adapter])
+    def share_key(self, config: VPTConfig) -> Hashable:
+        # Where stages have different widths, each has a projection of its own.
+        writes = self.depth in config.prompted_block_indices(self.num_blocks)
+        return self.width if writes else None
 
-    def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
-        prompts = super().prompts(adapter, tokens, call)
-        if prompts is None:
-            return None
-        return nn.functional.dropout(prompts, self.configs[adapter].dropout, self.training)
+    def shared_values(self, adapter: str, config: VPTConfig) -> dict[str, Tensor]:
+        if config.projection is None or self.share_key(config) is None:
+            return {}
+        weight = torch.empty(self.width, config.projection)
+        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="linear")
+        return {"vpt_projection_weight": weight, "vpt_projection_bias": torch.zeros(self.width)}
+
+    def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
+        config, weight = self.configs[adapter], self.parameter(adapter, "vpt_projection_weight")
+        if weight is not None:
+            values = nn.functional.linear(values, weight, self.parameter(adapter, "vpt_projection_bias"))
+        if config.dropout and self.training:
+            values = values.expand(state.batch, -1, -1)  # each sample drops for itself
+        return nn.functional.dropout(values, config.dropout, self.training)
 
     def position(self, adapter: str) -> int:
-        return self.prefix_tokens if self.configs[adapter].position == "after" else 0
+        return self.stack.prefix_tokens if self.configs[adapter].position == "after" else 0
 
 
 register_static(METHOD, VPTConfig, VPTLayer)

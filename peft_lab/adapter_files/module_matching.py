@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from peft_lab.adapter_files import base_fingerprint, safe_files
 from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, is_head_alone, write_json
-from peft_lab.backbones import family_table, module_roles
+from peft_lab.backbones import module_roles
+from peft_lab.backbones.family import LINEAR
 from peft_lab.errors import AdapterMismatchError
 
 _LOG = logging.getLogger("peft_lab")
@@ -29,7 +30,7 @@ _WRAPPER = "base_model.model."
 _PARTS = ("attn.q", "attn.k", "attn.v")
 _FUSED = "attn.qkv"
 #: Roles whose weights say which backbone it is.
-_WEIGHTS = frozenset((*family_table.LINEAR, "linear"))
+_WEIGHTS = frozenset((*LINEAR, "linear"))
 #: Parameters of peft's tuners with one value per output channel, and the value that changes nothing.
 _PER_CHANNEL = {"ia3_l": 1.0}
 
@@ -84,7 +85,7 @@ class Fit:
 
 def record(model: nn.Module, modules: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Fingerprint and place of adapted modules (name -> base weight), as they are saved with an adapter."""
-    places = module_roles.places(model)
+    places = module_roles.module_locations(model)
     return {
         name: {**base_fingerprint.module_fingerprint(_module(model, name) or model, weight), **places.get(name, {})}
         for name, weight in modules.items()
@@ -113,7 +114,7 @@ def fit(model: nn.Module, recorded: Mapping[str, Mapping[str, Any]]) -> Fit:
         else:
             found.same[name] = path
     if left:
-        here = {(p["role"], p["layer"], p["nth"]): path for path, p in module_roles.places(model).items()}
+        here = {(p["role"], p["layer"], p["nth"]): path for path, p in module_roles.module_locations(model).items()}
         thirds: dict[str, dict[str, tuple[str, Mapping[str, Any]]]] = {}
         for name, entry in left:
             role, layer, nth = (entry.get(key) for key in ("role", "layer", "nth"))
@@ -316,7 +317,7 @@ def write_record(model: Any, folder: Path) -> None:
     weights = {name: getattr(layer.get_base_layer(), "weight", None) for name, layer in layers.items()}
     if any(is_head_alone(config.to_dict()) for config in model.peft_config.values()):
         # A head saved alone belongs to every weight that its features come from.
-        places = [n for n, place in module_roles.places(base).items() if place["role"] in _WEIGHTS]
+        places = [n for n, place in module_roles.module_locations(base).items() if place["role"] in _WEIGHTS]
         weights |= {name: getattr(base.get_submodule(name), "weight", None) for name in places}
     kept = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
     write_json(folder / BASE_RECORD, {"modules": record(base, kept)})

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 
 class Renames:
-    """A family's aliases (older fragment, newer fragment), applied to paths and to the ends of paths."""
+    """Aliases of a family (older fragment, newer fragment), applied to paths and to the ends of paths."""
 
     def __init__(self, aliases: tuple[tuple[str, str], ...]) -> None:
         self._forward = [(_fragment(old, new), new.replace("*", r"\1")) for old, new in aliases]
@@ -15,15 +15,15 @@ class Renames:
         self._aliases = aliases
 
     def new(self, path: str) -> str:
-        """A path in the table's names."""
+        """Return a path in the table's names."""
         return self._substitute(self._forward, path)
 
     def old(self, path: str) -> str:
-        """A path in the older names."""
+        """Return a path in the older names."""
         return self._substitute(self._back, path)
 
     def short(self, name: str, back: bool = False) -> str:
-        """The end of a path, e.g. one leaf name, if only one alias ends with it."""
+        """Return the end of a path, e.g. one leaf name, renamed if only one alias ends with it."""
         pairs = [(new, old) if back else (old, new) for old, new in self._aliases]
         length = name.count(".") + 1
         found = {_tail(to, length) for what, to in pairs if f".{what}".endswith(f".{name}")}
@@ -45,7 +45,7 @@ def _tail(path: str, length: int) -> str:
 
 
 def _fragment(what: str, to: str) -> re.Pattern[str]:
-    """Finds `what` between dots; not where it already is the end of `to` (`layer.*` in `model.layer.*`)."""
+    """Return a regex of `what` between dots, not where it is already the end of `to` (`layer.*` in `model.layer.*`)."""
     before = to.removesuffix(f".{what}") if to.endswith(f".{what}") else ""
     guard = rf"(?<!{re.escape(before)}\.)" if before else ""
     return re.compile(rf"(?<![^.]){guard}{re.escape(what)}(?![^.])".replace(r"\*", r"(\d+|\*)"))
@@ -53,5 +53,5 @@ def _fragment(what: str, to: str) -> re.Pattern[str]:
 
 @lru_cache(maxsize=256)
 def renames_of(aliases: tuple[tuple[str, str], ...]) -> Renames:
-    """The `Renames` of a family's aliases, compiled once."""
+    """Return the `Renames` of a family's aliases, compiled once."""
     return Renames(aliases)

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
-from peft_lab.backbones.family_table import Family, path_regex
+from peft_lab.backbones.family import Family
+from peft_lab.backbones.names import path_regex
 
 if TYPE_CHECKING:
     from torch import nn

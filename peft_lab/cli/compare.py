@@ -1,4 +1,7 @@
-"""The commands of `peft-lab` that make many runs: `compare` and `recommend`. Nothing here imports torch by itself."""
+"""Commands `compare`, `recommend` and `report`.
+
+The functions behind them are imported once the arguments are checked, because they import torch.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    study: Annotated[Path | None, typer.Argument(help="A study YAML; see `peft_lab/compare/study.py`.")] = None,
+    study: Annotated[Path | None, typer.Argument(help="A study YAML; see `examples/study.yaml`.")] = None,
     task: Task = None,
     model_name_or_path: Model = None,
     output_dir: Folder = None,
@@ -42,7 +45,10 @@ def compare(
     address: Address = None,
     retry_failed: Annotated[bool, typer.Option("--retry_failed", help="Make the runs that failed again.")] = False,
 ) -> None:
-    """Compare methods: a study YAML, or six methods on --task with --model_name_or_path. Repeat it to go on."""
+    """Compare methods by a study YAML, or on one task.
+
+    Without a study file six methods are compared on --task with --model_name_or_path. Repeat the command to go on.
+    """
     from peft_lab.comparison import compare as run_comparison
 
     done = run_comparison(
@@ -53,7 +59,7 @@ def compare(
         address=address,
         retry_failed=retry_failed,
     )
-    summarise(done)
+    _summarise(done)
     if done.failed:
         raise typer.Exit(1)
 
@@ -69,16 +75,19 @@ def recommend(
     ] = None,
     workers: Workers = None,
 ) -> None:
-    """Compare methods on your task within a time; ends in a run YAML for `peft-lab train`."""
+    """Compare methods on your task within a time, and choose one.
+
+    It ends in a run YAML for `peft-lab train`.
+    """
     from peft_lab.comparison.study.schema import default_study
 
-    default_study(task, model_name_or_path, max_steps)  # what is wrong is said before anything heavy is imported
+    default_study(task, model_name_or_path, max_steps)  # raises its errors before anything heavy is imported
     from peft_lab.comparison.run.recommend import recommend as run_recommendation
 
     found = run_recommendation(
         task, model_name_or_path, minutes, output, output_dir=output_dir, max_steps=max_steps, workers=workers
     )
-    summarise(found.comparison)
+    _summarise(found.comparison)
     console = Console(highlight=False, soft_wrap=True)
     for sentence in (*found.reasons, *found.dropped):
         console.print(escape(sentence))
@@ -89,7 +98,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="The output_dir of a comparison.")],
     out: Annotated[Path | None, typer.Option(help="Folder for a copy to share: no runs, no paths of yours.")] = None,
 ) -> None:
-    """Write the report of a comparison again, or a copy of it to share."""
+    """Write the report of a comparison again, or a copy to share."""
     from peft_lab.comparison.report.report import write_report
 
     Console(highlight=False, soft_wrap=True).print(f"Report: {escape(str(write_report(folder, out)))}")
@@ -109,8 +118,8 @@ def _study(file: Path | None, task: str | None, backbone: str | None, max_steps:
     return default_study(task, backbone, max_steps)
 
 
-def summarise(done: Comparison) -> None:
-    """Say where the results are, and which runs failed."""
+def _summarise(done: Comparison) -> None:
+    """Print the folder of the results and the runs that failed."""
     console = Console(highlight=False, soft_wrap=True)
     for record in done.failed:
         console.print(
@@ -125,14 +134,16 @@ def summarise(done: Comparison) -> None:
 
 
 def show_study(values: dict[str, Any], file: str) -> str:
-    """The line of `peft-lab validate` for a study file."""
+    """Describe a study file in one line, for `peft-lab validate`."""
     from peft_lab.comparison.run.plan import count_beyond, count_runs
     from peft_lab.comparison.study.schema import from_mapping
 
     study = from_mapping(values, f'"{file}"', Path(file).expanduser().absolute().parent)
-    beyond = count_beyond(study)
-    return (
+    line = (
         f'study "{study.name}": {len(study.arms)} arms, {len(study.cells)} tasks on backbones, '
         f"{len(study.seeds)} seeds, {count_runs(study)} runs"
-        + (f", at most {beyond} more where the best learning rate is the lowest or highest" if beyond else "")
     )
+    beyond = count_beyond(study)
+    if beyond:
+        line += f", at most {beyond} more where the best learning rate is the lowest or highest"
+    return line

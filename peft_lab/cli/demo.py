@@ -1,7 +1,7 @@
-"""The demo: three methods on a text and an image task, with backbones and data that come from PyPI alone.
+"""Command `demo`: three methods on a text and an image task.
 
-Each run is a process of its own, forked from a server that has imported everything once, so that one run's peak memory
-says nothing about the run before it.
+Backbones and data come from PyPI alone. Each run is a process of its own, forked from a server that has imported
+everything once, so that one run's peak memory says nothing about the run before it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -25,9 +26,11 @@ from peft_lab.utils.processes import forkserver, quiet
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task of the demo is trained. Learning rates were chosen on validation rows, at least three for each method:
-    on snips mostly with seed 0 and 64 steps, which were then cut to fit three minutes, on sign-digits with two or three
-    seeds and the steps that stand here.
+    """Training of a task of the demo.
+
+    Learning rates were chosen on validation rows, at least three for each method: on snips mostly with seed 0 and 64
+    steps, which were then cut to fit three minutes, on sign-digits with two or three seeds and the steps that stand
+    here.
 
     Attributes:
         model: short name of the backbone.
@@ -50,6 +53,24 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command("demo")(demo_command)
+
+
+def demo_command(
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the adapters go.")] = Path("demo-runs"),
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train each method with this many seeds; print mean and spread.")
+    ] = 1,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task of the demo (may be repeated).")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only this method of the demo (may be repeated).")] = None,
+    max_steps: Annotated[int | None, typer.Option("--max_steps", min=1, help="Train for fewer steps.")] = None,
+) -> None:
+    """Train LoRA, SVFit and SSF on two tasks, from PyPI packages alone."""
+    demo(output_dir, seeds=seeds, tasks=task, methods=method, max_steps=max_steps)
+
+
 def demo(
     output_dir: Path,
     seeds: int = 1,
@@ -57,7 +78,7 @@ def demo(
     methods: Sequence[str] | None = None,
     max_steps: int | None = None,
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Train, print one table per task, and return metrics.json of every run by task and method.
+    """Train the methods of the demo and print one table per task.
 
     Args:
         output_dir: the adapters go to `output_dir/TASK/METHOD-SEED`; earlier demo runs there are replaced.
@@ -65,12 +86,17 @@ def demo(
         tasks, methods: only these of the demo.
         max_steps: fewer training steps than the recipe's.
 
+    Returns:
+        Task -> method -> the content of metrics.json of each seed.
+
     Raises:
         ConfigError: a task or method that the demo does not have, or a package that it needs is missing.
     """
     chosen = list(tasks or RECIPES)
     check_keys(chosen, RECIPES, "the tasks of the demo")
-    known = list(dict.fromkeys(method for task in chosen for method in RECIPES[task].learning_rates))
+    known: dict[str, None] = {}
+    for task in chosen:
+        known |= dict.fromkeys(RECIPES[task].learning_rates)
     picked = list(methods or known)
     check_keys(picked, known, "the methods of the demo")
     console, start = Console(highlight=False), time.perf_counter()
@@ -97,7 +123,10 @@ def demo(
 
 
 def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> Table:
-    """One task's results, a line per method; means with standard deviations if there are several seeds."""
+    """Table of one task's results, a line per method.
+
+    With several seeds the values are means with standard deviations.
+    """
     first = next(iter(runs.values()))[0]
     title = (
         f"{task}: {first['run']['model_name_or_path']}, {first['data']['rows']['test']} test rows, {first['device']}"
@@ -154,7 +183,7 @@ def _in_process(context: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(options: dict[str, Any]) -> dict[str, Any]:
-    """One run, in its own process; what loading the well-known backbones has to say is left out."""
+    """Train one run, in a process of its own and quietly."""
     from peft_lab.training.run import train
 
     quiet()
@@ -163,8 +192,9 @@ def _train(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(folder: Path) -> str:
-    """The lines of the saved adapter's own card that load it, with the path from here."""
+    """Lines of the saved card that load the adapter, with its path."""
     from peft_lab.runs.run_folder import CARD
 
+    # the card names the folder without its parents, because it may be moved
     lines = (folder / CARD).read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     return lines.replace(f'"{folder.name}"', f'"{folder}"')

@@ -1,4 +1,7 @@
-"""The commands that give adapters to others: `push` and `to-lora`. Nothing here imports torch before the checks."""
+"""Commands `push` and `to-lora`.
+
+The functions behind them are imported once the arguments are checked, because they import torch.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,7 @@ from typing import Annotated
 
 import typer
 
-Folder = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="Folder that `peft-lab train` wrote.", show_default=False)
-]
+from peft_lab.cli.options import Base
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 
 def push(
-    adapter: Folder,
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="Folder that `peft-lab train` wrote.", show_default=False)
+    ],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub.", show_default=False)],
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it; private by default.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; main by default.")] = None,
@@ -32,7 +35,10 @@ def push(
         Path | None, typer.Option(help="Folder of the comparison that the run is of, if it lies elsewhere.")
     ] = None,
 ) -> None:
-    """Push an adapter to the Hub with a filled card: private, without checkpoints and without local paths."""
+    """Push an adapter to the Hub with a filled card.
+
+    It is private by default, without checkpoints and without local paths.
+    """
     if comparison is not None:
         from peft_lab.comparison.report.run_standing import write_standing_in
 
@@ -57,9 +63,7 @@ def to_lora(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Largest rank; by default what an exact conversion needs.")
     ] = None,
-    model_name_or_path: Annotated[
-        str | None, typer.Option("--model_name_or_path", help="Load this base instead of the one the adapter names.")
-    ] = None,
+    model_name_or_path: Base = None,
 ) -> None:
     """Convert an adapter into a LoRA adapter that loads with peft alone."""
     from peft_lab.runs.run_folder import find_adapter, refuse_filled

@@ -132,12 +132,12 @@ def predict(
         return kind.predict(model, processor, inputs, task, batch_size)
     import torch
 
-    from peft_lab.tuners.forward_context import prompt_inputs
+    from peft_lab.tuners.forward_context import row_inputs
 
     found: list[Any] = []
     for start in range(0, len(inputs), batch_size):
         part = slice(start, start + batch_size)
-        with prompt_inputs(**{PROMPT_IDS: torch.tensor(ids[part])}):
+        with row_inputs(**{PROMPT_IDS: torch.tensor(ids[part])}):
             found += kind.predict(model, processor, inputs[part], task, batch_size)
     return found
 

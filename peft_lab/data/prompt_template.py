@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from pydantic import model_validator
+
 from peft_lab.errors import TaskError
+from peft_lab.utils.schema import Schema
 
 _FIELD = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 
-@dataclass(frozen=True)
-class Template:
-    """How a row becomes a prompt and the answer that the model shall learn.
+class Template(Schema):
+    """Prompt template: a row becomes a prompt and the answer that the model shall learn.
 
     A field is a column name in braces, `{question}`, or a path into a nested one, `{instances.0.output}`; a literal
     brace is doubled.
@@ -30,12 +31,23 @@ class Template:
         chat: put the prompt through the tokenizer's chat template as the user's turn.
     """
 
-    prompt: str
-    answer: str
+    prompt: str = ""
+    answer: str = ""
     reference: str = ""
     extract: str = ""
     required: str = ""
     chat: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Template:
+        for key in ("prompt", "answer"):
+            if not fields(getattr(self, key)):
+                raise TaskError(f'the template needs "{key}" with at least one column in braces, like "{{question}}".')
+        fields(self.reference)
+        for key in ("extract", "required"):
+            if key in self.model_fields_set:
+                _check_one_group(key, getattr(self, key))
+        return self
 
     def columns(self) -> tuple[str, ...]:
         """The columns that the template reads, in order of appearance."""
@@ -123,6 +135,15 @@ def normalise(text: str) -> str:
     """The form in which answers are compared: trimmed, lower case, `1,234.00` as `1234`, no closing full stop."""
     text = " ".join(text.split()).casefold().removesuffix(".")
     return re.sub(r"(?<=\d)\.0+(?!\d)", "", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+
+
+def _check_one_group(key: str, pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise TaskError(f'{key} "{pattern}" is no regular expression: {error}.') from error
+    if groups != 1:
+        raise TaskError(f'{key} "{pattern}" must have exactly one group, it has {groups}.')
 
 
 def _value(row: Mapping[str, Any], name: str) -> Any:

@@ -1,68 +1,190 @@
-"""The closed schema of a task file: its keys, their types, whether the values fit together. Imports nothing heavy."""
+"""The closed schema of a task file: keys, types, and values that must fit together. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from peft_lab.data.prompt_template import Template, fields
-from peft_lab.errors import TaskError, did_you_mean
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from peft_lab.data.prompt_template import Template
+from peft_lab.errors import TaskError
 from peft_lab.metrics import METRICS, metric_path
 from peft_lab.registry import KindInfo, kind_info
 from peft_lab.utils.data_root import DATA_PREFIX, DATA_VARIABLE
+from peft_lab.utils.schema import Schema, check, describe, unknown_key
 
 SPLITS = ("train", "validation", "test")
 
 #: The column, of any kind of task, whose values choose a row's prompts; also the argument of a forward that does.
 PROMPT_IDS = "prompt_ids"
 
-#: Options of each `datasets` builder that a task may set. The list is closed, for a YAML file is never trusted.
-BUILDERS: dict[str, dict[str, tuple[type, ...]]] = {
-    "csv": {
-        "delimiter": (str,),
-        "column_names": (list,),
-        "quoting": (str,),
-        "quotechar": (str,),
-        "encoding": (str,),
-        "skiprows": (int,),
-    },
-    "json": {"field": (str,), "encoding": (str,)},
-    "parquet": {},
-    "imagefolder": {},
-}
-
 #: Names for the constants of Python's csv module.
 QUOTING = {"minimal": 0, "all": 1, "nonnumeric": 2, "none": 3}
 
-PROBLEM_TYPES = ("single_label_classification", "regression")
+#: Keys that only some kinds read; a kind names its own in `KindInfo.settings`.
+_SETTINGS = ("labels", "problem_type", "template", "max_length", "max_new_tokens", "image_size")
 
 
-@dataclass(frozen=True)
-class DataSource:
-    """Where the rows come from: a data set of the Hub, or local files read by a builder of `datasets`.
+class _CsvOptions(Schema):
+    delimiter: str = ","
+    column_names: Sequence[str] = ()
+    quoting: Literal["minimal", "all", "nonnumeric", "none"] = "minimal"
+    quotechar: str = '"'
+    encoding: str = ""
+    skiprows: int = 0
+
+
+class _JsonOptions(Schema):
+    field: str = ""
+    encoding: str = ""
+
+
+#: Options of each `datasets` builder that a task may set. The list is closed, because a YAML file is never trusted.
+_BUILDER_OPTIONS: dict[str, type[Schema]] = {
+    "csv": _CsvOptions,
+    "json": _JsonOptions,
+    "parquet": Schema,
+    "imagefolder": Schema,
+}
+
+
+def _check_file(name: str) -> str:
+    if not name:
+        raise TaskError("a file name must not be empty.")
+    if "://" in name:
+        raise TaskError(f'file "{name}" is an address; files are local, a Hub data set is named by "path".')
+    if "$" in name.removeprefix(DATA_PREFIX) or name.startswith("~"):
+        raise TaskError(f'file "{name}": only a leading {DATA_PREFIX} is replaced, no other variable and no "~".')
+    return name
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_FileNames = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_file)], ...], Field(strict=False), BeforeValidator(_as_list)
+]
+
+
+class _Files(Schema):
+    train: _FileNames = ()
+    validation: _FileNames = ()
+    test: _FileNames = ()
+
+
+class _SplitNames(Schema):
+    train: str = ""
+    validation: str = ""
+    test: str = ""
+
+
+class _HubData(Schema):
+    path: str = ""
+    name: str = ""
+    revision: str = ""
+
+
+class _LocalData(Schema):
+    builder: Literal["csv", "json", "parquet", "imagefolder"]
+    files: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = {}
+
+
+class DataSource(Schema):
+    """Source of the rows: a data set of the Hub, or local files read by a builder of `datasets`.
 
     Attributes:
         path, name, revision: Hub id, configuration and commit, branch or tag ("" for local files).
         builder: `csv`, `json`, `parquet` or `imagefolder` ("" for the Hub).
         files: split -> file names as written: relative to the YAML file or to `${PEFT_LAB_DATA}`; `*` is a wildcard.
-        options: options of the builder, a subset of `BUILDERS[builder]`.
+        options: options of the builder.
     """
 
     path: str = ""
     name: str = ""
     revision: str = ""
     builder: str = ""
-    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, tuple[str, ...]] = {}
+    options: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True)
-class Task:
+def _data_source(values: Any) -> DataSource:
+    """The checked value of `data`."""
+    if isinstance(values, Mapping) and "builder" in values:
+        return _local_data(values)
+    hub = check(_HubData, values, 'the "data" of a Hub data set', TaskError)
+    if not hub.path:
+        raise TaskError('"data" needs "path" (a Hub id) or "builder" and "files" (local files).')
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", hub.path):
+        raise TaskError(f'data path "{hub.path}" is no Hub id; for local files give "builder" and "files" instead.')
+    return DataSource(**dict(hub))
+
+
+def _local_data(values: Mapping[str, Any]) -> DataSource:
+    local = check(_LocalData, values, 'the "data" of local files', TaskError)
+    files = check(_Files, local.files, "the files", TaskError).model_dump(exclude_unset=True)
+    if "train" not in files:
+        raise TaskError('"files" of "data" must name at least the file of "train".')
+    empty = next((split for split, names in files.items() if not names), None)
+    if empty is not None:
+        raise TaskError(f'the list of {empty} files is empty; name a file or leave "{empty}" out.')
+    options = check(_BUILDER_OPTIONS[local.builder], local.options, f"the options of {local.builder}", TaskError)
+    return DataSource(builder=local.builder, files=files, options=options.model_dump(exclude_unset=True))
+
+
+def _check_name(name: str) -> str:
+    """Refuse a task's name unless it is safe as a folder name and as a word of a command line."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+        raise TaskError(f'The name "{name}" must be lower case letters, digits, ".", "-" and "_", at most 64 of them.')
+    return name
+
+
+def _names(values: Any, what: str, least: int) -> tuple[str, ...]:
+    """A list of names, none of them twice, as a tuple of texts; whole numbers become texts."""
+    if not isinstance(values, list):
+        raise TaskError(f'"{what}s" in a task must be a list, not {describe(values)}.')
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            # YAML 1.1 reads no, off and yes as booleans
+            raise TaskError(f"a {what} must be text, not {describe(value)}; put {what} names in quotes.")
+    names = tuple(str(value) for value in values)
+    if len(names) < least:
+        raise TaskError(f'"{what}s" needs at least {"two names" if least == 2 else "one name"}, not {len(names)}.')
+    double = _double(names)
+    if double is not None:
+        raise TaskError(f'the {what} "{double}" is given twice.')
+    return names
+
+
+def _double(names: Iterable[str]) -> str | None:
+    """The first name that is there twice."""
+    names = list(names)
+    return next((name for name in names if names.count(name) > 1), None)
+
+
+def _split_names(values: Any) -> dict[str, str]:
+    return check(_SplitNames, values, "the splits", TaskError).model_dump(exclude_unset=True)
+
+
+def _template(values: Any) -> Template:
+    return check(Template, values, "the template", TaskError)
+
+
+def _version(value: Any) -> Any:
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+_Count = Annotated[int, Field(ge=1)]
+_Fraction = Annotated[float, Field(gt=0, le=0.5)]
+
+
+class Task(Schema):
     """One task, as its YAML file says. Build it with `load_task` or `validate_task`, which check every value.
 
     Attributes:
@@ -81,31 +203,36 @@ class Task:
         origin: the YAML file, None for a task built from a mapping.
     """
 
-    name: str
+    name: Annotated[str, AfterValidator(_check_name)]
     kind: str
-    data: DataSource
+    data: Annotated[DataSource, BeforeValidator(_data_source)]
     title: str = ""
     description: str = ""
-    splits: Mapping[str, str] = field(default_factory=dict)
-    columns: Mapping[str, str] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()
-    prompt_values: tuple[str, ...] = ()
-    problem_type: str = "single_label_classification"
-    metrics: tuple[str, ...] = ()
-    template: Template | None = None
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.0
-    split_seed: int = 0
-    max_length: int | None = None
-    max_new_tokens: int | None = None
-    image_size: int | None = None
-    version: str = "1"
+    splits: Annotated[Mapping[str, str], BeforeValidator(_split_names)] = {}
+    columns: Mapping[str, str] = {}
+    labels: Annotated[tuple[str, ...], BeforeValidator(partial(_names, what="label", least=2))] = ()
+    prompt_values: Annotated[tuple[str, ...], BeforeValidator(partial(_names, what="prompt_value", least=1))] = ()
+    problem_type: Literal["single_label_classification", "regression"] = "single_label_classification"
+    metrics: Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_as_list)] = ()
+    template: Annotated[Template, BeforeValidator(_template)] | None = None
+    validation_fraction: _Fraction = 0.1
+    test_fraction: _Fraction = 0.0
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    max_length: _Count | None = None
+    max_new_tokens: _Count | None = None
+    image_size: _Count | None = None
+    version: Annotated[str, BeforeValidator(_version)] = "1"
     licence: str = ""
     citation: str = ""
     homepage: str = ""
     shifted: str = ""
     control: str = ""
-    origin: Path | None = None
+    _origin: Path | None = None
+
+    @property
+    def origin(self) -> Path | None:
+        """The YAML file, None for a task built from a mapping."""
+        return self._origin
 
     @property
     def main_metric(self) -> str:
@@ -114,7 +241,7 @@ class Task:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The canonical columns that hold what a model may look at: neither the answer nor `prompt_ids`."""
+        """Canonical columns that hold what a model may look at: neither the answer nor `prompt_ids`."""
         known = self.template.inputs() if self.template else tuple(name for name in self.columns if name != "label")
         return tuple(name for name in known if name != PROMPT_IDS)
 
@@ -132,55 +259,6 @@ class Task:
         if any(name.startswith("${") for name in names):
             return f"${DATA_VARIABLE}"
         return "package" if self.origin and self.origin.parent in builtin_folders() else "files"
-
-
-#: Keys that only some kinds read; a kind names its own in `Kind.settings`.
-_SETTINGS = {
-    "labels": (list,),
-    "problem_type": (str,),
-    "template": (dict,),
-    "max_length": (int,),
-    "max_new_tokens": (int,),
-    "image_size": (int,),
-}
-_KEYS: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "kind": (str,),
-    "title": (str,),
-    "description": (str,),
-    "data": (dict,),
-    "splits": (dict,),
-    "columns": (dict,),
-    "prompt_values": (list,),
-    "metrics": (list, str),
-    "validation_fraction": (float, int),
-    "test_fraction": (float, int),
-    "split_seed": (int,),
-    "version": (str, int, float),
-    "licence": (str,),
-    "citation": (str,),
-    "homepage": (str,),
-    "shifted": (str,),
-    "control": (str,),
-    **_SETTINGS,
-}
-_TEMPLATE_KEYS: dict[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "answer": (str,),
-    "reference": (str,),
-    "extract": (str,),
-    "required": (str,),
-    "chat": (bool,),
-}
-_TYPE_NAMES = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "a mapping",
-    type(None): "empty",
-}
 
 
 def check_classes(task: Task) -> None:
@@ -201,207 +279,78 @@ def build(mapping: Mapping[str, Any], origin: Path | None) -> Task:
 
     `origin` is the YAML file, if there is one, and anchors relative paths.
     """
-    if not isinstance(mapping, Mapping):
-        raise TaskError(f"a task must be a mapping of keys to values, not {_describe(mapping)}.")
-    values = _checked(mapping, _KEYS, "a task")
-    for key in ("name", "kind", "data"):
-        if key not in values:
-            raise TaskError(f'the key "{key}" is missing.')
-    _check_name(values["name"])
-    rule = kind_info(values["kind"])
-    for key in _SETTINGS:
-        if key in values and key not in rule.settings:
+    given = check(Task, mapping, "a task", TaskError)
+    given._origin = origin
+    rule = kind_info(given.kind)
+    for key in mapping:
+        if mapping[key] is None:
+            raise TaskError(f'"{key}" in a task is empty; give it a value or remove it.')
+        if key in _SETTINGS and key not in rule.settings:
             raise TaskError(f'"{key}" has no meaning for the kind "{rule.name}"; remove it.')
-    values["data"] = _data(values["data"])
-    values["splits"] = _splits(values.get("splits"), values["data"])
-    _fractions(values)
-    for key in ("max_length", "max_new_tokens", "image_size"):
-        if values.get(key, 1) < 1:
-            raise TaskError(f'"{key}" must be at least 1, not {values[key]}.')
-    if "labels" in values:
-        values["labels"] = _names(values["labels"], "label", least=2)
-    problem_type = values.get("problem_type", PROBLEM_TYPES[0])
-    _one_of(problem_type, PROBLEM_TYPES, "problem_type")
-    if problem_type == "regression" and values.get("labels"):
+    if given.problem_type == "regression" and given.labels:
         raise TaskError('a regression has no "labels"; remove them, or the problem_type.')
-    if "template" in values:
-        values["template"] = _template(values["template"])
-    values["columns"] = _columns(values.get("columns", {}), rule, values.get("template"))
-    allowed = rule.metrics_for(problem_type)
-    values["metrics"] = _metrics(values.get("metrics", list(allowed[:1])), allowed, rule.name, origin)
-    values["version"] = str(values.get("version", "1"))
-    if "prompt_values" in values:
-        values["prompt_values"] = _names(values["prompt_values"], "prompt_value", least=1)
-    task = Task(**values, origin=origin)
+    # what the file leaves open is filled in from the kind and from the data
+    splits, columns, metrics = _splits(given), _columns(given, rule), _metrics(given, rule)
+    task = given.model_copy(update={"splits": splits, "columns": columns, "metrics": metrics})
+    _check_fractions(task)
     _check_prompt_column(task)
     return task
 
 
-def _checked(mapping: Mapping[Any, Any], known: Mapping[str, tuple[type, ...]], what: str) -> dict[str, Any]:
-    """The mapping as a dict after its keys and the types of its values were checked."""
-    for key, value in mapping.items():
-        if key not in known:
-            raise TaskError(f'unknown key "{key}" in {what}.{did_you_mean(str(key), known)} Known: {", ".join(known)}.')
-        types = known[key]
-        # bool is an int to Python, but `max_length: yes` is a mistake
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join(_TYPE_NAMES[t] for t in types)
-            hint = f' Put it in quotes: "{value}".' if str in types and isinstance(value, (int, float)) else ""
-            raise TaskError(f'"{key}" in {what} must be {wanted}, not {_describe(value)}.{hint}')
-    return dict(mapping)
-
-
-def _describe(value: Any) -> str:
-    name = _TYPE_NAMES.get(type(value), f"a value of type {type(value).__name__}")
-    return name if isinstance(value, (list, dict, type(None))) else f"{name} ({str(value)[:60]!r})"
-
-
-def _one_of(value: str, known: Iterable[str], what: str) -> None:
-    if value not in known:
-        raise TaskError(f'{what} "{value}" is not one of {", ".join(known)}.{did_you_mean(value, known)}')
-
-
-def _data(mapping: Mapping[str, Any]) -> DataSource:
-    if "builder" not in mapping:
-        values = _checked(mapping, {"path": (str,), "name": (str,), "revision": (str,)}, 'the "data" of a Hub data set')
-        path = values.get("path", "")
-        if not path:
-            raise TaskError('"data" needs "path" (a Hub id) or "builder" and "files" (local files).')
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path):
-            raise TaskError(f'data path "{path}" is no Hub id; for local files give "builder" and "files" instead.')
-        return DataSource(**values)
-    known = {"builder": (str,), "files": (dict,), "options": (dict,)}
-    values = _checked(mapping, known, 'the "data" of local files')
-    _one_of(values["builder"], BUILDERS, "data builder")
-    options = _checked(values.get("options", {}), BUILDERS[values["builder"]], f"the options of {values['builder']}")
-    if "quoting" in options:
-        _one_of(options["quoting"], QUOTING, "quoting")
-    for column in options.get("column_names", ()):
-        if not isinstance(column, str):
-            raise TaskError(f"column_names must be text, not {_describe(column)}; put it in quotes.")
-    return DataSource(builder=values["builder"], files=_files(values.get("files")), options=options)
-
-
-def _files(mapping: Mapping[str, Any] | None) -> dict[str, tuple[str, ...]]:
-    values = _checked(mapping or {}, dict.fromkeys(SPLITS, (str, list)), "the files")
-    if "train" not in values:
-        raise TaskError('"files" of "data" must name at least the file of "train".')
-    files = {}
-    for split, names in values.items():
-        files[split] = tuple([names] if isinstance(names, str) else names)
-        if not files[split]:
-            raise TaskError(f'the list of {split} files is empty; name a file or leave "{split}" out.')
-        for name in files[split]:
-            _check_file(name)
-    return files
-
-
-def _check_file(name: Any) -> None:
-    if not isinstance(name, str) or not name:
-        raise TaskError(f"a file name must be text, not {_describe(name)}.")
-    if "://" in name:
-        raise TaskError(f'file "{name}" is an address; files are local, a Hub data set is named by "path".')
-    if "$" in name.removeprefix(DATA_PREFIX) or name.startswith("~"):
-        raise TaskError(f'file "{name}": only a leading {DATA_PREFIX} is replaced, no other variable and no "~".')
-
-
-def _splits(mapping: Mapping[str, Any] | None, data: DataSource) -> dict[str, str]:
-    if data.builder:
-        if mapping is not None:
+def _splits(task: Task) -> dict[str, str]:
+    if task.data.builder:
+        if "splits" in task.model_fields_set:
             raise TaskError('"splits" is for Hub data sets; for local files the keys of "files" are the splits.')
-        return {split: split for split in data.files}
-    values = _checked(mapping or {}, dict.fromkeys(SPLITS, (str,)), "the splits")
-    if "train" not in values:
+        return {split: split for split in task.data.files}
+    if "train" not in task.splits:
         raise TaskError(
             '"splits" must say which split of the data set is "train", for instance `splits: {train: train}`.'
         )
-    return values
+    return dict(task.splits)
 
 
-def _fractions(values: dict[str, Any]) -> None:
+def _check_fractions(task: Task) -> None:
     for split in ("validation", "test"):
         key = f"{split}_fraction"
-        if key not in values:
-            continue
-        if split in values["splits"]:
-            raise TaskError(f'"{key}" has no effect, for the data has a {split} split; remove one of them.')
-        if not 0 < values[key] <= 0.5:
-            raise TaskError(f'"{key}" must be over 0 and at most 0.5, not {values[key]}.')
-        values[key] = float(values[key])
-    if values.get("split_seed", 0) < 0:
-        raise TaskError(f'"split_seed" must not be negative, not {values["split_seed"]}.')
+        if key in task.model_fields_set and split in task.splits:
+            raise TaskError(f'"{key}" has no effect, because the data has a {split} split; remove one of them.')
 
 
-def _names(values: list[Any], what: str, least: int) -> tuple[str, ...]:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            # YAML 1.1 reads no, off and yes as booleans
-            raise TaskError(f"a {what} must be text, not {_describe(value)}; put {what} names in quotes.")
-    names = tuple(str(value) for value in values)
-    if len(names) < least:
-        raise TaskError(f'"{what}s" needs at least {"two names" if least == 2 else "one name"}, not {len(names)}.')
-    double = next((name for name in names if names.count(name) > 1), None)
-    if double is not None:
-        raise TaskError(f'the {what} "{double}" is given twice.')
-    return names
-
-
-def _template(mapping: Mapping[str, Any]) -> Template:
-    values = _checked(mapping, _TEMPLATE_KEYS, "the template")
-    for key in ("prompt", "answer"):
-        if not fields(values.get(key, "")):
-            raise TaskError(f'the template needs "{key}" with at least one column in braces, like "{{question}}".')
-    fields(values.get("reference", ""))
-    for key in ("extract", "required"):
-        if key in values:
-            _one_group(key, values[key])
-    return Template(**values)
-
-
-def _one_group(key: str, pattern: str) -> None:
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        raise TaskError(f'{key} "{pattern}" is no regular expression: {error}.') from error
-    if groups != 1:
-        raise TaskError(f'{key} "{pattern}" must have exactly one group, it has {groups}.')
-
-
-def _columns(mapping: Mapping[str, Any], rule: KindInfo, template: Template | None) -> dict[str, str]:
-    known = dict(rule.columns) if template is None else dict.fromkeys(template.columns(), False)
+def _columns(task: Task, rule: KindInfo) -> dict[str, str]:
+    """Canonical column -> column of the source; columns of a template that are not named keep their names."""
+    known = dict(rule.columns) if task.template is None else dict.fromkeys(task.template.columns(), False)
     if PROMPT_IDS in known:
         raise TaskError(f'"{PROMPT_IDS}" is the column that chooses prompts; call the one of the template otherwise.')
-    values = _checked(mapping, dict.fromkeys((*known, PROMPT_IDS), (str,)), "the columns")
+    unknown = next((name for name in task.columns if name not in (*known, PROMPT_IDS)), None)
+    if unknown is not None:
+        raise TaskError(unknown_key(unknown, (*known, PROMPT_IDS), "the columns"))
     for name, required in known.items():
-        if required and name not in values:
+        if required and name not in task.columns:
             raise TaskError(f'the kind "{rule.name}" needs "columns" to name the column of "{name}".')
-    chosen = {PROMPT_IDS: values.pop(PROMPT_IDS)} if PROMPT_IDS in values else {}
-    columns = values if template is None else {name: values.get(name, name) for name in known}
-    double = next((c for c in columns.values() if list(columns.values()).count(c) > 1), None)
+    chosen = {name: source for name, source in task.columns.items() if name == PROMPT_IDS}
+    columns = {name: source for name, source in task.columns.items() if name != PROMPT_IDS}
+    if task.template is not None:
+        columns = {name: columns.get(name, name) for name in known}
+    double = _double(columns.values())
     if double is not None:
         raise TaskError(f'the column "{double}" is named for two purposes.')
     return columns | chosen
 
 
-def _metrics(names: Any, allowed: tuple[str, ...], kind_name: str, origin: Path | None) -> tuple[str, ...]:
-    names = [names] if isinstance(names, str) else names
-    if not names:
+def _metrics(task: Task, rule: KindInfo) -> tuple[str, ...]:
+    """Names of the metrics, and absolute paths of the user's own; by default the kind's first."""
+    allowed = rule.metrics_for(task.problem_type)
+    if "metrics" not in task.model_fields_set:
+        return allowed[:1]
+    if not task.metrics:
         raise TaskError('"metrics" is empty; leave it out for the usual ones, or name one.')
     found = []
-    for name in names:
-        if not isinstance(name, str):
-            raise TaskError(f"a metric must be text, not {_describe(name)}.")
+    for name in task.metrics:
         if name in METRICS and name not in allowed:
             raise TaskError(f'metric "{name}" does not fit this kind of task; fitting: {", ".join(allowed)}.')
-        path = metric_path(name, origin.parent if origin else Path.cwd(), extra=allowed)
+        path = metric_path(name, task.folder, extra=allowed)
         found.append(str(path) if path is not None else name)
     return tuple(found)
-
-
-def _check_name(name: str) -> None:
-    """Raise `TaskError` unless a task's name is safe as a folder name and as a word of a command line."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
-        raise TaskError(f'The name "{name}" must be lower case letters, digits, ".", "-" and "_", at most 64 of them.')
 
 
 def _check_prompt_column(task: Task) -> None:

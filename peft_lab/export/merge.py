@@ -1,4 +1,4 @@
-"""Merging of an adapter into its base, saved so that transformers alone loads the result."""
+"""Merging of an adapter into its base, saved in the format of transformers alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from peft_lab.adapter_files.names import ADAPTER_CONFIG
+from peft_lab.backbones.family_table import declared_names
 from peft_lab.errors import ConfigError
 from peft_lab.loading.load_run import load
 from peft_lab.runs.run_folder import refuse_filled, write_labels
-
-#: Config flags by which a family says that some of its linear layers have biases.
-_BIAS_FLAGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "norm_bias", "classifier_bias")
 
 
 def merge(
@@ -47,10 +45,10 @@ def merge(
 
 
 def check_reloadable(model: PreTrainedModel) -> None:
-    """Make sure that `save_pretrained` and `from_pretrained` give back every weight of a merged model.
+    """Check that `save_pretrained` and `from_pretrained` give back every weight of a merged model.
 
-    Merging a method that shifts features creates biases where there were none. Where the family has a flag for them it
-    is set in `model.config`; else a reload would drop them without a word.
+    Merging a method that shifts features creates biases where there were none. Where the family has a config flag for
+    them, it is set in `model.config`; else a reload would drop them silently.
 
     Raises:
         ConfigError: the architecture has no place for a merged bias, naming it.
@@ -59,10 +57,11 @@ def check_reloadable(model: PreTrainedModel) -> None:
     if not created:
         return
     config = copy.deepcopy(model.config)
-    for flag in _BIAS_FLAGS:
+    for flag in declared_names(config.model_type, "bias_flags"):
         if getattr(config, flag, None) is False:
             setattr(config, flag, True)
-            if _lacking(model, config):  # the flag also asks for biases that merging did not create
+            # The flag may also ask for biases that merging did not create.
+            if _lacking(model, config):
                 setattr(config, flag, False)
     left = _extra(model, config)
     if left:
@@ -75,13 +74,16 @@ def check_reloadable(model: PreTrainedModel) -> None:
 
 
 def _rebuilt(model: PreTrainedModel, config: Any) -> set[str]:
+    """Return the names of the weights that the class of `model` has with this config."""
     with torch.device("meta"):
         return set(type(model)(copy.deepcopy(config)).state_dict())
 
 
 def _extra(model: PreTrainedModel, config: Any) -> list[str]:
+    """Return weights of the model that a reload with this config would drop."""
     return sorted(set(model.state_dict()) - _rebuilt(model, config))
 
 
 def _lacking(model: PreTrainedModel, config: Any) -> list[str]:
+    """Return weights that a reload with this config would miss in the model's file."""
     return sorted(_rebuilt(model, config) - set(model.state_dict()))

@@ -1,4 +1,7 @@
-"""What of a run's folder others may see, in a folder of its own: no path of this machine, no token, no pickle."""
+"""Public copy of a run's folder.
+
+It holds no path of this machine, no token and no pickle.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from peft_lab import registry
 from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, write_json
 from peft_lab.backbones.pypi_weights import BACKBONES, is_local, public_name
 from peft_lab.errors import ConfigError
-from peft_lab.hub.model_card import LOCAL_OPTIONS, Base, card_text, eval_entries, items_of, plain_card
+from peft_lab.hub.evaluation_results import eval_entries
+from peft_lab.hub.model_card import LOCAL_OPTIONS, Base, card_text, items_of, plain_card
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import dump_yaml
 from peft_lab.runs.standing import Standing, read_standing
@@ -48,7 +52,7 @@ def stage(
     base_model: str | None = None,
     secrets: Iterable[str] = (),
 ) -> None:
-    """Write what a repository shall hold into the empty folder `out`.
+    """Write the files of a repository into the empty folder `out`.
 
     Args:
         folder: a run's folder, or any folder of a peft adapter.
@@ -81,7 +85,9 @@ def stage(
 
 
 def find_base(folder: Path, metrics: Mapping[str, Any], given: str | None = None, needed: bool = True) -> Base:
-    """The base model by a name that others can load: the one given, else what the folder tells.
+    """Base model by a name that others can load.
+
+    It is the one given, else the one that the folder names.
 
     Raises:
         ConfigError: there is no such name and it is `needed`, or the given one cannot be a Hub id.
@@ -120,7 +126,7 @@ def _checked_id(name: str) -> str:
 def _stage_run(
     folder: Path, metrics: dict[str, Any], repo_id: str, out: Path, base: Base, standing: Standing | None
 ) -> None:
-    """metrics.json, run.yaml, task.yaml, the card and the evaluation results of a run of peft-lab."""
+    """Write the records and the card of a run of peft-lab."""
     from peft_lab.loading.load_run import trained_task  # imports torch
 
     run = metrics["run"]
@@ -157,7 +163,7 @@ def _stage_run(
 
 
 def _stage_plain(folder: Path, repo_id: str, out: Path, base: Base) -> None:
-    """The card of an adapter that peft-lab did not train."""
+    """Write the card of an adapter that peft-lab did not train."""
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(f'"{folder}" is a whole model without a run of peft-lab; push it with transformers.')
     config = _read(folder / ADAPTER_CONFIG)
@@ -167,7 +173,7 @@ def _stage_plain(folder: Path, repo_id: str, out: Path, base: Base) -> None:
 
 
 def head_outputs(folder: Path) -> int | None:
-    """Number of outputs of the classifier in an adapter file; None if there is none."""
+    """Number of outputs of a saved classifier; None without one."""
     from safetensors import safe_open
 
     with safe_open(folder / ADAPTER_WEIGHTS, "np") as file:
@@ -176,7 +182,7 @@ def head_outputs(folder: Path) -> int | None:
 
 
 def local_paths(folder: Path) -> list[str]:
-    """Texts by which a file would give away where things lie on this machine."""
+    """Paths of this machine that no published file may contain."""
     config = _read(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
     base = str(config.get("base_model_name_or_path") or "")
     found = {str(folder), str(folder.resolve()), str(folder.resolve().parent), f"{Path.home()}/", str(cache_dir())}
@@ -185,10 +191,13 @@ def local_paths(folder: Path) -> list[str]:
 
 
 def refuse_private(folder: Path, texts: Iterable[str]) -> None:
-    """Raise `ConfigError` if a file in `folder` contains one of the texts; of weights only the head is read."""
+    """Raise `ConfigError` if a file contains one of the texts.
+
+    Of weights only the header is read, because tensors hold no text.
+    """
     needles = [text.encode() for text in texts if text]
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        content = _head(path) if path.suffix == ".safetensors" else path.read_bytes()
+        content = _header(path) if path.suffix == ".safetensors" else path.read_bytes()
         for needle in needles:
             if needle in content:
                 raise ConfigError(
@@ -197,7 +206,8 @@ def refuse_private(folder: Path, texts: Iterable[str]) -> None:
                 )
 
 
-def _head(path: Path) -> bytes:
+def _header(path: Path) -> bytes:
+    """JSON header of a safetensors file, whose length the first 8 bytes give."""
     with path.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little"))
 

@@ -1,4 +1,7 @@
-"""Push to the Hub: the same repository from the command line, from Python and from a training run."""
+"""Push to the Hub.
+
+The command, the function and a training run give the same repository.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,11 @@ def push(
     commit_message: str | None = None,
     base_model: str | None = None,
 ) -> CommitInfo:
-    """Upload an adapter with its card, evaluation results, processor, labels and metrics in one commit.
+    """Upload an adapter to the Hub in one commit.
 
-    Nothing else of the folder is uploaded: no checkpoint, no optimizer state, no pickle, no path of this machine. The
-    card is written anew from metrics.json; that of a comparison's run, whose folder holds a standing.json, states the
-    mean of its arm over seeds too.
+    Its card, evaluation results, processor, labels and metrics go with it. Nothing else of the folder is uploaded: no
+    checkpoint, no optimizer state, no pickle, no path of this machine. The card is written anew from metrics.json; that
+    of a comparison's run, whose folder holds a standing.json, states the mean of its arm over seeds too.
 
     Args:
         adapter: folder of a run, or any folder of a peft adapter.
@@ -42,7 +45,7 @@ def push(
         base_model: Hub id of the base model, if the adapter was trained on a folder of this machine.
 
     Returns:
-        What huggingface_hub says of the commit: `commit_url`, `oid`, ...
+        The commit as huggingface_hub describes it: `commit_url`, `oid`, ...
 
     Raises:
         ConfigError: no such adapter, a base that others cannot load, or the Hub refuses; nothing was uploaded.
@@ -63,7 +66,7 @@ def push(
 
 
 def create_repository(repo_id: str, private: bool = True, token: str | None = None) -> str:
-    """Make sure that a repository is there and as private as wanted; return its full Hub id.
+    """Create a repository if there is none; return its full Hub id.
 
     Raises:
         ConfigError: the Hub refuses, or an existing repository has the other visibility.
@@ -110,7 +113,7 @@ _REASONS = {
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub answers, or that it does not, into a `ConfigError` of one sentence."""
+    """Turn errors of the Hub into a `ConfigError` of one sentence."""
     try:
         yield
     except OfflineModeIsEnabled as error:

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -389,4 +389,4 @@ def _confined(task: Task) -> Task:
     if code is not None:
         raise TaskError(f'The task file beside the adapter names a metric to run, "{code}"; name a task with --task.')
     files = task.data.files if inside else {split: (f"{split} data of {task.name}",) for split in task.data.files}
-    return replace(task, data=replace(task.data, files=files))
+    return task.model_copy(update={"data": task.data.model_copy(update={"files": files})})

@@ -1,8 +1,8 @@
-"""Metrics by name. Those that ship here are `evaluate` modules that need no network: `metrics/<name>/<name>.py`.
+"""Metrics by name: the ones that ship here, those of the `evaluate` library, and a user's own metric file.
 
-Three sorts of names are accepted: one of ours, one of the metrics that the `evaluate` library keeps itself (fetched
-from the Hub by `evaluate` when it is loaded), and a path to a metric module of the user's own. A metric that a stranger
-keeps on the Hub is not: its code would run, so the user must have fetched it and must name the file.
+Ours (`table.py`) need no network. Those that the `evaluate` library keeps itself are fetched from the Hub by `evaluate`
+when they are loaded. A metric that a stranger keeps on the Hub is refused: its code would run, so the user must have
+fetched it and must name the file.
 """
 
 from __future__ import annotations
@@ -14,75 +14,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_lab.errors import TaskError, did_you_mean
+from peft_lab.metrics.table import METRICS, Metric
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
 
-#: Our own, each a folder beside this file.
-METRICS = (
-    "accuracy",
-    "ece",
-    "exact_match",
-    "f1",
-    "matthews_correlation",
-    "pearsonr",
-    "perplexity",
-    "rouge_l",
-    "spearmanr",
+__all__ = ["HUB_METRICS", "METRICS", "Metric", "greater_is_better", "load_metric", "metric_path"]
+
+_HUB_SCORES = (
+    *("bertscore", "bleu", "chrf", "google_bleu", "mean_iou", "meteor", "nist_mt", "poseval", "precision"),
+    *("r_squared", "recall", "roc_auc", "rouge", "sacrebleu", "sari", "seqeval", "squad", "squad_v2", "wiki_split"),
 )
+_HUB_ERRORS = (*("brier_score", "cer", "character", "charcut_mt", "mae", "mape", "mase", "mse", "smape", "ter", "wer"),)
 
-#: Package that one of ours needs and that is not installed with peft-lab itself, and the extra that brings it.
-_NEEDS = {"rouge_l": ("rouge_score", "text")}
-
-#: Those of ours that take the probabilities of the classes, (n, classes), in the place of the predicted class.
-PROBABILITIES = frozenset({"ece"})
-
-#: What the evaluate library keeps on the Hub under its own account and what takes plain predictions and references.
-HUB_METRICS = (
-    *("bertscore", "bleu", "brier_score", "cer", "character", "charcut_mt", "chrf", "google_bleu", "mae", "mape"),
-    *(
-        "mase",
-        "mean_iou",
-        "meteor",
-        "mse",
-        "nist_mt",
-        "poseval",
-        "precision",
-        "r_squared",
-        "recall",
-        "roc_auc",
-        "rouge",
-    ),
-    *("sacrebleu", "sari", "seqeval", "smape", "squad", "squad_v2", "ter", "wer", "wiki_split"),
-)
-
-_LOWER_IS_BETTER = frozenset(
-    (
-        "ece",
-        "perplexity",
-        "loss",
-        "brier_score",
-        "cer",
-        "character",
-        "charcut_mt",
-        "mae",
-        "mape",
-        "mase",
-        "mse",
-        "smape",
-        "ter",
-        "wer",
-    )
-)
+#: Metrics that the evaluate library keeps on the Hub under its own account and that take plain predictions and
+#: references.
+HUB_METRICS = tuple(sorted(_HUB_SCORES + _HUB_ERRORS))
 
 
 def greater_is_better(name: str) -> bool:
-    """Whether a larger value of the metric is a better one; true for metrics that are not known here."""
-    return name.removeprefix("eval_") not in _LOWER_IS_BETTER
+    """Test whether a larger value of the metric is a better one; true for metrics that are not known here."""
+    name = name.removeprefix("eval_")
+    if name in METRICS:
+        return METRICS[name].greater_is_better
+    return name not in _HUB_ERRORS and name != "loss"
 
 
 def metric_path(name: str, folder: Path | None = None, extra: Iterable[str] = ()) -> Path | None:
-    """The path of the user's own metric module that `name` means, or None if it is a name that needs no path.
+    """Path of the user's own metric module that a name means; None for a metric that needs no path.
 
     A name is a path if it ends in `.py` or contains a slash; it is relative to `folder`. Reads no file.
 
@@ -107,21 +66,23 @@ def metric_path(name: str, folder: Path | None = None, extra: Iterable[str] = ()
     return None
 
 
-def load_metric(name: str) -> EvaluationModule:
-    """Load a metric; ours needs no network.
+def load_metric(name: str) -> Metric | EvaluationModule:
+    """Load a metric, whose `compute(predictions=..., references=...)` returns a mapping; ours needs no network.
 
     Raises:
         TaskError: unknown name, a package is missing, or evaluate cannot load it (for instance one of the Hub's
             while offline).
     """
     path = metric_path(name)
-    package, extra = _NEEDS.get(name, ("", ""))
-    if package and importlib.util.find_spec(package) is None:
-        raise TaskError(f"Metric \"{name}\" needs the package {package}: pip install 'peft-lab[{extra}]'")
+    if name in METRICS:
+        metric = METRICS[name]
+        if metric.package and importlib.util.find_spec(metric.package) is None:
+            raise TaskError(
+                f"Metric \"{name}\" needs the package {metric.package}: pip install 'peft-lab[{metric.extra}]'"
+            )
+        return metric
     import evaluate
 
-    if name in METRICS:
-        path = Path(__file__).parent / name / f"{name}.py"
     try:
         return evaluate.load(str(path or name), keep_in_memory=True)
     except (OSError, ImportError, ValueError, TypeError) as error:

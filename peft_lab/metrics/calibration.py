@@ -1,4 +1,4 @@
-"""How far a classifier's confidence is from its accuracy."""
+"""Expected calibration error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ BINS = 15
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error from bins of equal width: the sum of share of rows x |accuracy - mean confidence|.
+    """Expected calibration error from bins of equal width.
+
+    It is the sum over bins of the share of rows x |accuracy - mean confidence|.
 
     Args:
         confidence: probability of the predicted class of each row, (n,).
@@ -20,5 +22,5 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
 
 
 def bins_of(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """The bin of each row, (n,), from 0."""
+    """Bin of each row, (n,), from 0."""
     return np.minimum((confidence * bins).astype(int), bins - 1)

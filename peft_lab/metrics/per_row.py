@@ -1,4 +1,4 @@
-"""What each test row contributes to a metric: jackknife values, whose variance is that of the metric over test rows.
+"""Jackknife values of a metric for each test row, whose variance is that of the metric over test rows.
 
 The jackknife computes the metric anew without each row in turn. It gives the spread that a bootstrap over the rows
 gives (a test compares them), without a second source of chance, and one number for each run and row, so that a
@@ -12,52 +12,56 @@ from collections.abc import Callable
 import numpy as np
 
 from peft_lab.metrics.calibration import BINS, bins_of
-from peft_lab.metrics.predictions import Items
+from peft_lab.metrics.predictions import Predictions
 
 Array = np.ndarray
 
-#: Least and greatest value of the metrics that have such; an interval is cut there.
+#: Least and greatest value of the metrics that have one; an interval is cut there.
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("accuracy", "exact_match", "rouge_l", "coverage", "token_accuracy", "f1", "ece"), (0.0, 1.0)),
     **dict.fromkeys(("matthews_correlation", "pearsonr", "spearmanr"), (-1.0, 1.0)),
     "perplexity": (1.0, np.inf),
 }
 
-#: Metrics that are the share of rows that are right.
+#: Metrics that are the share of correct rows.
 SHARES = frozenset({"accuracy", "exact_match"})
 
 #: Rows held at once while ranks are taken anew.
 _CHUNK = 256
 
 
-def item_values(metric: str, items: Items, labels: int | None = None) -> tuple[float, Array] | None:
-    """The metric over all rows, and its jackknife values (n,), whose mean is the metric up to a bias of order 1/n.
+def jackknife_values(metric: str, predictions: Predictions, labels: int | None = None) -> tuple[float, Array] | None:
+    """Metric over all rows, and its jackknife values, (n,).
+
+    Their mean is the metric up to a bias of order 1/n.
 
     Args:
         metric: name of one of our metrics.
-        items: what was found for each row.
+        predictions: predictions for each row.
         labels: number of classes, which decides between binary and macro F1.
 
     Returns:
-        None if the metric cannot be computed from such items.
+        None if the metric cannot be computed from such predictions.
     """
-    count = len(items)
+    count = len(predictions)
+    # the mean of a value for each row is its own jackknife
+    values = predictions.correct if metric in SHARES else predictions.columns.get(metric)
+    if values is not None:
+        return (float(values.mean()), values) if count else None
     if metric in SHARES:
-        correct = items.correct
-        return None if correct is None or not count else (float(correct.mean()), correct)
-    if metric in items.columns:  # its value for each row, whose mean it is
-        return (float(items.columns[metric].mean()), items.columns[metric]) if count else None
+        return None
     try:
-        all_rows, without_each = _leave_one_out(metric, items, labels)
-    except KeyError:  # another metric, or items of another kind
+        all_rows, without_each = _leave_one_out(metric, predictions.columns, labels)
+    except KeyError:  # another metric, or predictions of another type
         return None
     return all_rows, count * all_rows - (count - 1) * without_each
 
 
-def _leave_one_out(metric: str, items: Items, labels: int | None) -> tuple[float, Array]:
-    columns = items.columns
+def _leave_one_out(metric: str, columns: dict[str, Array], labels: int | None) -> tuple[float, Array]:
+    """Metric over all rows, and without each row in turn, (n,)."""
     if metric == "spearmanr":
         return _spearman_without_each(columns["reference"], columns["prediction"])
+    # functions of sums over rows: the sums without a row are the total less that row
     moments, function = _MOMENTS[metric](columns, labels)
     total = moments.sum(0, keepdims=True)
     return float(function(total)[0]), function(total - moments)
@@ -65,7 +69,7 @@ def _leave_one_out(metric: str, items: Items, labels: int | None) -> tuple[float
 
 def _f1(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
     reference, prediction, classes = _one_hot(columns, labels)
-    if classes == 2:  # as `compute_metrics` of the classifying kinds: of class 1
+    if classes == 2:  # F1 of class 1, as `compute_metrics` of the kinds of classification takes it
         reference, prediction = reference[:, 1:], prediction[:, 1:]
 
     def f1(sums: Array) -> Array:
@@ -82,6 +86,7 @@ def _matthews(columns: dict[str, Array], labels: int | None) -> tuple[Array, Cal
     def matthews(sums: Array) -> Array:
         right, (found, true) = sums[:, 0], np.split(sums[:, 1:], 2, axis=1)
         count = true.sum(1)
+        # the form for many classes (Gorodkin 2004), which scikit-learn computes too
         squares = (count**2 - (found**2).sum(1)) * (count**2 - (true**2).sum(1))
         return _ratio(right * count - (found * true).sum(1), np.sqrt(squares))
 
@@ -101,7 +106,7 @@ def _pearson(columns: dict[str, Array], labels: int | None) -> tuple[Array, Call
 
 
 def _correlation(sums: Array) -> Array:
-    """Correlations from sums (m, 6) of 1, x, y, xx, yy, xy; 0 where one side is constant, as our metrics count it."""
+    """Correlations from sums (m, 6) of 1, x, y, xx, yy, xy; 0 where one side is constant, as in our metrics."""
     count, x, y, xx, yy, xy = sums.T
     spread = np.maximum(count * xx - x * x, 0) * np.maximum(count * yy - y * y, 0)
     return _ratio(count * xy - x * y, np.sqrt(spread))
@@ -116,10 +121,11 @@ def _spearman_without_each(x: Array, y: Array) -> tuple[float, Array]:
         keep = np.ones_like(rx)
         if left_out is not None:
             keep[np.arange(len(left_out)), left_out] = 0
-        parts = [keep, rx * keep, ry * keep, rx * rx * keep, ry * ry * keep, rx * ry * keep]
-        return _correlation(np.stack([part.sum(1) for part in parts], axis=1))
+        moments = [keep, rx * keep, ry * keep, rx * rx * keep, ry * ry * keep, rx * ry * keep]
+        return _correlation(np.stack([moment.sum(1) for moment in moments], axis=1))
 
     found = []
+    # by chunks, because the ranks without each row are a matrix (n, n)
     for start in range(0, count, _CHUNK):
         rows = np.arange(start, min(start + _CHUNK, count))
         # without a row, the ranks above it fall by 1 and those that tie with it by 1/2

@@ -1,4 +1,4 @@
-"""What was found for each scored row of a task: items.csv in the folder of a run. Imports nothing heavy."""
+"""Predictions for each scored row of a task: `items.csv` in the folder of a run. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from peft_lab.errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
-ITEMS = "items.csv"
+#: Name of the file in a run's folder.
+PREDICTIONS = "items.csv"
 
 
 @dataclass(frozen=True)
-class Items:
-    """What was found for each scored test row, in the order of the rows.
+class Predictions:
+    """Predictions for each scored test row, in the order of the rows.
 
     Attributes:
-        kind: "classification" (columns reference, prediction: class indices; confidence: probability of the predicted
-            class), "regression" (reference, prediction: values) or "causal_lm" (loss: sum of the negative
+        output_type: "classification" (columns reference, prediction: class indices; confidence: probability of the
+            predicted class), "regression" (reference, prediction: values) or "causal_lm" (loss: sum of the negative
             log-probabilities of the answer's tokens, tokens: their number, hits: tokens predicted right, and, for
             each metric of what the model writes that the task has, its value, by its name).
-        columns: name -> array with one number for each row.
+        columns: name -> array with one number for each row, (n,).
     """
 
-    kind: str
+    output_type: str
     columns: dict[str, np.ndarray]
 
     def __len__(self) -> int:
@@ -36,36 +37,41 @@ class Items:
 
     @property
     def correct(self) -> np.ndarray | None:
-        """1.0 where a classifier is right or a written answer matches, else 0.0; None if nothing is either."""
-        if self.kind == "classification":
+        """1.0 where a classifier is right or a written answer matches, else 0.0, (n,); None if neither is known."""
+        if self.output_type == "classification":
             return (self.columns["reference"] == self.columns["prediction"]).astype(float)
         return self.columns.get("exact_match")
 
 
-def write_items(folder: str | Path, items: Items) -> None:
-    """Write items.csv into a run's folder: the number of the row and a column each; the kind stands in the head."""
-    path = Path(folder) / ITEMS
+def write_predictions(folder: str | Path, predictions: Predictions) -> None:
+    """Write the file into a run's folder: the number of the row and a column each; the head holds the output type."""
+    path = Path(folder) / PREDICTIONS
+    # a killed run leaves a whole file or none
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([f"{items.kind}:row", *items.columns])
-        for row, values in enumerate(zip(*items.columns.values(), strict=True)):
+        writer.writerow([f"{predictions.output_type}:row", *predictions.columns])
+        for row, values in enumerate(zip(*predictions.columns.values(), strict=True)):
             writer.writerow([row, *(f"{value:.9g}" for value in values)])
     os.replace(partial, path)
 
 
-def read_item_file(path: Path) -> Items:
-    """The items in one items.csv; raises `ConfigError` if it is missing or not one."""
+def read_predictions(path: Path) -> Predictions:
+    """Read the predictions of one file.
+
+    Raises:
+        ConfigError: the file is missing, or not one of predictions.
+    """
     import numpy as np
 
     if not path.is_file():
         raise ConfigError(f'There is no "{path}": that run was not scored on the test rows.')
     with path.open(encoding="utf-8", newline="") as file:
         head = next(csv.reader(file), [""])
-        kind, colon, _ = head[0].partition(":")
+        output_type, colon, _ = head[0].partition(":")
         if not colon:
             raise ConfigError(f'"{path}" is not a file of items: its first column must be "KIND:row".')
         values = np.loadtxt(file, delimiter=",", ndmin=2, usecols=range(1, len(head)))
     if not len(values):
-        values = np.empty((0, len(head) - 1))
-    return Items(kind, dict(zip(head[1:], values.T, strict=True)))
+        values = np.empty((0, len(head) - 1))  # a file without rows has its columns all the same
+    return Predictions(output_type, dict(zip(head[1:], values.T, strict=True)))

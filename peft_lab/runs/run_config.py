@@ -1,4 +1,4 @@
-"""What one run is made of, and how it is read from flags, a YAML or JSON file, or Python. Imports nothing heavy.
+"""Options of one run, read from flags, a YAML or JSON file, or Python. Imports nothing heavy.
 
 The names are those of the Hugging Face example scripts. Every flag of `transformers.TrainingArguments` is accepted too:
 their names and types are read from the installed source text, so a misspelt one is found before torch is imported.
@@ -12,12 +12,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from peft_lab import registry
-from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.utils import source_reader
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -30,12 +30,14 @@ _REFUSED = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     """One training run: task + backbone + method + training arguments.
 
+    Values are read as the types of their fields when it is made, so `"1e-3"` and `1e-3` are the same learning rate.
+
     Raises:
-        ConfigError: by `from_mapping` and `check`, for an unknown key or a value of the wrong type.
+        ConfigError: a value of the wrong type, or an unknown flag in `training_arguments`.
     """
 
     task: str = field(metadata={"help": "Name of a built-in task, or the path of your own task YAML."})
@@ -93,6 +95,19 @@ class RunConfig:
         default_factory=dict, metadata={"help": "Flags of transformers.TrainingArguments."}
     )
 
+    def __post_init__(self) -> None:
+        read: dict[str, Any] = {"method_args": method_args(self.method_args)}
+        for spec in fields(self):
+            if spec.name not in ("method_args", "training_arguments"):
+                read[spec.name] = convert(spec.name, str(spec.type), getattr(self, spec.name))
+        known = training_argument_fields()
+        check_keys(self.training_arguments, known, "training_arguments")
+        read["training_arguments"] = {
+            name: convert(name, known[name].annotation, value) for name, value in self.training_arguments.items()
+        }
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "the run") -> RunConfig:
         """Build from flat values (as in a YAML file or on the command line); `where` names their source in errors.
@@ -100,35 +115,33 @@ class RunConfig:
         Raises:
             ConfigError: an unknown key, a missing one, or a value of the wrong type.
         """
-        own = {f.name: f for f in fields(cls)}
-        arguments = training_argument_fields()
+        own, arguments = [spec.name for spec in fields(cls)], training_argument_fields()
         nested = values.get("training_arguments") or {}
         if not isinstance(nested, Mapping):
             raise ConfigError(f"training_arguments of {where} must be a mapping of flags, not {nested!r}.")
         flat = {**{k: v for k, v in values.items() if k != "training_arguments"}, **nested}
-        plain: dict[str, Any] = {}
-        flags: dict[str, Any] = {}
-        for name, value in flat.items():
-            if name == "method_args":
-                plain[name] = method_args(value)
-            elif name in own:
-                plain[name] = convert(name, str(own[name].type), value)
-            elif name in arguments:
-                flags[name] = convert(name, arguments[name].annotation, value)
-            else:
+        for name in flat:
+            if name not in own and name not in arguments:
                 raise ConfigError(f'Unknown option "{name}" in {where}.{did_you_mean(name, [*own, *arguments])}')
         needed = ("task", "model_name_or_path", "method", "output_dir")
-        missing = [name for name in needed if plain.get(name) in (None, "")]
+        missing = [name for name in needed if flat.get(name) in (None, "")]
         if missing:
             raise ConfigError(f"Missing in {where}: {', '.join(missing)}.")
-        return cls(**plain, training_arguments=flags)
+        plain = {name: value for name, value in flat.items() if name in own}
+        return cls(**plain, training_arguments={name: value for name, value in flat.items() if name not in own})
 
     def check(self) -> registry.MethodInfo:
         """Check names, method arguments and values without importing torch; return the method's card.
 
+        The options cannot change, so a second call does not check again.
+
         Raises:
             ConfigError: what is wrong, with the nearest known name.
         """
+        return self._checked
+
+    @cached_property
+    def _checked(self) -> registry.MethodInfo:
         info = registry.method(self.method)
         if self.method_args and not info.config:
             raise ConfigError(f'Method "{info.name}" takes no method_args, got {", ".join(self.method_args)}.')

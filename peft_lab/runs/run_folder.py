@@ -27,22 +27,42 @@ from peft_lab.adapter_files.names import (
     MODEL_WEIGHTS,
     write_json,
 )
+from peft_lab.data.task_registry import validate_task
+from peft_lab.data.task_schema import Task, check_classes
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.metrics.predictions import ITEMS
+from peft_lab.metrics.predictions import PREDICTIONS
+from peft_lab.registry import MethodInfo
 from peft_lab.runs.run_config import DTYPES, RunConfig, dump_yaml, read_run_file
+
+State = Literal["new", "started", "finished"]
 
 RUN, METRICS, LABELS, TASK, CARD = "run.yaml", "metrics.json", "labels.json", "task.yaml", "README.md"
 HISTORY = "trainer_state.json"
 
 #: What `remove_run` removes: a run that follows may write a different set of files.
 _OF_A_RUN = (
-    *(RUN, METRICS, LABELS, TASK, CARD, ITEMS, HISTORY),
+    *(RUN, METRICS, LABELS, TASK, CARD, PREDICTIONS, HISTORY),
     *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_CONFIG, "model*.safetensors*"),
 )
 
 
-def check_output_dir(config: RunConfig) -> Literal["new", "started", "finished"]:
-    """Say what stands in the output folder of a run: nothing, a part of this same run, or all of it.
+def check_run(config: RunConfig) -> tuple[MethodInfo, Task, State]:
+    """Check all of a run that can be known without torch: options, method, task and its files, output folder.
+
+    Returns:
+        The method's card, the task, and what stands in the output folder.
+
+    Raises:
+        ConfigError, TaskError: what is wrong.
+    """
+    info, task = config.check(), validate_task(config.task)
+    if config.examples_per_class is not None:
+        check_classes(task)
+    return info, task, check_output_dir(config)
+
+
+def check_output_dir(config: RunConfig) -> State:
+    """State of a run's output folder: it holds nothing, a part of this same run, or all of it.
 
     Raises:
         ConfigError: the folder holds something else, which the run would overwrite.

@@ -1,4 +1,4 @@
-"""The file of one adapter, read without putting it on a model: its parameters by module, and its heads."""
+"""Adapter file, read without putting the adapter on a model."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.tuners.mixed_batch import RowLayer
 
-#: Fields of a config that say where an adapter comes from, not what it is.
+#: Fields of a config that tell the origin of an adapter, and have no part in its shapes.
 _ORIGIN = ("fingerprints", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping")
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What an adapter folder holds.
+    """Content of an adapter folder.
 
     Attributes:
-        info: its method's card.
+        info: card of the method.
         config: its peft config.
         values: module path -> parameter -> tensor, by the names in the file.
         others: entries that are no parameters of the method: `modules_to_save`, and copies of embeddings.
@@ -44,13 +44,13 @@ class AdapterFile:
     values: dict[str, dict[str, Tensor]]
     others: dict[str, Tensor]
 
-    def kind(self) -> str:
-        """Equal for adapters whose parameters have equal shapes wherever they have equal modules."""
+    def shape_key(self) -> str:
+        """Key that is equal for adapters with equal shapes at equal modules."""
         fields = {key: value for key, value in self.config.to_dict().items() if key not in _ORIGIN}
         return json.dumps(fields, sort_keys=True, default=str)
 
     def heads(self) -> dict[str, dict[str, Tensor]]:
-        """The entries of `modules_to_save`: module path -> parameter -> tensor."""
+        """Entries of `modules_to_save`: module path -> parameter -> tensor."""
         found: dict[str, dict[str, Tensor]] = {}
         saved = tuple(f".{name}." for name in self.config.modules_to_save or ())
         for key, value in self.others.items():
@@ -93,7 +93,7 @@ def read_adapter(adapter: str | Path) -> AdapterFile:
 
 
 def row_layer_class(method: str) -> type[RowLayer]:
-    """The class that serves a method by row.
+    """Class that serves a method by row.
 
     Raises:
         ConfigError: the method has none.
@@ -113,7 +113,13 @@ def row_layer_class(method: str) -> type[RowLayer]:
 
 
 def check_shapes(path: str, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `ConfigError` where the tensors of one module are not those that the config asks for."""
+    """Raise `ConfigError` if a module's tensors differ from those expected.
+
+    Args:
+        path: the module's path, for the message.
+        found: parameter -> tensor of the file.
+        expected: parameter -> shape by the config.
+    """
     for name in (*expected, *found):
         if name not in found or name not in expected:
             what = f'lacks "{path}.{name}"' if name not in found else f'has an unknown entry "{path}.{name}"'

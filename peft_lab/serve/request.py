@@ -1,4 +1,4 @@
-"""One request of many adapters: which row of the batch uses which row of which bank, and the modules that read it."""
+"""Request: the adapter of each row of a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.serve.parameter_banks import Bank, Field, Layout, Span
+from peft_lab.serve.parameter_banks import ModuleSlice, ParameterBank, RowLayout
 from peft_lab.tuners.mixed_batch import BASE, RowLayer
 from peft_lab.tuners.operations import StandIn
 
@@ -23,30 +23,41 @@ _LARGE_HEAD = 2**20
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one method has at one module: its arithmetic, and the banks that hold parameters for this module."""
+class MethodAtModule:
+    """One method at one module.
 
-    layer: RowLayer | HeadRows
-    layouts: tuple[Layout, ...]
+    Attributes:
+        layer: its arithmetic there.
+        layouts: the layouts of the banks that hold its parameters.
+    """
+
+    layer: RowLayer | PerRowHead
+    layouts: tuple[RowLayout, ...]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All adapters at one moment. A request keeps the one it began with.
+    """Snapshot of all adapters; a request keeps the one it began with.
 
     Attributes:
-        places: adapter name -> the layouts of its banks.
-        banks: the banks themselves.
-        modules: module path -> its parts: deltas of the weight first, then transforms of the output, then the head.
+        layouts: adapter name -> the layouts of its banks.
+        banks: layout -> bank.
+        modules: module path -> the methods there: deltas of the weight first, then transforms of the output, then the
+            head.
     """
 
-    places: Mapping[str, tuple[Layout, ...]] = field(default_factory=dict)
-    banks: Mapping[Layout, Bank] = field(default_factory=dict)
-    modules: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
+    layouts: Mapping[str, tuple[RowLayout, ...]] = field(default_factory=dict)
+    banks: Mapping[RowLayout, ParameterBank] = field(default_factory=dict)
+    modules: Mapping[str, tuple[MethodAtModule, ...]] = field(default_factory=dict)
 
 
 class Request:
-    """One adapter name per row of a batch, looked up once for all layers.
+    """Adapters of a batch, one per row, looked up once for all layers.
+
+    Args:
+        snapshot: the adapters at the start of the request.
+        names: one adapter name per row, `BASE` for rows without one.
+        exact: True if a batch must have one row per name; generation repeats the rows for beams.
 
     Raises:
         ConfigError: there is no adapter of a name.
@@ -56,21 +67,22 @@ class Request:
         if isinstance(names, str) or not len(names):
             raise ConfigError(f"adapter_names={names!r} must be a list with one adapter name per row of the batch.")
         self.snapshot, self.count, self.exact = snapshot, len(names), exact
-        self._picks: dict[Layout, tuple[list[int], list[int]]] = {}
+        # layout -> the rows of the batch that use its bank, and the row of the bank for each
+        self._selected: dict[RowLayout, tuple[list[int], list[int]]] = {}
         for row, name in enumerate(names):
             if name == BASE:
                 continue
-            if name not in snapshot.places:
-                hint = did_you_mean(name, snapshot.places)
+            if name not in snapshot.layouts:
+                hint = did_you_mean(name, snapshot.layouts)
                 raise ConfigError(f'Row {row} asks for adapter "{name}", which is not loaded.{hint}')
-            for layout in snapshot.places[name]:
-                rows, slots = self._picks.setdefault(layout, ([], []))
-                rows.append(row)
-                slots.append(snapshot.banks[layout].slots[name])
-        self._indices: dict[tuple[Layout, int], tuple[Tensor | None, Tensor]] = {}
+            for layout in snapshot.layouts[name]:
+                batch_rows, bank_rows = self._selected.setdefault(layout, ([], []))
+                batch_rows.append(row)
+                bank_rows.append(snapshot.banks[layout].row_of[name])
+        self._indices: dict[tuple[RowLayout, int], tuple[Tensor | None, Tensor]] = {}
 
     def check(self, given: int) -> None:
-        """Raise `ConfigError` where the batch has not one row per name."""
+        """Raise `ConfigError` if the batch has not one row per name."""
         if given != self.count and self.exact:
             raise ConfigError(
                 f"adapter_names has {self.count} names, but the batch has {given} rows; pass one name per row "
@@ -78,10 +90,19 @@ class Request:
             )
 
     def output(self, path: str, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of a module for this batch."""
-        parts = [(part, [layout for layout in part.layouts if layout in self._picks]) for part in self._parts(path)]
-        parts = [(part, layouts) for part, layouts in parts if layouts]
-        if not parts:
+        """Output of a module for this batch.
+
+        Args:
+            path: the module's path.
+            base: the module of the base.
+            x: its input, (rows, ...): one row for all, or the same number of rows for each row of the batch.
+            args, kwargs: its further arguments.
+
+        Raises:
+            ConfigError: the rows of `x` do not fit the names.
+        """
+        methods = self._methods_at(path)
+        if not methods:
             return base(x, *args, **kwargs)
         if x.shape[0] == 1 and self.count > 1:
             x = x.expand(self.count, *x.shape[1:])  # one input for all rows, such as positions
@@ -93,65 +114,88 @@ class Request:
         # A layer may see several rows per row of the batch (windows, beams); they lie next to each other.
         repeat = x.shape[0] // self.count
         out: Tensor | None = None
-        for part, layouts in parts:
-            if isinstance(part.layer, HeadRows):
-                groups = [(*self._index(layout, repeat), self._bank(layout, path)) for layout in layouts]
-                out = part.layer.rows_output(x, groups, out)
+        for layer, layouts in methods:
+            if isinstance(layer, PerRowHead):
+                groups = [(*self._row_indices(layout, repeat), self._bank(layout, path)) for layout in layouts]
+                out = layer.rows_output(x, groups, out)
             else:
-                values = self._values(path, layouts, part.layer.row_fields, repeat, x.device)
-                out = part.layer.rows_output(x, values, out, *args, **kwargs)
+                values = self._gathered(path, layouts, layer.row_fields, repeat, x.device)
+                out = layer.rows_output(x, values, out, *args, **kwargs)
         assert out is not None
         return out
 
-    def _parts(self, path: str) -> tuple[Part, ...]:
-        return self.snapshot.modules.get(path, ())
+    def _methods_at(self, path: str) -> list[tuple[RowLayer | PerRowHead, list[RowLayout]]]:
+        """Layers at a module that this batch uses, with their layouts."""
+        found = []
+        for method in self.snapshot.modules.get(path, ()):
+            used = [layout for layout in method.layouts if layout in self._selected]
+            if used:
+                found.append((method.layer, used))
+        return found
 
-    def _bank(self, layout: Layout, path: str) -> tuple[Tensor, Span]:
-        span = layout.spans[path]
-        return self.snapshot.banks[layout].rows[:, span.start : span.start + span.width], span
+    def _bank(self, layout: RowLayout, path: str) -> tuple[Tensor, ModuleSlice]:
+        """Rows of a bank for one module, (capacity, width), with their slice."""
+        module = layout.modules[path]
+        return self.snapshot.banks[layout].rows[:, module.start : module.start + module.width], module
 
-    def _index(self, layout: Layout, repeat: int) -> tuple[Tensor | None, Tensor]:
-        """Rows of the layer's input that use this bank (None: all of them), and the row of the bank for each."""
+    def _row_indices(self, layout: RowLayout, repeat: int) -> tuple[Tensor | None, Tensor]:
+        """Indices of input rows that use a bank, and of their bank rows.
+
+        Both are int64; the first is None if all rows use it. `repeat` is the number of input rows for each row of the
+        batch.
+        """
         key = (layout, repeat)
         if key not in self._indices:
-            rows, slots = (
-                torch.tensor(numbers, device=self.snapshot.banks[layout].rows.device) for numbers in self._picks[layout]
-            )
+            device = self.snapshot.banks[layout].rows.device
+            rows, bank_rows = (torch.tensor(numbers, device=device) for numbers in self._selected[layout])
             if repeat > 1:
-                within = torch.arange(repeat, device=rows.device)
-                rows, slots = (rows[:, None] * repeat + within).flatten(), slots.repeat_interleave(repeat)
-            whole = len(self._picks[layout][0]) == self.count
-            self._indices[key] = (None if whole else rows, slots)
+                within = torch.arange(repeat, device=device)
+                rows, bank_rows = (rows[:, None] * repeat + within).flatten(), bank_rows.repeat_interleave(repeat)
+            whole = len(self._selected[layout][0]) == self.count
+            self._indices[key] = (None if whole else rows, bank_rows)
         return self._indices[key]
 
-    def _values(
-        self, path: str, layouts: Sequence[Layout], neutral: Mapping[str, float], repeat: int, device: torch.device
+    def _gathered(
+        self, path: str, layouts: Sequence[RowLayout], neutral: Mapping[str, float], repeat: int, device: torch.device
     ) -> dict[str, Tensor]:
-        """Each field of a module with one entry per row, (rows, *shape), neutral on rows of other adapters."""
-        found: list[tuple[Tensor | None, Field, Tensor]] = []
+        """Gather the parameters of a module for each row, (rows, *shape).
+
+        Rows of other adapters have the neutral values.
+        """
+        # parameter -> for each bank: the rows that use it, and their values
+        found: dict[str, list[tuple[Tensor | None, Tensor]]] = {}
         for layout in layouts:
-            rows, slots = self._index(layout, repeat)
-            part, span = self._bank(layout, path)
+            rows, bank_rows = self._row_indices(layout, repeat)
+            module_rows, module = self._bank(layout, path)
             # An embedding look-up is the fastest gather of rows on CPUs, by 5 to 20 times on wide banks.
-            gathered = F.embedding(slots, part).to(device, torch.promote_types(part.dtype, torch.float32))
-            found += [(rows, piece, piece.of(gathered)) for piece in span.fields]
-        if all(rows is None for rows, _, _ in found):
-            return {piece.name: value for _, piece, value in found}
-        full: dict[str, Tensor] = {}
-        for name in dict.fromkeys(piece.name for _, piece, _ in found):
-            same = [(rows, piece.shape, value) for rows, piece, value in found if piece.name == name]
-            largest = [max(sides) for sides in zip(*(shape for _, shape, _ in same), strict=True)]
-            size = self.count * repeat
-            full[name] = same[0][2].new_full((size, *largest), neutral[name])
-            for rows, shape, value in same:
-                assert rows is not None
-                inside: Any = (rows.to(device), *(slice(side) for side in shape))
-                full[name][inside] = value
-        return full
+            gathered = F.embedding(bank_rows, module_rows)
+            gathered = gathered.to(device, torch.promote_types(gathered.dtype, torch.float32))
+            for parameter in module.parameters:
+                found.setdefault(parameter.name, []).append((rows, parameter.view(gathered)))
+        size = self.count * repeat
+        return {name: _join_rows(parts, size, neutral[name], device) for name, parts in found.items()}
+
+
+def _join_rows(
+    parts: Sequence[tuple[Tensor | None, Tensor]], size: int, neutral: float, device: torch.device
+) -> Tensor:
+    """Join groups of rows to (size, *largest shape), filled with `neutral`."""
+    if parts[0][0] is None:  # one bank serves all rows
+        return parts[0][1]
+    largest = [max(sides) for sides in zip(*(values.shape[1:] for _, values in parts), strict=True)]
+    joined = parts[0][1].new_full((size, *largest), neutral)
+    for rows, values in parts:
+        assert rows is not None
+        inside: Any = (rows.to(device), *(slice(side) for side in values.shape[1:]))
+        joined[inside] = values
+    return joined
 
 
 class ServedModule(StandIn):
-    """A module of the base whose output depends on the request that the calling thread is in; without one, the base."""
+    """Module of the base with the adapters of the calling thread's request.
+
+    Without a request its output is that of the base.
+    """
 
     base_layer: nn.Module
 
@@ -161,20 +205,21 @@ class ServedModule(StandIn):
         self.path, self._request = path, request
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the module for the request of this thread."""
         request = self._request.get()
         if request is None:
             return self.base_layer(x, *args, **kwargs)
         return request.output(self.path, self.base_layer, x, *args, **kwargs)
 
 
-class HeadRows:
-    """A Linear or LayerNorm within a head that each adapter has of its own, applied by row.
+class PerRowHead:
+    """Linear or LayerNorm of a task head, with parameters for each row.
 
     Heads may have different numbers of outputs; the columns that a row's head lacks are -inf, so that neither argmax
     nor softmax sees them.
 
     Raises:
-        ConfigError: the module is of another kind.
+        ConfigError: the module is of another class.
     """
 
     def __init__(self, base_layer: nn.Module, path: str) -> None:
@@ -186,35 +231,38 @@ class HeadRows:
         self.base_layer: Any = base_layer
 
     def rows_output(
-        self, x: Tensor, groups: Sequence[tuple[Tensor | None, Tensor, tuple[Tensor, Span]]], out: Tensor | None
+        self, x: Tensor, groups: Sequence[tuple[Tensor | None, Tensor, tuple[Tensor, ModuleSlice]]], out: Tensor | None
     ) -> Tensor:
-        """`out` with the rows of each group of equal heads replaced by what their heads give."""
+        """Output with the rows of each group taken from their heads.
+
+        Args:
+            x: input, (rows, ..., features).
+            groups: for each bank its rows of `x` (None: all), the bank's row for each, and the bank.
+            out: what other methods made of the output so far; None if the base has not run yet.
+        """
         if groups[0][0] is None:
             return self._of_group(x, *groups[0][1:])
-        found = [(rows, self._of_group(x[rows], slots, bank)) for rows, slots, bank in groups]
-        covered = sum(rows.numel() for rows, _ in found if rows is not None)
-        if out is None and covered < x.shape[0]:
+        found = [(rows, self._of_group(x[rows], bank_rows, bank)) for rows, bank_rows, bank in groups]
+        covered = sum(len(values) for _, values in found)
+        if out is None and covered < x.shape[0]:  # rows without a head of their own have the base's
             out = self.base_layer(x)
-        outputs = max([part.shape[-1] for _, part in found] + ([] if out is None else [out.shape[-1]]))
+        outputs = max(values.shape[-1] for _, values in found)
+        if out is not None:
+            outputs = max(outputs, out.shape[-1])
         full = found[0][1].new_full((*x.shape[:-1], outputs), -torch.inf)
         if out is not None:
             full[..., : out.shape[-1]] = out
-        for rows, part in found:
-            full[rows] = F.pad(part, (0, outputs - part.shape[-1]), value=-torch.inf)
+        for rows, values in found:
+            full[rows] = F.pad(values, (0, outputs - values.shape[-1]), value=-torch.inf)
         return full
 
-    def _of_group(self, x: Tensor, slots: Tensor, bank: tuple[Tensor, Span]) -> Tensor:
-        part, span = bank
-        sizes = {piece.name: piece for piece in span.fields}
-        if isinstance(self.base_layer, nn.Linear) and span.width > _LARGE_HEAD:
-            out = x.new_empty(*x.shape[:-1], sizes["weight"].shape[0])
-            for slot in slots.unique():
-                own = slots == slot
-                values = {name: piece.of(part[slot][None])[0].to(x.dtype) for name, piece in sizes.items()}
-                out[own] = F.linear(x[own], values["weight"], values.get("bias"))
-            return out
-        gathered = F.embedding(slots, part).to(x.dtype)
-        values = {name: piece.of(gathered) for name, piece in sizes.items()}
+    def _of_group(self, x: Tensor, bank_rows: Tensor, bank: tuple[Tensor, ModuleSlice]) -> Tensor:
+        """Output of the heads in one bank, (rows, ..., outputs)."""
+        module_rows, module = bank
+        if isinstance(self.base_layer, nn.Linear) and module.width > _LARGE_HEAD:
+            return self._by_adapter(x, bank_rows, module_rows, module)
+        gathered = F.embedding(bank_rows, module_rows).to(x.dtype)
+        values = {parameter.name: parameter.view(gathered) for parameter in module.parameters}
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         if isinstance(self.base_layer, nn.Linear):
             out = tokens @ values["weight"].transpose(1, 2)
@@ -224,3 +272,18 @@ class HeadRows:
         if "bias" in values:
             out = out + values["bias"][:, None]
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def _by_adapter(x: Tensor, bank_rows: Tensor, module_rows: Tensor, module: ModuleSlice) -> Tensor:
+        """Output of large heads, computed adapter by adapter.
+
+        A copy of the weight for each row would take too much memory.
+        """
+        sizes = {parameter.name: parameter.shape for parameter in module.parameters}
+        out = x.new_empty(*x.shape[:-1], sizes["weight"][0])
+        for bank_row in bank_rows.unique():
+            own = bank_rows == bank_row
+            weights = module_rows[bank_row][None]
+            values = {parameter.name: parameter.view(weights)[0].to(x.dtype) for parameter in module.parameters}
+            out[own] = F.linear(x[own], values["weight"], values.get("bias"))
+        return out

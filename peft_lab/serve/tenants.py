@@ -1,4 +1,4 @@
-"""Hundreds of adapters on one base, each row of a batch with its own: `load_many`.
+"""Many adapters on one base, one for each row of a batch.
 
 Parameters of adapters that are alike lie in one bank, so a layer fetches those of all rows at once. Each request works
 on the snapshot of banks that it began with; `add` and `remove` publish the next one and never wait for a request.
@@ -21,13 +21,13 @@ from peft_lab import registry
 from peft_lab.adapter_files import base_fingerprint, module_matching
 from peft_lab.errors import AdapterMismatchError, ConfigError, did_you_mean
 from peft_lab.serve.adapter_file import AdapterFile, check_shapes, read_adapter, row_layer_class
-from peft_lab.serve.parameter_banks import Bank, Layout, Values
-from peft_lab.serve.request import HEADS, HeadRows, Part, Request, ServedModule, Snapshot
+from peft_lab.serve.parameter_banks import ParameterBank, RowLayout, Values
+from peft_lab.serve.request import HEADS, MethodAtModule, PerRowHead, Request, ServedModule, Snapshot
 from peft_lab.tuners.mixed_batch import BASE, RowLayer
 
 
 def load_many(model: nn.Module, adapters: Mapping[str, str | Path] | None = None) -> Tenants:
-    """Put many adapters on one base, to serve batches whose rows have different ones.
+    """Put many adapters on one base, to serve mixed batches.
 
     ```python
     tenants = peft_lab.load_many(model, {"alice": "runs/alice", "bob": "someone/adapter-on-the-hub"})
@@ -55,7 +55,9 @@ def load_many(model: nn.Module, adapters: Mapping[str, str | Path] | None = None
 
 
 class Tenants:
-    """Many adapters on one base. Every method may be called from any thread at any time.
+    """Many adapters on one base.
+
+    Every method may be called from any thread at any time.
 
     Attributes:
         model: the base.
@@ -69,19 +71,19 @@ class Tenants:
                     "adapters, or add to the tenants that it has."
                 )
         self.model = model
-        self._find = module_matching.finder(model)
+        self._find_module = module_matching.finder(model)
         self._lock = threading.Lock()
         self._snapshot = Snapshot()
         self._request: ContextVar[Request | None] = ContextVar("peft_lab_request", default=None)
-        self._layers: dict[tuple[str, str], RowLayer | HeadRows] = {}
+        self._layers: dict[tuple[str, str], RowLayer | PerRowHead] = {}
         self._shapes: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
-        self._served: dict[str, ServedModule] = {}
+        self._served_modules: dict[str, ServedModule] = {}
         self._hook = model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
 
     # Requests ---------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
-        """The model's output for a batch, without gradients.
+        """Output of the model for a batch, without gradients.
 
         Args:
             args, kwargs: as for the model.
@@ -94,7 +96,13 @@ class Tenants:
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
-        """`model.generate` where each prompt has its own adapter, through beams and returned sequences alike.
+        """Generate with an adapter for each prompt.
+
+        Beams and returned sequences have the adapter of their prompt.
+
+        Args:
+            args, kwargs: as for `model.generate`.
+            adapter_names: one name per prompt, "__base__" for prompts without an adapter.
 
         Raises:
             ConfigError: as for a call.
@@ -110,7 +118,9 @@ class Tenants:
 
     @contextmanager
     def rows(self, adapter_names: Sequence[str]) -> Iterator[None]:
-        """Within the block, and in this thread alone, the model's batches have these adapters, one per row.
+        """Use these adapters, one per row, within the block.
+
+        Other threads are not affected.
 
         Raises:
             ConfigError: an unknown name.
@@ -138,17 +148,17 @@ class Tenants:
 
     @property
     def names(self) -> list[str]:
-        """The adapters that a request that begins now can ask for, in the order they were added."""
-        return list(self._snapshot.places)
+        """Names of the loaded adapters, in the order they were added."""
+        return list(self._snapshot.layouts)
 
     def __len__(self) -> int:
-        return len(self._snapshot.places)
+        return len(self._snapshot.layouts)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._snapshot.places
+        return name in self._snapshot.layouts
 
     def add(self, name: str, adapter: str | Path) -> None:
-        """Load one more adapter; requests that begin after this returns can ask for it.
+        """Load one more adapter, for requests that begin later.
 
         Raises:
             ConfigError: the name is taken or reserved, or as for `load_many`.
@@ -157,27 +167,30 @@ class Tenants:
         if not isinstance(name, str) or not name or name == BASE:
             raise ConfigError(f'An adapter cannot be called {name!r}: names are text, and "{BASE}" means no adapter.')
         self._check_free(name)
+        # reading is slow, so it happens before the lock is taken
         file = read_adapter(adapter)
         row_layer_class(file.info.name)
         with self._lock, torch.no_grad():
             self._check_free(name)
-            parts = {file.info.name: self._values(file), HEADS: self._heads(file)}
+            parts = {file.info.name: self._checked_rows(file), HEADS: self._checked_heads(file)}
             snapshot = self._snapshot
             banks = dict(snapshot.banks)
             known = {layout.signature(): layout for layout in banks}
-            places = []
+            layouts = []
             for owner, values in parts.items():
                 if not values:
                     continue
-                layout = Layout.of(owner, values)
+                layout = RowLayout.of(owner, values)
                 layout = known.get(layout.signature(), layout)
-                bank = banks.get(layout) or Bank.empty(layout, self._device())
-                banks[layout] = bank.added(name, layout.row(values))
-                places.append(layout)
-            self._publish({**snapshot.places, name: tuple(places)}, banks)
+                bank = banks.get(layout) or ParameterBank.empty(layout, self._device())
+                banks[layout] = bank.with_adapter(name, layout.row(values))
+                layouts.append(layout)
+            self._publish({**snapshot.layouts, name: tuple(layouts)}, banks)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. Requests that are under way still use it; its memory goes with the last of them.
+        """Remove an adapter.
+
+        Requests that are under way still use it; its memory goes with the last of them.
 
         Raises:
             ConfigError: there is none of that name.
@@ -186,16 +199,19 @@ class Tenants:
             snapshot = self._snapshot
             self._check_known(name, snapshot)
             banks = dict(snapshot.banks)
-            for layout in snapshot.places[name]:
-                bank = banks[layout].removed(name)
-                if bank.slots:
+            for layout in snapshot.layouts[name]:
+                bank = banks[layout].without_adapter(name)
+                if bank.row_of:
                     banks[layout] = bank
                 else:
                     del banks[layout]
-            self._publish({n: places for n, places in snapshot.places.items() if n != name}, banks)
+            remaining = {other: layouts for other, layouts in snapshot.layouts.items() if other != name}
+            self._publish(remaining, banks)
 
     def nbytes(self, name: str | None = None) -> int:
-        """Bytes of one adapter's parameters and heads; without a name, of all banks, unused rows included.
+        """Bytes of one adapter's parameters and heads.
+
+        Without a name they are those of all banks, unused rows included.
 
         Raises:
             ConfigError: there is no adapter of that name.
@@ -204,52 +220,52 @@ class Tenants:
         if name is None:
             return sum(bank.rows.nbytes for bank in snapshot.banks.values())
         self._check_known(name, snapshot)
-        return sum(layout.width * layout.dtype.itemsize for layout in snapshot.places[name])
+        return sum(layout.width * layout.dtype.itemsize for layout in snapshot.layouts[name])
 
     def unload(self) -> nn.Module:
-        """Take everything out of the model again and return it. No request may be under way."""
+        """Restore the model and return it; no request may be under way."""
         with self._lock:
             self._hook.remove()
-            for path, module in self._served.items():
+            for path, module in self._served_modules.items():
                 self.model.set_submodule(path, module.base_layer)
-            self._served.clear()
+            self._served_modules.clear()
             self._snapshot = Snapshot()
         return self.model
 
-    # What an adapter brings -------------------------------------------------------------------------------------
+    # Checks of an adapter -----------------------------------------------------------------------------------------
 
     def _check_free(self, name: str) -> None:
-        if name in self._snapshot.places:
+        if name in self._snapshot.layouts:
             raise ConfigError(f'There already is an adapter "{name}"; remove it first, or choose another name.')
 
     @staticmethod
     def _check_known(name: str, snapshot: Snapshot) -> None:
-        if name not in snapshot.places:
-            raise ConfigError(f'There is no adapter "{name}".{did_you_mean(name, snapshot.places)}')
+        if name not in snapshot.layouts:
+            raise ConfigError(f'There is no adapter "{name}".{did_you_mean(name, snapshot.layouts)}')
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _here(self, path: str) -> str:
-        """The name in this model of a module that may have another one in the adapter."""
-        return self._find(path) or path
+    def _name_in_base(self, path: str) -> str:
+        """Name in this model of a module of the adapter."""
+        return self._find_module(path) or path
 
-    def _values(self, file: AdapterFile) -> Values:
-        """The adapter's rows by module, after it is checked that they belong to this base."""
-        values = {self._here(path): tensors for path, tensors in file.values.items()}
+    def _checked_rows(self, file: AdapterFile) -> Values:
+        """Rows of an adapter by module, checked against this base."""
+        values = {self._name_in_base(path): tensors for path, tensors in file.values.items()}
         recorded = getattr(file.config, "fingerprints", None)
         if recorded:
-            recorded = {self._here(path): entry for path, entry in recorded.items()}
+            recorded = {self._name_in_base(path): entry for path, entry in recorded.items()}
             found = {path: self._fingerprint(path) for path in recorded}
             base_fingerprint.check(recorded, found, dtype_bound=file.info.can("dtype_bound"))
             for path in (*recorded, *values):
                 if path not in recorded or path not in values:
                     raise ConfigError(f'The adapter file and its config differ in module "{path}"; it was cut short.')
         rows: dict[str, dict[str, Tensor]] = {}
-        kind = file.kind()
+        shape_key = file.shape_key()
         for path, tensors in values.items():
             layer: Any = self._layer(path, file.info.name, row_layer_class(file.info.name))
-            key = (path, kind)
+            key = (path, shape_key)  # the shapes of many adapters of one configuration are computed once
             if key not in self._shapes:
                 self._shapes[key] = layer.row_shapes(file.config)
             check_shapes(path, tensors, self._shapes[key])
@@ -257,15 +273,16 @@ class Tenants:
             rows[path] = layer.row_values({name: value.to(device) for name, value in tensors.items()}, file.config)
         return rows
 
-    def _heads(self, file: AdapterFile) -> Values:
-        """The adapter's own heads by module, after it is checked that they fit."""
+    def _checked_heads(self, file: AdapterFile) -> Values:
+        """Heads of an adapter by module, checked against this base."""
         saved = file.heads()
-        heads = {self._here(path): tensors for path, tensors in saved.items()}
+        heads = {self._name_in_base(path): tensors for path, tensors in saved.items()}
         for key, value in file.others.items():
             path, _, name = key.rpartition(".")
             if path in saved:
                 continue
-            own = getattr(self._base(self._here(path.removesuffix(".base_layer"))), name, None)
+            # the file may hold copies of the base, such as embeddings; they must be what all rows share
+            own = getattr(self._base_module(self._name_in_base(path.removesuffix(".base_layer"))), name, None)
             if not isinstance(own, Tensor) or own.shape != value.shape or not torch.equal(own.to(value), value):
                 raise ConfigError(
                     f'The adapter file has an entry "{key}" that is neither of its method nor a module to save, and '
@@ -273,7 +290,7 @@ class Tenants:
                 )
         labels = getattr(getattr(self.model, "config", None), "num_labels", None)
         for path, tensors in heads.items():
-            base: Any = self._layer(path, HEADS, HeadRows).base_layer
+            base: Any = self._layer(path, HEADS, PerRowHead).base_layer
             expected = {name: tuple(value.shape) for name, value in base.named_parameters(recurse=False)}
             outputs = tensors["weight"].shape[0] if "weight" in tensors else 0
             if isinstance(base, nn.Linear) and labels == base.out_features and outputs:
@@ -283,7 +300,7 @@ class Tenants:
 
     def _layer(self, path: str, owner: str, make: Callable[[nn.Module, str], Any]) -> Any:
         if (path, owner) not in self._layers:
-            base = self._base(path)
+            base = self._base_module(path)
             if base is None:
                 raise AdapterMismatchError(
                     f'The base has no module "{path}", which the adapter changes; load the model class and backbone '
@@ -292,49 +309,55 @@ class Tenants:
             self._layers[path, owner] = make(base, path)
         return self._layers[path, owner]
 
-    def _base(self, path: str) -> Any:
-        """The base module of a path; None if there is none."""
-        if path in self._served:
-            return self._served[path].base_layer
+    def _base_module(self, path: str) -> Any:
+        """Base module of a path; None if there is none."""
+        if path in self._served_modules:
+            return self._served_modules[path].base_layer
         try:
             return self.model.get_submodule(path)
         except AttributeError:
             return None
 
     def _fingerprint(self, path: str) -> dict[str, Any] | None:
-        module = self._base(path)
+        module = self._base_module(path)
         weight = getattr(module, "weight", None)
         return base_fingerprint.module_fingerprint(module, weight) if isinstance(weight, Tensor) else None
 
-    def _publish(self, places: Mapping[str, tuple[Layout, ...]], banks: Mapping[Layout, Bank]) -> None:
-        """Make a new snapshot the one that requests begin with."""
+    def _publish(self, layouts: Mapping[str, tuple[RowLayout, ...]], banks: Mapping[RowLayout, ParameterBank]) -> None:
+        """Replace the snapshot that requests begin with."""
         snapshot = self._snapshot
         modules = snapshot.modules if banks.keys() == snapshot.banks.keys() else self._modules(banks)
         for path in modules:
-            if path not in self._served:
+            if path not in self._served_modules:
                 served = ServedModule(self.model.get_submodule(path), path, self._request)
-                self._served[path] = served.train(self.model.training)
+                self._served_modules[path] = served.train(self.model.training)
                 self.model.set_submodule(path, served)
-        self._snapshot = Snapshot(places, banks, modules)
+        self._snapshot = Snapshot(layouts, banks, modules)
 
-    def _modules(self, banks: Mapping[Layout, Bank]) -> dict[str, tuple[Part, ...]]:
-        found: dict[str, dict[str, list[Layout]]] = {}
+    def _modules(self, banks: Mapping[RowLayout, ParameterBank]) -> dict[str, tuple[MethodAtModule, ...]]:
+        """Methods at each module that a bank holds parameters for."""
+        found: dict[str, dict[str, list[RowLayout]]] = {}
         for layout in sorted(banks, key=_order):
-            for path in layout.spans:
+            for path in layout.modules:
                 found.setdefault(path, {}).setdefault(layout.owner, []).append(layout)
-        return {
-            path: tuple(Part(self._layers[path, owner], tuple(layouts)) for owner, layouts in owners.items())
-            for path, owners in found.items()
-        }
+        modules: dict[str, tuple[MethodAtModule, ...]] = {}
+        for path, owners in found.items():
+            for owner, layouts in owners.items():
+                method = MethodAtModule(self._layers[path, owner], tuple(layouts))
+                modules[path] = (*modules.get(path, ()), method)
+        return modules
 
 
-def _order(layout: Layout) -> int:
-    """Deltas of the weight before what transforms the output, and heads last."""
+def _order(layout: RowLayout) -> int:
+    """Sort key: weight deltas, then output transforms, then heads."""
     return 2 if layout.owner == HEADS else int(registry.method(layout.owner).place == "feature")
 
 
 def _batch_size(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """Rows of a batch as the model is given it; None if it is not plain to see."""
+    """Number of rows of a batch; None if unknown."""
     main = getattr(model, "main_input_name", "input_ids")
-    named = (kwargs.get(name) for name in (main, "inputs", "input_ids", "inputs_embeds", "pixel_values"))
-    return next((value.shape[0] for value in (*args[:1], *named) if isinstance(value, Tensor) and value.dim()), None)
+    names = (main, "inputs", "input_ids", "inputs_embeds", "pixel_values")
+    for value in (*args[:1], *map(kwargs.get, names)):
+        if isinstance(value, Tensor) and value.dim():
+            return int(value.shape[0])
+    return None

@@ -1,4 +1,4 @@
-"""Evaluation of a trained adapter on a split of its task, and prediction for raw inputs."""
+"""Evaluation of a trained adapter, and prediction for raw inputs."""
 
 from __future__ import annotations
 
@@ -35,12 +35,24 @@ def evaluate(
     batch_size: int = 32,
     allow_other_base: bool = False,
 ) -> dict[str, Any]:
-    """Metrics of a saved adapter on a split of its task, or of another task with the same labels.
+    """Evaluate a saved adapter on a split of its task.
 
-    With `allow_other_base` a base whose weights differ from those trained on is reported, not refused.
+    Args:
+        adapter: folder of a run, any folder of a peft adapter, or a Hub id.
+        task: another task with the same labels; by default that of the run.
+        split: "validation" or "test".
+        model_name_or_path: the base to load instead of the one that was trained on.
+        max_samples: number of rows, drawn from all classes; by default all.
+        batch_size: rows in one batch.
+        allow_other_base: warn instead of refusing where the base's weights differ from those trained on.
+
+    Returns:
+        The metrics by name, the loss, and the number of `rows`.
 
     Raises:
-        ConfigError, TaskError, AdapterMismatchError: what is wrong.
+        ConfigError: there is no such adapter or base, or the labels differ.
+        TaskError: the task or its data are not what they should be.
+        AdapterMismatchError: the adapter does not fit the base.
     """
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
     splits = load_splits(loaded.task, test=split == "test")
@@ -60,7 +72,7 @@ def evaluate(
                 output_dir=scratch,
                 per_device_eval_batch_size=batch_size,
                 report_to="none",
-                remove_unused_columns=False,
+                remove_unused_columns=False,  # the collator reads what the kind's preprocessing made
                 dataloader_pin_memory=torch.cuda.is_available(),
                 label_names=["labels"],
             ),
@@ -82,7 +94,7 @@ def predict(
     batch_size: int = 32,
     allow_other_base: bool = False,
 ) -> list[Any]:
-    """Answers of a saved adapter to raw inputs, in order.
+    """Predict the answers of a saved adapter to raw inputs, in order.
 
     Args:
         adapter, task, model_name_or_path: as for `load`.
@@ -92,7 +104,9 @@ def predict(
         allow_other_base: as for `load`.
 
     Raises:
-        ConfigError, TaskError, AdapterMismatchError: what is wrong.
+        ConfigError: there is no such adapter or base, or an input lacks a column.
+        TaskError: the task is not what it should be.
+        AdapterMismatchError: the adapter does not fit the base.
     """
     rows = read_inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
@@ -102,10 +116,10 @@ def predict(
 
 
 def read_inputs(inputs: list[Any]) -> list[Any]:
-    """Inputs as given, or the rows of the single .txt, .csv or .jsonl file that they name.
+    """Read inputs: as given, or rows of a .txt, .csv or .jsonl file.
 
     Raises:
-        ConfigError: the file does not exist or holds nothing.
+        ConfigError: the file does not exist or is empty.
     """
     if len(inputs) != 1 or not str(inputs[0]).lower().endswith(INPUT_FILES):
         return inputs
@@ -125,13 +139,21 @@ def read_inputs(inputs: list[Any]) -> list[Any]:
 
 
 def _input(row: Mapping[str, Any], task: Task) -> Any:
-    """The input columns of a row of a file, which may have the names of the task's own data and further columns."""
-    names = {name: task.columns[name] for name in task.inputs}
-    chosen = {
-        name: row[name] if name in row else row[source] for name, source in names.items() if {name, source} & {*row}
-    }
-    if len(chosen) < len(names):
-        raise ConfigError(
-            f"A row of the input file lacks {', '.join(sorted({*names} - {*chosen}))}; it has {', '.join(row)}."
-        )
-    return next(iter(chosen.values())) if len(chosen) == 1 and task.template is None else chosen or row
+    """Input columns of a row of a file.
+
+    They may have the canonical names or those of the task's own data; further columns are left out.
+    """
+    chosen, missing = {}, []
+    for name in task.inputs:
+        source = task.columns[name]
+        if name in row:
+            chosen[name] = row[name]
+        elif source in row:
+            chosen[name] = row[source]
+        else:
+            missing.append(name)
+    if missing:
+        raise ConfigError(f"A row of the input file lacks {', '.join(sorted(missing))}; it has {', '.join(row)}.")
+    if len(chosen) == 1 and task.template is None:
+        return next(iter(chosen.values()))
+    return chosen or row

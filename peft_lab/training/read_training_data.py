@@ -1,4 +1,7 @@
-"""Training data read by an adapter itself, between the epochs: statistics and start values that no gradient gives."""
+"""Training data read by an adapter itself, between the epochs.
+
+It gets statistics and start values from them that no gradient gives.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from peft_lab.errors import ConfigError
 
 
 def read_training_data(model: nn.Module, batches: Iterable[Mapping[str, Any]], epoch: int = 0) -> None:
-    """Let the adapters of a model read the training data: for a training loop of one's own, at the start of each epoch.
+    """Let the adapters of a model read the training data.
 
-    With `peft_lab.train`, or a `Trainer` with the callback `ReadTrainingData`, this happens by itself. It does nothing
-    where no adapter wants data. The model is in eval mode meanwhile, and what is drawn at random afterwards is the same
-    with and without readers.
+    A training loop of one's own calls it at the start of each epoch. With `peft_lab.train`, or a `Trainer` with the
+    callback `ReadTrainingData`, this happens by itself. It does nothing where no adapter wants data. The model is in
+    eval mode meanwhile, and what is drawn at random afterwards is the same with and without readers.
 
     Args:
         model: a model with adapters on it; wrapped (DistributedDataParallel) or not.
@@ -41,7 +44,9 @@ def read_training_data(model: nn.Module, batches: Iterable[Mapping[str, Any]], e
 
 
 class ReadTrainingData(TrainerCallback):
-    """Lets adapters read the training data, in order and without shuffling, at the start of each epoch.
+    """Callback that lets adapters read the training data before each epoch.
+
+    The rows come in order, without shuffling.
 
     An adapter that wants it has a tuner or a layer with `read_data(batches, epoch)`: `batches` are as the model takes
     them and on its device, made anew as they are drawn, so a reader that needs none draws none; `epoch` counts from 0,
@@ -61,12 +66,13 @@ class ReadTrainingData(TrainerCallback):
         steps = math.ceil(len(loader) / args.gradient_accumulation_steps) if _has_length(loader) else 0
         if steps and state.global_step % steps:  # resumed within an epoch
             return
+        # the training's own loader would shuffle, and its draws would change those of the training
         rows = _InOrder(loader, args.eval_batch_size)
         read_training_data(model, rows, state.global_step // steps if steps else 0)
 
 
 class _InOrder:
-    """The rows of a loader in order; raises `ConfigError` when drawn from a stream."""
+    """Rows of a loader in order; a stream raises `ConfigError`."""
 
     def __init__(self, loader: Any, batch_size: int) -> None:
         self.loader, self.batch_size = loader, batch_size

@@ -1,6 +1,6 @@
-"""Meters of a training step: FLOPs, activations kept for backward, peak memory, time; and the frozen floor beside it.
+"""Cost of a training step: FLOPs, kept activations, peak memory, time.
 
-FLOPs and bytes are deterministic, so they can be limits in tests; time is not.
+The frozen floor stands beside it. FLOPs and bytes are deterministic, so they can be limits in tests; time is not.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +36,9 @@ LossFn = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training step (forward, loss, backward; and the optimiser's step where one is given) costs.
+    """Cost of one training step: forward, loss, backward, optimiser.
+
+    The optimiser's step counts where one is given.
 
     Attributes:
         flops: floating-point operations of matrix products, convolutions and attention; pointwise ops count nothing.
@@ -50,11 +52,6 @@ class Cost:
     peak_bytes: int
     seconds: float
 
-    def relative_to(self, other: Cost) -> dict[str, float]:
-        """Each figure divided by that of another step; nan where the other's is 0."""
-        theirs = asdict(other)
-        return {name: value / theirs[name] if theirs[name] else float("nan") for name, value in asdict(self).items()}
-
 
 def measure_step(
     model: nn.Module,
@@ -64,10 +61,11 @@ def measure_step(
     optimizer: torch.optim.Optimizer | None = None,
     repeats: int = 3,
 ) -> Cost:
-    """Measure one training step of the model as it stands: its mode, its trainable parameters, its adapters.
+    """Measure one training step of a model.
 
-    Each meter has a run of its own, after one run to warm up. Gradients are cleared afterwards; norms in training mode
-    update their statistics, and the optimiser, if given, its parameters.
+    Its mode, trainable parameters and adapters are taken as they are. Each meter has a run of its own, after one run to
+    warm up. Gradients are cleared afterwards; norms in training mode update their statistics, and the optimiser, if
+    given, its parameters.
 
     Args:
         model: any module with something to train.
@@ -95,7 +93,7 @@ def measure_step(
 def training_step(
     model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, optimizer: torch.optim.Optimizer | None = None
 ) -> Callable[[], None]:
-    """A function that runs forward, backward and the optimiser once and waits for the device."""
+    """Function that makes one training step and waits for the device."""
     cuda = any(parameter.is_cuda for parameter in model.parameters())
 
     def step() -> None:
@@ -110,7 +108,10 @@ def training_step(
 
 
 def count_flops(function: Callable[[], Any]) -> int:
-    """FLOPs of a call, by torch's table with two mends: attention on CPUs, gradients of grouped convolutions."""
+    """Count the FLOPs of a call by torch's table.
+
+    Two entries are mended: attention on CPUs, and gradients of grouped convolutions.
+    """
     aten = torch.ops.aten
     mended = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
@@ -131,21 +132,24 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: A
 
 
 def _convolution_backward_flops(grad: Any, x: Any, weight: Any, *arguments: Any, **_: Any) -> int:
-    """Each gradient asked for (of input and weight) takes the products of the forward once more."""
+    """FLOPs of the gradients of input and weight that are asked for.
+
+    Each takes the products of the forward once more.
+    """
     transposed, mask = arguments[4], arguments[7]
     positions = x if transposed else grad
     return 2 * math.prod(weight) * positions[0] * math.prod(positions[2:]) * (mask[0] + mask[1])
 
 
 class KeptActivations:
-    """The tensors that autograd keeps, as the hooks see them."""
+    """Tensors that autograd keeps, as its hooks see them."""
 
     def __init__(self, excluded: set[int]) -> None:
         self._excluded = excluded
         self._handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
 
     def bytes(self) -> int:
-        """Size of what is kept now, each storage once."""
+        """Bytes of the storages that are kept now."""
         return sum(self.storages().values())
 
     def storages(self) -> dict[int, int]:
@@ -158,7 +162,7 @@ class KeptActivations:
         return sizes
 
     def pack(self, tensor: Tensor) -> _Handle:
-        """The hook that autograd calls for each tensor it keeps."""
+        """Hook that autograd calls for each tensor it keeps."""
         handle = _Handle(tensor)
         self._handles.add(handle)
         return handle
@@ -167,7 +171,7 @@ class KeptActivations:
 
 
 class _Handle:
-    """Lives as long as autograd keeps the tensor."""
+    """Handle that lives as long as autograd keeps the tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -175,7 +179,9 @@ class _Handle:
 
 @contextmanager
 def kept_activations(model: nn.Module, inputs: Any = None) -> Iterator[KeptActivations]:
-    """Watch what autograd keeps for backward inside the block; ask ``bytes()`` while the loss is alive.
+    """Watch the tensors that autograd keeps for backward inside the block.
+
+    Ask ``bytes()`` while the loss is alive.
 
     Counted: each storage that saved tensors point into, once, with its whole size (a view keeps its base alive).
     Not counted: storages of the model's parameters and buffers, of plain tensors its modules hold as attributes (frozen
@@ -209,7 +215,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
-    """Most bytes that tensors held during the call beyond those before it: from CUDA's allocator, else profiled."""
+    """Peak bytes of tensors during a call beyond those before it.
+
+    They come from CUDA's allocator, else from the profiler.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -230,10 +239,11 @@ def peak_memory(function: Callable[[], Any]) -> int:
 
 @contextmanager
 def frozen_floor(model: nn.Module) -> Iterator[nn.Module]:
-    """Make the model the floor of every adapter: all parameters frozen, yet gradient flows through all layers.
+    """Freeze all parameters, yet let the gradient flow through all layers.
 
-    The outputs of the first layers with parameters (embeddings, stem) are made to require grad, so backward goes down
-    to them and computes no weight gradient. Frozen state and hooks are restored at the end.
+    This is the floor of every adapter's cost. The outputs of the first layers with parameters (embeddings, stem) are
+    made to require grad, so backward goes down to them and computes no weight gradient. Frozen state and hooks are
+    restored at the end.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -254,7 +264,7 @@ def frozen_floor(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def floor(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, *, repeats: int = 3) -> Cost:
-    """Cost of the frozen floor: the same model with gradient through all layers but nothing to train."""
+    """Cost of the frozen floor: gradient through all layers, none to train."""
     with frozen_floor(model):
         return measure_step(model, inputs, loss_fn, repeats=repeats)
 

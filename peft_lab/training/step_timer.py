@@ -1,4 +1,4 @@
-"""How long training steps take, and a training that ends after a given time."""
+"""Timer of training steps, which can end the training after a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WARM_UP_STEPS = 2
 
 
 class StepTimer(TrainerCallback, ExportableState):
-    """Times training steps, and ends the training when they have taken `max_seconds`.
+    """Callback that times training steps and ends the training after `max_seconds`.
 
     The time of a step goes from the end of the step before it to its own: loading of the batch, forward, backward and
     optimiser. Evaluations and the writing of checkpoints are left out. With several processes the first one's clock
@@ -36,17 +36,20 @@ class StepTimer(TrainerCallback, ExportableState):
 
     @property
     def step_seconds(self) -> float | None:
-        """Median time of a step without the first ones of this process; None if no step was made."""
+        """Median seconds of a step; None before the first one.
+
+        The first steps of the process are left out, because they allocate memory and choose kernels.
+        """
         typical = self._steps[WARM_UP_STEPS:] or self._steps[-1:]
         return statistics.median(typical) if typical else None
 
     @property
     def progress(self) -> float:
-        """The part of `max_seconds` that has passed, at most 1; 0 without a limit."""
+        """Share of `max_seconds` that has passed; 0 without a limit."""
         return min(1.0, self.elapsed / self.max_seconds) if self.max_seconds else 0.0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint of Trainer."""
         return {
             "args": {"max_seconds": self.max_seconds},
             "attributes": {"elapsed": self.elapsed, "earlier": self.elapsed},
@@ -63,7 +66,7 @@ class StepTimer(TrainerCallback, ExportableState):
         self.elapsed += now - self._mark
         self._mark = now
         if self.max_seconds is not None:
-            if PartialState().num_processes > 1:
+            if PartialState().num_processes > 1:  # all processes must stop at the same step
                 self.elapsed = float(broadcast(torch.tensor(self.elapsed, device=PartialState().device)))
             if self.elapsed >= self.max_seconds:
                 control.should_training_stop = True

@@ -1,18 +1,12 @@
-"""`transformers.Trainer` with what adapters need: decay groups, frozen normalisation, exact resume, peak memory."""
+"""`transformers.Trainer` for adapters: decay groups, frozen normalisation, exact resume."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import shutil
-import threading
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import Trainer, TrainerState
@@ -23,12 +17,14 @@ from peft_lab.hub.push import create_repository, push
 from peft_lab.training.read_training_data import ReadTrainingData
 from peft_lab.training.step_timer import StepTimer, factor
 
-#: Trainer's own measurements of an evaluation, which say nothing about the model.
+#: Trainer's own measurements of an evaluation; they are no property of the model.
 _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
 
 
 class LabTrainer(Trainer):
-    """Trainer for adapters and baselines. Everything not named here is `transformers.Trainer`'s own.
+    """Trainer for adapters and baselines.
+
+    Everything not named here is `transformers.Trainer`'s own.
 
     - Parameters with at most one dimension get no weight decay, whatever their name; all others get it. (Trainer goes
       by name, and would decay `q_proj.ssf_scale` but not `layernorm.ssf_scale`.)
@@ -63,11 +59,15 @@ class LabTrainer(Trainer):
         self._loss_divides: bool | None = None
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that get weight decay: those with two dimensions or more."""
+        """Names of the parameters with weight decay: two dimensions or more."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer; with `head_learning_rate`, the head's parameters get groups of their own."""
+        """Create the optimizer, with groups of their own for the head's parameters.
+
+        They differ only where `head_learning_rate` is set.
+        """
+        # Trainer calls this again at resume, when the groups are there already
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
         if not fresh or self.head_learning_rate is None:
@@ -81,16 +81,16 @@ class LabTrainer(Trainer):
         return optimizer
 
     def head_parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """The parameters of the task head, also where peft keeps a copy of it to train."""
+        """Parameters of the task head, in peft's trained copy too."""
         return [p for n, p in model.named_parameters() if any(f".{path}." in f".{n}" for path in self.head_modules)]
 
     @property
     def timer(self) -> StepTimer:
-        """The clock of the training steps; a resume puts another one in its place."""
+        """Timer of the training steps; a resume replaces it."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, StepTimer))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Create the schedule of the learning rate: over time if that is what ends the training."""
+        """Create the learning rate schedule, over time where time ends the training."""
         if self.lr_scheduler is None and self.timer.max_seconds and self.args.lr_scheduler_type == "linear":
             warm_up = self.args.warmup_steps  # a part of the whole, as `training.training_arguments` has made sure
             optimized: Any = optimizer or self.optimizer
@@ -103,18 +103,21 @@ class LabTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss with frozen normalisation layers in eval mode: Trainer has just called `model.train()`."""
+        """Compute the loss with frozen normalisation layers in eval mode.
+
+        Trainer has just called `model.train()`, which switches them on.
+        """
         set_frozen_norms(self.model)  # of baselines and peft's own tuners; ours see to it themselves
         items = self._divisor(num_items_in_batch, inputs)
         return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one step, and the number of items to divide the loss by if the model's loss does that."""
+        """Batches of one step, and the divisor of their loss."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, self._divisor(items, batches[0]) if batches else items
 
     def _divisor(self, items: Any, batch: dict[str, Any]) -> Any:
-        """`items`, or None for a model that accepts their number and returns a plain mean.
+        """Divisor of the loss: `items`, or None where the model ignores it.
 
         Trainer goes by the signature of `forward`, and would make the gradients and losses of such a model (for one,
         `BertForSequenceClassification`) too large by the number of accumulation steps and processes.
@@ -127,7 +130,10 @@ class LabTrainer(Trainer):
 
     @torch.no_grad()
     def _divides_by_items(self, batch: dict[str, Any]) -> bool | None:
-        """Whether the model's loss halves when the number of items doubles; None if this batch cannot tell."""
+        """Test whether the loss halves when the number of items doubles.
+
+        None if this batch cannot tell, because its loss is 0 or not finite.
+        """
         if not self.model_accepts_loss_kwargs:
             return None
         training, inputs = self.model.training, self._prepare_inputs(dict(batch))
@@ -139,13 +145,13 @@ class LabTrainer(Trainer):
         return None if once == 0 or not math.isfinite(once) else math.isclose(once, 2 * halved, rel_tol=0.1)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, or only load the weights if `resume_from_checkpoint` is the end of a training."""
+        """Train; of a finished training only load the weights."""
         if isinstance(resume_from_checkpoint, str) and self._is_finished(resume_from_checkpoint):
             return self._restore(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make sure of the repository before training starts: a push that would be refused is refused now."""
+        """Create the repository before training, so that a refusal comes early."""
         if not self.is_world_process_zero():
             return
         name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
@@ -162,7 +168,10 @@ class LabTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Upload the run's folder as `peft-lab push` does, always waiting for it; None on all but the first process."""
+        """Upload the run's folder as `peft-lab push` does, and wait for it.
+
+        None on all but the first process.
+        """
         token = token or self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
@@ -180,7 +189,7 @@ class LabTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
+        if self.args.should_save:  # a pickle, which nothing here reads
             (Path(str(output_dir or self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
 
     def _is_finished(self, checkpoint: str) -> bool:
@@ -200,6 +209,7 @@ class LabTrainer(Trainer):
     def _restore(self, checkpoint: str) -> TrainOutput:
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        # as at the end of an uninterrupted training
         best = Path(checkpoint).with_name(f"checkpoint-{self.state.best_global_step}")
         if self.args.load_best_model_at_end and best.is_dir():
             self.state.best_model_checkpoint = str(best)
@@ -207,83 +217,7 @@ class LabTrainer(Trainer):
         return TrainOutput(self.state.global_step, float("nan"), {})
 
 
-def last_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
-    """The newest checkpoint whose writing was finished, or None.
-
-    Trainer writes `trainer_state.json` last on the first process, and each process its own random state: a checkpoint
-    without them is what a killed run left behind.
-    """
-    folder = Path(output_dir)
-    numbered = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    random_states = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{i}.pth" for i in range(world_size)]
-    for _, path in sorted(numbered, reverse=True):
-        if _is_json(path / "trainer_state.json") and all(zipfile.is_zipfile(path / name) for name in random_states):
-            return str(path)
-    return None
-
-
-def remove_checkpoints(output_dir: str | Path, after: str | None = None) -> None:
-    """Remove the checkpoints in `output_dir`, or only those newer than `after`, which a killed run left half done."""
-    newest = int(Path(after).name.rpartition("-")[2]) if after else -1
-    for path in Path(output_dir).glob("checkpoint-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdigit() and int(number) > newest:
-            shutil.rmtree(path)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-class PeakMemory:
-    """Context manager that measures the peak memory of what runs inside it.
-
-    On CUDA it is the allocator's peak. Else the resident set of this process is sampled by a thread that sleeps in
-    between: an allocation shorter than `interval` can be missed.
-
-    Attributes:
-        peak: bytes, valid after leaving the context.
-        before: bytes on entry.
-    """
-
-    def __init__(self, interval: float = 0.02) -> None:
-        self.interval = interval
-        self.peak = self.before = 0
-        self._cuda = torch.cuda.is_available()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> PeakMemory:
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            self.before = self.peak = self._resident()
-            self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._cuda:
-            self.peak = torch.cuda.max_memory_allocated()
-        else:
-            self._stop.set()
-            self._thread.join()
-            self.peak = max(self.peak, self._resident())
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self.interval):
-            self.peak = max(self.peak, self._resident())
-
-    @staticmethod
-    def _resident() -> int:
-        return psutil.Process().memory_info().rss
-
-
 def scores(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """An evaluation of Trainer without its prefix and its timings."""
+    """Scores of an evaluation by Trainer, without prefix and timings."""
     named = {key.removeprefix(prefix): value for key, value in values.items()}
     return {key: value for key, value in named.items() if key not in _TIMINGS}

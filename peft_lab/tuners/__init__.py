@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.config import AdapterConfig
+from peft_lab.tuners.forward_context import ForwardContext, RowInput
 from peft_lab.tuners.layer import AdapterLayer, FeatureLayer, WeightLayer
-from peft_lab.tuners.mixed_batch import BASE, Rows
+from peft_lab.tuners.mixed_batch import BASE, RowAdapters
 from peft_lab.tuners.operations import Operation, apply_matrix, conv2d_rows, embed_scale, norm_offset, operation
 from peft_lab.tuners.registration import register
+from peft_lab.tuners.residual_layer import ResidualBranches, ResidualLayer, register_residual
 from peft_lab.tuners.tuner import AdapterTuner
 
 __all__ = [
@@ -16,9 +18,13 @@ __all__ = [
     "AdapterLayer",
     "AdapterTuner",
     "FeatureLayer",
+    "ForwardContext",
     "MethodInfo",
     "Operation",
-    "Rows",
+    "ResidualBranches",
+    "ResidualLayer",
+    "RowAdapters",
+    "RowInput",
     "WeightLayer",
     "apply_matrix",
     "conv2d_rows",
@@ -26,4 +32,5 @@ __all__ = [
     "norm_offset",
     "operation",
     "register",
+    "register_residual",
 ]

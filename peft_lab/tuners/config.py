@@ -18,6 +18,7 @@ from peft.utils import TaskType
 from peft_lab.adapter_files import safe_files
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.registry import MethodInfo, with_preset
+from peft_lab.tuners.forward_context import RowInput
 
 #: Sizes of an adapter (rank, tokens, ...) may always go up to this, whatever the dimensions of the base.
 _SMALL = 4096
@@ -113,6 +114,10 @@ class AdapterConfig(PeftConfig):
 
     def check(self) -> None:
         """Raise `ConfigError` where a method's own fields do not fit; methods override it."""
+
+    def row_inputs(self) -> tuple[RowInput, ...]:
+        """Arguments of the model's forward, one value per row of the batch, that the adapter reads; mostly none."""
+        return ()
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values, with the fingerprints of the base it was put on."""

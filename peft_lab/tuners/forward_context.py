@@ -1,274 +1,344 @@
-"""The state of one forward call of a stack with prompts: made and dropped by hooks on the stack, read by its blocks.
+"""State of one forward call of a model: the row inputs that its adapters declare, and what layers share.
 
-What belongs to one call is in its `Call` and not on a module: two forwards before one backward, recomputed blocks and
-threads share nothing. Hooks and not a wrapper, because the stack may be the whole model (`AutoModel`), which nothing
-could wrap.
+A method declares a `RowInput`: an argument of the model's forward that holds one value, or one row of values, for each
+row of the batch. The forward of the model is wrapped, so that `model.forward(...)` works as `model(...)` does: the
+wrapper takes the declared arguments out, opens a `ForwardContext` that every layer can read, and closes it again. What
+belongs to one call is in its context and not on a module, because two forwards before one backward, recomputed blocks
+and threads must not share it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.masking_utils import find_first_full_attention_index
 
-from peft_lab.errors import ConfigError, check_keys
-from peft_lab.tuners.tokens import parameter_names, split
+from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.tuners.tokens import parameter_names
 
-
-@dataclass
-class CacheSlots:
-    """Which slots a KV cache holds: their number by depth, and those that a row does not use, bool (batch, slots)."""
-
-    count: dict[int, int] = field(default_factory=dict)
-    unused: dict[int, Tensor] = field(default_factory=dict)
+#: Arguments by which the number of rows of a call is known, the first that is there.
+_BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "hidden_states")
 
 
-@dataclass
-class Call:
-    """State of one forward call of one stack of blocks.
+@dataclass(frozen=True)
+class RowInput:
+    """An argument of the model's forward with a value for each row of the batch, which an adapter reads.
 
     Attributes:
-        stack: the module that was called.
-        mask: bool (batch, tokens), False at padding; None if there is none.
-        instruction: (batch, tokens), true where a prompt may look, as the caller gave it; None if it did not.
-        labels: labels of the call; a text that is to be continued has -100 where there is no answer.
-        continues: whether the model continues texts, so that labels are a part of them.
-        prompt_ids: int (batch,), which of an adapter's prompts each row asks for; None if it does not.
-        cache: what the KV cache holds of slots; None without a cache.
-        prefill: whether slots are to be filled; False for a step of decoding.
-        depth: number of blocks that have run.
-        states: the slots as the block before left them (batch, slots, dim).
-        unused: bool (batch, slots), the slots of `states` that a row does not have; None if every row has all.
-        shared: what an earlier block of this call hands on to later ones, by a key of the method's choice.
-        logits: class logits (batch, classes) in place of the head's, and the rows that have them; None for the head's.
-        readout: slots of the last block (batch, slots, dim) whose mean with the class token the head shall read, and
-            which of them count, bool (batch, slots); None if it reads the class token alone.
-        refused: why prompts cannot go into this call; said by the first block that has some.
-        length, position: number of tokens, and where among them the slots stand.
+        name: keyword of the forward.
+        dtype: "int64", "bool", "float32" or "" for any; other numbers of the same sort are cast.
+        per_token: shape (batch, tokens) instead of (batch,).
+        column: the data set's column that it is bound to; its absence is then an error that names the column.
+        compute: function of the model's arguments that gives the value where the call does not; None for no value.
     """
 
-    stack: nn.Module
-    mask: Tensor | None = None
-    instruction: Tensor | None = None
-    labels: Tensor | None = None
-    continues: bool = False
-    prompt_ids: Tensor | None = None
-    cache: CacheSlots | None = None
-    prefill: bool = True
-    depth: int = 0
-    states: Tensor | None = None
-    unused: Tensor | None = None
+    name: str
+    dtype: str = ""
+    per_token: bool = False
+    column: str | None = None
+    compute: Callable[[Mapping[str, Any]], Tensor] | None = None
+
+    def check(self, value: Any, rows: int | None = None) -> Tensor:
+        """Check a value that was given for it, and cast it to the declared dtype.
+
+        Args:
+            value: the value.
+            rows: number of rows of the batch; None if it is not known.
+
+        Raises:
+            ConfigError: the value is no tensor of the declared sort, with one entry for each row.
+        """
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"{self.name} must be a tensor, got {type(value).__name__}.")
+        wanted = getattr(torch, self.dtype) if self.dtype else value.dtype
+        fits = value.ndim == (2 if self.per_token else 1) and value.is_floating_point() == wanted.is_floating_point
+        if not fits or rows not in (None, len(value)):
+            one = "row of tokens" if self.per_token else "number" if wanted.is_floating_point else "integer"
+            raise ConfigError(
+                f"{self.name} has shape {list(value.shape)} and dtype {value.dtype}, expected one {one} for each of "
+                f"{'the' if rows is None else rows} rows."
+            )
+        return value.to(wanted)
+
+
+@dataclass
+class ForwardContext:
+    """State of one forward call of a model.
+
+    Attributes:
+        model: the model, or the stack of blocks that was called alone.
+        arguments: the model's own arguments by name.
+        inputs: declared row inputs by name, as the call gave them.
+        declared: every row input that an adapter on the model declares, by name.
+        shared: values that one layer hands on to another in this call, by a key of the method's choice.
+        chosen: number of rows of the batch, and numbers of those that a layer runs on just now, int64; None for all.
+    """
+
+    model: nn.Module
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    declared: Mapping[str, RowInput] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
-    logits: tuple[Tensor, Tensor | None] | None = None
-    readout: tuple[Tensor, Tensor] | None = None
-    refused: str = ""
-    length: int = 0
-    position: int = 0
-    token: Token[Call | None] | None = None
+    chosen: tuple[int, Tensor] | None = None
 
-    def of_rows(self, index: Tensor, batch: int) -> Call:
-        """The call as rows of a batch of this size see it; `shared` stays the same."""
-        of_each = ("mask", "instruction", "labels", "prompt_ids")
-        values: dict[str, Any] = {name: getattr(self, name) for name in of_each}
-        chosen: dict[str, Any] = {k: None if v is None or len(v) != batch else v[index] for k, v in values.items()}
-        return Call(self.stack, **chosen, continues=self.continues, depth=self.depth, shared=self.shared)
+    @staticmethod
+    def current() -> ForwardContext | None:
+        """The context of the call that runs, if any."""
+        return _CURRENT.get()
 
+    def row_input(self, name: str, rows: int | None = None) -> Tensor | None:
+        """Value of a declared row input, for as many rows as a layer sees.
 
-#: The call that runs, if any.
-CALL: ContextVar[Call | None] = ContextVar("peft_lab_call", default=None)
-_INPUTS: ContextVar[dict[str, Any] | None] = ContextVar("peft_lab_inputs", default=None)
-_GIVEN: ContextVar[dict[str, Tensor] | None] = ContextVar("peft_lab_given", default=None)
-#: Arguments of a forward that prompts read and that no backbone knows.
-_OWN = ("instruction_mask", "prompt_ids")
-#: The attribute of a KV cache that holds its `CacheSlots`. It is there since a copy of the cache takes it along, and
-#: since `torch.compile` fails on a table of caches from which one dies meanwhile.
-CACHE_SLOTS = "peft_lab_slots"
+        Args:
+            name: name of the input.
+            rows: number of rows that the layer sees; windows or beams of one row of the batch lie next to each other.
 
-
-def begin(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-    """Pre-hook of a stack: make the `Call`, and count the slots that a cache holds into mask and positions."""
-    names = parameter_names(type(stack).forward)
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    cache, mask = own_cache(kwargs.get("past_key_values")), kwargs.get("attention_mask")
-    own = {name: value for name in _OWN if (value := kwargs.pop(name, None)) is not None}
-    inputs = {**_expanded(kwargs), **(_INPUTS.get() or {}), **own}
-    call = Call(
-        stack,
-        mask=mask.bool() if mask is not None and mask.ndim == 2 else None,
-        instruction=inputs.get("instruction_mask"),
-        labels=inputs.get("labels"),
-        continues=bool(inputs.get("continues")),
-        prompt_ids=inputs.get("prompt_ids"),
-    )
-    past = int(cache.get_seq_length()) if cache is not None else 0
-    if getattr(cache, "is_compileable", False):
-        call.refused = "Prompts in the sequence need a cache that grows; leave out cache_implementation='static'."
-    elif past:
-        call.prefill = False
-        call.cache = getattr(cache, CACHE_SLOTS, None)
-        if call.cache is not None:
-            call.refused = _count_cached(call.cache, cache, past, kwargs, names)
-    elif _is_packed(kwargs.get("position_ids"), call.mask):
-        call.refused = "Packed sequences have no place for prompts: pass one sequence per row of the batch."
-    call.token = CALL.set(call)
-    return (), kwargs
+        Raises:
+            ConfigError: the input is bound to a column and was not given, or it has another number of rows.
+        """
+        found = self.inputs.get(name)
+        spec = self.declared.get(name)
+        if found is None and spec is not None:
+            if spec.compute is not None:
+                found = self.inputs[name] = spec.check(spec.compute(self.arguments))
+            elif spec.column is not None:
+                raise ConfigError(
+                    f'The call gives no {name}, which the adapter reads from the column "{spec.column}": pass '
+                    f"{name}=tensor, one value per row (in a Trainer, keep the column; for generate, use "
+                    f"peft_lab.row_inputs({name}=tensor))."
+                )
+        if found is None or rows is None:
+            return found
+        if self.chosen is not None:
+            total, index = self.chosen
+            return expand_rows(found, total, name)[index]
+        return expand_rows(found, rows, name)
 
 
-def end(stack: nn.Module, args: Any, output: Any) -> Any:
-    """Post-hook of a stack, called after errors too: drop the `Call`, and take the slots out of what was recorded.
-
-    Raises:
-        ConfigError: what stands behind the stack shall read slots, and it was called alone.
-    """
-    call = CALL.get()
-    if call is None or call.stack is not stack or call.token is None:
-        return output
-    CALL.reset(call.token)
-    inputs = _INPUTS.get()
-    if inputs is not None:
-        inputs |= {name: value for name in ("logits", "readout") if (value := getattr(call, name)) is not None}
-    elif call.readout is not None and output is not None:
-        raise ConfigError("Prompts are read behind the stack of blocks; call the whole model.")
-    for name, dims in (("hidden_states", (1,)), ("attentions", (2, 3))):
-        recorded = getattr(output, name, None)
-        if isinstance(recorded, tuple) and call.prefill and call.length:
-            setattr(output, name, tuple(_tokens_alone(part, call, dims) for part in recorded))
-    return output
-
-
-def _tokens_alone(part: Tensor, call: Call, dims: tuple[int, ...]) -> Tensor:
-    """What was recorded, without the slots that it may hold along some dimensions."""
-    for dim in dims:
-        count = part.shape[dim] - call.length
-        part = split(part, count, call.position, dim)[0] if count > 0 else part
-    return part
-
-
-def take_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """Pre-hook of the whole model: keep what tells the instruction from the answer.
-
-    Raises:
-        ConfigError: `instruction_mask` or `prompt_ids` is no tensor.
-    """
-    own = {name: kwargs.pop(name, None) for name in _OWN}
-    for name, value in own.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise ConfigError(f"{name} must be a tensor, got {type(value).__name__}.")
-    inputs = {"labels": kwargs.get("labels"), "continues": can_continue(model), **own}
-    _INPUTS.set({name: value for name, value in inputs.items() if value is not None})
-    return args, kwargs
-
-
-def can_continue(model: Any) -> bool:
-    """Whether a model writes text behind what it is given, so that its labels are tokens."""
-    return not isinstance(model, PreTrainedModel) or model.can_generate()
-
-
-def replace_logits(head: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Post-hook of a classification head: put the logits of the slots there, so that the model's own loss sees them."""
-    found = (_INPUTS.get() or {}).get("logits")
-    if found is None:
-        return output
-    logits, rows = found[0].to(output.dtype), found[1]
-    return logits if rows is None else torch.where(rows[:, None], logits, output)
-
-
-def read_out(norm: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Post-hook of the norm behind the blocks: put the mean of class token and slots in the place of the class token.
-
-    Args:
-        norm: the norm.
-        args: not used.
-        output: its output for all tokens (batch, tokens, dim), the class token first, or for that alone (batch, dim).
-    """
-    call, inputs = CALL.get(), _INPUTS.get() or {}
-    found = inputs.pop("readout", None) if call is None else call.readout
-    if found is None:
-        return output
-    if call is not None:
-        call.readout = None  # the norm runs again, for the slots
-    slots, used = found
-    read = torch.where(used[..., None], norm(slots), 0).sum(1)
-    first = output if output.ndim == 2 else output[:, 0]
-    mean = (first + read) / (1 + used.sum(1, keepdim=True))
-    mean = mean.to(output.dtype)
-    return mean if output.ndim == 2 else torch.cat([mean[:, None], output[:, 1:]], 1)
-
-
-def drop_inputs(model: nn.Module, args: Any, output: Any) -> Any:
-    """Post-hook of the whole model, called after errors too."""
-    _INPUTS.set(None)
-    return output
+_CURRENT: ContextVar[ForwardContext | None] = ContextVar("peft_lab_forward_context", default=None)
+_GIVEN: ContextVar[Mapping[str, Tensor] | None] = ContextVar("peft_lab_row_inputs", default=None)
 
 
 @contextmanager
-def prompt_inputs(**inputs: Tensor) -> Iterator[None]:
-    """Give prompts what they read where the call itself cannot: `generate` takes no argument that a model has not.
+def on_rows(rows: int, index: Tensor) -> Iterator[None]:
+    """Let row inputs be those of some rows of the batch inside the block: a mixed batch runs adapter by adapter.
 
     Args:
-        inputs: `instruction_mask` (batch, tokens), which is False for tokens behind its end, and `prompt_ids` (batch,).
+        rows: number of rows that the layer sees.
+        index: numbers of the rows that run inside the block, int64.
+    """
+    context = ForwardContext.current()
+    if context is None:
+        yield
+        return
+    outer, context.chosen = context.chosen, (rows, index)
+    try:
+        yield
+    finally:
+        context.chosen = outer
+
+
+def expand_rows(values: Tensor, rows: int, name: str = "adapter_names") -> Tensor:
+    """Repeat one value per row of the batch for the windows or beams that a layer sees of each row.
+
+    Args:
+        values: (batch, ...).
+        rows: number of rows that the layer sees, a multiple of the batch; those of one row lie next to each other.
+        name: name of the values, for the message.
 
     Raises:
-        ConfigError: an argument of another name.
+        ConfigError: `rows` is no multiple of the batch.
     """
-    check_keys(inputs, _OWN, "prompt_inputs")
-    token = _GIVEN.set(inputs)
+    if len(values) == rows:
+        return values
+    if not len(values) or rows % len(values):
+        raise ConfigError(f"{name} has {len(values)} rows, but the batch has {rows}; pass one per row of the batch.")
+    return values.repeat_interleave(rows // len(values), 0)
+
+
+@contextmanager
+def row_inputs(**inputs: Tensor) -> Iterator[None]:
+    """Give row inputs to every forward inside the block, where the call itself cannot take them (`generate`).
+
+    Args:
+        inputs: tensors by the name of the input, one value or row of values for each row of the batch; beams are
+            counted in. One value per token is padded with zeros at the right for tokens that are written later.
+
+    Raises:
+        ConfigError: a value is no tensor.
+    """
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"{name} must be a tensor, got {type(value).__name__}.")
+    token = _GIVEN.set({**(_GIVEN.get() or {}), **inputs})
     try:
         yield
     finally:
         _GIVEN.reset(token)
 
 
-def _expanded(kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The inputs given around a call, for as many rows (beams) and tokens as it has now."""
-    given = dict(_GIVEN.get() or {})
-    like = next((kwargs[n] for n in ("input_ids", "inputs_embeds", "pixel_values") if kwargs.get(n) is not None), None)
+#: Code that runs around the forward of one module: (module, forward, arguments) -> output.
+Around = Callable[[nn.Module, Callable[..., Any], dict[str, Any]], Any]
+
+
+class WrappedForward:
+    """The forward of one module instance with a `ForwardContext` around it.
+
+    It stands in the instance's `forward`, so calls of `module(...)` and of `module.forward(...)` both go through it. A
+    deep copy or a pickle of the module takes its own along.
+
+    Attributes:
+        module: the module.
+        opens: whether the module is a whole model, whose call always gets a context of its own; a stack of blocks takes
+            the one that is open.
+        declared: adapter name -> row inputs that it declares.
+        around: code that runs around the module's own forward; None for none.
+    """
+
+    def __init__(self, module: nn.Module, opens: bool) -> None:
+        self.module, self.opens = module, opens
+        self.declared: dict[str, tuple[RowInput, ...]] = {}
+        self.around: Around | None = None
+        # Another library (accelerate's hooks) may have wrapped the instance before.
+        self._inner: Callable[..., Any] | None = module.__dict__.get("forward")
+        self.__name__ = "forward"
+        self.__doc__ = type(module).forward.__doc__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Signature of the module's own forward and the declared inputs, by which Trainer chooses columns."""
+        own = inspect.signature(self._inner or MethodType(type(self.module).forward, self.module))
+        known = list(own.parameters.values())
+        names = {parameter.name for parameter in known}
+        extra = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in self._specs()
+            if name not in names
+        ]
+        at = len(known) - sum(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known)
+        return own.replace(parameters=[*known[:at], *extra, *known[at:]])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.module:  # accelerate binds what it unwraps to the module once more
+            args = args[1:]
+        specs = self._specs()
+        given: dict[str, Any] = {}
+        for name in [name for name in kwargs if name in specs]:
+            given[name] = kwargs.pop(name)
+        context = _CURRENT.get()
+        if context is not None and not self.opens:
+            context.inputs |= _checked(given, specs, None)
+            return self._run(args, kwargs)
+        arguments = {**dict(zip(parameter_names(type(self.module).forward), args, strict=False)), **kwargs}
+        like = next((arguments[name] for name in _BATCHED if arguments.get(name) is not None), None)
+        rows = None if like is None else len(like)
+        inputs = {**_given_around(specs, like), **_checked(given, specs, rows)}
+        self._keep_context_in_checkpoints()
+        token = _CURRENT.set(ForwardContext(self.module, arguments, inputs, specs))
+        try:
+            return self._run(args, kwargs)
+        finally:
+            _CURRENT.reset(token)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward = self._inner or MethodType(type(self.module).forward, self.module)
+        if self.around is None:
+            return forward(*args, **kwargs)
+        names = parameter_names(type(self.module).forward)
+        return self.around(self.module, forward, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    def _specs(self) -> dict[str, RowInput]:
+        """Every declared row input by name."""
+        return {spec.name: spec for inputs in self.declared.values() for spec in inputs}
+
+    def _keep_context_in_checkpoints(self) -> None:
+        """Let recomputed blocks see the context of the forward that they belong to."""
+        if not (self.module.training and torch.is_grad_enabled()):
+            return
+        for module in self.module.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                function = module.__dict__.get("_gradient_checkpointing_func")
+                if function is not None and not isinstance(function, _CheckpointInContext):
+                    module._gradient_checkpointing_func = _CheckpointInContext(function)
+
+
+class _CheckpointInContext:
+    """A checkpointing function whose recomputation runs in the context of the forward."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        context = _CURRENT.get()
+        return self.function(run if context is None else partial(_in_context, context, run), *args, **kwargs)
+
+
+def _in_context(context: ForwardContext, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    token = _CURRENT.set(context)
+    try:
+        return run(*args, **kwargs)
+    finally:
+        _CURRENT.reset(token)
+
+
+def wrap_forward(module: nn.Module, opens: bool) -> WrappedForward:
+    """Wrap the forward of a module instance; returns the wrapper that is there already, if one is."""
+    found = module.__dict__.get("forward")
+    if isinstance(found, WrappedForward):
+        found.opens = found.opens or opens
+        return found
+    wrapper = WrappedForward(module, opens)
+    module.forward = wrapper
+    return wrapper
+
+
+def unwrap_forwards(model: nn.Module) -> None:
+    """Take the wrappers of a model and its parts away, and the context out of their checkpointing."""
+    for module in model.modules():
+        wrapper = module.__dict__.get("forward")
+        if isinstance(wrapper, WrappedForward):
+            if wrapper._inner is None:
+                del module.forward
+            else:
+                module.forward = wrapper._inner
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, _CheckpointInContext):
+            module._gradient_checkpointing_func = function.function
+
+
+def _checked(given: Mapping[str, Any], specs: Mapping[str, RowInput], rows: int | None) -> dict[str, Tensor]:
+    """The inputs of a call by name, without those that are None."""
+    found = {}
     for name, value in given.items():
-        if like is not None and len(like) % len(value) == 0:
-            given[name] = value = value.repeat_interleave(len(like) // len(value), 0)
-        if like is not None and name == "instruction_mask":
-            given[name] = nn.functional.pad(value, (0, max(like.shape[1] - value.shape[1], 0)))
-    return given
+        if value is not None:
+            found[name] = specs[name].check(value, rows)
+    return found
 
 
-def _count_cached(slots: CacheSlots, cache: Cache, past: int, kwargs: dict[str, Any], names: tuple[str, ...]) -> str:
-    """Count the slots in; returns why that cannot be, if so."""
-    if any(cache.is_sliding) and len({slots.count.get(depth, 0) for depth in range(len(cache.layers))}) > 1:
-        return "Prompts in some blocks only do not go with a cache of sliding windows; pass use_cache=False."
-    given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    if given.shape[1] > 1 and any(slots.count.values()):
-        return (
-            f"A KV cache with prompts in it goes on by one token at a time, got {given.shape[1]}: leave out "
-            "prefill_chunk_size and assistant_model, and give the whole text where a conversation goes on."
+def _given_around(specs: Mapping[str, RowInput], like: Tensor | None) -> dict[str, Tensor]:
+    """Row inputs given around the call, for as many rows (beams) and tokens as its main input `like` has now."""
+    given = _GIVEN.get()
+    if not given:
+        return {}
+    unknown = next((name for name in given if name not in specs), None)
+    if unknown is not None:
+        raise ConfigError(
+            f'No adapter on this model declares the row input "{unknown}".{did_you_mean(unknown, specs)} '
+            f"Declared: {', '.join(specs) or 'none'}."
         )
-    mask = kwargs.get("attention_mask")
-    measured = slots.count.get(find_first_full_attention_index(cache), 0)  # the layer that the stack sizes the mask by
-    if measured and mask is not None and mask.ndim == 2:
-        kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], measured), mask], 1)
-    if kwargs.get("position_ids") is None and "position_ids" in names:
-        start = past - slots.count.get(0, 0)
-        kwargs["position_ids"] = torch.arange(start, start + given.shape[1], device=given.device)[None]
-    return ""
-
-
-def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether a row begins anew somewhere within its tokens."""
-    if position_ids is None or position_ids.ndim != 2:
-        return False
-    anew = position_ids.diff(dim=1) < 0
-    if mask is not None and mask.shape == position_ids.shape:
-        anew = anew & mask[:, 1:] & mask[:, :-1]
-    return bool(anew.any())
-
-
-def own_cache(cache: Any) -> Any:
-    """The cache of self-attention."""
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    found = {}
+    for name, value in _checked(given, specs, None).items():
+        if like is not None:
+            value = expand_rows(value, len(like), name)
+            if specs[name].per_token:
+                value = nn.functional.pad(value, (0, max(like.shape[1] - value.shape[1], 0)))
+        found[name] = value
+    return found

@@ -1,11 +1,11 @@
-"""The shared adapter layers: active adapters, dtype, disabling, merging, mixed batches. A method adds only its own.
+"""Base classes of adapter layers: active adapters, dtype, disabling, merging, mixed batches, shared parameters.
 
 `WeightLayer` is for methods that add a delta to a weight, `FeatureLayer` for methods that transform an op's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,8 @@ from peft_lab.adapter_files.base_fingerprint import module_fingerprint, referenc
 from peft_lab.errors import ConfigError
 from peft_lab.registry import CAPABILITIES, MethodInfo
 from peft_lab.tuners.config import AdapterConfig
-from peft_lab.tuners.mixed_batch import BASE, Rows
+from peft_lab.tuners.forward_context import ForwardContext, on_rows
+from peft_lab.tuners.mixed_batch import BASE, RowAdapters, current_row_adapters
 from peft_lab.tuners.operations import Operation, StandIn, apply_matrix, operation
 
 
@@ -41,6 +42,8 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.configs: dict[str, Any] = {}
+        #: (adapter, share key) -> layer that stores the shared parameters; the tuner gives all its layers one mapping.
+        self.owners: dict[tuple[str, Hashable], AdapterLayer] = {}
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
         for parameter in self.adapter_layer_names:
             setattr(self, parameter, nn.ParameterDict())
@@ -71,11 +74,22 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         """Start values of an adapter's parameters by name; they are stored as float32."""
         raise NotImplementedError
 
+    def shared_values(self, adapter: str, config: Any) -> dict[str, Tensor]:
+        """Start values of parameters that layers with the same `share_key` have in common, by name.
+
+        They are made and stored once, at the first of these layers; `parameter` finds them from every one.
+        """
+        return {}
+
+    def share_key(self, config: Any) -> Hashable:
+        """Key of the layers that share `shared_values` with this one; None for all layers of the adapter."""
+        return None
+
     def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base module's output with the named adapters on it."""
         raise NotImplementedError
 
-    def mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+    def mixed(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
         """The output where each row of the batch has its own adapter."""
         raise NotImplementedError
 
@@ -94,6 +108,20 @@ class AdapterLayer(StandIn, BaseTunerLayer):
 
     # What is the same for all -----------------------------------------------------------------------------------
 
+    #: Function of the shared layer -> the one that a method must write for it to work; without an entry, itself.
+    general_forms: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def missing_code(cls, function: str) -> str:
+        """Name of the function that a method has to write before `function` works; "" if there is none missing."""
+        # The shared class whose general forms the method's layer inherits.
+        general = next(base for base in cls.__mro__ if "general_forms" in vars(base))
+        needed = cls.general_forms.get(function, function)
+        for name in (function, needed):
+            if getattr(cls, name, None) is not getattr(general, name, None):
+                return ""
+        return needed
+
     def row_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Shapes of an adapter's tensors in its file, by name."""
         return {name: tuple(value.shape) for name, value in self.initial_values("", config).items()}
@@ -106,9 +134,32 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         """Add an adapter to this layer."""
         self.configs[adapter] = config
         device = self.base_weight.device
-        for name, value in self.initial_values(adapter, config).items():
+        values = self.initial_values(adapter, config)
+        if self.owners.setdefault((adapter, self.share_key(config)), self) is self:
+            values = {**values, **self.shared_values(adapter, config)}
+        for name, value in values.items():
             getattr(self, name)[adapter] = nn.Parameter(value.to(device=device, dtype=torch.float32))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def parameter(self, adapter: str, name: str) -> nn.Parameter | None:
+        """An adapter's parameter by name, stored here or at the layer that stores it for several; None if none is."""
+        own: nn.ParameterDict = getattr(self, name)
+        if adapter in own:
+            return own[adapter]
+        owner = self.owners.get((adapter, self.share_key(self.configs[adapter])))
+        stored: nn.ParameterDict = getattr(owner, name, own)
+        return stored.get(adapter)
+
+    def row_input(self, name: str, x: Tensor) -> Tensor | None:
+        """Value of a declared row input of the call that runs, for each row of `x` (rows, ...).
+
+        Raises:
+            ConfigError: the layer was called outside of its model, or the input is missing and has no default.
+        """
+        context = ForwardContext.current()
+        if context is None:
+            raise ConfigError(f"A layer that reads {name} was called without its model; call the whole model.")
+        return context.row_input(name, len(x))
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Tensor:
         """Base output with the active adapters; `adapter_names` gives one adapter per row instead."""
@@ -116,10 +167,11 @@ class AdapterLayer(StandIn, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
+        rows = current_row_adapters() if adapter_names is None else RowAdapters.of(adapter_names)
+        if rows is not None:
             if self.merged:
                 raise ValueError("Rows cannot have different adapters while adapters are merged; call unmerge_adapter.")
-            return self.mixed(x, Rows.of(adapter_names), *args, **kwargs)
+            return self.mixed(x, rows, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.configs]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
@@ -168,7 +220,9 @@ class AdapterLayer(StandIn, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
-        self.configs.pop(adapter_name, None)
+        config = self.configs.pop(adapter_name, None)
+        if config is not None:
+            self.owners.pop((adapter_name, self.share_key(config)), None)
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -204,6 +258,8 @@ class WeightLayer(AdapterLayer):
     `mixed_delta` to serve all rows of a batch at once.
     """
 
+    general_forms: ClassVar[Mapping[str, str]] = {"folded": "delta_weight", "mixed": "delta_weight"}
+
     def delta_weight(self, adapter: str) -> Tensor:
         """The delta as a matrix (out, in) in float32; (tokens, dim) for an embedding."""
         raise NotImplementedError
@@ -214,14 +270,15 @@ class WeightLayer(AdapterLayer):
         x = x.to(matrix.dtype) if x.is_floating_point() else x
         return apply_matrix(self.base_layer, self.op, x, matrix)
 
-    def mixed_delta(self, x: Tensor, rows: Rows) -> Tensor:
+    def mixed_delta(self, x: Tensor, rows: RowAdapters) -> Tensor:
         """What the rows' own deltas add to the base output. This general form runs once per adapter."""
         out: Tensor | None = None
         for name in rows.names:
             if name == BASE or name not in self.configs:
                 continue
             index = rows.of_adapter(name, x.shape[0], x.device)
-            part = self.delta_output(name, x[index])
+            with on_rows(len(x), index):
+                part = self.delta_output(name, x[index])
             out = part.new_zeros((x.shape[0], *part.shape[1:])) if out is None else out
             out = out.index_add(0, index, part)
         return torch.zeros((), device=x.device) if out is None else out
@@ -242,7 +299,7 @@ class WeightLayer(AdapterLayer):
             out = out + self.delta_output(name, x).to(out.dtype)
         return out
 
-    def mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+    def mixed(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
         out = self.base_layer(x, *args, **kwargs)
         return out + self.mixed_delta(x, rows).to(out.dtype)
 
@@ -265,16 +322,25 @@ class WeightLayer(AdapterLayer):
 class FeatureLayer(AdapterLayer):
     """Base of the methods that transform the output of an op: `transform(base(x))`.
 
-    A method supplies `transform`, and `transform_rows` for mixed batches.
+    A method supplies `transform`; it may override `transform_rows` to serve all rows of a mixed batch at once.
     """
+
+    general_forms: ClassVar[Mapping[str, str]] = {"mixed": "transform"}
 
     def transform(self, adapter: str, out: Tensor) -> Tensor:
         """The op's output changed by one adapter."""
         raise NotImplementedError
 
-    def transform_rows(self, rows: Rows, out: Tensor) -> Tensor:
-        """The op's output changed by each row's own adapter."""
-        raise NotImplementedError
+    def transform_rows(self, rows: RowAdapters, out: Tensor) -> Tensor:
+        """The op's output changed by each row's own adapter. This general form runs once per adapter."""
+        changed = out
+        for name in rows.names:
+            if name == BASE or name not in self.configs:
+                continue
+            index = rows.of_adapter(name, out.shape[0], out.device)
+            with on_rows(len(out), index):
+                changed = changed.index_copy(0, index, self.transform(name, out[index]).to(out.dtype))
+        return changed
 
     def rows_transform(self, values: Mapping[str, Tensor], out: Tensor) -> Tensor:
         """The op's output changed by each row's `row_fields`, (rows, *shape)."""
@@ -291,5 +357,5 @@ class FeatureLayer(AdapterLayer):
             out = self.transform(name, out)
         return out
 
-    def mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+    def mixed(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
         return self.transform_rows(rows, self.base_layer(x, *args, **kwargs))

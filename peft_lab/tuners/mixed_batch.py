@@ -1,19 +1,23 @@
-"""Which adapter each row of a mixed batch uses."""
+"""Mixed batches: an adapter for each row of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from peft_lab.tuners.forward_context import expand_rows
+
 #: peft's name for "no adapter on this row".
 BASE = "__base__"
 
 
-class Rows:
+class RowAdapters:
     """One adapter name per row, turned into indices once per call instead of once per layer.
 
     Attributes:
@@ -28,13 +32,13 @@ class Rows:
 
     @staticmethod
     @lru_cache(maxsize=8)
-    def _cached(adapter_names: tuple[str, ...]) -> Rows:
-        return Rows(adapter_names)
+    def _cached(adapter_names: tuple[str, ...]) -> RowAdapters:
+        return RowAdapters(adapter_names)
 
     @classmethod
-    def of(cls, adapter_names: Rows | Sequence[str]) -> Rows:
-        """Accept what peft passes (a list of names) as well as a `Rows`."""
-        return adapter_names if isinstance(adapter_names, Rows) else cls._cached(tuple(adapter_names))
+    def of(cls, adapter_names: RowAdapters | Sequence[str]) -> RowAdapters:
+        """Turn peft's list of names into a `RowAdapters`; one that is given is returned."""
+        return adapter_names if isinstance(adapter_names, RowAdapters) else cls._cached(tuple(adapter_names))
 
     def index(self, size: int, device: torch.device) -> Tensor:
         """Position in `names` for each of `size` rows, int64 (size,).
@@ -42,18 +46,14 @@ class Rows:
         A layer may see several rows per row of the batch (windows of Swin, beams); they lie next to each other.
 
         Raises:
-            ValueError: `size` is not a multiple of the number of names.
+            ConfigError: `size` is not a multiple of the number of names.
         """
         key = (size, device)
         if key not in self._index:
-            if size % len(self.per_row):
-                raise ValueError(
-                    f"adapter_names has {len(self.per_row)} names, but a layer received {size} rows; "
-                    "pass one name per row of the batch."
-                )
-            with torch.inference_mode(False):  # what is made in that mode cannot be used in a training call later
+            # A tensor made in inference mode could not be used in a training call later.
+            with torch.inference_mode(False):
                 index = torch.tensor([self._positions[name] for name in self.per_row], device=device)
-                self._index[key] = index.repeat_interleave(size // len(self.per_row))
+                self._index[key] = expand_rows(index, size)
         return self._index[key]
 
     def of_adapter(self, name: str, size: int, device: torch.device) -> Tensor:
@@ -61,8 +61,26 @@ class Rows:
         return (self.index(size, device) == self._positions[name]).nonzero(as_tuple=True)[0]
 
 
+_CURRENT: ContextVar[RowAdapters | None] = ContextVar("peft_lab_row_adapters", default=None)
+
+
+def current_row_adapters() -> RowAdapters | None:
+    """The adapters of the rows of the call that runs; None if all rows have the active ones."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def mixed_batch(adapter_names: Sequence[str]) -> Iterator[None]:
+    """Run every layer inside the block with one adapter per row."""
+    token = _CURRENT.set(RowAdapters.of(adapter_names))
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
 class RowLayer(Protocol):
-    """What a method supplies at one module so that each row of a batch has its own adapter, without a loop over them.
+    """Layer of one module in which each row of a batch has its own adapter, without a loop over the adapters.
 
     Made with the base module and its path. `peft_lab.tuners.layer` has it for methods of one's own; for a tuner of
     peft the method's file names such a class as `ROWS`.

@@ -15,6 +15,7 @@ from peft.utils import register_peft_method
 from peft_lab.backbones import module_roles
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo, builtin_methods, check_method_args, method, third_party_methods, with_preset
+from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.tuner import AdapterTuner
 
 #: Roles for peft's own tuners on families that peft has no targets for; query and value for all others.
@@ -70,6 +71,7 @@ def register(info: MethodInfo, config_cls: Any, layer_cls: Any, model_cls: Any =
         if present.__module__ == config_cls.__module__:
             return
         raise ConfigError(f'peft already has a method "{info.name}" ({present.__module__}); choose another name.')
+    _check_capabilities(info, layer_cls)
     peft_type = _extend_peft_type(info.name.upper())
     config_cls.peft_method_type = peft_type
     config_cls.info = info
@@ -83,6 +85,27 @@ def register(info: MethodInfo, config_cls: Any, layer_cls: Any, model_cls: Any =
     tuner = type(config_cls.__name__.removesuffix("Config") + "Model", (model_cls or AdapterTuner,), members)
     vars(sys.modules[tuner.__module__]).setdefault(tuner.__name__, tuner)  # pickle looks for it there
     register_peft_method(name=info.name, config_cls=config_cls, model_cls=tuner)
+
+
+#: Capability -> function of the layer that it needs.
+_CODE_OF = {"merge": "folded", "mixed_batch": "mixed", "lora_export": "delta_weight"}
+
+
+def _check_capabilities(info: MethodInfo, layer_cls: type[AdapterLayer]) -> None:
+    """Refuse a method that declares a capability without the code for it.
+
+    Raises:
+        ConfigError: naming the capability and the function of the layer that is missing.
+    """
+    for capability, function in _CODE_OF.items():
+        if not info.can(capability):
+            continue
+        missing = layer_cls.missing_code(function)
+        if missing:
+            raise ConfigError(
+                f'Method "{info.name}" declares the capability {capability}, but {layer_cls.__name__} has no '
+                f"{missing}; write it, or take the capability out of the card."
+            )
 
 
 def load_all() -> None:
@@ -135,9 +158,9 @@ def _role_defaults(name: str, model: Any, known: set[str], task_type: str | None
     info = method(name)
     if "target_modules" in known and (info.roles or model_type not in mapped):
         wanted = info.roles or _PEFT_ROLES.get(name, ("attn.q", "attn.v"))
-        defaults["target_modules"] = module_roles.target_regex(model, wanted)
+        defaults["target_modules"] = module_roles.target_modules(model, wanted)
         if "feedforward_modules" in known:
-            defaults["feedforward_modules"] = module_roles.target_regex(model, ("mlp.down",))
+            defaults["feedforward_modules"] = module_roles.target_modules(model, ("mlp.down",))
     if "modules_to_save" in known:
         defaults["modules_to_save"] = module_roles.head_modules(model, task_type) or None
     return defaults

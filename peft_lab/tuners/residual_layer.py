@@ -1,114 +1,224 @@
-"""A branch on the residual stream between attention and MLP of a block: x + MLP(norm(x)) + branch(x).
+"""Branches on the residual stream: read before a sub-layer (attention or MLP), added behind it.
 
-That point lies inside the block's own forward, so hooks on its parts read and write it. What the branch needs travels
-with the block's arguments, which go on to its attention and are kept where gradient checkpointing runs a block again:
-nothing of a call is left on a module once the block is done.
+In a pre-norm block, x + mlp(norm(x)) becomes x + mlp(norm(x)) + branch(x); in a post-norm block, norm(x + mlp(x))
+becomes norm(x + mlp(x) + branch(x)). Both points lie inside the block's own forward, so hooks on its modules read and
+write them; `Family.residual` says which modules these are. The stream of a call is kept in its `ForwardContext`, never
+on a module.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from peft_lab.backbones.family import ResidualConnection
+from peft_lab.backbones.family_table import FAMILIES
+from peft_lab.backbones.residual_stream import residual_connections
 from peft_lab.errors import ConfigError
-from peft_lab.tuners.forward_context import Call
-from peft_lab.tuners.mixed_batch import BASE, Rows
-from peft_lab.tuners.sequence.stored_prompts import StaticPrompts
-
-#: The norm before the MLP, and what makes the summand of the residual connection behind it, as blocks name them: the
-#: branch is no more scaled or dropped with the MLP than in the equation.
-_NORMS = ("layernorm_after", "layer_norm2", "norm2")
-_SUMMANDS = ("drop_path", "layer_scale2", "mlp")
-_ARGUMENT = "peft_lab_branch"
+from peft_lab.registry import MethodInfo
+from peft_lab.tuners.forward_context import ForwardContext, on_rows, wrap_forward
+from peft_lab.tuners.layer import AdapterLayer
+from peft_lab.tuners.mixed_batch import BASE, current_row_adapters
+from peft_lab.tuners.registration import register
+from peft_lab.tuners.tuner import BlockTuner
 
 
-@dataclass(frozen=True)
-class Part:
-    """What the branch of one adapter needs in one block.
+class ResidualBranches(AdapterLayer):
+    """A block with branches beside some of its sub-layers. A method supplies `branch`.
 
     Attributes:
-        adapter: its name.
-        weights: tensors that the method gave for this block.
-        rows: indices of the batch that it is for; None for all.
-        at: number of tokens before the slots.
-        unused, count: slots that these rows do not have, which come first, and those they have.
+        summand_scale: number by which the block multiplies every summand before the addition, mostly 1.
     """
 
-    adapter: str
-    weights: tuple[Tensor, ...]
-    rows: Tensor | None
-    at: int
-    unused: int
-    count: int
+    #: Sub-layers that get a branch: "attention", "cross_attention", "mlp". A block lacks those that its family lacks.
+    sub_layers: ClassVar[tuple[str, ...]] = ("mlp",)
+    summand_scale: float = 1.0
 
-
-class BranchLayer(StaticPrompts):
-    """A block with prompts and a branch. A method supplies `initial_values`, `branch_weights` and `branch`."""
-
-    in_windows = False  # the branch is as wide as the first block of its group
-
-    def branch_weights(self, adapter: str, call: Call) -> tuple[Tensor, ...] | None:
-        """The tensors of this block's branch; None if there is none here."""
+    def branch(self, adapter: str, sub_layer: str, stream: Tensor) -> Tensor:
+        """Summand (rows, tokens, width) that an adapter adds behind a sub-layer to the stream of the same shape."""
         raise NotImplementedError
 
-    def branch(self, x: Tensor, part: Part) -> Tensor:
-        """What is added to the stream x (rows, sequence, width), slots at `part.at` and none that are unused."""
-        raise NotImplementedError
+    def hook_sub_layers(self, model: nn.Module, path: str) -> None:
+        """Put the hooks into the block, which stands at a path of the model.
+
+        Raises:
+            ConfigError: the family is not known, or the block has none of the sub-layers.
+        """
+        block, connections = self.base_layer, _connections_of(model, path, self)
+        for index, connection in enumerate(connections):
+            name = connection.sub_layer
+            if name not in self.sub_layers or not _has_norm(connection):
+                continue
+            if connection.norm_before:
+                block.get_submodule(connection.norm_before).register_forward_pre_hook(
+                    _ReadInput(self, name), with_kwargs=True
+                )
+            elif index == 0:
+                # The block's own input would do, but checkpointing recomputes what lies inside the block alone.
+                first = block.get_submodule(connection.output.partition(".")[0])
+                first.register_forward_pre_hook(_ReadInput(self, name), with_kwargs=True)
+            else:
+                before = block.get_submodule(connections[index - 1].norm_after)
+                before.register_forward_hook(_ReadOutput(self, name))
+            block.get_submodule(connection.output).register_forward_hook(_AddBranch(self, name))
+
+    def adapters_with_rows(self, size: int, device: torch.device) -> Iterator[tuple[str, Tensor | None]]:
+        """The adapters that act here, each with the numbers of its rows, int64; None for all rows."""
+        if self.disable_adapters:
+            return
+        rows = current_row_adapters()
+        if rows is None:
+            for name in self.active_adapters:
+                if name in self.configs:
+                    yield name, None
+            return
+        for name in rows.names:
+            if name != BASE and name in self.configs:
+                yield name, rows.of_adapter(name, size, device)
+
+    def read_stream(self, sub_layer: str, stream: Tensor) -> None:
+        """Keep the stream before a sub-layer for the branch that is added behind it."""
+        context = ForwardContext.current()
+        if context is None:
+            return
+        context.shared[self, sub_layer] = stream
+        # A block that is recomputed has the adapters of its first run, whichever are active by then.
+        if (self, "adapters") not in context.shared:
+            context.shared[self, "adapters"] = list(self.adapters_with_rows(len(stream), stream.device))
+
+    def add_branch(self, sub_layer: str, output: Tensor) -> Tensor:
+        """The output of a sub-layer with the branches of the adapters that act here."""
+        context = ForwardContext.current()
+        # The same dropout may stand behind another sub-layer too: there is no stream to read there.
+        stream = None if context is None else context.shared.pop((self, sub_layer), None)
+        if context is None or stream is None:
+            return output
+        for name, rows in context.shared[self, "adapters"]:
+            if rows is None:
+                added = self.branch(name, sub_layer, stream)
+                output = output + (added / self.summand_scale).to(output.dtype).reshape(output.shape)
+            else:
+                with on_rows(len(stream), rows):
+                    added = self.branch(name, sub_layer, stream[rows])
+                output = output.index_add(0, rows, (added / self.summand_scale).to(output.dtype))
+        return output
+
+
+class ResidualLayer(ResidualBranches):
+    """Base of the methods that put a branch beside sub-layers of a block, such as parallel adapters.
+
+    A method supplies `initial_values` and `branch`.
+
+    Attributes:
+        width: width of the residual stream.
+    """
+
+    width: int
+
+    general_forms: ClassVar[dict[str, str]] = {"mixed": "branch"}
 
     def read_base(self, name: str) -> None:
-        super().read_base(name)
-        base = self.base_layer
-        attention = [m for m in base.children() if hasattr(m, "q_proj")]
-        norm, summand = (next((p for p in names if hasattr(base, p)), None) for names in (_NORMS, _SUMMANDS))
-        if len(attention) != 1 or norm is None or summand is None:
-            raise ConfigError(
-                f'Method "{self.info.name}" has no place for its branch between attention and MLP of '
-                f'{type(base).__name__} ("{name}").'
-            )
-        self._parts: list[Part] | None = None
-        self._stream: Tensor | None = None
-        attention[0].register_forward_pre_hook(self._enter, with_kwargs=True)
-        getattr(base, norm).register_forward_pre_hook(self._read)
-        getattr(base, summand).register_forward_hook(self._add)
+        """A block is taken as it is."""
 
-    def arguments(self, active: list[str], rows: Rows | None, call: Call, at: int) -> dict[str, Any]:
-        assert call.states is not None
-        names, size = active if rows is None else rows.names, call.states.shape[1]
-        parts = []
-        for name in names:
-            weights = None if name == BASE or name not in self.configs else self.branch_weights(name, call)
-            if weights is not None:
-                index = None if rows is None else rows.of_adapter(name, len(call.states), call.states.device)
-                unused = 0 if call.unused is None or index is None else int(call.unused[index[0]].sum())
-                parts.append(Part(name, weights, index, at, unused, size - unused))
-        return {_ARGUMENT: parts} if parts else {}
+    def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """The block; its hooks add the branches."""
+        acts = any(name in self.configs for name in self.active_adapters) and not self.disable_adapters
+        if acts and ForwardContext.current() is None:
+            raise ConfigError("A block with residual branches was called without its backbone; call the whole model.")
+        return self.base_layer(*args, **kwargs)
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self._parts, self._stream = kwargs.pop(_ARGUMENT, None), None
-        return args, kwargs
 
-    def _read(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._stream = args[0] if self._parts else None
+class ResidualTuner(BlockTuner):
+    """Puts `ResidualLayer`s around blocks."""
 
-    def _add(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        parts, x = self._parts, self._stream
-        if not parts or x is None:  # also where the same module makes the summand behind attention
-            return out
-        self._parts = self._stream = None
-        for part in parts:
-            if part.rows is None:
-                return out + self._branched(x, part).to(out.dtype)
-            out = out.index_add(0, part.rows, self._branched(x[part.rows], part).to(out.dtype))
-        return out
+    def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
+        layer = super().new_layer(target, path)
+        assert isinstance(layer, ResidualLayer)
+        layer.hook_sub_layers(self.model, path)
+        return layer
 
-    def _branched(self, x: Tensor, part: Part) -> Tensor:
-        """The branch of rows, zero at slots that they do not have."""
-        if not part.unused:
-            return self.branch(x, part)
-        kept, end = x.new_ones(x.shape[1], dtype=torch.bool), part.at + part.unused
-        kept[part.at : end] = False
-        added = self.branch(x[:, kept], part)
-        return added.new_zeros(x.shape).index_copy(1, kept.nonzero().flatten(), added)
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        wrap_forward(model, opens=True)
+
+    def unload(self) -> Any:
+        """The base model without wrapped blocks and without hooks."""
+        model = super().unload()
+        remove_stream_hooks(model)
+        return model
+
+
+def register_residual(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None:
+    """`peft_lab.tuners.register` for a method with residual branches."""
+    register(info, config_cls, layer_cls, ResidualTuner)
+
+
+class _StreamHook:
+    """A hook inside a block, found again by its class when the adapter is taken out."""
+
+    def __init__(self, layer: ResidualBranches, sub_layer: str) -> None:
+        self.layer, self.sub_layer = layer, sub_layer
+
+
+class _ReadInput(_StreamHook):
+    """Pre-hook of a module whose input is the stream."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer.read_stream(self.sub_layer, args[0] if args else kwargs["hidden_states"])
+
+
+class _ReadOutput(_StreamHook):
+    """Hook of a norm whose output is the stream."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.layer.read_stream(self.sub_layer, output)
+
+
+class _AddBranch(_StreamHook):
+    """Hook of the module whose output is added to the stream."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self.layer.add_branch(self.sub_layer, output)
+
+
+def remove_stream_hooks(model: nn.Module) -> None:
+    """Take the hooks of residual branches out of a model."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _StreamHook)]:
+                del cast(Any, hooks)[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _has_norm(connection: ResidualConnection) -> bool:
+    """Test whether a norm reads or writes the stream; in convolutional blocks, which have another layout, none does."""
+    return bool(connection.norm_before or connection.norm_after)
+
+
+def _connections_of(model: nn.Module, path: str, layer: ResidualBranches) -> tuple[ResidualConnection, ...]:
+    """The residual connections of the block at a path; sets the layer's width and scale by them.
+
+    Raises:
+        ConfigError: there is no place for a branch in the block.
+    """
+    steps = path.split(".")
+    around = [model.get_submodule(".".join(steps[:end])) for end in range(len(steps) - 1, -1, -1)]
+    configs = [module.config for module in around if hasattr(module, "config")]
+    config = next((c for c in configs if getattr(c, "model_type", None) in FAMILIES), None)
+    found: tuple[ResidualConnection, ...] = ()
+    if config is not None:
+        found = residual_connections(FAMILIES[config.model_type], layer.base_layer, config)
+    wanted = [c for c in found if c.sub_layer in layer.sub_layers and _has_norm(c)]
+    if config is None or not wanted:
+        raise ConfigError(
+            f'Method "{layer.info.name}" has no place for its branch beside {" or ".join(layer.sub_layers)} of '
+            f'{type(layer.base_layer).__name__} ("{path}").'
+        )
+    multiplier = FAMILIES[config.model_type].residual_multiplier
+    layer.summand_scale = getattr(config, multiplier) if multiplier else 1.0
+    norm = layer.base_layer.get_submodule(wanted[0].norm_before or wanted[0].norm_after)
+    if isinstance(layer, ResidualLayer):
+        layer.width = norm.weight.numel()
+    return found

@@ -18,10 +18,10 @@ def insert(tensor: Tensor, new: Tensor, at: int, dim: int = 1) -> Tensor:
 
 
 def split(tensor: Tensor, count: int, at: int, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Tokens and slots of a tensor with `count` slots at position `at` of a dimension; the inverse of `insert`."""
-    slots = tensor.narrow(dim, at, count)
+    """Tokens and prompts of a tensor with `count` prompts at position `at` of a dimension; the inverse of `insert`."""
+    prompts = tensor.narrow(dim, at, count)
     rest = tensor.narrow(dim, at + count, tensor.shape[dim] - at - count)
-    return (torch.cat([tensor.narrow(dim, 0, at), rest], dim) if at else rest), slots
+    return (torch.cat([tensor.narrow(dim, 0, at), rest], dim) if at else rest), prompts
 
 
 @lru_cache(maxsize=256)

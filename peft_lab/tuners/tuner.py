@@ -17,8 +17,9 @@ from peft_lab.adapter_files import base_fingerprint, module_matching
 from peft_lab.backbones.frozen_norms import keep_statistics, release_statistics
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
+from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_forward
 from peft_lab.tuners.layer import AdapterLayer, no_merge
-from peft_lab.tuners.mixed_batch import BASE
+from peft_lab.tuners.mixed_batch import BASE, mixed_batch
 
 _LOG = logging.getLogger("peft_lab")
 #: What peft puts into `modules_to_save` for text classification, whatever the model's head is called.
@@ -42,13 +43,15 @@ class AdapterTuner(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         keep_statistics(model)
+        if config.row_inputs():
+            wrap_forward(model, opens=True).declared[adapter_name] = config.row_inputs()
         layers = {k: m for k, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.configs}
         if config.fingerprints:
             config.recorded_fingerprints = config.fingerprints
             return
-        places = roles.places(model)
+        locations = roles.module_locations(model)
         config.recorded_fingerprints = {
-            name: {**layer.fingerprint(), **places.get(name, {})}
+            name: {**layer.fingerprint(), **locations.get(name, {})}
             for name, layer in layers.items()
             if not layer.base_weight.is_meta
         }
@@ -57,7 +60,7 @@ class AdapterTuner(BaseTuner):
         loaded = peft_config.fingerprints is not None
         layers = peft_config.layers_to_transform
         if peft_config.target_modules is None:
-            peft_config.target_modules = roles.target_regex(self.model, self.info.roles, layers=layers)
+            peft_config.target_modules = roles.target_modules(self.model, self.info.roles, layers=layers)
         elif isinstance(peft_config.target_modules, str) and layers is not None and not loaded:
             raise ConfigError(
                 f"layers_to_transform={layers} does not go with the regex target_modules="
@@ -124,7 +127,18 @@ class AdapterTuner(BaseTuner):
 
     def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
         """The layer that takes the place of a base module."""
-        return self.tuner_layer_cls(target, path)
+        layer = self.tuner_layer_cls(target, path)
+        layer.owners = self._owners()
+        return layer
+
+    def _owners(self) -> dict[Any, AdapterLayer]:
+        """The mapping of shared parameters that all layers of this method on the model have in common."""
+        if "shared_owners" not in self.__dict__:
+            layers = (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
+            first = next(layers, None)
+            self.__dict__["shared_owners"] = {} if first is None else first.owners
+        found: dict[Any, AdapterLayer] = self.__dict__["shared_owners"]
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -152,19 +166,17 @@ class AdapterTuner(BaseTuner):
         if self.training:
             raise ValueError("adapter_names is for inference; call model.eval() first.")
         self._check_row_names(names)
+        # Beam search repeats the rows of a head that peft keeps a copy of, for which peft wants every name.
         beams = kwargs.get("num_beams") or 1
-        settings = getattr(self.model, "config", None)
-        encoder = self.model.get_encoder() if getattr(settings, "is_encoder_decoder", False) else None
-        inside = set(encoder.modules()) if encoder is not None else set()
+        per_row = [name for name in names for _ in range(beams)]
         handles = []
         for module in self.modules():
-            if isinstance(module, AdapterLayer | AuxiliaryTrainingWrapper):
-                # Beam search repeats the rows of the decoder, not those of an encoder.
-                per_row = list(names) if module in inside else [name for name in names for _ in range(beams)]
+            if isinstance(module, AuxiliaryTrainingWrapper):
                 hook = partial(_pass_names, adapter_names=per_row)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
-            yield
+            with mixed_batch(names):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -172,6 +184,7 @@ class AdapterTuner(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         release_statistics(self.model)
+        unwrap_forwards(self.model)
         return model
 
     def _check_row_names(self, names: Any) -> None:
@@ -179,10 +192,26 @@ class AdapterTuner(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and the row inputs that it declares."""
+        super().delete_adapter(adapter_name)
+        for module in self.model.modules():
+            wrapper = module.__dict__.get("forward")
+            if isinstance(wrapper, WrappedForward):
+                wrapper.declared.pop(adapter_name, None)
+
     def _check_merge_allowed(self) -> None:
         if not self.info.can("merge"):
             raise NotImplementedError(no_merge(self.info))
         super()._check_merge_allowed()
+
+
+class BlockTuner(AdapterTuner):
+    """A tuner whose layers wrap whole blocks instead of single operations."""
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # peft's own looks for the weight of the module; the layer has already put its parameters on the right device
+        setattr(parent, child_name, new_module)
 
 
 def _heads(model: nn.Module, task_type: str | None) -> list[str]:

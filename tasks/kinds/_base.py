@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.errors import ConfigError, TaskError
-from peft_lab.metrics import PROBABILITIES, load_metric
-from peft_lab.metrics.predictions import Items
+from peft_lab.metrics import METRICS, load_metric
+from peft_lab.metrics.predictions import Predictions
 from peft_lab.registry import KindInfo
 
 if TYPE_CHECKING:
@@ -88,21 +88,24 @@ class Kind:
         """`Trainer`'s function from predictions to the task's metrics, by name."""
         raise NotImplementedError
 
-    def items(self, prediction: EvalPrediction) -> Items | None:
-        """What was found for each row of an evaluation; None for a kind that has nothing to say of single rows."""
+    def row_predictions(self, prediction: EvalPrediction) -> Predictions | None:
+        """Predictions for each row of an evaluation; None for a kind without values of single rows."""
         return None
 
-    def generation_items(
+    def generation_scores(
         self, model: Any, processor: Any, rows: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, list[float]]:
-        """Metrics that need the model to write text, for each row; `rows` are not preprocessed. Mostly empty."""
+        """Metrics of the text that the model writes, a value for each row; empty for kinds that write none.
+
+        `rows` are not preprocessed.
+        """
         return {}
 
     def generation_metrics(
         self, model: Any, processor: Any, rows: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, float]:
-        """The means of `generation_items`."""
-        found = self.generation_items(model, processor, rows, task, batch_size)
+        """Means of `generation_scores`."""
+        found = self.generation_scores(model, processor, rows, task, batch_size)
         return {name: sum(values) / len(values) for name, values in found.items()}
 
     def predict(self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32) -> list[Any]:
@@ -143,7 +146,10 @@ class ClassificationKind(Kind):
         return {"labels": list(labels)} if labels is not None else {}
 
     def compute_metrics(self, task: Task, labels: Sequence[str] | None) -> Callable[[EvalPrediction], dict[str, float]]:
-        modules = {name: load_metric(name) for name in task.metrics}
+        metrics = {name: load_metric(name) for name in task.metrics}
+        takes_probabilities = {name for name in task.metrics if name in METRICS and METRICS[name].takes_probabilities}
+        average = "binary" if labels is not None and len(labels) == 2 else "macro"
+        options = {"f1": {"average": average, "labels": list(range(len(labels or ())))}}
 
         def compute(prediction: EvalPrediction) -> dict[str, float]:
             logits = prediction.predictions
@@ -151,28 +157,25 @@ class ClassificationKind(Kind):
             logits = logits[0] if isinstance(logits, tuple) else logits
             predicted = logits.squeeze(-1) if labels is None else logits.argmax(-1)
             found: dict[str, float] = {}
-            for name, module in modules.items():
-                average = "binary" if labels is not None and len(labels) == 2 else "macro"
-                options = {"average": average, "labels": list(range(len(labels or ())))} if name == "f1" else {}
-                given = _probabilities(logits) if name in PROBABILITIES else predicted
-                found |= plain_results(
-                    name, module.compute(predictions=given, references=prediction.label_ids, **options)
-                )
+            for name, metric in metrics.items():
+                given = _probabilities(logits) if name in takes_probabilities else predicted
+                results = metric.compute(predictions=given, references=prediction.label_ids, **options.get(name, {}))
+                found |= plain_results(name, results)
             return found
 
         return compute
 
-    def items(self, prediction: EvalPrediction) -> Items:
+    def row_predictions(self, prediction: EvalPrediction) -> Predictions:
         import numpy as np
 
         logits = prediction.predictions
         logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float32)
         references: Any = prediction.label_ids
         if logits.shape[-1] == 1:
-            return Items("regression", {"reference": references.reshape(-1), "prediction": logits.reshape(-1)})
+            return Predictions("regression", {"reference": references.reshape(-1), "prediction": logits.reshape(-1)})
         confidence = _probabilities(logits).max(-1)
         columns = {"reference": references, "prediction": logits.argmax(-1), "confidence": confidence}
-        return Items("classification", columns)
+        return Predictions("classification", columns)
 
     def records(self, logits: Any, model: Any) -> list[Record]:
         """Logits (n, labels) as one record a row; a regression's score is the value itself."""

@@ -10,7 +10,7 @@ from peft_lab.data.prompt_template import Template, fields, fill
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import TaskError
 from peft_lab.metrics import load_metric
-from peft_lab.metrics.predictions import Items
+from peft_lab.metrics.predictions import Predictions
 from peft_lab.registry import KindInfo
 from peft_lab.tasks.kinds._base import Kind, length_limit
 
@@ -147,7 +147,7 @@ class CausalLM(Kind):
 
         return compute
 
-    def items(self, prediction: EvalPrediction) -> Items:
+    def row_predictions(self, prediction: EvalPrediction) -> Predictions:
         outputs: Any = prediction.predictions
         label_ids: Any = prediction.label_ids
         (predicted, log_probabilities), targets = outputs, label_ids[:, 1:]
@@ -157,9 +157,9 @@ class CausalLM(Kind):
             "tokens": kept.sum(-1),
             "hits": ((predicted == targets) & kept).sum(-1),
         }
-        return Items(self.name, columns)
+        return Predictions(self.name, columns)
 
-    def generation_items(
+    def generation_scores(
         self, model: Any, processor: Any, rows: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, list[float]]:
         wanted, template = _written(task), _template(task)

@@ -112,7 +112,7 @@ def test_workers_end_with_a_killed_driver_and_their_run_is_continued(place: Path
     running = workers(process.pid, out)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(running, timeout=20)
+    _, alive = psutil.wait_procs(running, timeout=60)
     assert running
     assert not alive
     (record,) = compare(study, out, workers=1, report=False).records
@@ -184,7 +184,7 @@ def test_arms_of_equal_size_within_a_time(place: Path) -> None:
     assert all(750 <= size <= 1500 for size in sizes.values()), sizes
     for name, size in (("lora", "r"), ("soft_prompt", "num_virtual_tokens")):
         assert chosen[name][size] > 1, chosen
-    assert all(0.5 <= record.measures["train_seconds"] < 20 for record in done.records)
+    assert all(0.5 <= record.measures["train_seconds"] < 60 for record in done.records)
 
 
 def test_a_script_called_as_a_library_does_not_stand_in_for_it(place: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_runs", "peft_lab.training.run"])
+    context.set_forkserver_preload(["support.tiny_runs", "peft_lab.training.run"])
     return context
 
 

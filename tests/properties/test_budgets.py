@@ -80,6 +80,7 @@ def test_the_floor_reaches_every_layer(small, floor):
     assert floor[0] < 0.7 * _flops(copy.deepcopy(small).requires_grad_(True), SMALL)
 
 
+@pytest.mark.full
 def test_svfit_at_full_rank_at_8192_tokens_of_width_768():
     model, shape = _vit(768, 1, 128, 16), (126, 3, 128, 128)  # 126 images of 65 tokens: 8,190
     assert _flops(adapt("svfit", model, rank="full").train(), shape) <= 1.10 * _floor_flops(model, shape)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support.cover import cover
 from support.properties import adapt, adapter_parameters, equal_weights, move
 from torch import nn
 from transformers import (
@@ -55,7 +56,7 @@ METHODS = {
 
 #: The layers of DPT keep their attention elsewhere than where DVPT's branch finds it.
 CASES = [(name, method) for name in MODELS for method in METHODS if name != "dpt" or method.startswith("vpt")]
-each = pytest.mark.parametrize(("name", "method"), CASES)
+each = pytest.mark.parametrize(("name", "method"), cover(CASES))
 
 
 def _model(name: str) -> nn.Module:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from support.cover import cover
 from support.operations import OPS, One, make
 from support.properties import ON_OPS, adapter_parameters, config, move
 from torch import nn
@@ -23,7 +24,7 @@ def adapted(method: str, op: str, **fields: object) -> tuple[One, nn.Module, tor
 
 CASES = [(m, op) for m in ON_OPS for op, (kind, *_) in OPS.items() if registry.method(m).can(kind)]
 REFUSED = [(m, op) for m in ON_OPS for op, (kind, *_) in OPS.items() if not registry.method(m).can(kind)]
-cases = pytest.mark.parametrize(("method", "op"), CASES)
+cases = pytest.mark.parametrize(("method", "op"), cover(CASES))
 
 
 @cases

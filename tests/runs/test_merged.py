@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from support.backbones import TINY, tiny_inputs
+from support.cover import cover
 from support.properties import OWN, adapt, move, output
 
 from peft_lab import registry
 from peft_lab.errors import ConfigError
 from peft_lab.export.merge import check_reloadable
 
+MERGED = [name for name in OWN if registry.method(name).can("merge")]
+FAMILIES = ["bert", "vit", "llama", "gpt2", "t5", "clip", "swin", "resnet", "qwen3", "whisper"]
 
-@pytest.mark.parametrize("method", [name for name in OWN if registry.method(name).can("merge")])
-@pytest.mark.parametrize("family", ["bert", "vit", "llama", "gpt2", "t5", "clip", "swin", "resnet", "qwen3", "whisper"])
+
+@pytest.mark.parametrize(("method", "family"), cover(itertools.product(MERGED, FAMILIES)))
 def test_reload_answers_as_before_or_is_refused(method, family, tmp_path):
     base = TINY[family]()
     inputs = tiny_inputs(base)

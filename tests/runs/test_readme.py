@@ -1,4 +1,4 @@
-"""The code of the README and of the guides for users, run block by block in an empty folder; the scores they cite."""
+"""Code of the README and the guides: names checked daily, blocks run in order in the full run; the scores they cite."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.main
+from support.code import missing_names
+
+from peft_lab.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -42,6 +46,22 @@ def run(folder: Path, kind: str, code: str) -> None:
     assert done.returncode == 0, f"{code}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
+def test_python_blocks_name_what_exists():
+    python = [code for kind, _, code in blocks() if kind == "python"]
+    assert python
+    assert [missing_names(code) for code in python] == [[]] * len(python)
+
+
+def test_shell_blocks_name_commands_that_exist():
+    shell = "\n".join(code for kind, _, code in blocks() if kind in ("bash", "console"))
+    subprocess.run(["bash", "-n", "-c", shell], check=True)
+    used = re.findall(r"^(?:peft-lab|.* -m peft_lab) ([\w-]+)", shell, re.MULTILINE)
+    known = set(typer.main.get_command(app).commands)
+    assert used
+    assert set(used) <= known
+
+
+@pytest.mark.full
 @needs_minilm
 def test_blocks_run_as_printed(tmp_path):
     (tmp_path / "reviews.csv").write_text(REVIEWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.cover import cover, each_place
 from support.properties import IMAGES, SEQUENCE, UNTRAINED
 from support.tiny_runs import (
     make_backbone,
@@ -15,12 +16,13 @@ from support.tiny_runs import (
 )
 
 from peft_lab.errors import ConfigError
+from peft_lab.export.merge import merge
 from peft_lab.hub.public_copy import stage
-from peft_lab.training.evaluate import evaluate, merge, predict
+from peft_lab.training.evaluate import evaluate, predict
 from peft_lab.training.run import train
 
 
-@pytest.mark.parametrize("method", SEQUENCE)
+@pytest.mark.parametrize("method", cover(SEQUENCE, each_place))
 def test_a_run_of_a_classifier(method, tmp_path):
     backbone, task = make_backbone(tmp_path / "bert"), make_task(tmp_path / "data")
     run = train(options(task, backbone, tmp_path / "out", method=method, max_steps=20))
@@ -30,7 +32,7 @@ def test_a_run_of_a_classifier(method, tmp_path):
         merge(run.output_dir, tmp_path / "merged")
 
 
-@pytest.mark.parametrize("method", [name for name in SEQUENCE if name not in UNTRAINED])
+@pytest.mark.parametrize("method", cover((m for m in SEQUENCE if m not in UNTRAINED), each_place))
 def test_a_run_of_a_decoder(method, tmp_path):
     """Batches padded for training, and left-padded for writing, give what each text gives alone."""
     backbone, task = make_decoder(tmp_path / "llama"), make_writing_task(tmp_path / "data")
@@ -43,7 +45,9 @@ def test_a_run_of_a_decoder(method, tmp_path):
     assert together == [answer for row in rows for answer in predict(run.output_dir, [row])]
 
 
-@pytest.mark.parametrize(("method", "family"), [*((name, "vit") for name in IMAGES), ("vpt", "swin")])
+@pytest.mark.parametrize(
+    ("method", "family"), cover([*((name, "vit") for name in IMAGES), ("vpt", "swin")], each_place)
+)
 def test_a_run_on_images(method, family, tmp_path):
     backbone, task = make_image_backbone(tmp_path / "base", family), make_image_task(tmp_path / "data")
     run = train(options(task, backbone, tmp_path / "out", method=method, max_steps=30))

@@ -16,8 +16,9 @@ import peft_lab
 from peft_lab import registry
 from peft_lab.adapter_files.names import write_json
 from peft_lab.errors import ConfigError, PeftLabError
+from peft_lab.export.merge import merge
 from peft_lab.loading.load_run import load
-from peft_lab.training.evaluate import evaluate, merge, predict
+from peft_lab.training.evaluate import evaluate, predict
 from peft_lab.training.run import train
 
 X = {"input_ids": torch.tensor([[2, 4, 14, 3], [2, 17, 5, 3]]), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
@@ -239,7 +240,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(changes, answer,
 def server():
     """A process that has imported everything and forks one child per run: a killed child takes nothing with it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_runs", "peft_lab.training.run"])
+    context.set_forkserver_preload(["support.tiny_runs", "peft_lab.training.run"])
     return context
 
 
@@ -282,7 +283,9 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("name", KILLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "in mid epoch" else pytest.mark.full) for name in KILLS]
+)
 def test_a_killed_run_continues_to_the_same_weights(name, server, interrupted, alone, tmp_path):
     values = interrupted(tmp_path / "out")
     for where, count in KILLS[name]:
@@ -296,6 +299,7 @@ def test_a_killed_run_continues_to_the_same_weights(name, server, interrupted, a
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["svfit", "ssf", "full", "head"])
 def test_a_killed_run_of_other_methods_continues_to_the_same_weights(method, server, interrupted, tmp_path):
     train(interrupted(tmp_path / "alone", method=method))
@@ -306,6 +310,7 @@ def test_a_killed_run_of_other_methods_continues_to_the_same_weights(method, ser
     assert same_weights(tmp_path / "out", tmp_path / "alone")
 
 
+@pytest.mark.full
 def test_resuming_counts_on_towards_early_stopping_and_keeps_the_best(server, interrupted, tmp_path):
     """A learning rate that ruins the model: the first evaluation is the best, and patience ends the run soon."""
     ruin = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peft_lab import registry
 from peft_lab.tuners.registration import make_config
 from support.backbones import tiny_inputs
+from support.cover import Needs, cover, each_family
 
 _ALL = [name for name, info in registry.list_methods().items() if info.place not in ("peft", "baseline")]
 #: Those that keep the head of an image classifier: in none of the next lists.
@@ -25,12 +26,14 @@ IMAGE_LOGITS = [name for name in IMAGES if registry.method(name).can("image_logi
 #: Every other registered method with an adapter of its own; LoRA stands among them as the yardstick.
 METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD)]
 #: Those built on peft-lab's shared layers.
-OWN = [name for name in METHODS if registry.method(name).module.startswith("peft_lab.")]
+OWN = [name for name in METHODS if not registry.method(name).module.startswith("peft.")]
 #: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
 SEQUENCE = [name for name in OWN if registry.method(name).place == "sequence"]
-ON_OPS = [name for name in OWN if name not in SEQUENCE]
+#: Those that put branches beside the sub-layers of a block.
+RESIDUAL = [name for name in OWN if "block" in registry.method(name).roles and name not in SEQUENCE]
+ON_OPS = [name for name in OWN if name not in (*SEQUENCE, *RESIDUAL)]
 #: Those that are put on whole blocks.
-ON_BLOCKS = [*SEQUENCE, *IMAGES]
+ON_BLOCKS = [*SEQUENCE, *RESIDUAL, *IMAGES]
 #: All of them, and those of peft-lab; `text_or_image` names a family of `backbones.TINY` that goes with each.
 EVERY, EVERY_OWN = [*METHODS, *IMAGES], [*OWN, *IMAGES]
 #: Those whose values come from the training data: in a test, from `fill`.
@@ -56,13 +59,13 @@ def text_or_image(method: str) -> str:
     return "vit" if method in IMAGES else "bert"
 
 
-def pairs(methods: Iterable[str], families: Iterable[str]) -> pytest.MarkDecorator:
-    """Parametrise a test over methods and the families of backbones that they go with."""
+def pairs(methods: Iterable[str], families: Iterable[str], needs: Needs = each_family) -> pytest.MarkDecorator:
+    """Parametrise a test over methods and the families that they go with, daily over a cover of `needs`."""
     families = list(families)
-    found = [(m, f) for f in families for m in methods if not (m in SEQUENCE and f in NO_SEQUENCE)]
+    found = [(m, f) for f in families for m in methods if not (m in (*SEQUENCE, *RESIDUAL) and f in NO_SEQUENCE)]
     found = [(m, f) for m, f in found if m not in KEEPS_HEAD or f in CLASSIFIERS]
     found += [(m, f) for f in families for m in IMAGES if f in (IMAGE_CLASSIFIERS if m in IMAGE_LOGITS else PRE_NORM)]
-    return pytest.mark.parametrize(("method", "family"), found)
+    return pytest.mark.parametrize(("method", "family"), cover(found, needs))
 
 
 def adapt(method: str, model: nn.Module, seed: int = 0, **fields: Any) -> Any:
@@ -120,10 +123,14 @@ def main_tensor(result: Any) -> Tensor:
     raise TypeError(f"no known output in {type(result).__name__}")
 
 
+def equal_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts hold the same names and bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def equal_weights(a: nn.Module, b: nn.Module) -> bool:
     """Whether two models hold bit-equal state dicts."""
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+    return equal_states(a.state_dict(), b.state_dict())
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

@@ -19,7 +19,7 @@ from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.config import AdapterConfig
 from peft_lab.tuners.layer import FeatureLayer
-from peft_lab.tuners.mixed_batch import Rows
+from peft_lab.tuners.mixed_batch import RowAdapters
 from peft_lab.tuners.operations import norm_offset
 from peft_lab.tuners.registration import register
 
@@ -83,7 +83,7 @@ class SSFLayer(FeatureLayer):
     def transform(self, adapter: str, out: Tensor) -> Tensor:
         return scale_shift(out, *self._values(adapter), self.op.channel_dim)
 
-    def transform_rows(self, rows: Rows, out: Tensor) -> Tensor:
+    def transform_rows(self, rows: RowAdapters, out: Tensor) -> Tensor:
         like = next(iter(self.ssf_scale.values()))
         one, zero = torch.ones_like(like), torch.zeros_like(like)
         index = rows.index(out.shape[0], out.device)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StaticPrompts
+from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
 from peft_lab.tuners.sequence.stored_tuner import register_static
 
 METHOD = MethodInfo(
@@ -67,13 +67,13 @@ class BayesPromptConfig(StaticConfig):
             )
 
 
-class BayesPromptLayer(StaticPrompts):
+class BayesPromptLayer(StoredPrompts):
     """A block before which means of particles (prompts, particles, width) are written."""
 
     adapter_layer_names = ("bayes_prompt_particles",)
 
     def initial_values(self, adapter: str, config: BayesPromptConfig) -> dict[str, Tensor]:
-        if self.depth not in config.writing(self.depths):
+        if self.depth not in config.prompted_block_indices(self.num_blocks):
             return {}
         return {"bayes_prompt_particles": torch.zeros(config.num_prompts, self.width)}
 

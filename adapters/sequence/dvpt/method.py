@@ -12,8 +12,9 @@ Source: He et al. 2023, Dynamic Visual Prompt Tuning, arXiv:2307.09787. Written 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ from torch.nn.functional import linear
 
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.tuners.forward_context import Call
-from peft_lab.tuners.residual_layer import BranchLayer, Part
-from peft_lab.tuners.sequence.stored_prompts import StaticConfig
+from peft_lab.tuners.forward_context import ForwardContext
+from peft_lab.tuners.mixed_batch import RowAdapters
+from peft_lab.tuners.residual_layer import ResidualBranches
+from peft_lab.tuners.sequence.prompt_state import PromptState
+from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
 from peft_lab.tuners.sequence.stored_tuner import register_static
 from peft_lab.tuners.tokens import insert, split
 
@@ -76,54 +79,97 @@ class DVPTConfig(StaticConfig):
         return self.readout == "prompts"
 
 
-class DVPTLayer(BranchLayer):
-    """A block with a bottleneck, kept at the first block of its group; the first block of all keeps the prompts."""
+@dataclass(frozen=True)
+class _PromptPlaces:
+    """Places of an adapter's prompts in the sequence of a block.
+
+    Attributes:
+        at: number of tokens before the prompts.
+        unused: prompts at the beginning that the adapter's rows do not have.
+        count: prompts that they have.
+    """
+
+    at: int
+    unused: int
+    count: int
+
+
+class DVPTLayer(ResidualBranches, StoredPrompts):
+    """A block with a bottleneck beside its MLP; the blocks of a group share one."""
 
     adapter_layer_names = (
         *("dvpt_prompts", "dvpt_positions"),
         *("dvpt_down", "dvpt_down_bias", "dvpt_up", "dvpt_up_bias", "dvpt_gate"),
     )
+    in_windows = False  # the bottleneck is as wide as the first block of its group
 
     def initial_values(self, adapter: str, config: DVPTConfig) -> dict[str, Tensor]:
-        if not config.writes(self.depth):
+        if self.depth not in config.prompted_block_indices(self.num_blocks):
             return {}
-        values: dict[str, Tensor] = {}
-        width, order = self.width, sum(config.writes(depth) for depth in range(self.depth))
-        if order == 0:
-            values["dvpt_prompts"] = torch.randn(config.num_prompts, width)
-            values["dvpt_positions"] = torch.randn(config.num_prompts, width) / math.sqrt(width)
-        if order % config.share_group == 0:
-            inner, outer = 1 / math.sqrt(width), 1 / math.sqrt(config.bottleneck)  # as nn.Linear starts
-            values["dvpt_down"] = torch.empty(config.bottleneck, width).uniform_(-inner, inner)
-            values["dvpt_down_bias"] = torch.empty(config.bottleneck).uniform_(-inner, inner)
-            values["dvpt_up"] = torch.empty(width, config.bottleneck).uniform_(-outer, outer)
-            values["dvpt_up_bias"] = torch.empty(width).uniform_(-outer, outer)
-            values["dvpt_gate"] = torch.zeros(1)
-        return values
+        return {
+            "dvpt_prompts": torch.randn(config.num_prompts, self.width),
+            "dvpt_positions": torch.randn(config.num_prompts, self.width) / math.sqrt(self.width),
+        }
 
-    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
-        prompts = super().stored(adapter, call, rows)
-        if prompts is None:
+    def share_key(self, config: DVPTConfig) -> Hashable:
+        if not config.may_write(self.depth):
             return None
-        return self.normed("norm.stem", prompts + self.dvpt_positions[adapter])
+        order = sum(config.may_write(depth) for depth in range(self.depth))
+        return order // config.share_group
 
-    def branch_weights(self, adapter: str, call: Call) -> tuple[Tensor, ...] | None:
-        if not self.configs[adapter].writes(self.depth):
-            return None
-        if adapter in self.dvpt_down:
-            call.shared[adapter] = tuple(getattr(self, name)[adapter] for name in self.adapter_layer_names[2:])
-        return call.shared[adapter]
+    def shared_values(self, adapter: str, config: DVPTConfig) -> dict[str, Tensor]:
+        if self.share_key(config) is None:
+            return {}
+        inner, outer = 1 / math.sqrt(self.width), 1 / math.sqrt(config.bottleneck)  # as nn.Linear starts
+        return {
+            "dvpt_down": torch.empty(config.bottleneck, self.width).uniform_(-inner, inner),
+            "dvpt_down_bias": torch.empty(config.bottleneck).uniform_(-inner, inner),
+            "dvpt_up": torch.empty(self.width, config.bottleneck).uniform_(-outer, outer),
+            "dvpt_up_bias": torch.empty(self.width).uniform_(-outer, outer),
+            "dvpt_gate": torch.zeros(1),
+        }
 
-    def branch(self, x: Tensor, part: Part) -> Tensor:
-        down, down_bias, up, up_bias, gate = part.weights
+    def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
+        return self.normed("norm.stem", values + self.dvpt_positions[adapter])
+
+    def prepare_block(self, active: Sequence[str], rows: RowAdapters | None, state: PromptState, at: int) -> None:
+        assert state.states is not None
+        size = state.states.shape[1]
+        places = {}
+        for name, index in self.adapters_with_rows(len(state.states), state.states.device):
+            unused = 0
+            if state.unused is not None and index is not None:
+                unused = int(state.unused[index[0]].sum())
+            places[name] = _PromptPlaces(at, unused, size - unused)
+        state.context.shared[self, "places"] = places
+
+    def branch(self, adapter: str, sub_layer: str, stream: Tensor) -> Tensor:
+        context = ForwardContext.current()
+        assert context is not None, "the stream was read from it"
+        if not self.configs[adapter].may_write(self.depth):
+            return torch.zeros_like(stream)
+        places: _PromptPlaces = context.shared[self, "places"][adapter]
+        if not places.unused:
+            return self._bottleneck(adapter, stream, places)
+        # Zero at prompts that the rows do not have.
+        kept, end = stream.new_ones(stream.shape[1], dtype=torch.bool), places.at + places.unused
+        kept[places.at : end] = False
+        added = self._bottleneck(adapter, stream[:, kept], places)
+        return added.new_zeros(stream.shape).index_copy(1, kept.nonzero().flatten(), added)
+
+    def _bottleneck(self, adapter: str, x: Tensor, places: _PromptPlaces) -> Tensor:
+        """Gated bottleneck S of a stream x (rows, sequence, width) with prompts at `places.at`."""
+        down, down_bias, up, up_bias, gate = (
+            cast(Tensor, self.parameter(adapter, name)) for name in self.adapter_layer_names[2:]
+        )
         x = x.to(down.dtype)
-        if self.configs[part.adapter].variant == "author_code":
+        if self.configs[adapter].variant == "author_code":
             z = _quick_gelu(linear(x, down, down_bias))
         else:
-            tokens, prompts = split(linear(_quick_gelu(x), down, down_bias), part.count, part.at)
-            patches = tokens[:, self.prefix_tokens :]
+            tokens, prompts = split(linear(_quick_gelu(x), down, down_bias), places.count, places.at)
+            patches = tokens[:, self.stack.prefix_tokens :]
             prompts = (prompts @ patches.mT / math.sqrt(self.width)).softmax(-1) @ patches
-            z = insert(tokens, prompts, part.at)
+            z = insert(tokens, prompts, places.at)
         return gate * linear(z, up, up_bias)
 
 

@@ -13,7 +13,7 @@ than others, and then no learning rate fits.
 The instruction is what `instruction_mask`, an argument of the model's forward, says it is; else the tokens before the
 first that has a label (other than -100); else the whole text but its padding. `generate` without a KV cache reads the
 text anew for every token: give
-`peft_lab.prompt_inputs(instruction_mask=...)` around it, or the prompts also look at the answer so far.
+`peft_lab.row_inputs(instruction_mask=...)` around it, or the prompts also look at the answer so far.
 
 Source: Zhu et al. 2024, IAPT, arXiv:2405.18203; Liu et al. 2022, Late Prompt Tuning, arXiv:2210.11292; Wu et al. 2022,
 IDPG, arXiv:2204.04497. Written from the papers' equations.
@@ -22,16 +22,18 @@ IDPG, arXiv:2204.04497. Written from the papers' equations.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.tuners.forward_context import Call
+from peft_lab.tuners.forward_context import RowInput
 from peft_lab.tuners.sequence.layer import SequenceLayer
+from peft_lab.tuners.sequence.prompt_state import PromptState
 from peft_lab.tuners.sequence.tuner import SequenceConfig, register_sequence
 
 METHOD = MethodInfo(
@@ -105,6 +107,13 @@ class IAPTConfig(SequenceConfig):
         default=True, metadata={"help": "Scale hidden states to root mean square 1 before projecting.", "other": False}
     )
 
+    def row_inputs(self) -> tuple[RowInput, ...]:
+        return (RowInput("instruction_mask", per_token=True),)
+
+    def shares(self, projection: str) -> bool:
+        """Test whether all blocks have a projection ("down" or "up") in common."""
+        return self.share in (projection, "both")
+
     def check(self) -> None:
         super().check()
         for name in ("num_prompts", "bottleneck"):
@@ -113,7 +122,7 @@ class IAPTConfig(SequenceConfig):
 
 
 class IAPTLayer(SequenceLayer):
-    """A block with a generator before it; projections that blocks share stand at the first that makes prompts."""
+    """A block with a prompt generator before it."""
 
     adapter_layer_names = (
         *("iapt_down", "iapt_up", "iapt_down_bias", "iapt_up_bias"),
@@ -123,18 +132,12 @@ class IAPTLayer(SequenceLayer):
     activation_names: ClassVar[tuple[str, ...]] = ("iapt_numerator", "iapt_denominator")
 
     def initial_values(self, adapter: str, config: IAPTConfig) -> dict[str, Tensor]:
-        if not config.writes(self.depth):
+        if not config.may_write(self.depth):
             return {}
-        before = [depth for depth in range(self.depth) if config.writes(depth)]
-        first = all(self.widths[depth] != self.width for depth in before)
-        out = self.width * (config.num_prompts if config.pool in ("first", "last") else 1)
         values: dict[str, Tensor] = {}
-        if first or config.share not in ("down", "both"):
-            values["iapt_down"] = nn.init.kaiming_uniform_(torch.empty(config.bottleneck, self.width), math.sqrt(5))
-            values |= {"iapt_down_bias": torch.zeros(config.bottleneck)} if config.biases else {}
-        if first or config.share not in ("up", "both"):
-            values["iapt_up"] = torch.zeros(out, config.bottleneck)
-            values |= {"iapt_up_bias": torch.zeros(out)} if config.biases else {}
+        for name in ("down", "up"):
+            if not config.shares(name):
+                values |= self._projection_start(name, config)
         if config.pool == "self_attention":
             queries = torch.empty(config.num_prompts, config.bottleneck)
             values["iapt_queries"] = nn.init.kaiming_uniform_(queries, math.sqrt(5))
@@ -142,36 +145,54 @@ class IAPTLayer(SequenceLayer):
             values |= {"iapt_numerator": torch.tensor(NUMERATOR), "iapt_denominator": torch.tensor(DENOMINATOR)}
         return values
 
-    def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
-        if not self.configs[adapter].writes(self.depth):
-            return None
-        mask = self.instruction(tokens, call)
-        with torch.autocast(tokens.device.type, enabled=False):  # powers of the pooled vectors want float32
-            return self._generated(adapter, tokens, mask, call)
+    def share_key(self, config: IAPTConfig) -> Hashable:
+        # Projections of one width are shared; blocks without prompts have none.
+        return self.width if config.may_write(self.depth) else None
 
-    def _generated(self, adapter: str, tokens: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+    def shared_values(self, adapter: str, config: IAPTConfig) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        for name in ("down", "up"):
+            if config.shares(name) and self.share_key(config) is not None:
+                values |= self._projection_start(name, config)
+        return values
+
+    def _projection_start(self, name: str, config: IAPTConfig) -> dict[str, Tensor]:
+        """Start values of the projection down, or of the projection up, which starts at zero."""
+        if name == "down":
+            weight = nn.init.kaiming_uniform_(torch.empty(config.bottleneck, self.width), math.sqrt(5))
+        else:
+            one_for_all = config.pool in ("first", "last")
+            weight = torch.zeros(self.width * (config.num_prompts if one_for_all else 1), config.bottleneck)
+        values = {f"iapt_{name}": weight}
+        if config.biases:
+            values[f"iapt_{name}_bias"] = torch.zeros(len(weight))
+        return values
+
+    def prompts(self, adapter: str, tokens: Tensor, state: PromptState) -> Tensor | None:
+        if not self.configs[adapter].may_write(self.depth):
+            return None
+        mask = self.instruction(tokens, state)
+        with torch.autocast(tokens.device.type, enabled=False):  # powers of the pooled vectors want float32
+            return self._generated(adapter, tokens, mask)
+
+    def _generated(self, adapter: str, tokens: Tensor, mask: Tensor | None) -> Tensor:
         config = self.configs[adapter]
-        down, up = self._projection("down", adapter, call), self._projection("up", adapter, call)
-        tokens = tokens.to(down[0].dtype).contiguous()  # one copy is kept for both uses
-        hidden = nn.functional.linear(tokens, down[0]).float()
+        down, up = (cast(Tensor, self.parameter(adapter, name)) for name in ("iapt_down", "iapt_up"))
+        tokens = tokens.to(down.dtype).contiguous()  # one copy is kept for both uses
+        hidden = nn.functional.linear(tokens, down).float()
         if config.normalize:  # behind the projection, so that no normalised copy is kept
             norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=torch.float32)
             hidden = hidden * (norms.square() / self.width + 1e-6).rsqrt()
-        if down[1] is not None:
-            hidden = hidden + down[1]
+        down_bias = self.parameter(adapter, "iapt_down_bias")
+        if down_bias is not None:
+            hidden = hidden + down_bias
         pooled = self._pooled(adapter, hidden, mask)
         if config.activation == "rational":
             pooled = rational(pooled, self.iapt_numerator[adapter].float(), self.iapt_denominator[adapter].float())
         else:
             pooled = getattr(nn.functional, config.activation)(pooled)
-        return nn.functional.linear(pooled.to(up[0].dtype), *up).reshape(len(tokens), config.num_prompts, self.width)
-
-    def _projection(self, name: str, adapter: str, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a projection, of this block or of the one that keeps it for all."""
-        weights, biases = getattr(self, f"iapt_{name}"), getattr(self, f"iapt_{name}_bias")
-        if adapter in weights:
-            call.shared[adapter, name] = (weights[adapter], biases.get(adapter))
-        return call.shared[adapter, name]
+        made = nn.functional.linear(pooled.to(up.dtype), up, self.parameter(adapter, "iapt_up_bias"))
+        return made.reshape(len(tokens), config.num_prompts, self.width)
 
     def _pooled(self, adapter: str, x: Tensor, mask: Tensor | None) -> Tensor:
         """Vectors (batch, prompts or 1, bottleneck) from those of the instruction in x (batch, tokens, bottleneck)."""

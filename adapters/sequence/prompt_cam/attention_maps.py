@@ -2,7 +2,7 @@
 
 For methods with one slot per class (`image_logits`). Queries and keys of the last block are read where they are made,
 so any kind of attention kernel will do. A head is taken from a class by setting the class prompt's query to zero there:
-it then looks everywhere alike. What other slots and tokens see stays the same.
+it then looks everywhere alike. What other prompts and tokens see stays the same.
 """
 
 from __future__ import annotations
@@ -86,16 +86,16 @@ class LastBlock:
     @property
     def heads(self) -> int:
         """Number of heads of the last block."""
-        return int(self.layer.settings.num_attention_heads)
+        return int(self.layer.stack.settings.num_attention_heads)
 
     def _maps(self, q: Tensor, k: Tensor, pixels: Tensor) -> Tensor:
         q, k = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k))
-        classes = self.layer.classes
+        classes = self.layer.stack.classes
         own = q.narrow(2, self.at, classes)
         weights = (own @ k.mT / own.shape[-1] ** 0.5).softmax(-1)
         tokens, _ = split(weights, classes, self.at, dim=3)
-        patches = tokens[..., self.layer.prefix_tokens :]
-        patch = self.layer.settings.patch_size
+        patches = tokens[..., self.layer.stack.prefix_tokens :]
+        patch = self.layer.stack.settings.patch_size
         height, width = patch if isinstance(patch, list | tuple) else (patch, patch)
         grid = (pixels.shape[-2] // height, pixels.shape[-1] // width)
         if patches.shape[-1] != grid[0] * grid[1]:
@@ -129,8 +129,8 @@ class LastBlock:
         finally:
             handle.remove()
         out = out[0] if isinstance(out, tuple) else out
-        _, slots = split(out, self.layer.classes, self.at)
-        return self.layer.logits(self.adapter, slots).float().softmax(-1)[:, target]
+        _, prompts = split(out, self.layer.stack.classes, self.at)
+        return self.layer.logits(self.adapter, prompts).float().softmax(-1)[:, target]
 
     def needed_heads(self, row: int, target: int, keep: int | None = None) -> list[int]:
         """Heads that a class needs in one image: greedily, the head whose loss costs least probability goes first.
@@ -157,7 +157,7 @@ class LastBlock:
 
 def _scoring_layer(model: nn.Module) -> Any:
     layers = [m for m in model.modules() if isinstance(m, SequenceLayer) and m.info.can("image_logits")]
-    last = [m for m in layers if m.depth == m.depths - 1 and {*m.active_adapters} & {*m.configs}]
+    last = [m for m in layers if m.depth == m.num_blocks - 1 and {*m.active_adapters} & {*m.configs}]
     if not last or last[0].disable_adapters:
         raise ConfigError(f"{type(model).__name__} has no active adapter with a prompt for each class.")
     return last[0]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from peft_lab.cli.options import Base, OtherBase
 from peft_lab.errors import ConfigError
 
 
@@ -35,12 +36,8 @@ def attention_maps(
     task: Annotated[
         str | None, typer.Option(help="The task whose labels apply, instead of the adapter's or the base's own.")
     ] = None,
-    model_name_or_path: Annotated[
-        str | None, typer.Option("--model_name_or_path", help="Load this base instead of the one the adapter names.")
-    ] = None,
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow_other_base", help="Warn instead of refusing if the base has other weights.")
-    ] = False,
+    model_name_or_path: Base = None,
+    allow_other_base: OtherBase = False,
 ) -> None:
     """Draw where each head looks for a class, and which heads the class needs (framed)."""
     from peft_lab.data.task_registry import load_task

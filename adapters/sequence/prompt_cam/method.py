@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.tuners.forward_context import Call
-from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StaticPrompts
+from peft_lab.tuners.sequence.prompt_state import PromptState
+from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
 from peft_lab.tuners.sequence.stored_tuner import register_static
 
 METHOD = MethodInfo(
@@ -62,7 +62,7 @@ class PromptCAMConfig(StaticConfig):
             )
 
 
-class PromptCAMLayer(StaticPrompts):
+class PromptCAMLayer(StoredPrompts):
     """A block before which class prompts (classes, width) are written; the last one also holds the scoring vector."""
 
     adapter_layer_names = ("prompt_cam_prompts", "prompt_cam_weight", "prompt_cam_bias")
@@ -70,22 +70,19 @@ class PromptCAMLayer(StaticPrompts):
 
     def initial_values(self, adapter: str, config: PromptCAMConfig) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        if self.depth in config.writing(self.depths):
-            values["prompt_cam_prompts"] = self.uniform(self.classes, self.width)
-        if self.depth == self.depths - 1:
+        if self.depth in config.prompted_block_indices(self.num_blocks):
+            values["prompt_cam_prompts"] = self.uniform(self.stack.classes, self.width)
+        if self.depth == self.num_blocks - 1:
             bound = 1 / math.sqrt(self.width)
             values["prompt_cam_weight"] = torch.empty(1, self.width).uniform_(-bound, bound)
             values["prompt_cam_bias"] = torch.zeros(1)
         return values
 
-    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
-        prompts = super().stored(adapter, call, rows)
-        if prompts is None:
-            return None
-        return nn.functional.dropout(prompts, self.configs[adapter].dropout, self.training)
+    def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
+        return nn.functional.dropout(values, self.configs[adapter].dropout, self.training)
 
-    def logits(self, adapter: str, slots: Tensor) -> Tensor:
-        hidden = self.normed("norm.final", slots)
+    def logits(self, adapter: str, prompts: Tensor) -> Tensor:
+        hidden = self.normed("norm.final", prompts)
         return (hidden * self.prompt_cam_weight[adapter]).sum(-1) + self.prompt_cam_bias[adapter]
 
 

@@ -16,6 +16,7 @@ the papers.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 from peft_lab.adapters.sequence.soft_prompt.text_init import states_before
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.tuners.forward_context import Call
 from peft_lab.tuners.registration import register
-from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StaticPrompts
+from peft_lab.tuners.sequence.prompt_state import PromptState
+from peft_lab.tuners.sequence.stack import chosen_stack
+from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
 from peft_lab.tuners.sequence.stored_tuner import StaticTuner
-from peft_lab.tuners.sequence.tuner import chosen_stack
 
 METHOD = MethodInfo(
     name="soft_prompt",
@@ -143,11 +144,11 @@ class SoftPromptConfig(StaticConfig):
                 )
 
 
-class SoftPromptLayer(StaticPrompts):
+class SoftPromptLayer(StoredPrompts):
     """A block before which prompts (tokens, width) are written.
 
-    With an MLP, the first such block holds the embeddings (tokens, width) and the MLP's first layer for all of them,
-    and each one its own part of the second.
+    With an MLP, the blocks share the embeddings (tokens, width) and the MLP's first layer, and each one has its own
+    part of the second.
     """
 
     adapter_layer_names = (
@@ -156,41 +157,55 @@ class SoftPromptLayer(StaticPrompts):
     )
 
     def initial_values(self, adapter: str, config: SoftPromptConfig) -> dict[str, Tensor]:
-        writing = config.writing(self.depths)
-        if self.depth not in writing:
+        if self.depth not in config.prompted_block_indices(self.num_blocks):
             return {}
         if config.prefix_projection:
-            return self._projection(config, writing[0])
+            hidden = self._hidden_units(config)
+            shapes = {"soft_prompt_out_weight": (self.width, hidden), "soft_prompt_out_bias": (self.width,)}
+            return {name: _as_torch_starts(shape, hidden) for name, shape in shapes.items()}
         start = getattr(config, "starts", {}).get(self.depth)
         if start is None:
             start = torch.empty(config.num_virtual_tokens, self.width).uniform_(-0.5, 0.5)
         return {"soft_prompt_tokens": start}
 
-    def _projection(self, config: SoftPromptConfig, first: int) -> dict[str, Tensor]:
-        """Embeddings and MLP, or what is this block's own of them, as torch starts such layers."""
-        width = self.widths[first]
-        hidden = config.encoder_hidden_size or width
-        shapes: dict[str, tuple[tuple[int, ...], int]] = {}
-        values: dict[str, Tensor] = {}
-        if self.depth == first:
-            values["soft_prompt_tokens"] = torch.randn(config.num_virtual_tokens, width)
-            shapes = {"soft_prompt_in_weight": ((hidden, width), width), "soft_prompt_in_bias": ((hidden,), width)}
-        shapes["soft_prompt_out_weight"] = ((self.width, hidden), hidden)
-        shapes["soft_prompt_out_bias"] = ((self.width,), hidden)
-        for name, (shape, inputs) in shapes.items():
-            bound = 1 / math.sqrt(inputs)
-            values[name] = torch.empty(shape).uniform_(-bound, bound)
-        return values
+    def share_key(self, config: SoftPromptConfig) -> Hashable:
+        # All blocks that write prompts share the embeddings and the first layer of the MLP.
+        return self.depth in config.prompted_block_indices(self.num_blocks)
 
-    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
-        prompts = super().stored(adapter, call, rows)
+    def shared_values(self, adapter: str, config: SoftPromptConfig) -> dict[str, Tensor]:
+        if not config.prefix_projection or not self.share_key(config):
+            return {}
+        hidden = self._hidden_units(config)
+        return {
+            "soft_prompt_tokens": torch.randn(config.num_virtual_tokens, self.width),
+            "soft_prompt_in_weight": _as_torch_starts((hidden, self.width), self.width),
+            "soft_prompt_in_bias": _as_torch_starts((hidden,), self.width),
+        }
+
+    def _hidden_units(self, config: SoftPromptConfig) -> int:
+        first = config.prompted_block_indices(self.num_blocks)[0]
+        return config.encoder_hidden_size or self.stack.widths[first]
+
+    def values(self, adapter: str, rows: int | None = None) -> Tensor | None:
+        config = self.configs[adapter]
+        if config.prefix_projection and self.share_key(config):
+            return self.parameter(adapter, "soft_prompt_tokens")
+        return super().values(adapter, rows)
+
+    def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
         if adapter not in self.soft_prompt_out_weight:
-            return prompts
-        if prompts is not None:
-            call.shared[adapter] = (prompts, self.soft_prompt_in_weight[adapter], self.soft_prompt_in_bias[adapter])
-        # each block computes it anew, for one that is recomputed in the backward pass must not look at another's
-        hidden = nn.functional.linear(*call.shared[adapter]).tanh()
+            return values
+        weight = self.parameter(adapter, "soft_prompt_in_weight")
+        assert weight is not None, "the MLP is there as a whole"
+        # Each block computes it anew, because one that is recomputed in the backward pass must not look at another's.
+        hidden = nn.functional.linear(values, weight, self.parameter(adapter, "soft_prompt_in_bias")).tanh()
         return nn.functional.linear(hidden, self.soft_prompt_out_weight[adapter], self.soft_prompt_out_bias[adapter])
+
+
+def _as_torch_starts(shape: tuple[int, ...], inputs: int) -> Tensor:
+    """Start values of a linear layer with so many inputs, as torch draws them."""
+    bound = 1 / math.sqrt(inputs)
+    return torch.empty(shape).uniform_(-bound, bound)
 
 
 class SoftPromptTuner(StaticTuner):

@@ -24,7 +24,7 @@ from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.config import AdapterConfig
 from peft_lab.tuners.layer import WeightLayer
-from peft_lab.tuners.mixed_batch import Rows
+from peft_lab.tuners.mixed_batch import RowAdapters
 from peft_lab.tuners.operations import conv2d_rows, embed_scale
 from peft_lab.tuners.registration import register
 
@@ -148,7 +148,7 @@ class SVFitLayer(WeightLayer):
             return spectral_conv2d(x, base, bases.u, delta, bases.vh)
         return spectral_linear(x, self.op.matrix(base.weight), base.bias, bases.u, delta, bases.vh)
 
-    def mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+    def mixed(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
         per_row = self._per_row(x, rows)
         if per_row is None:
             return super().mixed(x, rows, *args, **kwargs)
@@ -186,7 +186,7 @@ class SVFitLayer(WeightLayer):
         delta = values["svfit_delta"]
         return self._project(x, self._shared.head(delta.shape[1]), delta)
 
-    def _per_row(self, x: Tensor, rows: Rows) -> Tensor | None:
+    def _per_row(self, x: Tensor, rows: RowAdapters) -> Tensor | None:
         """Each row's change of the singular values (batch, r), zero without an adapter; None if bases differ."""
         present = [name for name in rows.names if name in self.configs]
         if not present or any(name in self.svfit_u for name in present):

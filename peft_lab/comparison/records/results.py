@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from peft_lab.errors import ConfigError
 from peft_lab.metrics import greater_is_better
-from peft_lab.metrics.predictions import ITEMS, Items, read_item_file
+from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 
 RESULTS, STUDY, COMPARISON, RUNS = "results.jsonl", "study.yaml", "comparison.json", "runs"
 
@@ -237,13 +237,13 @@ def _cut_torn_line(path: Path) -> bool:
         return position < end
 
 
-def read_items(folder: str | Path, record: Record) -> Items:
+def read_items(folder: str | Path, record: Record) -> Predictions:
     """The items of a record's test rows.
 
     Raises:
         ConfigError: the run was not scored on the test rows, or its folder is gone.
     """
-    return read_item_file(Path(folder) / record.folder / ITEMS)
+    return read_predictions(Path(folder) / record.folder / PREDICTIONS)
 
 
 @dataclass(frozen=True)

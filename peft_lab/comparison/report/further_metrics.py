@@ -12,7 +12,7 @@ from peft_lab.comparison.report.sentences import interval_text, join, metric_tit
 from peft_lab.comparison.report.tables import MISSING, Column, Entry, Table, further_names
 from peft_lab.comparison.stats.statistics import Arm, Cell, Estimate, score_of
 from peft_lab.metrics import greater_is_better
-from peft_lab.metrics.predictions import Items
+from peft_lab.metrics.predictions import Predictions
 
 TITLE = "Further metrics"
 
@@ -26,7 +26,7 @@ class Further:
     title: str = TITLE
 
 
-def further(cell: Cell, items: Callable[[Record], Items] | None = None) -> Further | None:
+def further(cell: Cell, items: Callable[[Record], Predictions] | None = None) -> Further | None:
     """The further metrics of a cell, the arms in the order of its headline; None if the task has one metric.
 
     Args:
@@ -59,7 +59,7 @@ def further(cell: Cell, items: Callable[[Record], Items] | None = None) -> Furth
     return Further(words, Table(f"{TITLE}: {cell.task}, {cell.backbone}", tuple(columns), tuple(rows)))
 
 
-def _score(arm: Arm, metric: str, items: Callable[[Record], Items] | None) -> tuple[Estimate, int]:
+def _score(arm: Arm, metric: str, items: Callable[[Record], Predictions] | None) -> tuple[Estimate, int]:
     """The estimate and the number of seeds that it is over: a metric may be missing or infinite in some runs."""
     scores = [(record, record.score(metric=metric)) for record in arm.records]
     runs = {record.seed: record for record, score in scores if score is not None and np.isfinite(score)}

@@ -21,7 +21,7 @@ from peft_lab.comparison.report.sentences import join, metric_title, words
 from peft_lab.comparison.stats.over_tasks import over_tasks
 from peft_lab.comparison.stats.pareto import front_of_all
 from peft_lab.comparison.stats.statistics import Cell, rank_arms
-from peft_lab.metrics.predictions import Items
+from peft_lab.metrics.predictions import Predictions
 from peft_lab.runs.run_config import dump_yaml
 from peft_lab.utils.text import markdown_text
 
@@ -178,7 +178,7 @@ def _section(
     anchor: str,
     cell: Cell,
     records: Sequence[Record],
-    items: Callable[[Record], Items],
+    items: Callable[[Record], Predictions],
     order: Sequence[str],
     plots: bool,
 ) -> Section:

@@ -33,7 +33,7 @@ from peft_lab.comparison.records.run import Run
 from peft_lab.data import prompt_column
 from peft_lab.metrics import greater_is_better
 from peft_lab.metrics.calibration import BINS, expected_calibration_error
-from peft_lab.metrics.predictions import ITEMS, Items, read_item_file
+from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import ALTERNATING
 
@@ -54,8 +54,8 @@ def measure(run: Run, place: Path, metrics: Mapping[str, Any]) -> dict[str, floa
     if run.stage != "final":
         return found
     batch_size = int(run.options.get("per_device_eval_batch_size", 32))
-    if (place / ITEMS).is_file():
-        found |= _calibration(read_item_file(place / ITEMS))
+    if (place / PREDICTIONS).is_file():
+        found |= _calibration(read_predictions(place / PREDICTIONS))
     if run.shifted:
         found |= _shifted(place, run.shifted, metrics, batch_size)
     if run.control:
@@ -91,11 +91,11 @@ def _of_training(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _calibration(items: Items) -> dict[str, float]:
-    return {"ece": calibration_error(items)} if items.kind == "classification" and len(items) else {}
+def _calibration(items: Predictions) -> dict[str, float]:
+    return {"ece": calibration_error(items)} if items.output_type == "classification" and len(items) else {}
 
 
-def calibration_error(items: Items, bins: int = BINS) -> float:
+def calibration_error(items: Predictions, bins: int = BINS) -> float:
     """Expected calibration error of a classifier's items, from bins of equal width."""
     confidence, correct = items.columns["confidence"], items.correct
     assert correct is not None, "classification items are right or wrong"

@@ -8,7 +8,7 @@ import json
 import math
 import random
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -272,26 +272,15 @@ def run_id(options: Mapping[str, Any], stage: str, launcher: Mapping[str, Any], 
 
 
 #: What a task file says to people, and what does not reach its runs by itself.
-_TELLS_ONLY = ("origin", "title", "description", "licence", "citation", "homepage", "shifted", "control")
+_TELLS_ONLY = ("title", "description", "licence", "citation", "homepage", "shifted", "control")
 
 
 @lru_cache(maxsize=256)
 def _task_content(source: str) -> str:
     task = load_task(source)
-    values = {name: value for name, value in _given(task).items() if name not in _TELLS_ONLY}
+    # without the values that are a field's default, so that a key that is new in tasks changes no old run
+    values = task.model_dump(exclude_defaults=True, exclude=set(_TELLS_ONLY))
     return json.dumps([values, str(task.folder) if task.where == "files" else ""], sort_keys=True, default=str)
-
-
-def _given(value: Any) -> Any:
-    """Plain values without those that are a field's default, so that a key that is new in tasks changes no old run."""
-    if not is_dataclass(value):
-        return value
-    found = {each.name: (each, getattr(value, each.name)) for each in fields(value)}
-    return {name: _given(content) for name, (each, content) in found.items() if content != _default(each)}
-
-
-def _default(each: Field[Any]) -> Any:
-    return each.default_factory() if each.default_factory is not MISSING else each.default
 
 
 def check_distinct(runs: Iterable[Run], seen: dict[str, Run]) -> None:

@@ -14,7 +14,7 @@ def bootstrap_interval(values: Sequence[np.ndarray]) -> tuple[float, float] | No
     """95 % percentile interval of a score, seeds and test rows resampled apart from each other.
 
     Args:
-        values: for each seed the rows' values, arrays (rows,), as `item_values` gives them; their mean is the score.
+        values: for each seed the rows' values, arrays (rows,), as `jackknife_values` gives; their mean is the score.
 
     Returns:
         None with fewer than two seeds or rows. With 3 seeds the interval is too narrow (`tests/test_statistics.py`).

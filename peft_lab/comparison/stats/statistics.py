@@ -21,8 +21,8 @@ from scipy import optimize, special
 from peft_lab.comparison.records.results import Record
 from peft_lab.errors import ConfigError
 from peft_lab.metrics import greater_is_better
-from peft_lab.metrics.per_row import BOUNDS, SHARES, item_values
-from peft_lab.metrics.predictions import Items
+from peft_lab.metrics.per_row import BOUNDS, SHARES, jackknife_values
+from peft_lab.metrics.predictions import Predictions
 
 Basis = Literal["seeds and rows", "seeds", "rows", "none"]
 
@@ -154,7 +154,7 @@ class Cell:
         return found.difference if found.first == first else found.difference.negated()
 
 
-def rank_arms(records: Iterable[Record], items: Callable[[Record], Items] | None = None) -> list[Cell]:
+def rank_arms(records: Iterable[Record], items: Callable[[Record], Predictions] | None = None) -> list[Cell]:
     """Put the arms of every task and backbone in order and test them against one another.
 
     Args:
@@ -169,7 +169,7 @@ def rank_arms(records: Iterable[Record], items: Callable[[Record], Items] | None
     return [_cell(task, backbone, runs, items) for (task, backbone), runs in started.items()]
 
 
-def _cell(task: str, backbone: str, records: list[Record], items: Callable[[Record], Items] | None) -> Cell:
+def _cell(task: str, backbone: str, records: list[Record], items: Callable[[Record], Predictions] | None) -> Cell:
     metric = next((record.main_metric for record in records if record.main_metric), "")
     groups: dict[str, list[Record]] = {record.arm: [] for record in records}  # an arm may have failed in the search
     final = [record for record in records if record.stage == "final"]
@@ -227,7 +227,7 @@ def _beaten(arm: Arm, higher: bool) -> bool:
 
 
 def _arm(
-    label: str, records: list[Record], seeds: Sequence[int], metric: str, items: Callable[[Record], Items] | None
+    label: str, records: list[Record], seeds: Sequence[int], metric: str, items: Callable[[Record], Predictions] | None
 ) -> Arm:
     good, failed = {}, []
     for record in records:
@@ -249,7 +249,7 @@ def _arm(
 
 
 def score_of(
-    runs: Mapping[int, Record], metric: str, items: Callable[[Record], Items] | None
+    runs: Mapping[int, Record], metric: str, items: Callable[[Record], Predictions] | None
 ) -> tuple[Estimate, Mapping[int, np.ndarray]]:
     """The mean of any metric over runs by seed, and its rows' values, which are empty if not all seeds have them."""
     values = {seed: _row_values(record, metric, items) for seed, record in runs.items()}
@@ -260,12 +260,12 @@ def score_of(
     return estimate(scores, list(kept.values()), metric, BOUNDS.get(metric)), kept
 
 
-def _row_values(record: Record, metric: str, items: Callable[[Record], Items] | None) -> np.ndarray | None:
+def _row_values(record: Record, metric: str, items: Callable[[Record], Predictions] | None) -> np.ndarray | None:
     """The rows' values of a run, or None if its items are missing or do not give the score that the run reports."""
     if items is None:
         return None
     try:
-        found = item_values(metric, items(record), record.metrics.get("data", {}).get("labels"))
+        found = jackknife_values(metric, items(record), record.metrics.get("data", {}).get("labels"))
     except ConfigError:  # the estimate's basis will say that rows are not accounted for
         return None
     reported = record.score(metric=metric)

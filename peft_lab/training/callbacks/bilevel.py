@@ -1,4 +1,4 @@
-"""Two sets of parameters in turn: weights on training data, a learned activation on held-out data."""
+"""Bi-level training: weights on training data, a learned activation on held-out data."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ LEARNING_RATE = 1e-6
 
 
 class AlternatingActivation(TrainerCallback):
-    """Train the activations of an adapter on a dataset of their own, after every few steps of all other parameters.
+    """Callback that trains learned activations on held-out data.
 
-    First-order bi-level training, as of IAPT's and MiLoRA's rational activations. `trainer.add_callback` takes it, and
-    the run option `alternating_every` adds it; the training itself leaves the activations alone. What it needs to go on
-    lies in `alternating.safetensors` of each checkpoint.
+    They make a step after every few steps of all other parameters. First-order bi-level training, as of IAPT's and
+    MiLoRA's rational activations. `trainer.add_callback` takes it, and the run option `alternating_every` adds it; the
+    training itself leaves the activations alone. The state that a resume needs lies in `alternating.safetensors` of
+    each checkpoint.
 
     Args:
         dev_dataset: held-out rows, preprocessed as those of training.
         every: steps of training between two steps of the activations.
         learning_rate: of the activations.
-        collator: joins rows into a batch; nothing means that of the training.
+        collator: joins rows into a batch; that of the training by default.
 
     Raises:
         ConfigError: `every` is below 1, or, when training begins, the model has no learned activation.
@@ -77,11 +78,17 @@ class AlternatingActivation(TrainerCallback):
             self._restore(_kept(args, state))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let no gradient reach the activations, which would also count where gradients are clipped to a norm."""
+        """Let no gradient reach the activations.
+
+        It would also count where gradients are clipped to a norm.
+        """
         self._hooks.extend(parameter.register_hook(torch.zeros_like) for parameter in self._parameters)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the activations out of the step on training data: without a gradient an optimizer leaves them."""
+        """Keep the activations out of the step on training data.
+
+        Without a gradient an optimizer leaves them alone.
+        """
         while self._hooks:
             self._hooks.pop().remove()
         for parameter in self._parameters:
@@ -100,7 +107,7 @@ class AlternatingActivation(TrainerCallback):
         self._steps += 1
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep in the checkpoint how many steps the activations have made, and the moments of their optimizer."""
+        """Save the steps of the activations and the moments of their optimizer."""
         if not state.is_world_process_zero or self._optimizer is None:
             return
         kept = {
@@ -108,13 +115,14 @@ class AlternatingActivation(TrainerCallback):
             for index, parameter in enumerate(self._parameters)
             for name, value in self._optimizer.state[parameter].items()
         }
+        # a killed run leaves no half-written file under the final name
         path = _kept(args, state)
         partial = path.with_suffix(".partial")
         save_file({**kept, "steps": torch.tensor(self._steps)}, partial)
         partial.replace(path)
 
     def _restore(self, path: Path) -> None:
-        """Go on with the moments and the held-out batches as the checkpoint left them."""
+        """Restore the moments and the position in the held-out batches."""
         if not path.is_file():
             logger.warning('There is no "%s": the moments and the batches of the activations start anew.', path)
             return
@@ -125,12 +133,13 @@ class AlternatingActivation(TrainerCallback):
             parameter = self._parameters[int(index)]
             assert self._optimizer is not None, "made before"
             self._optimizer.state[parameter][name] = value if name == "step" else value.to(parameter.device)
+        # the batches are drawn from a seed, so those already used are passed over
         for _ in range(self._steps):
             next(self._batches)
 
 
 def activation_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of learned activations that train, of all adapters of a model."""
+    """Trainable parameters of the learned activations of a model."""
     found = [
         parameter
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""What slots in a sequence mean for the arguments of a block: hidden states, masks, rotary positions, position ids."""
+"""Arguments of a block extended for prompts in its sequence: masks, rotary positions and biases."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from peft_lab.tuners.tokens import insert
 
 
 def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal: bool, unused: Tensor | None) -> Any:
-    """The attention mask of a prefill with `count` slots put in at position `at`.
+    """The attention mask of a prefill with `count` prompts put in at position `at`.
 
     Args:
         mask: as the stack made it for the tokens alone: None, bool or additive (batch or 1, heads or 1, queries or 1,
             keys), or (batch, keys) for flash attention.
-        tokens: hidden states (batch, n, dim) without slots.
-        causal: whether the block is causal; a slot then sees the slots before it only, and no token.
-        unused: bool (batch, count), slots that a row does not have; None if every row has all.
+        tokens: hidden states (batch, n, dim) without prompts.
+        causal: whether the block is causal; a prompt then sees the prompts before it only, and no token.
+        unused: bool (batch, count), prompts that a row does not have; None if every row has all.
 
     Raises:
-        ConfigError: a kind of mask that has no place for slots.
+        ConfigError: a kind of mask that has no place for prompts.
     """
     if mask is None:
         if unused is None:
@@ -63,9 +63,9 @@ def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal
 
 
 def align_keys(mask: Any, keys: int, tokens: Tensor, unused: Tensor | None) -> Any:
-    """The mask of a decoding step for a layer that holds `keys` entries, the slots at the left of them.
+    """The mask of a decoding step for a layer that holds `keys` entries, the prompts at the left of them.
 
-    The stack sizes one mask for all layers, by the first one, which may hold fewer or more slots than this one.
+    The stack sizes one mask for all layers, by the first one, which may hold fewer or more prompts than this one.
     """
     if mask is None:
         if unused is None or not unused.any():
@@ -85,7 +85,7 @@ def align_keys(mask: Any, keys: int, tokens: Tensor, unused: Tensor | None) -> A
 
 
 def extend_rotary(embeddings: Any, tokens: int, count: int, at: int) -> Any:
-    """Rotary positions with the slots at position 0; others (patches alone) as they are.
+    """Rotary positions with the prompts at position 0; others (patches alone) as they are.
 
     They are cosines and sines (batch or 1, tokens, dim), or complex numbers of that shape.
     """
@@ -104,7 +104,7 @@ def extend_rotary(embeddings: Any, tokens: int, count: int, at: int) -> Any:
 
 
 def extend_bias(bias: Tensor | None, tokens: int, count: int, at: int) -> Tensor | None:
-    """A relative position bias (..., tokens, tokens) with zeros for the slots; one made for the slots too as it is."""
+    """A relative position bias (..., tokens, tokens) with zeros for the prompts; a longer one stays as it is."""
     if bias is None or bias.shape[-1] != tokens:
         return bias
     bias = insert(bias, bias.new_zeros(*bias.shape[:-1], count), at, bias.ndim - 1)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
-from peft_lab.tuners.forward_context import CALL
 from peft_lab.tuners.sequence.particles import Points, particles
+from peft_lab.tuners.sequence.prompt_state import PromptState
 from peft_lab.tuners.sequence.stored_prompts import StoredPrompts
 
 #: Most rows that a mixture is fitted to, drawn evenly from all that are read.
@@ -44,7 +44,7 @@ def domain_prompts(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
         for layer in model.modules()
         if isinstance(layer, StoredPrompts) and not layer.disable_adapters
         for adapter in layer.active_adapters
-        if layer.takes_domain(adapter)
+        if layer.initialises_from_data(adapter)
     ]
     if len(found) != 1:
         raise ConfigError(
@@ -53,13 +53,13 @@ def domain_prompts(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
     ((layer, adapter),) = found
     config, target = layer.configs[adapter], layer.stored_values[adapter]
     rows = _sample(_pooled(model, layer, batches), seed)
-    prompts = target.shape[: -2 if layer.draws(adapter) else -1]
+    prompts = target.shape[: -2 if layer.draws_particles(adapter) else -1]
     each = config.domain_share(prompts.numel())
     points = particles(rows, prompts.numel() * each, config.domain_components, config.domain_dimensions, seed)
     values = torch.from_numpy(points).reshape(*prompts, each, target.shape[-1])
     with torch.no_grad():
-        target.copy_(values if layer.draws(adapter) else values.mean(-2))
-    layer.waiting.discard(adapter)
+        target.copy_(values if layer.draws_particles(adapter) else values.mean(-2))
+    layer.awaiting_data.discard(adapter)
 
 
 class _Reached(Exception):
@@ -71,9 +71,9 @@ def _pooled(model: nn.Module, layer: StoredPrompts, batches: Iterable[Mapping[st
     found: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = CALL.get()
-        tokens = (args[0] if args else kwargs["hidden_states"])[:, layer.prefix_tokens :].float()
-        mask = None if call is None else call.mask
+        state = PromptState.current()
+        tokens = (args[0] if args else kwargs["hidden_states"])[:, layer.stack.prefix_tokens :].float()
+        mask = None if state is None else state.mask
         if mask is None:
             found.append(tokens.mean(1))
         else:

@@ -1,31 +1,41 @@
-"""Prompts in the sequence of a frozen backbone: each wrapped block puts slots in, runs, and takes them out again.
+"""Prompt tokens in the sequence of a frozen backbone: each wrapped block puts them in, runs, and takes them out again.
 
-Between the blocks only tokens travel; what a block made of the slots is kept in the `Call` and goes into the next
-block, unless that one writes prompts of its own. So the pooler, the final norm, the head and whoever reads hidden
-states see the tokens alone. The slots have no position: learned position tables do not see them, and under rotary
-positions they stand at position 0, so text keeps the positions it has without them. Masks, rotary positions and biases,
-which the stack makes for the tokens alone, are extended on the way into each block (`attention_inputs`).
+Between the blocks only the text or image tokens travel; what a block made of the prompts is kept in the `PromptState`
+and goes into the next block, unless that one writes prompts of its own. So the pooler, the final norm, the head and
+whoever reads hidden states see the tokens alone. The prompts have no position: learned position tables do not see them,
+and under rotary positions they stand at position 0, so text keeps the positions it has without them. Masks, rotary
+positions and biases, which the stack makes for the tokens alone, are extended on the way into each block
+(`attention_inputs`).
 
-With a KV cache the slots are filled at prefill and stay in the cache; a step of decoding only counts them. Blocks that
-attend within windows are the matter of `peft_lab.tuners.sequence.window_attention`.
+With a KV cache the prompts are written at prefill and stay in the cache; a step of decoding only counts them. Blocks
+that attend within windows are the matter of `window_attention`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from peft_lab.errors import ConfigError
-from peft_lab.tuners.forward_context import CACHE_SLOTS, CALL, CacheSlots, Call, own_cache
 from peft_lab.tuners.layer import AdapterLayer
-from peft_lab.tuners.mixed_batch import BASE, Rows
+from peft_lab.tuners.mixed_batch import BASE, RowAdapters, current_row_adapters
 from peft_lab.tuners.sequence import window_attention
 from peft_lab.tuners.sequence.attention_inputs import align_keys, extend_bias, extend_mask, extend_rotary
+from peft_lab.tuners.sequence.prompt_state import (
+    CACHED_PROMPTS,
+    HEAD_LOGITS,
+    READOUT,
+    CachedPrompts,
+    PromptState,
+    self_attention_cache,
+)
+from peft_lab.tuners.sequence.stack import StackInfo
 from peft_lab.tuners.sequence.supported_models import explained
 from peft_lab.tuners.tokens import insert, parameter_names, split
 
@@ -40,38 +50,30 @@ _OWN_ROTARY = ("gptj", "codegen")
 
 
 class SequenceLayer(AdapterLayer):
-    """A block of a stack with room for prompts. A method supplies `initial_values` and `prompts`.
+    """A block of a stack that takes prompt tokens. A method supplies `initial_values` and `prompts`.
 
     Attributes:
-        depth, depths: index of the block in its stack, and the number of blocks there.
-        widths: width of the hidden states of each block of the stack.
-        downsample: what merges patches right before this block, as a module and a name in it; None if nothing does.
-        settings: config of the stack.
-        norms: the norms before (`norm.stem`) and behind (`norm.final`) all blocks, as a module and a name in it: a norm
-            may be wrapped later.
-        classes: number of labels of the model.
-        prefix_tokens: class and register tokens of a vision transformer, which stand before the patches; 0 for text.
-        causal: whether no block of the stack lets a token see later ones.
-        attends: whether this block has attention; a convolution or a recurrence has none.
+        depth: index of the block in its stack.
+        stack: facts of the stack.
+        downsample: module that merges patches right before this block, and its name in that module; None if none does.
     """
 
     depth: int
-    depths: int
-    widths: Sequence[int]
+    stack: StackInfo
     downsample: tuple[nn.Module, str] | None
-    settings: Any
-    norms: dict[str, tuple[nn.Module, str]]
-    classes: int
-    prefix_tokens: int
-    causal: bool
-    attends: bool
-    #: Whether the method also has a meaning where a block attends within windows, each of which holds the prompts.
+    #: True if the method also has a meaning where a block attends within windows, each of which holds the prompts.
     in_windows: ClassVar[bool] = True
+    general_forms: ClassVar[Mapping[str, str]] = {"mixed": "prompts"}
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks of the stack."""
+        return len(self.stack.widths)
 
     @property
     def width(self) -> int:
         """Width of the hidden states."""
-        return self.widths[self.depth]
+        return self.stack.widths[self.depth]
 
     def read_base(self, name: str) -> None:
         base = self.base_layer
@@ -88,28 +90,28 @@ class SequenceLayer(AdapterLayer):
         for module in self._biases:
             module.register_forward_hook(_extend_own_bias, with_kwargs=True)
 
-    def instruction(self, tokens: Tensor, call: Call) -> Tensor | None:
+    def instruction(self, tokens: Tensor, state: PromptState) -> Tensor | None:
         """The tokens that a prompt may depend on, bool (batch, tokens); None for all.
 
         They are neither padding nor answer: as `instruction_mask` gives them, else, where a model continues a text,
-        those before the first label of the row. What stands behind an answer, such as a further turn, has seen it.
+        those before the first label of the row. A further turn behind an answer has seen it and does not count.
 
         Raises:
             ConfigError: a row has no such token, or `instruction_mask` is not of the batch's shape.
         """
-        given, labels = call.instruction, call.labels
+        given, labels = state.row_input("instruction_mask"), state.labels
         if given is not None and given.shape != tokens.shape[:2]:
             raise ConfigError(
                 f"instruction_mask has shape {list(given.shape)}, expected {list(tokens.shape[:2])} as the tokens have."
             )
-        continued = self.causal and call.continues
+        continued = self.stack.causal and state.continues_text
         if given is None and continued and labels is not None and labels.shape == tokens.shape[:2]:
             given = (labels != -100).cumsum(1) == 0
         if given is None:
             if continued and self.training:
                 warnings.warn(_NO_INSTRUCTION.format(self.info.name), stacklevel=2)
-            return call.mask
-        chosen = given.bool() if call.mask is None else given.bool() & call.mask
+            return state.mask
+        chosen = given.bool() if state.mask is None else given.bool() & state.mask
         if not bool(chosen.any(1).all()):
             raise ConfigError(
                 f'Method "{self.info.name}" makes its prompts from the instruction, and a row of the batch has none: '
@@ -119,137 +121,127 @@ class SequenceLayer(AdapterLayer):
 
     # What a method supplies -------------------------------------------------------------------------------------
 
-    def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
-        """The prompts written before this block (batch, slots, dim) for hidden states (batch, tokens, dim).
+    def prompts(self, adapter: str, tokens: Tensor, state: PromptState) -> Tensor | None:
+        """The prompts written before this block (batch, prompts, dim) for hidden states (batch, tokens, dim).
 
-        None leaves the slots as the block before made them.
+        None leaves the prompts as the block before made them.
         """
         raise NotImplementedError
 
     def position(self, adapter: str) -> int:
-        """Where in the sequence the slots stand: the number of tokens before them."""
+        """Number of tokens before the prompts."""
         return 0
 
-    def logits(self, adapter: str, slots: Tensor) -> Tensor:
-        """Class logits (batch, classes) from what the last block made of the slots (batch, slots, dim).
+    def logits(self, adapter: str, prompts: Tensor) -> Tensor:
+        """Class logits (batch, classes) from what the last block made of the prompts (batch, prompts, dim).
 
         For a method that declares `image_logits`; the model's own loss gets them in place of the head's.
         """
         raise NotImplementedError
 
-    def arguments(self, active: list[str], rows: Rows | None, call: Call, at: int) -> dict[str, Any]:
-        """Further arguments of the block, for hooks inside it that the method has put there; slots stand at `at`."""
-        return {}
+    def prepare_block(self, active: Sequence[str], rows: RowAdapters | None, state: PromptState, at: int) -> None:
+        """Hand on to hooks inside the block what the method has put there; prompts stand at `at`."""
 
     # What is the same for all -----------------------------------------------------------------------------------
 
     def _all_available_adapter_names(self) -> list[str]:
-        # peft's own goes by parameters, which a block has not that only hands slots on
+        # peft's own goes by parameters, which a block that only hands prompts on does not have
         return sorted(self.configs)
 
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The block on tokens with prompts; what it returns has the tokens alone."""
-        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
-        rows = None if adapter_names is None or self.disable_adapters else Rows.of(adapter_names)
+        active, rows = self._adapters(adapter_names)
         if not active and rows is None:
             return self.base_layer(*args, **kwargs)
-        call = CALL.get()
-        if call is None:
+        state = PromptState.current()
+        if state is None:
             raise ConfigError("A block with prompts was called without its backbone; call the whole model.")
-        if call.refused:
-            raise ConfigError(call.refused)
+        if state.refused:
+            raise ConfigError(state.refused)
         positional = self._names[: len(args)]
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         tokens = kwargs.pop("hidden_states" if "hidden_states" in kwargs else self._names[0])
-        call.depth += 1
-        if not call.prefill:
-            return self._run(tokens, positional, self._decode(call, tokens, kwargs))
-        if self.downsample is not None and call.states is not None:
-            call.states = window_attention.merge(getattr(*self.downsample), call.states)
-        if rows is None:
-            self._write(active, tokens, call)
-        else:
-            self._write_rows(rows, tokens, call)
-        if call.states is None:
-            self._enter_cache(call, _cache_of(kwargs), 0)
+        state.depth += 1
+        state.batch = len(tokens)
+        if not state.prefill:
+            return self._run(tokens, positional, self._decode(state, tokens, kwargs))
+        self._write(active, rows, tokens, state)
+        if state.states is None:
+            self._enter_cache(state, _cache_of(kwargs), 0)
             return self._run(tokens, positional, kwargs)
         at = self._position(active if rows is None else rows.names)
-        if self._windowed:
-            slots = window_attention.Slots(call.states.shape[1], at, call.unused)
-            block = partial(self._run, positional=positional, kwargs=kwargs)
-            out = window_attention.run(self.base_layer, slots, block, insert(tokens, call.states, at))
-        else:
-            kwargs = self._prefill(call, tokens, kwargs, at) | self.arguments(active, rows, call, at)
-            out = self._run(insert(tokens, call.states, at), positional, kwargs)
+        out = self._run_with_prompts(active, rows, tokens, positional, kwargs, state, at)
         hidden = out[0] if isinstance(out, tuple | list) else out
-        kept, call.states = split(hidden, call.states.shape[1], at)
-        if self.depth == self.depths - 1:
-            call.readout = self._readout(active, rows, call)
-            if self.info.can("image_logits"):
-                call.logits = self._scored(active, rows, call.states)
+        kept, state.states = split(hidden, state.states.shape[1], at)
+        if self.depth == self.num_blocks - 1:
+            self._leave_stack(active, rows, state)
         return type(out)((kept, *out[1:])) if isinstance(out, tuple | list) else kept
+
+    def _adapters(self, adapter_names: Any) -> tuple[list[str], RowAdapters | None]:
+        """The active adapters that this block has, and the adapters of the rows in a mixed batch."""
+        if self.disable_adapters:
+            return [], None
+        rows = current_row_adapters() if adapter_names is None else RowAdapters.of(adapter_names)
+        return [name for name in self.active_adapters if name in self.configs], rows
 
     def _run(self, hidden: Tensor, positional: Sequence[str], kwargs: dict[str, Any]) -> Any:
         """The block itself. What came by position goes on so: checkpointing cuts the graph at those arguments alone."""
         by_name = {name: value for name, value in kwargs.items() if name not in positional}
-        with explained(self.settings.model_type):
+        with explained(self.stack.settings.model_type):
             return self.base_layer(hidden, *(kwargs[name] for name in positional[1:]), **by_name)
 
+    def _run_with_prompts(
+        self,
+        active: Sequence[str],
+        rows: RowAdapters | None,
+        tokens: Tensor,
+        positional: Sequence[str],
+        kwargs: dict[str, Any],
+        state: PromptState,
+        at: int,
+    ) -> Any:
+        """The output of the block for tokens with the prompts of `state` at position `at`."""
+        assert state.states is not None
+        if self._windowed:
+            prompts = window_attention.Prompts(state.states.shape[1], at, state.unused)
+            block = partial(self._run, positional=positional, kwargs=kwargs)
+            return window_attention.run(self.base_layer, prompts, block, insert(tokens, state.states, at))
+        kwargs = self._prefill(state, tokens, kwargs, at)
+        self.prepare_block(active, rows, state, at)
+        return self._run(insert(tokens, state.states, at), positional, kwargs)
+
     def normed(self, role: str, hidden: Tensor) -> Tensor:
-        """Hidden states behind one of `norms`; as they are if the backbone has none there."""
-        return getattr(*self.norms[role])(hidden) if role in self.norms else hidden
+        """Hidden states behind one of the stack's norms; as they are if the backbone has none there."""
+        norms = self.stack.norms
+        return getattr(*norms[role])(hidden) if role in norms else hidden
 
-    def _scored(self, active: list[str], rows: Rows | None, slots: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """`Call.logits` from the slots of the last block."""
-        if rows is None:
-            return self.logits(active[0], slots), None
-        out = slots.new_zeros(len(slots), self.classes, dtype=torch.float32)
-        scored = torch.zeros(len(slots), dtype=torch.bool, device=slots.device)
-        for name in rows.names:
-            if name != BASE and name in self.configs:
-                index = rows.of_adapter(name, len(slots), slots.device)
-                out = out.index_copy(0, index, self.logits(name, slots[index]).to(out.dtype))
-                scored[index] = True
-        return out, scored
+    # Writing ----------------------------------------------------------------------------------------------------
 
-    def _readout(self, active: list[str], rows: Rows | None, call: Call) -> tuple[Tensor, Tensor] | None:
-        """`Call.readout` from the slots of the last block."""
-        names = [name for name in (active if rows is None else rows.names) if name in self.configs]
-        reading = [name for name in names if self.configs[name].reads_out()]
-        if not reading or call.states is None:
-            return None
-        used = call.states.new_ones(call.states.shape[:2], dtype=torch.bool)
+    def _write(self, active: list[str], rows: RowAdapters | None, tokens: Tensor, state: PromptState) -> None:
+        """Write the prompts of this block into the state."""
+        if self.downsample is not None and state.states is not None:
+            state.states = window_attention.merge(getattr(*self.downsample), state.states)
         if rows is not None:
-            used = torch.zeros_like(used)
-            for name in reading:
-                used[rows.of_adapter(name, len(used), used.device)] = True
-        return call.states, used if call.unused is None else used & ~call.unused
-
-    def _position(self, names: Sequence[str]) -> int:
-        found = {self.position(name) for name in names if name in self.configs}
-        if len(found) > 1:
-            raise ConfigError(f"Adapters {', '.join(names)} put their prompts at different places: not in one batch.")
-        return found.pop()
-
-    def _write(self, active: list[str], tokens: Tensor, call: Call) -> None:
+            self._write_rows(rows, tokens, state)
+            return
         if len(active) > 1:
             raise ConfigError(
                 f'Method "{self.info.name}" has one adapter active at a time, not {", ".join(active)}: '
                 "its prompts take each other's place; call set_adapter with one name."
             )
-        new = self.prompts(active[0], tokens, call)
+        new = self.prompts(active[0], tokens, state)
         if new is not None:
-            call.states = new.to(tokens.dtype)
+            state.states = new.to(tokens.dtype)
 
-    def _write_rows(self, rows: Rows, tokens: Tensor, call: Call) -> None:
-        """Write each row's own prompts."""
+    def _write_rows(self, rows: RowAdapters, tokens: Tensor, state: PromptState) -> None:
+        """Write each row's own prompts. This general form runs once per adapter."""
         written: dict[str, Tensor] = {}
         indices: dict[str, Tensor] = {}
         batch, dim = tokens.shape[0], tokens.shape[-1]
         for name in rows.names:
             if name != BASE and name in self.configs:
                 index = rows.of_adapter(name, batch, tokens.device)
-                new = self.prompts(name, tokens[index], call.of_rows(index, batch))
+                new = self.prompts(name, tokens[index], state.for_rows(index))
                 if new is not None:
                     written[name], indices[name] = new.to(tokens.dtype), index
         if not written:
@@ -259,46 +251,95 @@ class SequenceLayer(AdapterLayer):
         counts = torch.zeros(batch, dtype=torch.long, device=tokens.device)
         writes = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
         for name, new in written.items():
-            padded = torch.nn.functional.pad(new, (0, 0, count - new.shape[1], 0))
+            padded = pad(new, (0, 0, count - new.shape[1], 0))
             states = states.index_copy(0, indices[name], padded)
             counts[indices[name]], writes[indices[name]] = new.shape[1], True
-        self._merge(call, states, counts, writes)
+        self._merge_rows(state, states, counts, writes)
 
     @staticmethod
-    def _merge(call: Call, states: Tensor, counts: Tensor, writes: Tensor) -> None:
-        """Put new slots (batch, slots, dim) where a row writes, and keep the others.
+    def _merge_rows(state: PromptState, states: Tensor, counts: Tensor, writes: Tensor) -> None:
+        """Put new prompts (batch, prompts, dim) where a row writes, and keep the others.
 
-        Slots stand at the right of those that a row does not have.
+        Prompts stand at the right of those that a row does not have.
 
         Args:
-            counts: how many slots each row writes.
-            writes: whether a row writes at all.
+            state: the state to write to.
+            states: the new prompts.
+            counts: number of prompts that each row writes, int64 (batch,).
+            writes: bool (batch,), True if a row writes at all.
         """
-        if call.states is not None:
-            before = call.states.shape[1]
+        if state.states is not None:
+            before = state.states.shape[1]
             missing = states.shape[1] - before
-            old = torch.nn.functional.pad(call.states, (0, 0, max(missing, 0), 0))
-            states = torch.nn.functional.pad(states, (0, 0, max(-missing, 0), 0))
+            old = pad(state.states, (0, 0, max(missing, 0), 0))
+            states = pad(states, (0, 0, max(-missing, 0), 0))
             states = torch.where(writes[:, None, None], states, old)
-            had = torch.full_like(counts, before) if call.unused is None else (~call.unused).sum(1)
+            had = torch.full_like(counts, before) if state.unused is None else (~state.unused).sum(1)
             counts = torch.where(writes, counts, had)
         size = states.shape[1]
         unused = torch.arange(size, device=states.device) < (size - counts)[:, None]
-        call.states, call.unused = states, unused if bool(unused.any()) else None
+        state.states, state.unused = states, unused if bool(unused.any()) else None
 
-    def _prefill(self, call: Call, tokens: Tensor, kwargs: dict[str, Any], at: int) -> dict[str, Any]:
-        """The block's arguments beside the hidden states, for tokens with slots."""
-        assert call.states is not None
-        count, length = call.states.shape[1], tokens.shape[1]
-        call.length, call.position = length, at
-        if not self.attends and call.mask is not None and not bool(call.mask[:, 0].all()):
+    def _position(self, names: Sequence[str]) -> int:
+        found = {self.position(name) for name in names if name in self.configs}
+        if len(found) > 1:
+            raise ConfigError(f"Adapters {', '.join(names)} put their prompts at different places: not in one batch.")
+        return found.pop()
+
+    # Leaving the stack ------------------------------------------------------------------------------------------
+
+    def _leave_stack(self, active: list[str], rows: RowAdapters | None, state: PromptState) -> None:
+        """Hand on to the head what it reads of the prompts of the last block."""
+        assert state.states is not None
+        readout = self._readout(active, rows, state)
+        if readout is not None:
+            state.context.shared[READOUT] = readout
+        if self.info.can("image_logits"):
+            state.context.shared[HEAD_LOGITS] = self._head_logits(active, rows, state.states)
+
+    def _head_logits(
+        self, active: list[str], rows: RowAdapters | None, prompts: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Class logits (batch, classes) from the prompts, and the rows that have them; None for all."""
+        if rows is None:
+            return self.logits(active[0], prompts), None
+        out = prompts.new_zeros(len(prompts), self.stack.classes, dtype=torch.float32)
+        scored = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
+        for name in rows.names:
+            if name != BASE and name in self.configs:
+                index = rows.of_adapter(name, len(prompts), prompts.device)
+                out = out.index_copy(0, index, self.logits(name, prompts[index]).to(out.dtype))
+                scored[index] = True
+        return out, scored
+
+    def _readout(self, active: list[str], rows: RowAdapters | None, state: PromptState) -> tuple[Tensor, Tensor] | None:
+        """The prompts that the head reads with the class token, and those that count, bool (batch, prompts)."""
+        names = [name for name in (active if rows is None else rows.names) if name in self.configs]
+        reading = [name for name in names if self.configs[name].reads_out()]
+        if not reading or state.states is None:
+            return None
+        used = state.states.new_ones(state.states.shape[:2], dtype=torch.bool)
+        if rows is not None:
+            used = torch.zeros_like(used)
+            for name in reading:
+                used[rows.of_adapter(name, len(used), used.device)] = True
+        return state.states, used if state.unused is None else used & ~state.unused
+
+    # The block's arguments --------------------------------------------------------------------------------------
+
+    def _prefill(self, state: PromptState, tokens: Tensor, kwargs: dict[str, Any], at: int) -> dict[str, Any]:
+        """The block's arguments beside the hidden states, for tokens with prompts."""
+        assert state.states is not None
+        count, length = state.states.shape[1], tokens.shape[1]
+        state.length, state.position = length, at
+        if not self.stack.attends[self.depth] and state.mask is not None and not bool(state.mask[:, 0].all()):
             raise ConfigError(
                 f"{type(self.base_layer).__name__} has no attention, and would carry prompts on through padding at the "
                 "left: give texts of equal length, or one at a time."
             )
-        if "attention_mask" in kwargs or call.unused is not None:
+        if "attention_mask" in kwargs or state.unused is not None:
             mask = kwargs.get("attention_mask")
-            kwargs["attention_mask"] = extend_mask(mask, tokens, count, at, self.causal, call.unused)
+            kwargs["attention_mask"] = extend_mask(mask, tokens, count, at, self.stack.causal, state.unused)
         if "position_embeddings" in kwargs:
             kwargs["position_embeddings"] = extend_rotary(kwargs["position_embeddings"], length, count, at)
         for name in _BIASES:
@@ -306,39 +347,40 @@ class SequenceLayer(AdapterLayer):
                 kwargs[name] = extend_bias(kwargs[name], length, count, at)
         if kwargs.get("position_ids") is not None:
             ids = kwargs["position_ids"]
-            own = self.settings.model_type in _OWN_ROTARY  # else attention reads them only to find packed sequences
+            # Blocks that make no rotary positions read the ids only to find packed sequences.
+            own = self.stack.settings.model_type in _OWN_ROTARY
             kwargs["position_ids"] = insert(ids, ids.new_zeros(len(ids), count), at) if own else None
         for module in self._biases:
-            module.slots_at = at
-        self._enter_cache(call, _cache_of(kwargs), count)
+            module.prompts_at = at
+        self._enter_cache(state, _cache_of(kwargs), count)
         return kwargs
 
-    def _enter_cache(self, call: Call, cache: Any, count: int) -> None:
-        """Record what this block leaves in the cache."""
+    def _enter_cache(self, state: PromptState, cache: Any, count: int) -> None:
+        """Record the number of prompts that this block leaves in the cache."""
         if cache is None:
             return
-        if call.cache is None:
-            call.cache = CacheSlots()
-            setattr(cache, CACHE_SLOTS, call.cache)
-        call.cache.count[self.depth] = count
-        if call.unused is not None:
-            call.cache.unused[self.depth] = call.unused
+        if state.cache is None:
+            state.cache = CachedPrompts()
+            setattr(cache, CACHED_PROMPTS, state.cache)
+        state.cache.count[self.depth] = count
+        if state.unused is not None:
+            state.cache.unused[self.depth] = state.unused
 
-    def _decode(self, call: Call, tokens: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The block's arguments beside the hidden states, for a step on a cache that holds the slots."""
+    def _decode(self, state: PromptState, tokens: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The block's arguments beside the hidden states, for a step on a cache that holds the prompts."""
         cache = _cache_of(kwargs)
-        if call.cache is None:
+        if state.cache is None:
             raise ConfigError("The KV cache was not filled with these prompts; let generate() make a cache of its own.")
         if cache is not None:
-            self._check_window(call.cache, cache, tokens.shape[1])
+            self._check_window(state.cache, cache, tokens.shape[1])
             keys = cache.get_mask_sizes(tokens.shape[1], self.depth)[0]
-            unused = call.cache.unused.get(self.depth)
+            unused = state.cache.unused.get(self.depth)
             kwargs["attention_mask"] = align_keys(kwargs.get("attention_mask"), keys, tokens, unused)
         return kwargs
 
-    def _check_window(self, slots: CacheSlots, cache: Any, new: int) -> None:
-        """Refuse a step for which a sliding window has no room for all that came before it, slots first."""
-        window, count = getattr(self.settings, "sliding_window", None), slots.count.get(self.depth, 0)
+    def _check_window(self, prompts: CachedPrompts, cache: Any, new: int) -> None:
+        """Refuse a step for which a sliding window cannot hold all that came before it, prompts first."""
+        window, count = getattr(self.stack.settings, "sliding_window", None), prompts.count.get(self.depth, 0)
         if count and window and cache.is_sliding[self.depth] and cache.get_seq_length(self.depth) + new > window:
             raise ConfigError(
                 f"{cache.get_seq_length(self.depth) + new - count} tokens and {count} prompts do not fit into the "
@@ -348,11 +390,11 @@ class SequenceLayer(AdapterLayer):
 
 def _cache_of(kwargs: dict[str, Any]) -> Any:
     """The cache of self-attention that a block was given, by the name of its family."""
-    return own_cache(kwargs.get("past_key_values", kwargs.get("layer_past")))
+    return self_attention_cache(kwargs.get("past_key_values", kwargs.get("layer_past")))
 
 
 def _extend_own_bias(module: nn.Module, args: Any, kwargs: dict[str, Any], bias: Tensor) -> Tensor:
-    """Hook of a bias that a block makes for itself, for its tokens (BEiT): the rest of `dim_size` are slots."""
+    """Hook of a bias that a block makes for itself, for its tokens (BEiT): the rest of `dim_size` are prompts."""
     tokens = bias.shape[-1]
-    count, at = kwargs.get("dim_size", tokens) - tokens, cast(int, module.slots_at)
+    count, at = kwargs.get("dim_size", tokens) - tokens, cast(int, module.prompts_at)
     return cast(Tensor, extend_bias(bias, tokens, count, at)) if count > 0 else bias

@@ -1,6 +1,4 @@
-"""Prompts that are stored and depend on no input, and where their first values come from.
-
-`StaticPrompts` are the same for every row that has the same adapter; `StoredPrompts` need not be.
+"""Learned prompts: stored values, the same for every row, or made from stored values by a projection or a choice.
 
 With `domain_components` the first block's prompts come from the training data (BayesPrompt): they start at means of
 particles, or with `domain_draws` are such means for good. Then a prompt is in training the mean of a few of its
@@ -15,16 +13,16 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from peft_lab.errors import ConfigError
-from peft_lab.tuners.forward_context import Call
-from peft_lab.tuners.mixed_batch import Rows
+from peft_lab.tuners.mixed_batch import RowAdapters
 from peft_lab.tuners.sequence.layer import SequenceLayer
+from peft_lab.tuners.sequence.prompt_state import PromptState
 from peft_lab.tuners.sequence.tuner import SequenceConfig
 
 #: Particles that prompts start from, shared out among them; particles of each prompt that is drawn.
@@ -92,57 +90,60 @@ class StaticConfig(SequenceConfig):
         usual = max(PARTICLES // prompts, 1) if self.domain_draws is None else PARTICLES_DRAWN
         return self.domain_particles or usual
 
-    def writing(self, depths: int) -> list[int]:
-        """Indices of the blocks that write prompts, of `depths` blocks."""
-        chosen = [depth for depth in range(depths) if self.writes(depth)]
+    def prompted_block_indices(self, num_blocks: int) -> list[int]:
+        """Indices of the blocks that write prompts, of a stack of `num_blocks`."""
+        chosen = [depth for depth in range(num_blocks) if self.may_write(depth)]
         return chosen if getattr(self, "deep", True) else chosen[:1]
 
 
 class StoredPrompts(SequenceLayer):
-    """A block before which prompts that are stored are written. A method supplies `initial_values` and `prompts`.
+    """A block before which learned prompts are written. A method supplies `initial_values`, perhaps `make_prompts`.
 
-    The first of `adapter_layer_names` holds the prompts (..., width), or their particles (..., particles, width). A
-    method makes the former in `initial_values` and reads them by `values`.
+    The first of `adapter_layer_names` holds the stored values (prompts, width), or their particles (prompts, particles,
+    width).
 
     Attributes:
-        waiting: adapters whose first values here are to come from the training data, until these are read.
+        awaiting_data: adapters whose first values here are to come from the training data, until these are read.
     """
 
-    waiting: set[str]
+    awaiting_data: set[str]
+    #: True if every row with the same adapter gets the same prompts, so that a mixed batch gathers them from a table.
+    same_for_all_rows: ClassVar[bool] = True
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
-        self.waiting = set()
+        self.awaiting_data = set()
+
+    # What a method supplies -------------------------------------------------------------------------------------
+
+    def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
+        """Prompts (prompts, width) or (batch, prompts, width) from stored values of the same shape."""
+        return values
+
+    # What is the same for all -----------------------------------------------------------------------------------
 
     @property
     def stored_values(self) -> nn.ParameterDict:
-        """The stored prompts of each adapter."""
+        """The stored values of each adapter."""
         found: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
         return found
 
-    def takes_domain(self, adapter: str) -> bool:
-        """Whether an adapter's prompts before this block take their first values from the training data."""
-        config = self.configs.get(adapter)
-        return (
-            config is not None
-            and config.domain_components is not None
-            and config.writing(self.depths)[:1] == [self.depth]
-        )
-
-    def draws(self, adapter: str) -> bool:
-        """Whether an adapter's prompts before this block are means of particles."""
-        return self.takes_domain(adapter) and self.configs[adapter].domain_draws is not None
+    def prompts(self, adapter: str, tokens: Tensor, state: PromptState) -> Tensor | None:
+        values = self.values(adapter, len(tokens))
+        if values is None:
+            return None
+        return self.make_prompts(adapter, values, state).expand(len(tokens), -1, -1)
 
     def values(self, adapter: str, rows: int | None = None) -> Tensor | None:
-        """The stored prompts (..., width) of an adapter, None if it has none here.
+        """The stored values (..., width) of an adapter; None if it has none here.
 
-        In training, prompts that are drawn are (rows, ..., width) if `rows` is given.
+        In training, prompts that are drawn from particles are (rows, ..., width) if `rows` is given.
 
         Raises:
             ConfigError: prompts are drawn from particles, and there are none yet.
         """
         found = self.stored_values.get(adapter)
-        if found is None or not self.draws(adapter):
+        if found is None or not self.draws_particles(adapter):
             return found
         if not bool(found.any()):
             raise ConfigError(_NOTHING_TO_DRAW.format(self.info.name))
@@ -153,12 +154,54 @@ class StoredPrompts(SequenceLayer):
         weights = found.new_zeros(chosen.shape[:-1] + found.shape[-2:-1]).scatter(-1, chosen, 1 / draws)
         return torch.einsum("r...p,...pd->r...d", weights, found)
 
+    def _write_rows(self, rows: RowAdapters, tokens: Tensor, state: PromptState) -> None:
+        """Prompts of all rows in one gather from those of the adapters, whatever their numbers."""
+        if not self.same_for_all_rows:
+            super()._write_rows(rows, tokens, state)
+            return
+        found: dict[str, Tensor] = {}
+        for name in rows.names:
+            values = self.values(name) if name in self.configs else None
+            if values is not None:
+                found[name] = self.make_prompts(name, values, state).to(tokens.dtype)
+        if not found:
+            return
+        empty = tokens.new_zeros(0, tokens.shape[-1])
+        parts = [found.get(name, empty) for name in rows.names]
+        table = pad_sequence(parts, batch_first=True, padding_side="left")
+        counts = torch.tensor([len(part) for part in parts], device=tokens.device)
+        writes = torch.tensor([name in found for name in rows.names], device=tokens.device)
+        index = rows.index(tokens.shape[0], tokens.device)
+        self._merge_rows(state, table[index], counts[index], writes[index])
+
+    def uniform(self, count: int, width: int) -> Tensor:
+        """Start values (count, width), uniform as Xavier's rule draws them for a projection of patches."""
+        patch = getattr(self.stack.settings, "patch_size", None)
+        pixels = self.width
+        if patch:
+            pixels = 3 * math.prod(patch if isinstance(patch, list | tuple) else (patch, patch))
+        bound = math.sqrt(6 / (pixels + width))
+        return torch.empty(count, width).uniform_(-bound, bound)
+
+    # First values from the training data ------------------------------------------------------------------------
+
+    def initialises_from_data(self, adapter: str) -> bool:
+        """Test whether an adapter's prompts before this block take their first values from the training data."""
+        config = self.configs.get(adapter)
+        if config is None or config.domain_components is None:
+            return False
+        return config.prompted_block_indices(self.num_blocks)[:1] == [self.depth]
+
+    def draws_particles(self, adapter: str) -> bool:
+        """Test whether an adapter's prompts before this block are means of particles."""
+        return self.initialises_from_data(adapter) and self.configs[adapter].domain_draws is not None
+
     def update_layer(self, adapter: str, config: Any) -> None:
         super().update_layer(adapter, config)
-        if not self.takes_domain(adapter):
+        if not self.initialises_from_data(adapter):
             return
         if config.fingerprints is None:
-            self.waiting.add(adapter)
+            self.awaiting_data.add(adapter)
         if config.domain_draws is not None:
             shape = self.stored_values[adapter].shape
             count = config.domain_share(shape[:-1].numel())
@@ -167,59 +210,23 @@ class StoredPrompts(SequenceLayer):
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: self.adapter_layer_names[:1]}
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.waiting.discard(adapter_name)
+        self.awaiting_data.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # Values that were trained before are no start: a checkpoint, or an adapter that is trained on.
-        loaded = {name for name in self.waiting if f"{prefix}{self.adapter_layer_names[0]}.{name}" in state_dict}
-        self.waiting -= loaded
+        stored = self.adapter_layer_names[0]
+        self.awaiting_data -= {name for name in self.awaiting_data if f"{prefix}{stored}.{name}" in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _write(self, active: list[str], tokens: Tensor, call: Call) -> None:
-        if self.training and torch.is_grad_enabled() and not self.waiting.isdisjoint(active):
-            self.begin_unread(active[0])
-        super()._write(active, tokens, call)
+    def _write(self, active: list[str], rows: RowAdapters | None, tokens: Tensor, state: PromptState) -> None:
+        if self.training and torch.is_grad_enabled() and not self.awaiting_data.isdisjoint(active):
+            self.warn_data_not_read(active[0])
+        super()._write(active, rows, tokens, state)
 
-    def begin_unread(self, adapter: str) -> None:
-        """Say that training begins and the data were not read: from now on the values that are there stand."""
-        if self.draws(adapter):
-            return  # particles that are not there are refused, and those that are need no data
-        self.waiting.discard(adapter)
+    def warn_data_not_read(self, adapter: str) -> None:
+        """Warn that training begins and the data were not read: from now on the values that are there stand."""
+        if self.draws_particles(adapter):
+            return  # missing particles are refused, and those that are there need no data
+        self.awaiting_data.discard(adapter)
         warnings.warn(_NOT_READ.format(self.configs[adapter].domain_components, self.info.name), stacklevel=2)
-
-
-class StaticPrompts(StoredPrompts):
-    """A block before which the same stored prompts, or draws of them, are written in every row.
-
-    A method supplies `initial_values`. The first of `adapter_layer_names` holds the prompts (slots, width), or their
-    particles.
-    """
-
-    def uniform(self, count: int, width: int) -> Tensor:
-        """Start values (count, width) as Xavier's rule draws them for a projection of patches."""
-        patch = getattr(self.settings, "patch_size", None)
-        pixels = 3 * math.prod(patch if isinstance(patch, list | tuple) else (patch, patch)) if patch else self.width
-        bound = math.sqrt(6 / (pixels + width))
-        return torch.empty(count, width).uniform_(-bound, bound)
-
-    def stored(self, adapter: str, call: Call, rows: int | None = None) -> Tensor | None:
-        """The prompts of one adapter (slots, width), None if it writes none here; see `values` for `rows`."""
-        return self.values(adapter, rows)
-
-    def prompts(self, adapter: str, tokens: Tensor, call: Call) -> Tensor | None:
-        found = self.stored(adapter, call, tokens.shape[0])
-        return None if found is None else found.expand(tokens.shape[0], -1, -1)
-
-    def _write_rows(self, rows: Rows, tokens: Tensor, call: Call) -> None:
-        """Prompts of all rows in one gather from those of the adapters, whatever their numbers."""
-        found: dict[str, Any] = {name: self.stored(name, call) for name in rows.names if name in self.configs}
-        if all(prompts is None for prompts in found.values()):
-            return
-        empty = tokens.new_zeros(0, tokens.shape[-1])
-        parts = [empty if found.get(name) is None else found[name].to(tokens.dtype) for name in rows.names]
-        bank = pad_sequence(parts, batch_first=True, padding_side="left")
-        counts = torch.tensor([len(part) for part in parts], device=tokens.device)
-        writes = torch.tensor([found.get(name) is not None for name in rows.names], device=tokens.device)
-        index = rows.index(tokens.shape[0], tokens.device)
-        self._merge(call, bank[index], counts[index], writes[index])

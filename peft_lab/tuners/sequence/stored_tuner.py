@@ -18,7 +18,7 @@ class StaticTuner(SequenceTuner):
     def read_data(self, batches: Iterable[Mapping[str, Any]], epoch: int) -> None:
         """Read the training data before the first epoch (`peft_lab.ReadTrainingData`), if prompts wait for them."""
         layers = [module for module in self.model.modules() if isinstance(module, StoredPrompts)]
-        if epoch == 0 and any(not layer.waiting.isdisjoint(layer.active_adapters) for layer in layers):
+        if epoch == 0 and any(not layer.awaiting_data.isdisjoint(layer.active_adapters) for layer in layers):
             domain_prompts(self.model, batches)
 
 

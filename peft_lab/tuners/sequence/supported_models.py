@@ -33,7 +33,7 @@ ALSO_TRIED = (
 )
 
 
-def check_room(model: nn.Module, stack: Any) -> None:
+def check_supported(model: nn.Module, stack: Any) -> None:
     """Refuse a stack that has no room for prompts, and say of one that no test has.
 
     Raises:

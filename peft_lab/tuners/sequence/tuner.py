@@ -1,34 +1,33 @@
-"""The tuner of methods that act on the sequence: wraps every block of one stack and hooks the stack itself."""
+"""The tuner of methods that act on the sequence: wraps every block of one stack, and the forward of the stack."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from peft_lab.backbones import module_roles
-from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.config import AdapterConfig
-from peft_lab.tuners.forward_context import begin, can_continue, drop_inputs, end, read_out, replace_logits, take_inputs
+from peft_lab.tuners.forward_context import wrap_forward
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.registration import register
+from peft_lab.tuners.residual_layer import ResidualBranches, remove_stream_hooks
 from peft_lab.tuners.sequence import window_attention
 from peft_lab.tuners.sequence.layer import SequenceLayer
-from peft_lab.tuners.sequence.supported_models import check_room
-from peft_lab.tuners.tuner import AdapterTuner
+from peft_lab.tuners.sequence.prompt_state import read_out, replace_logits, run_with_prompts
+from peft_lab.tuners.sequence.stack import StackInfo, chosen_stack, norms_around, prefix_tokens, stack_info, stacks_of
+from peft_lab.tuners.sequence.supported_models import check_supported
+from peft_lab.tuners.tuner import BlockTuner
 
-#: Which stack gets the prompts where a model has several, the first that is there.
-_PREFERRED = ("vision", "encoder")
-_HOOKS = (take_inputs, begin, end, read_out, drop_inputs, replace_logits, *window_attention.HOOKS)
+#: Every hook that a tuner puts in, by which it finds them again.
+_HOOKS = (read_out, replace_logits, *window_attention.HOOKS)
 #: Arguments of `generate` with which text is read in pieces, or with drafts of what is to be written.
 _NO_WHOLE_TEXT = ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens")
-#: What an embedding of patches calls the tokens that it puts before them.
-_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 #: Models with a class token whose head reads the patches alone.
 _PATCH_HEADS = ("CLIPForImageClassification", "MetaClip2ForImageClassification")
 
@@ -51,23 +50,23 @@ class SequenceConfig(AdapterConfig):
             raise ConfigError(self.no_choice("exclude_modules"))
 
     def no_choice(self, name: str) -> str:
-        """Why a field that chooses modules is refused, as a message."""
+        """Reason why a field that chooses modules is refused, as a message."""
         return (
             f'Method "{self.info.name}" adapts whole blocks and takes no {name}; choose blocks by layers_to_transform.'
         )
 
     def reads_out(self) -> bool:
-        """Whether the head reads the mean of the slots and the class token in the place of that token."""
+        """True if the head reads the mean of the prompts and the class token in the place of that token."""
         return False
 
-    def writes(self, depth: int) -> bool:
-        """Whether prompts may be written before the block of this index."""
+    def may_write(self, depth: int) -> bool:
+        """Test whether prompts may be written before the block of this index."""
         layers = self.layers_to_transform
         return layers is None or depth in ([layers] if isinstance(layers, int) else layers)
 
 
-class SequenceTuner(AdapterTuner):
-    """Puts `SequenceLayer`s around all blocks of a stack: those that get no prompts carry the slots along."""
+class SequenceTuner(BlockTuner):
+    """Puts `SequenceLayer`s around all blocks of a stack: those that get no prompts hand them on."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         loaded = peft_config.fingerprints is not None
@@ -76,14 +75,13 @@ class SequenceTuner(AdapterTuner):
             raise ConfigError(
                 f'Method "{self.info.name}" is made for images, and {type(self.model).__name__} reads none there.'
             )
-        check_room(self.model, self.model.get_submodule(path))
+        check_supported(self.model, self.model.get_submodule(path))
         if peft_config.reads_out():
             self._check_readout(path)
-        depths = len(blocks)
         layers = peft_config.layers_to_transform
         for layer in [layers] if isinstance(layers, int) else layers or ():
-            if not 0 <= layer < depths:
-                raise ConfigError(f"layers_to_transform holds {layer}; the stack has blocks 0 to {depths - 1}.")
+            if not 0 <= layer < len(blocks):
+                raise ConfigError(f"layers_to_transform holds {layer}; the stack has blocks 0 to {len(blocks) - 1}.")
         if not loaded:
             given = peft_config.target_modules
             if given is not None and (
@@ -98,14 +96,14 @@ class SequenceTuner(AdapterTuner):
     def _check_readout(self, path: str) -> None:
         """There must be a class token with a norm behind the blocks, and a head that reads it."""
         none = not prefix_tokens(self.model, path) or type(self.model).__name__ in _PATCH_HEADS
-        if none or "norm.final" not in self._norms(path):
+        if none or "norm.final" not in norms_around(self.model, path):
             raise ConfigError(
                 f"{type(self.model).__name__} reads no class token behind a final norm, so it cannot read prompts in "
                 "its place."
             )
 
     def _leave_head(self, config: Any, loaded: bool) -> None:
-        """Keep the head untrained where the slots give the logits in its place."""
+        """Keep the head untrained where the prompts give the logits in its place."""
         heads = module_roles.class_heads(self.model)
         if not heads:
             raise ConfigError(
@@ -126,63 +124,40 @@ class SequenceTuner(AdapterTuner):
     def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
         layer = super().new_layer(target, path)
         assert isinstance(layer, SequenceLayer)
-        stacks = stacks_of(self.model)
-        stack, blocks = next((stack, blocks) for stack, blocks in stacks.items() if path in blocks)
-        layer.depth, layer.depths = blocks.index(path), len(blocks)
-        layer.settings = settings = self.model.get_submodule(stack).config
-        modules = [self.model.get_submodule(block) for block in blocks]
-        layer.widths = [
-            window_attention.width(m) if window_attention.has_windows(m) else settings.hidden_size for m in modules
-        ]
+        blocks, layer.stack = self._stack_of(path)
+        layer.depth = blocks.index(path)
         layer.downsample = None
         before = window_attention.stage_of(blocks[layer.depth - 1]) if layer.depth else ""
+        if isinstance(layer, ResidualBranches):
+            layer.hook_sub_layers(self.model, path)
         if window_attention.has_windows(layer) and before and before != window_attention.stage_of(path):
             layer.downsample = (self.model.get_submodule(before), "downsample")
-        layer.norms = self._norms(stack)
-        layer.prefix_tokens = prefix_tokens(self.model, stack)
-        layer.classes = getattr(getattr(self.model, "config", None), "num_labels", 0)
-        said = [[m.is_causal for m in block.modules() if hasattr(m, "is_causal")] for block in modules]
-        layer.attends = bool(said[layer.depth]) or not any(said)
-        layer.causal = any(map(any, said)) if any(said) else self._continues(stack)
         return layer
 
-    def _continues(self, path: str) -> bool:
-        """Whether a stack whose attention does not say so reads no token before those to its left."""
-        stack: Any = self.model.get_submodule(path)
-        is_text = stack.main_input_name == "input_ids" and not self.model.config.is_encoder_decoder
-        return is_text and can_continue(self.model)
-
-    def _norms(self, stack: str) -> dict[str, tuple[nn.Module, str]]:
-        """The norms around the blocks of a stack, which stand in it or, as DINOv2's, in a module around it."""
-        found = {}
-        for role in ("norm.stem", "norm.final"):
-            homes = [name.rpartition(".") for name in module_roles.modules_by_role(self.model, role)]
-            around = [(home, name) for home, _, name in homes if f"{stack}.".startswith(f"{home}.") or not home]
-            if around:
-                home, name = max(around, key=lambda found: len(found[0]))
-                found[role] = (self.model.get_submodule(home), name)
-        return found
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # peft's own looks for the weight of the module; the layer has already put its parameters on the right device
-        setattr(parent, child_name, new_module)
+    def _stack_of(self, block: str) -> tuple[list[str], StackInfo]:
+        """Paths of the blocks of the stack that a block is in, and the facts of that stack, collected once."""
+        known: dict[str, tuple[list[str], StackInfo]] = self.__dict__.setdefault("stack_of_block", {})
+        if block not in known:
+            path, blocks = next((path, blocks) for path, blocks in stacks_of(self.model).items() if block in blocks)
+            found = (blocks, stack_info(self.model, path, blocks))
+            known.update(dict.fromkeys(blocks, found))
+        return known[block]
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         path, blocks = chosen_stack(model, config.stack)
-        stack = model.get_submodule(path)
         for block in blocks:
             if window_attention.has_windows(model.get_submodule(block)):
                 window_attention.hook_stage(model.get_submodule(window_attention.stage_of(block)))
-        for module, before, after in ((model, take_inputs, drop_inputs), (stack, begin, end)):
-            if before not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(before, with_kwargs=True)
-                module.register_forward_hook(after, always_call=True)
+        wrap_forward(model, opens=True)
+        stack = wrap_forward(model.get_submodule(path), opens=not path)
+        stack.around = run_with_prompts
+        stack.declared[adapter_name] = config.row_inputs()
         if config.reads_out():
-            norm = getattr(*self._norms(path)["norm.final"])
+            norm = getattr(*norms_around(model, path)["norm.final"])
             if read_out not in norm._forward_hooks.values():
                 norm.register_forward_hook(read_out)
-        for path in module_roles.class_heads(model) if self.info.can("image_logits") else ():
-            head = model.get_submodule(path)
+        for head_path in module_roles.class_heads(model) if self.info.can("image_logits") else ():
+            head = model.get_submodule(head_path)
             if replace_logits not in head._forward_hooks.values():
                 head.register_forward_hook(replace_logits)
 
@@ -196,8 +171,9 @@ class SequenceTuner(AdapterTuner):
             yield
 
     def unload(self) -> Any:
-        """The base model without blocks wrapped and without hooks."""
+        """The base model without wrapped blocks and without hooks."""
         model = super().unload()
+        remove_stream_hooks(model)
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [key for key, hook in hooks.items() if hook in _HOOKS or _of_layer(hook)]:
@@ -210,54 +186,6 @@ def register_sequence(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None
     register(info, config_cls, layer_cls, SequenceTuner)
 
 
-def stacks_of(model: nn.Module) -> dict[str, list[str]]:
-    """Paths of the blocks of each stack, by the path of the stack: the innermost model around them."""
-    found: dict[str, list[str]] = {}
-    for block in module_roles.modules_by_role(model, "block"):
-        parts = block.split(".")
-        parents = (".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1))
-        stack = next((p for p in parents if isinstance(model.get_submodule(p), PreTrainedModel)), "")
-        found.setdefault(stack, []).append(block)
-    return found
-
-
-def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
-    """Path of the stack that gets the prompts, and of its blocks.
-
-    Raises:
-        ConfigError: the model has no blocks, or no stack of that name.
-    """
-    stacks = {path: blocks for path, blocks in stacks_of(model).items() if _is_transformer(model.get_submodule(path))}
-    if not stacks:
-        raise ConfigError(f"{type(model).__name__} has no stack of transformer blocks, so prompts have no place in it.")
-    if name is not None:
-        found = next((path for path in stacks if path == name or path.endswith(f".{name}")), None)
-        if found is None:
-            shown = ", ".join(path or "the model itself" for path in stacks)
-            raise ConfigError(f'stack="{name}" is none of {shown}.{did_you_mean(name, stacks)}')
-        return found, stacks[found]
-    preferred = (path for word in _PREFERRED for path in stacks if word in path.lower())
-    path = next(preferred, next(iter(stacks)))
-    return path, stacks[path]
-
-
-def prefix_tokens(model: nn.Module, path: str) -> int:
-    """Tokens that the embedding of a stack of vision puts before the patches; 0 for text."""
-    if getattr(cast(Any, model.get_submodule(path)).config, "patch_size", None) is None:
-        return 0
-    parts = path.split(".") if path else []
-    for depth in range(len(parts), -1, -1):
-        around = model.get_submodule(".".join(parts[:depth]))
-        if any("patch" in name for name, _ in around.named_modules()):
-            found = {n.rpartition(".")[2]: p for n, p in around.named_parameters() if "embed" in n}
-            return sum(found[name].numel() // found[name].shape[-1] for name in _PREFIX if name in found)
-    return 0
-
-
 def _of_layer(hook: Any) -> bool:
-    """Whether a hook was put there by the layer of a block."""
+    """Test whether a hook was put there by the layer of a block."""
     return isinstance(getattr(hook, "__self__", None), SequenceLayer)
-
-
-def _is_transformer(stack: nn.Module) -> bool:
-    return hasattr(stack.config, "hidden_size") and hasattr(stack.config, "num_attention_heads")

@@ -1,13 +1,13 @@
 """Prompts in blocks that attend within windows of one size (Swin): in every window, and averaged over the windows.
 
-Tokens of such a block are the cells of a grid, so slots cannot stand among them all the way. They go through the norms,
-the MLP and the residual connections beside the tokens; hooks take them out before the grid is cut into windows, put
-them into each window, where bias and shift mask are zero for them, and bring their mean over the windows back. Where
-patches are merged between stages, a slot is merged as if it were a patch of four cells with this one value.
+Tokens of such a block are the cells of a grid, so prompts cannot stand among them all the way. They go through the
+norms, the MLP and the residual connections beside the tokens; hooks take them out before the grid is cut into windows,
+put them into each window, where bias and shift mask are zero for them, and bring their mean over the windows back.
+Where patches are merged between stages, a prompt is merged as if it were a patch of four cells with this one value.
 
-What the hooks need is in a context variable, set around the block, so the block is checkpointed from out here: its own
-checkpointing would run it again without. A stage around the blocks is not checkpointed as a whole, for slots leave it
-beside its outputs; each of its blocks is.
+A context variable, set around the block, holds the state of the hooks, so the block is checkpointed from out here: its
+own checkpointing would run it again without. A stage around the blocks is not checkpointed as a whole, because prompts
+leave it beside its outputs; each of its blocks is.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lab.tuners.forward_context import CALL
+from peft_lab.tuners.forward_context import ForwardContext
 from peft_lab.tuners.sequence.attention_inputs import extend_bias
 from peft_lab.tuners.tokens import insert, parameter_names, split
 
 
 @dataclass
-class Slots:
-    """The slots of one run of a block.
+class Prompts:
+    """The prompts of one run of a block.
 
     Attributes:
         count: their number.
         at: number of tokens before them.
-        unused: bool (batch, slots), those that a row does not have; None if every row has all.
-        inside: what has become of them, (batch, slots, dim), while they are not among the tokens.
+        unused: bool (batch, prompts), those that a row does not have; None if every row has all.
+        inside: what has become of them, (batch, prompts, dim), while they are not among the tokens.
     """
 
     count: int
@@ -42,7 +42,7 @@ class Slots:
     inside: Tensor | None = None
 
 
-_RUNNING: ContextVar[tuple[Any, Slots] | None] = ContextVar("peft_lab_windows", default=None)
+_RUNNING: ContextVar[tuple[Any, Prompts] | None] = ContextVar("peft_lab_windows", default=None)
 
 
 def has_windows(block: Any) -> bool:
@@ -58,7 +58,7 @@ def can_hook(block: Any) -> bool:
 
 
 def hook(block: Any) -> None:
-    """Put the hooks into a block that let `run` have slots."""
+    """Put the hooks into a block that let `run` have prompts."""
     block.layernorm_before.register_forward_hook(_take_out)
     block.attention.register_forward_pre_hook(_into_windows)
     block.attention.relative_position_bias.register_forward_hook(_extend_bias)
@@ -76,11 +76,11 @@ def width(block: Any) -> int:
     return int(block.layernorm_before.normalized_shape[-1])
 
 
-def run(block: Any, slots: Slots, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """`function(hidden)`, which calls the block on tokens with slots, checkpointed where the block is."""
+def run(block: Any, prompts: Prompts, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """`function(hidden)`, which calls the block on tokens with prompts, checkpointed where the block is."""
 
     def inside(hidden: Tensor) -> Any:
-        token = _RUNNING.set((block, Slots(slots.count, slots.at, slots.unused)))
+        token = _RUNNING.set((block, Prompts(prompts.count, prompts.at, prompts.unused)))
         checkpointed = _suspend(block)
         try:
             return function(hidden)
@@ -93,9 +93,9 @@ def run(block: Any, slots: Slots, function: Callable[[Tensor], Any], hidden: Ten
     return inside(hidden)
 
 
-def merge(downsample: Any, slots: Tensor) -> Tensor:
-    """Slots (batch, count, dim) as the next stage has them (batch, count, dim of that stage)."""
-    cells = slots.repeat_interleave(2, 1)  # each slot is a square of four equal cells, all squares in one row
+def merge(downsample: Any, prompts: Tensor) -> Tensor:
+    """Prompts (batch, count, dim) as the next stage has them (batch, count, dim of that stage)."""
+    cells = prompts.repeat_interleave(2, 1)  # each slot is a square of four equal cells, all squares in one row
     merged: Tensor = downsample(torch.cat([cells, cells], 1), (2, cells.shape[1]))
     return merged
 
@@ -109,16 +109,16 @@ def hook_stage(stage: nn.Module) -> None:
 
 def _enter_stage(stage: nn.Module, args: Any) -> None:
     """Pre-hook of a stage."""
-    call = CALL.get()
-    if call is not None:
-        call.shared[stage] = _suspend(stage)
+    context = ForwardContext.current()
+    if context is not None:
+        context.shared[stage] = _suspend(stage)
 
 
 def _leave_stage(stage: nn.Module, args: Any, output: Any) -> None:
     """Post-hook of a stage, called after errors too."""
-    call = CALL.get()
-    if call is not None:
-        _resume(stage, call.shared.pop(stage, False))
+    context = ForwardContext.current()
+    if context is not None:
+        _resume(stage, context.shared.pop(stage, False))
 
 
 def _suspend(module: Any) -> bool:
@@ -148,18 +148,18 @@ def _into_windows(attention: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     found = _RUNNING.get()
     if found is None:
         return args
-    slots, (windows, mask, *rest) = found[1], args
-    assert slots.inside is not None
-    batch, cells = len(slots.inside), windows.shape[1]
+    prompts, (windows, mask, *rest) = found[1], args
+    assert prompts.inside is not None
+    batch, cells = len(prompts.inside), windows.shape[1]
     each = len(windows) // batch
-    mask = extend_bias(mask, cells, slots.count, 0)
-    if slots.unused is not None:
-        size = cells + slots.count
+    mask = extend_bias(mask, cells, prompts.count, 0)
+    if prompts.unused is not None:
+        size = cells + prompts.count
         mask = windows.new_zeros(each, size, size) if mask is None else mask
         mask = mask.repeat(batch, 1, 1)
-        unused = slots.unused.repeat_interleave(each, 0)[:, None]
-        mask[..., : slots.count].masked_fill_(unused, torch.finfo(mask.dtype).min)
-    return (insert(windows, slots.inside.repeat_interleave(each, 0), 0), mask, *rest)
+        unused = prompts.unused.repeat_interleave(each, 0)[:, None]
+        mask[..., : prompts.count].masked_fill_(unused, torch.finfo(mask.dtype).min)
+    return (insert(windows, prompts.inside.repeat_interleave(each, 0), 0), mask, *rest)
 
 
 def _extend_bias(module: nn.Module, args: Any, bias: Tensor) -> Tensor:
@@ -171,15 +171,15 @@ def _extend_bias(module: nn.Module, args: Any, bias: Tensor) -> Tensor:
 
 
 def _out_of_windows(attention: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> Any:
-    """Hook of attention; the dropout that the block does next is for the slots too."""
+    """Hook of attention; the dropout that the block does next is for the prompts too."""
     found = _RUNNING.get()
     if found is None:
         return output
-    block, slots = found
-    assert slots.inside is not None
-    (tokens, attended), weights = split(output[0], slots.count, 0), output[1]
-    slots.inside = block.dropout(attended).unflatten(0, (len(slots.inside), -1)).mean(1)
-    return tokens.contiguous(), None if weights is None else weights[..., slots.count :, slots.count :]
+    block, prompts = found
+    assert prompts.inside is not None
+    (tokens, attended), weights = split(output[0], prompts.count, 0), output[1]
+    prompts.inside = block.dropout(attended).unflatten(0, (len(prompts.inside), -1)).mean(1)
+    return tokens.contiguous(), None if weights is None else weights[..., prompts.count :, prompts.count :]
 
 
 def _put_back(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from sklearn.mixture import GaussianMixture
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from peft_lab.errors import ConfigError
+from peft_lab.tuners.sequence import particles as particles_module
 from peft_lab.tuners.sequence.particles import Mixture, fit, particles, svgd
 
 
@@ -50,7 +51,7 @@ def test_principal_components_lose_nothing_where_there_are_enough(count, width, 
     """scikit-learn's own fit at full width gives the same density, also where points are fewer than directions."""
     points = _points(count, width)
     mixture = fit(points, 3, dimensions)
-    plain = GaussianMixture(3, reg_covar=particles.REGULARISATION, random_state=0).fit(points)
+    plain = GaussianMixture(3, reg_covar=particles_module.REGULARISATION, random_state=0).fit(points)
     probes = torch.from_numpy(_points(10, width, seed=2))
     wanted = torch.from_numpy(plain.score_samples(probes.numpy()))
     torch.testing.assert_close(_torch(mixture).log_prob(probes), wanted, rtol=1e-8, atol=1e-8)
@@ -58,7 +59,7 @@ def test_principal_components_lose_nothing_where_there_are_enough(count, width, 
 
 def test_a_fit_stays_small_at_any_width():
     assert fit(_points(40, 500), 4).roots.shape == (4, 40, 40)
-    assert fit(_points(400, 100), 4).roots.shape == (4, particles.DIMENSIONS, particles.DIMENSIONS)
+    assert fit(_points(400, 100), 4).roots.shape == (4, particles_module.DIMENSIONS, particles_module.DIMENSIONS)
     few = np.repeat(_points(3, 5), 4, 0)
     assert len(fit(few, 8).weights) == 3, "no more Gaussians than different points"
 

@@ -127,7 +127,7 @@ def _drawn(method: str, fields: dict[str, Any]) -> tuple[Any, Any, torch.Tensor]
     fields = {**fields, "domain_components": 2, "domain_particles": 4, "domain_draws": 2}
     model = adapt(method, base, **fields)
     domain_prompts(model, [tiny_inputs(base, batch=12)])
-    layer = next(m for m in model.modules() if isinstance(m, StoredPrompts) and m.draws("default"))
+    layer = next(m for m in model.modules() if isinstance(m, StoredPrompts) and m.draws_particles("default"))
     return model, layer, layer.stored_values["default"]
 
 

@@ -24,8 +24,8 @@ from peft_lab.adapter_files import module_matching
 from peft_lab.backbones.family_table import FAMILIES
 from peft_lab.backbones.module_roles import head_modules
 from peft_lab.errors import AdapterMismatchError, ConfigError
+from peft_lab.export.merge import merge
 from peft_lab.loading.load_run import adapt, load, load_adapter
-from peft_lab.training.evaluate import merge
 from peft_lab.training.run import train
 
 WITH_HEAD = [name for name in MODELS if head_modules(tiny(name))]

@@ -17,8 +17,9 @@ from peft_lab.errors import ConfigError
 from peft_lab.registry import check_method_args
 from peft_lab.training.callbacks.bilevel import AlternatingActivation, activation_parameters
 from peft_lab.training.trainer import LabTrainer
-from peft_lab.tuners.forward_context import Call
+from peft_lab.tuners.forward_context import ForwardContext
 from peft_lab.tuners.registration import make_config
+from peft_lab.tuners.sequence.prompt_state import PromptState
 
 WIDTH, LAYERS = 16, 2
 
@@ -132,9 +133,9 @@ def test_starts_with_prompts_of_zero_and_sees_no_scale():
     model = adapt("iapt", base)
     assert torch.equal(model(ids).logits, zeros(ids).logits)
     layer = next(m for m in move(model).modules() if type(m).__name__ == "IAPTLayer")
-    tokens, call = torch.randn(2, 5, WIDTH), Call(base)
-    prompts = layer.prompts("default", tokens, call)
-    torch.testing.assert_close(layer.prompts("default", 1000 * tokens, call), prompts, atol=1e-4, rtol=1e-4)
+    tokens, state = torch.randn(2, 5, WIDTH), PromptState(ForwardContext(base))
+    prompts = layer.prompts("default", tokens, state)
+    torch.testing.assert_close(layer.prompts("default", 1000 * tokens, state), prompts, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pool", ["self_attention", "max", "average", "first", "last"])
@@ -150,10 +151,10 @@ def test_a_row_of_padding_alone_spoils_nothing(pool):
 def test_activation_is_computed_in_float32_under_autocast():
     model = move(adapt("iapt", TINY["llama"]()))
     layer = next(m for m in model.modules() if type(m).__name__ == "IAPTLayer")
-    tokens, call = torch.randn(2, 5, WIDTH), Call(model)
-    plain = layer.prompts("default", tokens, call)
+    tokens, state = torch.randn(2, 5, WIDTH), PromptState(ForwardContext(model))
+    plain = layer.prompts("default", tokens, state)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer.prompts("default", tokens, call), plain)
+        assert torch.equal(layer.prompts("default", tokens, state), plain)
 
 
 # What a prompt may look at --------------------------------------------------------------------------------------------

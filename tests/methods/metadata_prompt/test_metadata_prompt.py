@@ -9,7 +9,7 @@ from support.properties import adapt, adapter_parameters, move, output
 
 from peft_lab.adapters.sequence.metadata_prompt import MetadataPromptConfig
 from peft_lab.errors import ConfigError
-from peft_lab.tuners.forward_context import prompt_inputs
+from peft_lab.tuners.forward_context import row_inputs
 
 GENERATE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -54,10 +54,10 @@ def test_only_the_sets_of_the_batch_get_a_gradient():
 def test_generation(beams):
     model, ids = _model("llama"), torch.tensor([[5, 6, 7], [5, 6, 7]])
     settings = {**GENERATE, "num_beams": beams, "output_logits": True, "return_dict_in_generate": True}
-    with prompt_inputs(prompt_ids=torch.tensor([2, 1])):
+    with row_inputs(prompt_ids=torch.tensor([2, 1])):
         both = model.generate(ids, **settings)
     for row, mode in enumerate((2, 1)):
-        with prompt_inputs(prompt_ids=torch.tensor([mode])):
+        with row_inputs(prompt_ids=torch.tensor([mode])):
             alone = model.generate(ids[:1], **settings)
         assert torch.equal(both.sequences[row], alone.sequences[0])
     assert not torch.equal(both.logits[0][0], both.logits[0][-1])
@@ -68,7 +68,7 @@ def test_instruction_around_a_generation_without_a_cache():
     model, ids = move(adapt("iapt", TINY["llama"]())), torch.tensor([[5, 6, 7], [9, 8, 7]])
     settings = {**GENERATE, "output_logits": True, "return_dict_in_generate": True}
     expected = torch.stack(model.generate(ids, **settings).logits)
-    with prompt_inputs(instruction_mask=torch.ones_like(ids)):
+    with row_inputs(instruction_mask=torch.ones_like(ids)):
         got = torch.stack(model.generate(ids, use_cache=False, **settings).logits)
     assert torch.allclose(got, expected, atol=1e-5)
     assert not torch.allclose(torch.stack(model.generate(ids, use_cache=False, **settings).logits), got, atol=1e-5)
@@ -87,8 +87,8 @@ def test_errors():
         MetadataPromptConfig(default_mode=2)
     with pytest.raises(ConfigError, match="num_prompts=0"):
         MetadataPromptConfig(num_prompts=0)
-    with pytest.raises(ConfigError, match='Did you mean "prompt_ids"'), prompt_inputs(prompt_id=torch.tensor([1])):
-        pass
+    with pytest.raises(ConfigError, match='Did you mean "prompt_ids"'), row_inputs(prompt_id=torch.tensor([1, 1])):
+        model(**inputs)
 
 
 def test_training_without_ids_is_warned_of():

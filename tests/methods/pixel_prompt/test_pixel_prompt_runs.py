@@ -18,8 +18,8 @@ from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassif
 
 from peft_lab import evaluate, predict, registry, train
 from peft_lab.errors import ConfigError
+from peft_lab.export.merge import merge
 from peft_lab.loading.load_run import load
-from peft_lab.training.evaluate import merge
 
 MEAN, STD = [0.2, 0.3, 0.4], [0.5, 0.25, 0.125]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -234,7 +235,7 @@ def test_tokens_that_are_no_grid_of_patches_are_refused():
     assert LastBlock(model, torch.randn(1, 3, 16, 16)).attention.shape[-2:] == (2, 2), "patches alone are a grid"
     for module in model.modules():
         if isinstance(module, SequenceLayer):
-            module.prefix_tokens = 1
+            module.stack = replace(module.stack, prefix_tokens=1)
     with pytest.raises(ConfigError, match=r"need a token for each of 2 x 2 patches, and .* has 3"):
         LastBlock(model, torch.randn(1, 3, 16, 16))
     towers = {"vision_config": {**sizes, "patch_size": 8, "num_patches": 4}, "text_config": sizes}

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 
 from peft_lab import registry
 from peft_lab.adapter_files import module_matching
-from peft_lab.backbones.family_table import FAMILIES, Family
-from peft_lab.backbones.module_roles import head_modules, modules_by_role, places, target_regex
+from peft_lab.backbones.family import Family
+from peft_lab.backbones.family_table import FAMILIES
+from peft_lab.backbones.module_roles import head_modules, module_locations, modules_by_role, target_regex
 from peft_lab.errors import AdapterMismatchError, ConfigError
 from peft_lab.loading.load_run import load_adapter
 
@@ -139,7 +140,7 @@ def test_names_that_no_table_knows_are_found_by_role_and_block(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["vit", "bert", "t5", "clip", "swin", "resnet", "llama"])
 def test_places_name_each_module_once(name: str) -> None:
-    found = places(tiny(name))
+    found = module_locations(tiny(name))
     assert len({tuple(place.values()) for place in found.values()}) == len(found)
     for role in ("attn.q", "mlp.up", "norm", "conv"):
         assert set(modules_by_role(tiny(name), role)) <= set(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from support.backbones import _GROUPED, _SEQ2SEQ, _SPECIAL, _T5, _TEXT, TINY, _build
+from support.cover import cover
 from support.properties import adapt, move
 from torch import Tensor, nn
 
@@ -67,8 +69,7 @@ GENERATE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_tok
 METHODS = ("soft_prompt", "iapt")
 VISION = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit", "siglip", "ijepa")
 
-others = pytest.mark.parametrize("family", OTHERS)
-both = pytest.mark.parametrize("method", METHODS)
+others = pytest.mark.parametrize(("method", "family"), cover(itertools.product(METHODS, OTHERS)))
 
 
 def _base(table: dict[str, tuple[str, dict[str, Any]]], family: str) -> Any:
@@ -94,7 +95,6 @@ def test_every_family_is_named_once():
     assert {*NO_ROOM, "falcon"} == {*REFUSED, "falcon_h1"}, "one with a recurrence beside attention is refused unseen"
 
 
-@both
 @others
 @torch.no_grad()
 def test_prompts_change_what_is_said_and_see_no_answer(method, family):
@@ -108,7 +108,6 @@ def test_prompts_change_what_is_said_and_see_no_answer(method, family):
     assert (later - out)[:, :-1].abs().max() < 1e-6
 
 
-@both
 @others
 @torch.no_grad()
 def test_written_as_taught(method, family):
@@ -129,7 +128,6 @@ def test_written_as_taught(method, family):
     assert (torch.stack(out.logits, 1) - taught[:, ids.shape[1] - 1 : -1]).abs().max() < 1e-5
 
 
-@both
 @others
 @torch.no_grad()
 def test_padding_at_the_left(method, family):
@@ -227,4 +225,4 @@ def test_tokens_before_the_patches(name):
     inputs = {"pixel_values": torch.randn(1, 3, 16, 16)}
     with model.disable_adapter():
         model(**inputs)
-    assert seen == [4 + layer.prefix_tokens]
+    assert seen == [4 + layer.stack.prefix_tokens]

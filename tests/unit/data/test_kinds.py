@@ -479,7 +479,7 @@ def test_written_texts_are_scored_by_row_in_one_pass(llama: Path, monkeypatch: p
             "answer": ["a is tea", "b is tea", "a is tea", "other"],
         }
     )
-    found = rule.generation_items(model, tokenizer, rows, task)
+    found = rule.generation_scores(model, tokenizer, rows, task)
     assert found == {"exact_match": [1.0, 1.0, 1.0, 0.0], "coverage": [1.0, 1.0, 0.0, 1.0]}
     assert asked == [3], "rows with one prompt are written once, for all metrics"
     assert rule.generation_metrics(model, tokenizer, rows, task) == {"exact_match": 0.75, "coverage": 0.75}
@@ -494,7 +494,7 @@ def test_rouge_l_compares_what_is_written_with_the_whole_answer(llama: Path, mon
     rule, task = kind("causal_lm"), prompt_task(template=template, metrics=["perplexity", "rouge_l", "exact_match"])
     monkeypatch.setattr(rule, "predict", lambda *args: ["so it is #### 7"])
     rows = Dataset.from_dict({"question": ["a"], "answer": ["7"]})
-    found = rule.generation_items(None, None, rows, task)
+    found = rule.generation_scores(None, None, rows, task)
     assert found == {"exact_match": [1.0], "rouge_l": [pytest.approx(2 * 0.5 / 1.5)]}
 
 

@@ -162,7 +162,7 @@ def test_written_answers(tmp_path):
 
     loaded.kind.predict = keep
     try:
-        loaded.kind.generation_items(loaded.model, loaded.processor, raw, loaded.task)
+        loaded.kind.generation_scores(loaded.model, loaded.processor, raw, loaded.task)
     finally:
         del loaded.kind.predict
     assert seen == alone

@@ -166,14 +166,22 @@ HOSTILE = [
     (TEXT, {"data": {"path": "nyu-mll/glue", "trust_remote_code": True}}, "unknown key"),
     (TEXT, {"data": {"path": "nyu-mll/glue", "name": "cola"}}, "`splits: {train: train}`"),
     (TEXT, {"data": {"path": "nyu-mll/glue", "revision": 12}}, 'Put it in quotes: "12"'),
-    (TEXT, {"data": {"builder": "pickle", "files": {"train": "x"}}}, 'data builder "pickle" is not one of'),
+    (
+        TEXT,
+        {"data": {"builder": "pickle", "files": {"train": "x"}}},
+        '"builder" in the "data" of local files must be one of csv, json',
+    ),
     (TEXT, {"data": {"builder": "csv", "files": {"test": "x"}}}, 'at least the file of "train"'),
     (TEXT, {"data": {"builder": "csv", "files": {"train": "x", "dev": "y"}}}, 'unknown key "dev"'),
     (TEXT, {"data": {"builder": "csv", "files": {"train": "https://host/x.csv"}}}, "is an address"),
     (TEXT, {"data": {"builder": "csv", "files": {"train": "${HOME}/x.csv"}}}, "only a leading ${PEFT_LAB_DATA}"),
     (TEXT, {"data": {"builder": "csv", "files": {"train": "a/${PEFT_LAB_DATA}/x"}}}, "only a leading"),
     (TEXT, {"data": {"builder": "csv", "files": {"train": "x"}, "options": {"converters": {}}}}, '"converters"'),
-    (TEXT, {"data": {"builder": "csv", "files": {"train": "x"}, "options": {"quoting": "never"}}}, 'quoting "never"'),
+    (
+        TEXT,
+        {"data": {"builder": "csv", "files": {"train": "x"}, "options": {"quoting": "never"}}},
+        '"quoting" in the options of csv must be',
+    ),
     (PROMPT, {"template": None}, 'needs a "template"'),
     (PROMPT, {"template": {"prompt": "{a}"}}, 'the template needs "answer"'),
     (PROMPT, {"template": {"prompt": "{a.__class__}", "answer": "{b}", "x": 1}}, 'unknown key "x"'),
@@ -268,10 +276,10 @@ def test_the_ten_lines_of_the_readme_are_a_task(tmp_path: Path) -> None:
 
 
 def test_the_readme_names_every_key() -> None:
-    from peft_lab.data.task_schema import _KEYS
+    from peft_lab.data.task_schema import Task
 
     text = (BUILTIN["snips"].folder / "README.md").read_text(encoding="utf-8")
-    assert not [key for key in _KEYS if f"`{key}`" not in text]
+    assert not [key for key in Task.model_fields if f"`{key}`" not in text]
 
 
 # --- third parties --------------------------------------------------------------------------------------------------

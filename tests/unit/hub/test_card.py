@@ -14,9 +14,10 @@ from support.tiny_runs import make_backbone, make_task, options
 from peft_lab import registry
 from peft_lab.backbones.pypi_weights import hub_id, public_name, reachable_name, resolve_model
 from peft_lab.data.task_registry import load_task
-from peft_lab.hub.model_card import Base, base_of, card_text, eval_entries, write_card
+from peft_lab.hub.evaluation_results import eval_entries
+from peft_lab.hub.model_card import Base, base_of, card_text, write_card
 from peft_lab.loading.load_run import load
-from peft_lab.metrics.predictions import Items
+from peft_lab.metrics.predictions import Predictions
 from peft_lab.training.run import train
 
 X = {"input_ids": torch.tensor([[2, 4, 14, 3], [2, 17, 5, 3]]), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
@@ -101,7 +102,7 @@ def test_the_interval_of_another_metric_needs_the_items(finished):
         "data": finished.metrics["data"] | {"labels": 2, "rows": {"test": 400}},
     }
     assert "interval" not in card_text("name", metrics, info, task)
-    items = Items("classification", {"reference": reference, "prediction": prediction})
+    items = Predictions("classification", {"reference": reference, "prediction": prediction})
     text = card_text("name", metrics, info, task, items=items)
     found = re.search(r"on 400 test rows, 95 % jackknife interval over the rows ([\d.]+) to ([\d.]+)\. It", text)
     assert found
@@ -137,6 +138,8 @@ def test_a_base_without_the_hub_is_loaded_by_peft_lab(finished):
     text = card_text("name", metrics, info, task, repo="someone/name")
     assert "base_model" not in head_of(text)
     assert 'load("someone/name")' in text
+    lines = text.split("```python\n")[1].split("```")[0].splitlines()
+    exec(lines[0], {})  # the module that the card names is there
 
 
 def test_a_revision_of_the_base_is_named(finished):

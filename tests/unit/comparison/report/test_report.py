@@ -23,8 +23,8 @@ from peft_lab.comparison.report.sentences import interval_text
 from peft_lab.comparison.stats.pareto import front_of_all
 from peft_lab.comparison.stats.statistics import rank_arms, score_of
 from peft_lab.errors import ConfigError
-from peft_lab.metrics.per_row import item_values
-from peft_lab.metrics.predictions import Items, write_items
+from peft_lab.metrics.per_row import jackknife_values
+from peft_lab.metrics.predictions import Predictions, write_predictions
 
 HOSTILE = '<script>alert("x")</script>|`[a](javascript:alert(1))$x_1$'
 ACCURACY = {"svfit rank=8": 0.9, "lora r=8": 0.905, "head": 0.6}
@@ -49,7 +49,9 @@ def comparison(folder: Path, records: list[Record] | None = None) -> Path:
                 run.mkdir(parents=True)
                 (run / "metrics.json").write_text("{}")
                 prediction = np.where(right, reference, 1 - reference)
-                write_items(run, Items("classification", {"reference": reference, "prediction": prediction}))
+                write_predictions(
+                    run, Predictions("classification", {"reference": reference, "prediction": prediction})
+                )
     folder.mkdir(exist_ok=True)
     (folder / RESULTS).write_text("".join(json.dumps(asdict(one)) + "\n" for one in made))
     return folder
@@ -249,12 +251,12 @@ def test_further_metrics_stand_in_a_table_of_their_own(tmp_path: Path, plain: No
         for seed in (0, 1, 2):
             prediction = np.where(rng.random(ROWS) < accuracy, reference, 1 - reference)
             columns = {"reference": reference, "prediction": prediction, "confidence": rng.uniform(0.5, 1, ROWS)}
-            items = Items("classification", columns)
-            f1, ece = (item_values(name, items, 2)[0] for name in ("f1", "ece"))
+            items = Predictions("classification", columns)
+            f1, ece = (jackknife_values(name, items, 2)[0] for name in ("f1", "ece"))
             score = float((reference == prediction).mean())
             runs.append(with_metrics(record(arm, seed, score=score), f1=f1, ece=ece, bleu=score))
             (tmp_path / runs[-1].folder).mkdir(parents=True)
-            write_items(tmp_path / runs[-1].folder, items)
+            write_predictions(tmp_path / runs[-1].folder, items)
     report = build(tmp_path, runs)
     section = report.sections[0]
     assert [column.title for column in section.further.table.columns] == [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import time
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from peft_lab.comparison.run.measures import calibration_error, curves, measure
 from peft_lab.comparison.run.plan import arm_runs
 from peft_lab.comparison.study.schema import load_study
 from peft_lab.errors import ConfigError, TaskError
-from peft_lab.metrics.predictions import Items, read_item_file
+from peft_lab.metrics.predictions import Predictions, read_predictions
+from peft_lab.training import step_timer
 from peft_lab.training.run import train
 
 
@@ -52,7 +54,7 @@ def test_measures_of_a_classifier(place: Path, tmp_path: Path) -> None:
     assert 0 < found["step_seconds"] < found["train_seconds"]
     assert found["forgetting"] == pytest.approx(found["control_before"] - found["control_after"])
     assert found["control_before"] != found["control_after"]
-    items = read_item_file(tmp_path / "items.csv")
+    items = read_predictions(tmp_path / "items.csv")
     assert items.correct is not None
     assert items.correct.mean() == metrics["metrics"]["test"]["accuracy"]
     rows = list(csv.DictReader((place / "task" / "test.csv").open()))
@@ -86,8 +88,8 @@ def test_measures_of_written_answers(tmp_path: Path) -> None:
     arm = {"method": "lora", "learning_rates": [0.03]}
     run = final_run(tmp_path, arm, tasks=[entry], limits={"max_steps": 20})
     metrics, found = measured(run, tmp_path / "run")
-    items = read_item_file(tmp_path / "run" / "items.csv")
-    assert items.kind == "causal_lm"
+    items = read_predictions(tmp_path / "run" / "items.csv")
+    assert items.output_type == "causal_lm"
     loss = items.columns["loss"].sum() / items.columns["tokens"].sum()
     assert np.exp(loss) == pytest.approx(metrics["metrics"]["test"]["perplexity"], rel=1e-4)
     assert found["control_after"] == pytest.approx(loss, rel=1e-4)
@@ -102,18 +104,18 @@ def test_calibration_error_by_hand() -> None:
         "confidence": np.array([0.9, 0.9, 0.6, 1.0]),
     }
     # bins of width 1/2: all four rows in the upper one
-    assert calibration_error(Items("classification", columns), bins=2) == pytest.approx(abs(3 / 4 - 0.85))
+    assert calibration_error(Predictions("classification", columns), bins=2) == pytest.approx(abs(3 / 4 - 0.85))
     # of width 1/10: {0.9, 0.9, 1.0} and {0.6}
-    assert calibration_error(Items("classification", columns), bins=10) == pytest.approx((0.8 + 0.4) / 4)
+    assert calibration_error(Predictions("classification", columns), bins=10) == pytest.approx((0.8 + 0.4) / 4)
 
 
-def test_training_ends_with_the_time(place: Path, tmp_path: Path) -> None:
+def test_training_ends_with_the_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that goes on by 50 ms at each look, so that the machine does not matter."""
+    clock = itertools.count()
+    monkeypatch.setattr(step_timer, "time", SimpleNamespace(perf_counter=lambda: 0.05 * next(clock)))
     run = final_run(place, "lora", limits={"seconds": 1.0}, training={"logging_steps": 1, "use_cpu": True})
-    start = time.monotonic()
     metrics = train({**run.options, "output_dir": str(tmp_path)}).metrics
-    assert metrics["global_step"] > 3
-    assert 0.9 < metrics["train_seconds"] < 3
-    assert time.monotonic() - start < 60
+    assert 18 <= metrics["global_step"] <= 21
     rates = [rate for _, rate in curves(tmp_path)["learning_rate"]]
     assert rates[-1] < 0.3 * max(rates)
 
@@ -157,9 +159,9 @@ def test_items_of_a_regression_of_any_number_of_rows() -> None:
 
     for rows in (1, 3):
         values = np.arange(rows, dtype=np.float32)
-        items = kind("text_classification").items(EvalPrediction(values[:, None] + 0.5, values))
+        items = kind("text_classification").row_predictions(EvalPrediction(values[:, None] + 0.5, values))
         assert items is not None
-        assert items.kind == "regression"
+        assert items.output_type == "regression"
         assert items.columns["prediction"].tolist() == (values + 0.5).tolist()
         assert items.columns["reference"].tolist() == values.tolist()
         assert items.correct is None

@@ -29,8 +29,8 @@ from peft_lab.comparison.stats.statistics import (
 )
 from peft_lab.errors import ConfigError
 from peft_lab.metrics.calibration import expected_calibration_error
-from peft_lab.metrics.per_row import item_values
-from peft_lab.metrics.predictions import Items
+from peft_lab.metrics.per_row import jackknife_values
+from peft_lab.metrics.predictions import Predictions
 
 STUDIES = 400
 
@@ -191,12 +191,12 @@ def test_row_values_agree_with_a_bootstrap(metric: str) -> None:
     if metric in ("pearsonr", "spearmanr"):
         reference = np.round(rng.standard_normal(300), 1)  # with ties
         prediction = np.round(reference + rng.standard_normal(300), 1)
-        items = Items("regression", {"reference": reference, "prediction": prediction})
+        items = Predictions("regression", {"reference": reference, "prediction": prediction})
     else:
         reference = rng.integers(0, classes, 300).astype(float)
         prediction = np.where(rng.random(300) < 0.7, reference, rng.integers(0, classes, 300))
-        items = Items("classification", {"reference": reference, "prediction": prediction})
-    value, rows = item_values(metric.removeprefix("macro "), items, classes)
+        items = Predictions("classification", {"reference": reference, "prediction": prediction})
+    value, rows = jackknife_values(metric.removeprefix("macro "), items, classes)
     assert value == pytest.approx(functions[metric](reference, prediction))
     assert rows.mean() == pytest.approx(value, abs=0.01)
     expected = resampled(functions[metric], reference, prediction)
@@ -208,30 +208,33 @@ def test_row_values_of_the_calibration_error() -> None:
     confidence = rng.uniform(0.4, 1, 400)
     reference = np.where(rng.random(400) < 0.7 * confidence, 1.0, 0.0)
     columns = {"reference": reference, "prediction": np.ones(400), "confidence": confidence}
-    value, rows = item_values("ece", Items("classification", columns))
+    value, rows = jackknife_values("ece", Predictions("classification", columns))
     assert value == pytest.approx(expected_calibration_error(confidence, reference))
     left = expected_calibration_error(confidence[1:], reference[1:])
     assert rows[0] == pytest.approx(400 * value - 399 * left)
     expected = resampled(expected_calibration_error, confidence, reference)
     assert rows.std(ddof=1) / math.sqrt(400) == pytest.approx(expected, rel=0.15)
-    assert item_values("ece", Items("classification", {"reference": reference, "prediction": reference})) is None
+    assert (
+        jackknife_values("ece", Predictions("classification", {"reference": reference, "prediction": reference}))
+        is None
+    )
 
 
 def test_row_values_of_language_models() -> None:
     rng = np.random.default_rng(3)
     tokens = rng.integers(1, 30, 200).astype(float)
     columns = {"loss": tokens * rng.gamma(2, 0.5, 200), "tokens": tokens, "hits": rng.binomial(tokens.astype(int), 0.6)}
-    items = Items("causal_lm", columns)
-    value, rows = item_values("perplexity", items)
+    items = Predictions("causal_lm", columns)
+    value, rows = jackknife_values("perplexity", items)
     assert value == pytest.approx(math.exp(columns["loss"].sum() / tokens.sum()))
     without_first = math.exp(columns["loss"][1:].sum() / tokens[1:].sum())
     assert rows[0] == pytest.approx(200 * value - 199 * without_first)
-    assert item_values("token_accuracy", items)[0] == pytest.approx(columns["hits"].sum() / tokens.sum())
-    assert item_values("exact_match", items) is None
-    assert item_values("f1", items) is None
-    assert item_values("rouge", items) is None
+    assert jackknife_values("token_accuracy", items)[0] == pytest.approx(columns["hits"].sum() / tokens.sum())
+    assert jackknife_values("exact_match", items) is None
+    assert jackknife_values("f1", items) is None
+    assert jackknife_values("rouge", items) is None
     written = rng.uniform(size=200)
-    value, rows = item_values("rouge_l", Items("causal_lm", {**columns, "rouge_l": written}))
+    value, rows = jackknife_values("rouge_l", Predictions("causal_lm", {**columns, "rouge_l": written}))
     assert (value, rows.tolist()) == (pytest.approx(written.mean()), written.tolist())
 
 
@@ -265,11 +268,13 @@ class Study:
         for arm, accuracy in accuracies.items():
             for seed in range(seeds):
                 right = difficulty + 0.02 * rng.standard_normal(rows) < accuracy + spread * rng.standard_normal()
-                items = Items("classification", {"reference": reference, "prediction": np.where(right, reference, 2.0)})
+                items = Predictions(
+                    "classification", {"reference": reference, "prediction": np.where(right, reference, 2.0)}
+                )
                 self.records.append(record(arm, seed, float(right.mean())))
                 self.items[self.records[-1].id] = items
 
-    def read(self, one: Record) -> Items:
+    def read(self, one: Record) -> Predictions:
         if one.id not in self.items:
             raise ConfigError("no items")
         return self.items[one.id]
@@ -367,7 +372,7 @@ def test_items_of_another_run_are_not_used() -> None:
     study = Study({"a": 0.9, "b": 0.7})
     first = next(iter(study.items))
     wrong = study.items[first].columns
-    study.items[first] = Items("classification", {**wrong, "prediction": 1 - wrong["reference"]})
+    study.items[first] = Predictions("classification", {**wrong, "prediction": 1 - wrong["reference"]})
     cell = study.cell()
     assert (cell.arm("a").score.basis, cell.arm("b").score.basis) == ("seeds", "seeds and rows")
 

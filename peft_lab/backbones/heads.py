@@ -1,0 +1,64 @@
+"""Task heads: the modules in front of the pretrained parts of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from peft_lab.backbones.names import join, model_type
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Heads that peft adds to `modules_to_save` by itself, in full, by its task types.
+PEFT_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def has_no_head(model: Any) -> bool:
+    """Test for bare backbones, generative models, and models whose layers outside the backbone are pretrained too."""
+    if not model_type(model):
+        return False
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return True
+    name = type(model).__name__
+    return name.endswith(("WithProjection", "ForPreTraining")) or name in _bare_classes()
+
+
+@lru_cache(maxsize=1)
+def _bare_classes() -> frozenset[str]:
+    """Return the names of all classes that transformers loads as a bare backbone."""
+    from transformers.models.auto import modeling_auto as auto
+
+    found: set[str] = set()
+    for table in ("MODEL_MAPPING_NAMES", "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES", "MODEL_FOR_BACKBONE_MAPPING_NAMES"):
+        for value in getattr(auto, table, {}).values():
+            found.update(value if isinstance(value, tuple | list) else (value,))
+    return frozenset(found)
+
+
+def head_paths(model: nn.Module) -> list[str]:
+    """Return the outermost modules with parameters of their own that lie in no pretrained part."""
+    taken = [f"{part}." for part in _pretrained_parts(model, "")]
+    found: list[str] = []
+    if not taken:
+        return found
+    for path, module in model.named_modules():
+        owns = next(module.parameters(recurse=False), None) is not None
+        if path and owns and not f"{path}.".startswith(tuple(taken)):
+            found.append(path)
+            taken.append(f"{path}.")
+    return found
+
+
+def _pretrained_parts(model: nn.Module, path: str) -> Iterator[str]:
+    for name, child in model.named_children():
+        here = join(path, name)
+        if model_type(child) or (not path and name == getattr(model, "base_model_prefix", None)):
+            yield here
+        else:
+            yield from _pretrained_parts(child, here)

@@ -1,0 +1,48 @@
+"""Helpers for module names, paths and regexes. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+#: Prefix of all module names of the base below a `PeftModel`, in state dicts and adapter files.
+PEFT_PREFIX = "base_model.model."
+
+
+def unwrap(model: Any) -> Any:
+    """Return the base model of a `PeftModel`; other models as they are."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def model_type(module: Any) -> str | None:
+    """Return the `model_type` of a transformers model; None for other modules."""
+    if not hasattr(module, "base_model_prefix"):
+        return None
+    return getattr(getattr(module, "config", None), "model_type", None)
+
+
+def join(path: str, name: str) -> str:
+    """Join two paths, each of which may be empty."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def is_under(path: str, parent: str) -> bool:
+    """Test whether a path is another one or lies below it."""
+    return path == parent or path.startswith(f"{parent}.")
+
+
+def ends_with(path: str, name: str) -> bool:
+    """Test whether peft takes a module for one of the name `name` in a list of target modules."""
+    return path == name or path.endswith(f".{name}")
+
+
+def any_of(patterns: Iterable[str]) -> str:
+    """Return one regex for several."""
+    patterns = list(patterns)
+    return patterns[0] if len(patterns) == 1 else f"(?:{'|'.join(patterns)})"
+
+
+def path_regex(path: str) -> str:
+    """Return a path as a regex in which every `*` is any index."""
+    return re.escape(path).replace(r"\*", r"\d+")

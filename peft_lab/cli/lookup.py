@@ -1,0 +1,90 @@
+"""Commands `methods`, `tasks` and `validate`; they import neither torch nor data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from peft_lab import registry
+from peft_lab.cli.output import new_table, print_out
+
+if TYPE_CHECKING:
+    from peft_lab.utils.source_reader import Field
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (methods, tasks, validate):
+        app.command()(command)
+
+
+def methods(name: Annotated[str | None, typer.Argument(help="Show the arguments of this method.")] = None) -> None:
+    """List the methods, or the arguments of one method."""
+    if name is not None:
+        _show_method(registry.method(name), registry.config_fields(name))
+        return
+    table = new_table("method", "title", "acts on", "default targets", "learning rate", "paper")
+    for info in registry.list_methods().values():
+        if info.place == "peft":
+            continue
+        table.add_row(
+            info.name, info.title, info.place, ", ".join(info.roles), f"{info.learning_rate:g}", _paper(info.paper)
+        )
+    print_out(table)
+    own = [info.name for info in registry.list_methods().values() if info.place == "peft"]
+    print_out(f"Tuners of peft itself, by their own names: {', '.join(own)}.")
+    print_out("`peft-lab methods NAME` shows the arguments of one method.")
+
+
+def _show_method(info: Any, fields: dict[str, Field]) -> None:
+    print_out(f"[bold]{info.name}[/]: {escape(info.title)} {_paper(info.paper)}".rstrip())
+    if not fields:
+        print_out("It takes no method_args.")
+        return
+    table = new_table("method_args", "type", "default", "meaning")
+    for field in fields.values():
+        table.add_row(
+            field.name, escape(field.annotation), escape(str(field.default)), escape(" ".join(field.help.split()))
+        )
+    print_out(table)
+    for name, values in info.presets.items():
+        shown = ", ".join(f"{key}={'?' if value is ... else value}" for key, value in values.items())
+        print_out(f"preset={name} stands for {escape(shown)}")
+
+
+def tasks() -> None:
+    """List the built-in tasks."""
+    from peft_lab.data.task_registry import list_tasks
+
+    table = new_table("task", "kind", "metrics", "licence", "data")
+    for task in list_tasks().values():
+        table.add_row(task.name, task.kind, ", ".join(task.metrics), escape(task.licence), escape(task.where))
+    print_out(table)
+    print_out("Your own data: write a task YAML and pass its path as --task; `peft-lab validate FILE` checks it.")
+
+
+def validate(file: Annotated[str, typer.Argument(help="A task, run or study YAML.", show_default=False)]) -> None:
+    """Check a task, run or study file without loading a model."""
+    from peft_lab.comparison.study.schema import is_study
+    from peft_lab.data.task_registry import validate_task
+    from peft_lab.runs import run_config, run_folder
+
+    values = run_config.read_run_file(file)
+    if is_study(values):
+        from peft_lab.cli.compare import show_study
+
+        print_out(f"[green]ok[/] {escape(show_study(values, file))}")
+        return
+    if "kind" in values or ("data" in values and "method" not in values):
+        task = validate_task(file)
+        print_out(f'[green]ok[/] task "{task.name}" ({task.kind}), metrics: {", ".join(task.metrics)}')
+        return
+    config = run_config.load_run(file)
+    run_folder.check_run(config)
+    print_out(f'[green]ok[/] run: method "{config.method}" on task "{config.task}" with {config.model_name_or_path}')
+
+
+def _paper(paper: str) -> str:
+    return f"arXiv:{paper}" if paper and paper[0].isdigit() else escape(paper)

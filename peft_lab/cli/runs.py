@@ -1,0 +1,141 @@
+"""Commands `train`, `evaluate`, `predict` and `merge`.
+
+The functions behind them are imported once the arguments are checked, because they import torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from peft_lab.cli.options import Adapter, Base, BatchSize, OtherBase
+from peft_lab.cli.output import format_metric, new_table, print_out
+from peft_lab.errors import ConfigError, did_you_mean
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    # the flags of `train` are those of Trainer too, so its own parser reads them and prints their help
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(context_settings=settings, add_help_option=False)(train)
+    for command in (evaluate, predict, merge):
+        app.command()(command)
+
+
+def train(context: typer.Context) -> None:
+    """Train an adapter; `peft-lab train --help` lists the flags.
+
+    The options are flags, a run YAML, or both.
+    """
+    from peft_lab.runs import run_config, run_folder
+
+    if not context.args or {"-h", "--help"} & set(context.args):
+        run_config.argument_parser().print_help()
+        raise typer.Exit()
+    file, overrides = run_config.parse_arguments(context.args)
+    config = run_config.load_run(file, overrides)
+    run_folder.check_run(config)  # before torch is imported
+    from peft_lab.training.run import train as run_training
+
+    result = run_training(config)
+    if result.is_main_process:
+        _show_metrics(result.metrics)
+
+
+def evaluate(
+    adapter: Adapter,
+    task: Annotated[
+        str | None, typer.Option(help="Evaluate on this task instead of the one it was trained on.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    model_name_or_path: Base = None,
+    max_samples: Annotated[int | None, typer.Option("--max_samples", help="Evaluate on this many examples.")] = None,
+    per_device_eval_batch_size: BatchSize = 32,
+    allow_other_base: OtherBase = False,
+) -> None:
+    """Evaluate a saved adapter on a split of its task."""
+    from peft_lab.data.task_registry import SPLITS, load_task
+    from peft_lab.runs.run_folder import find_adapter
+
+    if split not in SPLITS:
+        raise ConfigError(f'Unknown split "{split}".{did_you_mean(split, SPLITS)} Splits: {", ".join(SPLITS)}.')
+    if task is not None:
+        load_task(task)
+    folder = find_adapter(adapter)
+    from peft_lab.training.evaluate import evaluate as run_evaluation
+
+    found = run_evaluation(
+        folder,
+        task,
+        split,
+        model_name_or_path,
+        max_samples=max_samples,
+        batch_size=per_device_eval_batch_size,
+        allow_other_base=allow_other_base,
+    )
+    table = new_table("metric", "value")
+    for name, value in found.items():
+        table.add_row(name, format_metric(value))
+    print_out(table)
+
+
+def predict(
+    adapter: Adapter,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Texts, image files, or a .txt, .csv or .jsonl file of inputs."),
+    ],
+    task: Annotated[
+        str | None, typer.Option(help="The task whose kind and labels apply, if the adapter names none.")
+    ] = None,
+    model_name_or_path: Base = None,
+    per_device_eval_batch_size: BatchSize = 32,
+    allow_other_base: OtherBase = False,
+) -> None:
+    """Predict for texts or images, one answer a line as JSON."""
+    from peft_lab.data.task_registry import load_task
+    from peft_lab.runs.run_folder import find_adapter
+
+    if task is not None:
+        load_task(task)
+    folder = find_adapter(adapter)
+    from peft_lab.training.evaluate import predict as run_prediction
+
+    options: dict[str, Any] = {"batch_size": per_device_eval_batch_size, "allow_other_base": allow_other_base}
+    for answer in run_prediction(folder, inputs, task, model_name_or_path, **options):
+        typer.echo(json.dumps(answer, ensure_ascii=False))
+
+
+def merge(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(help="Folder for the merged model.", show_default=False)],
+    model_name_or_path: Base = None,
+    allow_other_base: OtherBase = False,
+) -> None:
+    """Merge an adapter into its base: the result loads with transformers alone."""
+    from peft_lab.runs.run_folder import find_adapter, refuse_filled
+
+    folder = find_adapter(adapter)
+    refuse_filled(out)
+    from peft_lab.export.merge import merge as run_merge
+
+    run_merge(folder, out, model_name_or_path, allow_other_base=allow_other_base)
+    print_out(f"Merged model written to {escape(str(out))}")
+
+
+def _show_metrics(metrics: dict[str, Any]) -> None:
+    table = new_table("split", "metric", "value", title=metrics["run"]["method"])
+    for split, values in metrics["metrics"].items():
+        for name, value in values.items():
+            table.add_row(split, name, format_metric(value))
+    print_out(table)
+    size = metrics["adapter_bytes"] / 1024
+    print_out(
+        f"{metrics['parameters']['trainable']:,} trainable parameters, {size:,.0f} KB in "
+        f"{escape(metrics['run']['output_dir'])}, {metrics['train_seconds']:.1f} s, "
+        f"peak memory {metrics['peak_memory_bytes'] / 2**20:,.0f} MB"
+    )

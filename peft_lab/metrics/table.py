@@ -1,0 +1,153 @@
+"""Table of the metrics that ship with peft-lab. Imports nothing heavy: each function imports what it computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        name: name in task files and results.
+        function: (predictions, references, **options) -> float.
+        takes_probabilities: predictions are probabilities of the classes, (n, classes), instead of classes, (n,).
+        greater_is_better: False for an error, such as perplexity.
+        package: package that the function needs and that is not installed with peft-lab itself.
+        extra: extra of peft-lab that installs the package.
+    """
+
+    name: str
+    function: Callable[..., float]
+    takes_probabilities: bool = False
+    greater_is_better: bool = True
+    package: str = ""
+    extra: str = ""
+
+    def compute(self, predictions: Any, references: Any = None, **options: Any) -> dict[str, float]:
+        """Compute the metric; the same call and result as those of an `evaluate` module."""
+        return {self.name: float(self.function(predictions, references, **options))}
+
+
+def accuracy(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Share of predictions that equal their reference; class indices, (n,)."""
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(references, predictions)
+
+
+def f1(
+    predictions: ArrayLike, references: ArrayLike, average: str = "auto", labels: Sequence[int] | None = None
+) -> float:
+    """F1 score of class indices, (n,); a class that is never predicted counts as 0.
+
+    Args:
+        predictions: predicted classes.
+        references: true classes.
+        average: average of scikit-learn; `auto` is `binary` (of class 1) while all values are 0 or 1, else `macro`.
+        labels: classes that a macro average is taken over, absent ones included.
+    """
+    import numpy as np
+    from sklearn.metrics import f1_score
+
+    if average == "auto":
+        found = np.union1d(predictions, references)
+        average = "binary" if set(found.tolist()) <= {0, 1} else "macro"
+    # scikit-learn takes `labels` of a binary average for a selection and warns
+    labels = None if average == "binary" else labels
+    return f1_score(references, predictions, average=average, labels=labels, zero_division=0)
+
+
+def matthews_correlation(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Matthews correlation coefficient of class indices, (n,); 0 by chance, fair under class imbalance."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return matthews_corrcoef(references, predictions)
+
+
+def ece(predictions: ArrayLike, references: ArrayLike, bins: int | None = None) -> float:
+    """Expected calibration error of probabilities, (n, classes), from 15 bins of equal width."""
+    import numpy as np
+
+    from peft_lab.metrics.calibration import BINS, expected_calibration_error
+
+    probabilities = np.asarray(predictions, dtype=np.float32)
+    correct = probabilities.argmax(-1) == np.asarray(references)
+    return expected_calibration_error(probabilities.max(-1), correct.astype(float), bins or BINS)
+
+
+def pearsonr(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Pearson's linear correlation of numbers, (n,); 0 where one side is constant."""
+    from scipy import stats
+
+    return _correlation(stats.pearsonr, predictions, references)
+
+
+def spearmanr(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Spearman's rank correlation of numbers, (n,); 0 where one side is constant."""
+    from scipy import stats
+
+    return _correlation(stats.spearmanr, predictions, references)
+
+
+def _correlation(function: Callable[..., Any], predictions: ArrayLike, references: ArrayLike) -> float:
+    import numpy as np
+
+    x, y = (np.asarray(values, dtype=np.float64) for values in (predictions, references))
+    # undefined then; as 0, so that a model that predicts one value is never the best checkpoint
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return function(y, x).statistic
+
+
+def perplexity(predictions: ArrayLike, references: None = None) -> float:
+    """Exponential of the mean negative log-probability; every token counts the same.
+
+    Args:
+        predictions: natural log-probabilities of the reference tokens, (n,).
+        references: none; the probabilities are those of the reference tokens already.
+    """
+    import numpy as np
+
+    return np.exp(-np.mean(np.asarray(predictions, dtype=np.float64)))
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str], ignore_case: bool = False) -> float:
+    """Share of texts that equal their reference, character by character."""
+    change = str.casefold if ignore_case else str
+    hits = [change(found) == change(wanted) for found, wanted in zip(predictions, references, strict=True)]
+    return sum(hits) / len(hits)
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Mean F1 of the longest common subsequence of words (Lin 2004), by Google Research's `rouge_score`.
+
+    Lower case, letters a-z and digits alone, no stemming.
+    """
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = list(zip(predictions, references, strict=True))
+    return sum(scorer.score(wanted, found)["rougeL"].fmeasure for found, wanted in pairs) / len(pairs)
+
+
+_TABLE = (
+    Metric("accuracy", accuracy),
+    Metric("ece", ece, takes_probabilities=True, greater_is_better=False),
+    Metric("exact_match", exact_match),
+    Metric("f1", f1),
+    Metric("matthews_correlation", matthews_correlation),
+    Metric("pearsonr", pearsonr),
+    Metric("perplexity", perplexity, greater_is_better=False),
+    Metric("rouge_l", rouge_l, package="rouge_score", extra="text"),
+    Metric("spearmanr", spearmanr),
+)
+
+#: The metrics that ship with peft-lab, by name.
+METRICS = {metric.name: metric for metric in _TABLE}

@@ -1,0 +1,120 @@
+"""Options of a run as Trainer takes them: `RunConfig` and `TrainingArguments`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from transformers import TrainingArguments
+
+from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
+from peft_lab.metrics import METRICS
+from peft_lab.registry import MethodInfo
+from peft_lab.runs.run_config import RunConfig, load_run
+
+if TYPE_CHECKING:
+    from peft_lab.data.task_schema import Task
+
+_T = TypeVar("_T")
+
+#: Steps of a training that only the time ends.
+_WITHOUT_END = 10_000_000
+
+
+def as_run_config(config: Any, options: Mapping[str, Any]) -> RunConfig:
+    """Make a `RunConfig` of a mapping, a file or keyword arguments.
+
+    Args:
+        config: the options; None if `options` holds all of them.
+        options: options that override `config`.
+
+    Raises:
+        ConfigError: an option is unknown, missing or has a wrong value.
+    """
+    if config is None:
+        return RunConfig.from_mapping(options, "the arguments of train()")
+    if isinstance(config, str | Path):
+        return load_run(config, options)
+    if isinstance(config, RunConfig) and not options:
+        return config
+    values = config.to_dict() if isinstance(config, RunConfig) else dict(config)
+    return RunConfig.from_mapping({**values, **options}, "the arguments of train()")
+
+
+def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments:
+    """Build the `TrainingArguments` of a run.
+
+    The run's own flags come first, then the defaults of peft-lab, then those of Trainer.
+
+    Raises:
+        ConfigError: Trainer refuses a value.
+    """
+    flags = dict(config.training_arguments)
+    flags.setdefault("learning_rate", info.learning_rate)
+    flags.setdefault("report_to", "none")
+    flags.setdefault("restore_callback_states_from_checkpoint", True)  # else early stopping forgets its count at resume
+    flags.setdefault("remove_unused_columns", False)  # the collator reads what the kind's preprocessing made
+    flags.setdefault("label_names", ["labels"])
+    flags.setdefault("hub_private_repo", True)
+    flags.setdefault("hub_strategy", "end")
+    if flags["hub_strategy"] != "end":
+        raise ConfigError(
+            f'hub_strategy "{flags["hub_strategy"]}" would upload checkpoints; only "end" (the finished run) can be.'
+        )
+    flags.pop("do_train", None)  # a run always trains
+    if config.max_seconds is not None and flags.keys().isdisjoint({"max_steps", "num_train_epochs"}):
+        flags["max_steps"] = _WITHOUT_END
+    if config.early_stopping_patience is not None:
+        _set_early_stopping(flags)
+    _set_device_flags(flags)
+    return build_or_refuse(TrainingArguments, output_dir=config.output_dir, **flags)
+
+
+def _set_early_stopping(flags: dict[str, Any]) -> None:
+    """Evaluate and save together: Trainer returns to the best checkpoint."""
+    strategy = flags.setdefault("eval_strategy", "epoch")
+    flags.setdefault("save_strategy", strategy)
+    flags.setdefault("load_best_model_at_end", True)
+    flags.setdefault("metric_for_best_model", "loss")
+    for steps, other in (("save_steps", "eval_steps"), ("eval_steps", "save_steps")):
+        if other in flags:
+            flags.setdefault(steps, flags[other])
+
+
+def _set_device_flags(flags: dict[str, Any]) -> None:
+    """Set the defaults that depend on the device and on recomputation."""
+    flags.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    if not torch.cuda.is_available() and (flags.get("bf16") or flags.get("bf16_full_eval")):
+        flags.setdefault("use_cpu", not torch.backends.mps.is_available())  # Trainer wants bf16 on CPU spelt out
+    if flags.get("gradient_checkpointing") or flags.get("activation_checkpointing"):
+        flags.setdefault("ddp_find_unused_parameters", False)  # as Trainer does for a model without an adapter
+
+
+def check_best_metric(arguments: TrainingArguments, task: Task) -> None:
+    """Refuse a metric for the best model that no evaluation gives.
+
+    Trainer itself finds out only after the first evaluation.
+
+    Raises:
+        ConfigError: the metric is not measured on the task.
+    """
+    name = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    known = ["loss", *(Path(metric).stem for metric in task.metrics)]
+    # a metric of the Hub may give values under other names than its own
+    if name not in known and all(metric in METRICS for metric in task.metrics):
+        raise ConfigError(
+            f'metric_for_best_model "{name}" is not measured on task "{task.name}".{did_you_mean(name, known)} '
+            f"Known: {', '.join(known)}."
+        )
+
+
+def build_or_refuse(build: Callable[..., _T], **values: Any) -> _T:
+    """Call `build`; turn a refusal of Trainer into a `ConfigError`."""
+    try:
+        return build(**values)
+    except PeftLabError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"Training arguments are refused: {' '.join(str(error).split())}") from error

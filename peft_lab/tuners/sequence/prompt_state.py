@@ -1,0 +1,227 @@
+"""State of the prompt tokens in one forward call of a stack of blocks: made around the stack, read by its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.masking_utils import find_first_full_attention_index
+
+from peft_lab.errors import ConfigError
+from peft_lab.tuners.forward_context import ForwardContext
+from peft_lab.tuners.tokens import parameter_names, split
+
+#: Key of the state in `ForwardContext.shared`.
+_PROMPTS = "prompts"
+#: Keys by which the stack hands class logits and prompts on to the head behind it.
+HEAD_LOGITS, READOUT = "head_logits", "readout"
+#: Attribute of a KV cache that holds its `CachedPrompts`. It lies on the cache because a copy of the cache takes it
+#: along, and because `torch.compile` fails on a table of caches from which one dies meanwhile.
+CACHED_PROMPTS = "peft_lab_prompts"
+
+
+@dataclass
+class CachedPrompts:
+    """Prompt tokens in a KV cache: their number by block, and those a row does not use, bool (batch, prompts)."""
+
+    count: dict[int, int] = field(default_factory=dict)
+    unused: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class PromptState:
+    """State of the prompt tokens in one forward call of one stack of blocks.
+
+    Attributes:
+        context: the forward call that it belongs to.
+        mask: bool (batch, tokens), False at padding; None if there is none.
+        rows: numbers of the batch's rows that it is for, int64; None for all.
+        batch: number of rows of the whole batch.
+        cache: prompts that the KV cache holds; None without a cache.
+        prefill: True where prompts are to be written; False for a step of decoding.
+        depth: number of blocks that have run.
+        states: the prompts as the block before left them (batch, prompts, dim).
+        unused: bool (batch, prompts), the prompts of `states` that a row does not have; None if every row has all.
+        refused: reason why prompts cannot go into this call; raised by the first block that has some.
+        length, position: number of tokens, and number of those before the prompts.
+    """
+
+    context: ForwardContext
+    mask: Tensor | None = None
+    rows: Tensor | None = None
+    batch: int = 0
+    cache: CachedPrompts | None = None
+    prefill: bool = True
+    depth: int = 0
+    states: Tensor | None = None
+    unused: Tensor | None = None
+    refused: str = ""
+    length: int = 0
+    position: int = 0
+
+    @staticmethod
+    def current() -> PromptState | None:
+        """The state of the stack that runs, if any."""
+        context = ForwardContext.current()
+        return None if context is None else context.shared.get(_PROMPTS)
+
+    def for_rows(self, rows: Tensor) -> PromptState:
+        """The state that some rows of the batch see."""
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self, mask=mask, rows=rows, states=None, unused=None)
+
+    def row_input(self, name: str) -> Tensor | None:
+        """Value of a declared row input for the rows of this state."""
+        found = self.context.row_input(name, self.batch)
+        return found if found is None or self.rows is None else found[self.rows]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Labels of the call for the rows of this state; None if there are none or they are not one row each."""
+        labels = self.context.arguments.get("labels")
+        if not isinstance(labels, Tensor) or self.rows is None or len(labels) != self.batch:
+            return labels
+        return labels[self.rows]
+
+    @property
+    def continues_text(self) -> bool:
+        """True if the called model writes text behind its input, so that labels are a part of the text."""
+        return can_continue(self.context.model)
+
+
+def can_continue(model: Any) -> bool:
+    """Test whether a model writes text behind its input, so that its labels are tokens."""
+    return not isinstance(model, PreTrainedModel) or model.can_generate()
+
+
+def run_with_prompts(stack: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """Run a stack of blocks that may hold prompts: the code around its forward.
+
+    It makes the `PromptState`, counts cached prompts into mask and positions, and takes the prompts out of recorded
+    hidden states and attentions.
+
+    Raises:
+        ConfigError: the head behind the stack is to read prompts, and the stack was called alone.
+    """
+    context = ForwardContext.current()
+    assert context is not None, "the wrapper of the stack has opened one"
+    state = _begin(type(stack).forward, context, kwargs)
+    outer = context.shared.get(_PROMPTS)
+    context.shared[_PROMPTS] = state
+    try:
+        output = forward(**kwargs)
+    finally:
+        context.shared[_PROMPTS] = outer
+    if READOUT in context.shared and context.model is stack:
+        raise ConfigError("Prompts are read behind the stack of blocks; call the whole model.")
+    for name, dims in (("hidden_states", (1,)), ("attentions", (2, 3))):
+        recorded = getattr(output, name, None)
+        if isinstance(recorded, tuple) and state.prefill and state.length:
+            setattr(output, name, tuple(_tokens_alone(part, state, dims) for part in recorded))
+    return output
+
+
+def _begin(own_forward: Any, context: ForwardContext, kwargs: dict[str, Any]) -> PromptState:
+    """Make the state of a call, and count the prompts that a cache holds into mask and positions."""
+    names = parameter_names(own_forward)
+    cache, mask = self_attention_cache(kwargs.get("past_key_values")), kwargs.get("attention_mask")
+    state = PromptState(context, mask=mask.bool() if mask is not None and mask.ndim == 2 else None)
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    if getattr(cache, "is_compileable", False):
+        state.refused = "Prompts in the sequence need a cache that grows; leave out cache_implementation='static'."
+    elif past:
+        state.prefill = False
+        state.cache = getattr(cache, CACHED_PROMPTS, None)
+        if state.cache is not None:
+            state.refused = _count_cached(state.cache, cache, past, kwargs, names)
+    elif _is_packed(kwargs.get("position_ids"), state.mask):
+        state.refused = "Packed sequences have no place for prompts: pass one sequence per row of the batch."
+    return state
+
+
+def _tokens_alone(part: Tensor, state: PromptState, dims: tuple[int, ...]) -> Tensor:
+    """A recorded tensor without the prompts that it may hold along some dimensions."""
+    for dim in dims:
+        count = part.shape[dim] - state.length
+        if count > 0:
+            part = split(part, count, state.position, dim)[0]
+    return part
+
+
+def replace_logits(head: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Post-hook of a classification head: put the logits of the prompts there, so that the model's own loss sees them.
+
+    The context holds logits (batch, classes) and the rows that have them, bool (batch,), None for all.
+    """
+    context = ForwardContext.current()
+    found = None if context is None else context.shared.get(HEAD_LOGITS)
+    if found is None:
+        return output
+    logits, rows = found[0].to(output.dtype), found[1]
+    return logits if rows is None else torch.where(rows[:, None], logits, output)
+
+
+def read_out(norm: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Post-hook of the norm behind the blocks: put the mean of class token and prompts in the place of the class token.
+
+    The context holds the prompts (batch, prompts, dim) of the last block and those that count, bool (batch, prompts).
+
+    Args:
+        norm: the norm.
+        args: not used.
+        output: its output for all tokens (batch, tokens, dim), the class token first, or for that alone (batch, dim).
+    """
+    context = ForwardContext.current()
+    found = None if context is None else context.shared.pop(READOUT, None)  # the norm runs again, for the prompts
+    if found is None:
+        return output
+    prompts, used = found
+    read = torch.where(used[..., None], norm(prompts), 0).sum(1)
+    first = output if output.ndim == 2 else output[:, 0]
+    mean = (first + read) / (1 + used.sum(1, keepdim=True))
+    mean = mean.to(output.dtype)
+    return mean if output.ndim == 2 else torch.cat([mean[:, None], output[:, 1:]], 1)
+
+
+def _count_cached(
+    prompts: CachedPrompts, cache: Cache, past: int, kwargs: dict[str, Any], names: tuple[str, ...]
+) -> str:
+    """Count cached prompts into mask and positions; return the reason why that cannot be, if so."""
+    counts = {prompts.count.get(depth, 0) for depth in range(len(cache.layers))}
+    if any(cache.is_sliding) and len(counts) > 1:
+        return "Prompts in some blocks only do not go with a cache of sliding windows; pass use_cache=False."
+    given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    if given.shape[1] > 1 and any(prompts.count.values()):
+        return (
+            f"A KV cache with prompts in it goes on by one token at a time, got {given.shape[1]}: leave out "
+            "prefill_chunk_size and assistant_model, and give the whole text where a conversation goes on."
+        )
+    mask = kwargs.get("attention_mask")
+    # The stack sizes its mask by the first layer with full attention.
+    measured = prompts.count.get(find_first_full_attention_index(cache), 0)
+    if measured and mask is not None and mask.ndim == 2:
+        kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], measured), mask], 1)
+    if kwargs.get("position_ids") is None and "position_ids" in names:
+        start = past - prompts.count.get(0, 0)
+        kwargs["position_ids"] = torch.arange(start, start + given.shape[1], device=given.device)[None]
+    return ""
+
+
+def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:
+    """Test whether a row begins anew somewhere within its tokens."""
+    if position_ids is None or position_ids.ndim != 2:
+        return False
+    anew = position_ids.diff(dim=1) < 0
+    if mask is not None and mask.shape == position_ids.shape:
+        anew = anew & mask[:, 1:] & mask[:, :-1]
+    return bool(anew.any())
+
+
+def self_attention_cache(cache: Any) -> Any:
+    """The cache of self-attention."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

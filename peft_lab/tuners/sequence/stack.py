@@ -1,0 +1,130 @@
+"""Stacks of transformer blocks in a model, and the facts of a stack that its blocks need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_lab.backbones import module_roles
+from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.tuners.sequence import window_attention
+from peft_lab.tuners.sequence.prompt_state import can_continue
+
+#: Stack that gets the prompts where a model has several, the first that is there.
+_PREFERRED = ("vision", "encoder")
+#: Names of the tokens that an embedding of patches puts before the patches.
+_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+
+
+@dataclass(frozen=True)
+class StackInfo:
+    """Facts of one stack of blocks, the same for all of its blocks.
+
+    Attributes:
+        settings: config of the stack.
+        widths: width of the hidden states of each block.
+        attends: for each block, True if it has attention; a convolution or a recurrence has none.
+        causal: True if no block lets a token see later ones.
+        norms: norms before (`norm.stem`) and behind (`norm.final`) all blocks, as a module and a name in it, because a
+            norm may be wrapped later.
+        classes: number of labels of the model.
+        prefix_tokens: class and register tokens of a vision transformer, which stand before the patches; 0 for text.
+    """
+
+    settings: Any
+    widths: tuple[int, ...]
+    attends: tuple[bool, ...]
+    causal: bool
+    norms: dict[str, tuple[nn.Module, str]]
+    classes: int
+    prefix_tokens: int
+
+
+def stack_info(model: nn.Module, path: str, blocks: list[str]) -> StackInfo:
+    """Collect the facts of the stack at a path of a model."""
+    stack: Any = model.get_submodule(path)
+    modules = [model.get_submodule(block) for block in blocks]
+    widths = []
+    for module in modules:
+        windowed = window_attention.has_windows(module)
+        widths.append(window_attention.width(module) if windowed else stack.config.hidden_size)
+    declared = [[m.is_causal for m in module.modules() if hasattr(m, "is_causal")] for module in modules]
+    some_declared = any(declared)
+    return StackInfo(
+        settings=stack.config,
+        widths=tuple(widths),
+        attends=tuple(bool(flags) or not some_declared for flags in declared),
+        causal=any(any(flags) for flags in declared) if some_declared else _reads_from_the_left(model, stack),
+        norms=norms_around(model, path),
+        classes=getattr(getattr(model, "config", None), "num_labels", 0),
+        prefix_tokens=prefix_tokens(model, path),
+    )
+
+
+def _reads_from_the_left(model: Any, stack: Any) -> bool:
+    """Guess for a stack whose attention does not say whether it is causal."""
+    is_text = stack.main_input_name == "input_ids" and not model.config.is_encoder_decoder
+    return is_text and can_continue(model)
+
+
+def norms_around(model: nn.Module, stack: str) -> dict[str, tuple[nn.Module, str]]:
+    """Norms around the blocks of a stack, which stand in it or, as DINOv2's, in a module around it."""
+    found = {}
+    for role in ("norm.stem", "norm.final"):
+        homes = [name.rpartition(".") for name in module_roles.modules_by_role(model, role)]
+        around = [(home, name) for home, _, name in homes if f"{stack}.".startswith(f"{home}.") or not home]
+        if around:
+            home, name = max(around, key=lambda found: len(found[0]))
+            found[role] = (model.get_submodule(home), name)
+    return found
+
+
+def stacks_of(model: nn.Module) -> dict[str, list[str]]:
+    """Paths of the blocks of each stack, by the path of the stack: the innermost model around them."""
+    found: dict[str, list[str]] = {}
+    for block in module_roles.modules_by_role(model, "block"):
+        parts = block.split(".")
+        parents = (".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1))
+        stack = next((p for p in parents if isinstance(model.get_submodule(p), PreTrainedModel)), "")
+        found.setdefault(stack, []).append(block)
+    return found
+
+
+def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
+    """Path of the stack that gets the prompts, and of its blocks.
+
+    Raises:
+        ConfigError: the model has no blocks, or no stack of that name.
+    """
+    stacks = {path: blocks for path, blocks in stacks_of(model).items() if _is_transformer(model.get_submodule(path))}
+    if not stacks:
+        raise ConfigError(f"{type(model).__name__} has no stack of transformer blocks, so prompts have no place in it.")
+    if name is not None:
+        found = next((path for path in stacks if path == name or path.endswith(f".{name}")), None)
+        if found is None:
+            shown = ", ".join(path or "the model itself" for path in stacks)
+            raise ConfigError(f'stack="{name}" is none of {shown}.{did_you_mean(name, stacks)}')
+        return found, stacks[found]
+    preferred = (path for word in _PREFERRED for path in stacks if word in path.lower())
+    path = next(preferred, next(iter(stacks)))
+    return path, stacks[path]
+
+
+def prefix_tokens(model: nn.Module, path: str) -> int:
+    """Number of tokens that the embedding of a vision stack puts before the patches; 0 for text."""
+    if getattr(cast(Any, model.get_submodule(path)).config, "patch_size", None) is None:
+        return 0
+    parts = path.split(".") if path else []
+    for depth in range(len(parts), -1, -1):
+        around = model.get_submodule(".".join(parts[:depth]))
+        if any("patch" in name for name, _ in around.named_modules()):
+            found = {n.rpartition(".")[2]: p for n, p in around.named_parameters() if "embed" in n}
+            return sum(found[name].numel() // found[name].shape[-1] for name in _PREFIX if name in found)
+    return 0
+
+
+def _is_transformer(stack: nn.Module) -> bool:
+    return hasattr(stack.config, "hidden_size") and hasattr(stack.config, "num_attention_heads")

@@ -1,0 +1,135 @@
+"""Fields of every config: each has an effect, and targets are chosen as they say."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from support.backbones import TINY, tiny_inputs
+from support.cover import MAIN, cover
+from support.properties import (
+    EVERY_OWN,
+    IMAGE_LOGITS,
+    KEEPS_HEAD,
+    METHODS,
+    ON_BLOCKS,
+    OWN,
+    adapt,
+    adapter_parameters,
+    config,
+    main_tensor,
+    move,
+    output,
+    pairs,
+)
+
+from peft_lab import registry
+from peft_lab.backbones import module_roles
+from peft_lab.errors import ConfigError
+from peft_lab.tuners.registration import config_class
+from peft_lab.tuners.sequence.tuner import stacks_of
+
+own = pytest.mark.parametrize("method", EVERY_OWN)
+CONFIGS = {m: config_class(m).__dataclass_fields__ for m in (*EVERY_OWN, *KEEPS_HEAD)}
+FIELDS = [(m, f) for m, fields in CONFIGS.items() for f in fields.values() if "other" in f.metadata]
+
+
+def test_every_own_field_names_a_value_to_try():
+    """A knob without a value to try it with would escape the next test."""
+    for method in CONFIGS:
+        cls = config_class(method)
+        inherited = set(cls.__mro__[1].__dataclass_fields__)
+        untried = {f.name for f in cls.__dataclass_fields__.values() if "untried" in f.metadata}  # tested by themselves
+        assert {f.name for m, f in FIELDS if m == method} == set(cls.__dataclass_fields__) - inherited - untried
+
+
+@pytest.mark.parametrize(("method", "field"), FIELDS, ids=lambda value: getattr(value, "name", value))
+@torch.no_grad()
+def test_every_field_has_an_effect(method, field, tmp_path):
+    """On the trainable count, on the output of start or moved adapter, or on what the file holds."""
+    base = TINY[field.metadata.get("family", "vit")]()
+    seen = []
+    for fields in ({}, {field.name: field.metadata["other"]}):
+        model = adapt(method, base, **fields | (field.metadata.get("with", {}) if fields else {}))
+        start = output(model, tiny_inputs(base))
+        count = sum(p.numel() for p in adapter_parameters(model).values())
+        moved = output(move(model), tiny_inputs(base))
+        torch.manual_seed(2)
+        trained = main_tensor(model.train()(**tiny_inputs(base)))  # where dropout shows
+        size = sum(v.numel() for v in get_peft_model_state_dict(model).values())
+        seen.append((count, size, start.tolist(), moved.tolist(), trained.tolist()))
+    assert seen[0] != seen[1]
+
+
+@pairs(METHODS, TINY)
+def test_declared_roles_are_the_ones_adapted(base, method, family):
+    model = adapt(method, base)
+    wanted = registry.method(method).roles
+    if method in ON_BLOCKS:  # whole blocks of one stack
+        assert wanted == ("block",)
+        assert model.targeted_module_names in stacks_of(base).values()
+    else:
+        assert model.peft_config["default"].target_modules == module_roles.target_modules(base, wanted)
+    head = {n for h in module_roles.head_modules(base) for n, _ in base.named_modules() if n.startswith(h)}
+    assert not head & set(model.targeted_module_names)
+
+
+@pairs(OWN, ["vit", "llama", "t5"])
+def test_layers_to_transform_chooses_blocks(base, method, family):
+    model = adapt(method, base, layers_to_transform=[1])
+    with_parameters = {name.partition(f".{model.base_model.prefix}")[0] for name in adapter_parameters(model)}
+    assert {module_roles.layer_index(base, name.removeprefix("base_model.model.")) for name in with_parameters} == {1}
+    if method in ON_BLOCKS:
+        with pytest.raises(ConfigError, match=r"layers_to_transform holds 2; .* blocks 0 to 1"):
+            adapt(method, base, layers_to_transform=[1, 2])
+        return
+    targeted = model.targeted_module_names
+    assert {module_roles.layer_index(base, name) for name in targeted} == {1}
+    listed = adapt(method, base, layers_to_transform=1, target_modules=sorted({n.split(".")[-1] for n in targeted}))
+    assert {module_roles.layer_index(base, name) for name in listed.targeted_module_names} == {1}
+
+
+@pytest.mark.parametrize("method", [*EVERY_OWN, *KEEPS_HEAD])
+def test_no_layers_at_all_are_refused(method):
+    with pytest.raises(ConfigError, match=r"layers_to_transform=\[\] names no block"):
+        config(method, layers_to_transform=[])
+
+
+@own
+def test_regex_and_layers_do_not_contradict_in_silence(method):
+    with pytest.raises(ConfigError, match="takes no target_modules" if method in ON_BLOCKS else "regex"):
+        adapt(method, TINY["vit"](), layers_to_transform=[1], target_modules=r".*q_proj")
+
+
+@pairs(OWN, MAIN)
+def test_exclude_modules_leaves_out(base, method, family):
+    full = adapt(method, base).targeted_module_names
+    if method in ON_BLOCKS:  # a block left out would lose the slots on their way
+        with pytest.raises(ConfigError, match=r"takes no exclude_modules.*layers_to_transform"):
+            adapt(method, base, exclude_modules=[full[0]])
+        return
+    model = adapt(method, base, exclude_modules=[full[0]])
+    assert sorted(model.targeted_module_names) == sorted(set(full) - {full[0]})
+
+
+@own
+def test_modules_to_save_can_be_set_empty_or_otherwise(method, tmp_path):
+    base = TINY["vit"]()
+    assert adapt(method, base, modules_to_save=[]).peft_config["default"].modules_to_save == []
+    heads = [] if method in IMAGE_LOGITS else ["classifier"]
+    model = adapt(method, base, modules_to_save=[*heads, "layernorm"])
+    assert any("layernorm.modules_to_save" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+PEFT = ["ia3", "ln_tuning", "vera", "oft", "loha", "hra"]
+
+
+@pytest.mark.parametrize(("name", "family"), cover(itertools.product(PEFT, ["vit", "bert", "swin", "modernbert"])))
+def test_tuners_of_peft_get_targets_and_the_head_by_role(base, name, family):
+    """Families that peft has no default targets for included."""
+    model = adapt(name, base)
+    assert model.targeted_module_names
+    assert set(model.peft_config["default"].modules_to_save) == set(module_roles.head_modules(base))
+    assert torch.isfinite(output(model, tiny_inputs(base))).all()

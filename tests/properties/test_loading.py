@@ -1,0 +1,142 @@
+"""Files of every method: what they hold, and every way to load them."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForSequenceClassification,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from safetensors.torch import load_file
+from support.backbones import TINY, tiny_inputs
+from support.cover import MAIN
+from support.properties import (
+    EVERY_OWN,
+    IMAGES,
+    KEEPS_HEAD,
+    METHODS,
+    ON_BLOCKS,
+    OWN,
+    adapt,
+    adapter_parameters,
+    assert_close,
+    config,
+    equal_states,
+    equal_weights,
+    move,
+    output,
+    pairs,
+)
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from peft_lab.backbones import module_roles
+
+own = pytest.mark.parametrize("method", EVERY_OWN)
+
+
+@pairs(METHODS, MAIN)
+def test_file_holds_exactly_the_adapter_and_the_head(base, method, family, tmp_path):
+    model = adapt(method, base)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    prefix = model.base_model.prefix
+    heads = tuple(f"base_model.model.{h}." for h in module_roles.head_modules(base))
+    assert len([k for k in state if f".{prefix}" in k]) == len(adapter_parameters(model))
+    assert all(f".{prefix}" in k or k.startswith(heads) for k in state)
+    own_names = set(adapter_parameters(model))
+    saved = [p for n, p in model.named_parameters() if p.requires_grad or n in own_names]
+    assert sum(v.numel() for v in state.values()) == sum(p.numel() for p in saved)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+@pairs([*OWN, *KEEPS_HEAD], MAIN)
+def test_every_way_to_load_gives_the_same(base, method, family, tmp_path):
+    inputs = tiny_inputs(base)
+    model = move(adapt(method, base))
+    expected = output(model, inputs)
+    base.save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = lambda: type(base).from_pretrained(tmp_path / "base")  # noqa: E731
+    lazy = PeftModel.from_pretrained(fresh(), tmp_path / "adapter", low_cpu_mem_usage=True)
+    assert equal_states(get_peft_model_state_dict(lazy), get_peft_model_state_dict(model))
+    assert_close(output(lazy, inputs), expected)
+    native = fresh()
+    native.load_adapter(tmp_path / "adapter")
+    assert_close(output(native, inputs), expected)
+    assert_close(output(type(base).from_pretrained(tmp_path / "adapter"), inputs), expected)
+    renamed = PeftModel.from_pretrained(fresh(), tmp_path / "adapter", adapter_name="another")
+    assert_close(output(renamed, inputs), expected)
+
+
+@pytest.mark.parametrize("method", KEEPS_HEAD)
+def test_a_pruned_base_is_pruned_alike_with_little_memory(method, tmp_path):
+    base = TINY["vit"]()
+    model = move(adapt(method, base, sparsity=0.3))
+    expected = output(model, tiny_inputs(base))
+    model.save_pretrained(tmp_path)
+    lazy = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(output(lazy, tiny_inputs(base)), expected)
+    assert equal_weights(lazy.unload(), base)
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_auto_peft_model(method, tmp_path):
+    base = TINY["bert"]()
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = move(get_peft_model(base, config(method, task_type="SEQ_CLS")))
+    expected = output(model, tiny_inputs(base))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3)
+    assert torch.equal(output(loaded, tiny_inputs(base)), expected)
+
+
+@pytest.mark.parametrize("method", IMAGES)
+def test_auto_peft_model_for_images(method, tmp_path):
+    TINY["vit"]().save_pretrained(tmp_path / "base")
+    base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    model = move(get_peft_model(base, config(method)))
+    expected = output(model, tiny_inputs(base))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(output(loaded, tiny_inputs(base)), expected)
+
+
+@own
+def test_adapters_named_in_the_old_way_load(method, tmp_path):
+    """Module names of transformers 4 in the config, the fingerprints and the file."""
+    base = TINY["vit"]()
+    targets = {} if method in ON_BLOCKS else {"target_modules": ["q_proj", "v_proj"]}
+    model = move(adapt(method, base, **targets))
+    expected = output(model, tiny_inputs(base))
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    values["target_modules"] = [_old(name) for name in values["target_modules"]]
+    values["fingerprints"] = {_old(k): v for k, v in values["fingerprints"].items()}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    from safetensors.torch import save_file
+
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({_old(k): v for k, v in load_file(path).items()}, path)
+    assert torch.equal(output(PeftModel.from_pretrained(base, tmp_path), tiny_inputs(base)), expected)
+
+
+def _old(name: str) -> str:
+    name = name.replace("vit.layers.", "vit.encoder.layer.")
+    if name in ("q_proj", "v_proj"):
+        return {"q_proj": "query", "v_proj": "value"}[name]
+    return name.replace("attention.q_proj", "attention.attention.query").replace(
+        "attention.v_proj", "attention.attention.value"
+    )
