@@ -141,7 +141,8 @@ def _method_page(info: registry.MethodInfo) -> str:
     parts = [f"# {info.title}", MADE, _facts(info), _prose(ast.get_docstring(_parse(card)) or "")]
     if "equation" in note:
         parts += ["## Equation", f"```text\n{note['equation'].rstrip()}\n```"]
-    parts.append(note.get("parameters") or _config_prose(info, card))
+    parameters = note.get("parameters") or _config_prose(info, card)
+    parts += ["## Trainable parameters", parameters] if parameters else []
     parts += ["## Use it", *_usage(info), "## Arguments", *_arguments(info)]
     if info.roles:
         meanings = [f"- `{role}`: {ROLES[role]}" for role in info.roles]

@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -178,7 +179,12 @@ def test_the_backbone_of_the_guide_gets_its_defaults(tmp_path, monkeypatch):
 
 def test_generated_pages_are_up_to_date(made):
     current = made.pages()
+    pinned = re.search(r"^peft==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    # These two list what the installed peft has, so they are right for one version of it.
+    of_peft = {"docs/methods/index.md", "docs/methods/lora.md"} if version("peft") != pinned[1] else set()
     for name, text in current.items():
+        if name in of_peft:
+            continue
         path = ROOT / name
         assert path.is_file(), f"{name} is missing; run `make docs`"
         assert path.read_text(encoding="utf-8") == text, f"{name} is out of date; run `make docs`"
