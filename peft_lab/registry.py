@@ -24,7 +24,8 @@ from peft_lab.utils import source_reader
 ENTRY_POINTS = "peft_lab.methods"
 TASK_ENTRY_POINTS = "peft_lab.tasks"
 
-#: What a method may declare that it can do; each one is tested both ways.
+#: Capabilities that a method may declare; each one is tested both ways. A property of one method alone is an attribute
+#: of its config class (`peft_lab.tuners.AdapterConfig`).
 CAPABILITIES = {
     "linear": "adapts nn.Linear",
     "conv1d": "adapts the transposed Conv1D of GPT-2",
@@ -32,15 +33,9 @@ CAPABILITIES = {
     "embedding": "adapts nn.Embedding",
     "norm": "adapts LayerNorm, BatchNorm and RMSNorm",
     "merge": "merges exactly into the base weights",
-    "lora_export": "converts exactly to LoRA",
     "mixed_batch": "serves rows of one batch with different adapters",
     "identity_start": "starts bit-exactly at the base model with its default configuration",
     "images": "is made for images alone",
-    "image_logits": "gives the logits of an image classifier in place of its head",
-    "untrained": "takes its own values from the training data, and trains the task head alone",
-    "keeps_head": "keeps the head that an image classifier was trained with",
-    "learned_activation": "learns an activation, which may be trained in turn on held-out rows",
-    "dtype_bound": "is only valid on base weights of the dtype it was trained on",
 }
 
 PLACES = ("weight", "feature", "sequence", "input", "head", "baseline", "peft")
@@ -242,6 +237,11 @@ def check_method_args(name: str, args: Mapping[str, Any]) -> None:
     fields = config_fields(name)
     if fields or not method(name).config:
         check_keys(with_preset(name, args), fields, f'method "{name}"')
+
+
+def learns_activation(info: MethodInfo) -> bool:
+    """Test whether a layer of the method names parameters of a learned activation, by its source."""
+    return info.path is not None and source_reader.sets_attribute(info.path, "activation_names")
 
 
 def with_preset(name: str, args: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from peft_lab.loading import config_files
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.tuners.config import AdapterConfig
-from peft_lab.tuners.registration import make_config
+from peft_lab.tuners.registration import has_trait, make_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -291,7 +291,7 @@ def keeps_head(folder: Path) -> bool:
     """Whether the adapter in a folder is for a base with the head that it was trained with."""
     name = str(safe_files.read_json(folder / ADAPTER_CONFIG).get("peft_type", "")).lower()
     info = registry.list_methods().get(name)
-    return info is not None and info.can("keeps_head")
+    return info is not None and has_trait(info, "uses_source_head")
 
 
 def _base_name(base: Any) -> str:

@@ -185,7 +185,7 @@ class RunConfig:
             if given is not None:
                 raise ConfigError(f"{given}={getattr(self, given)} has no effect without alternating_every; give both.")
             return
-        if not info.can("learned_activation"):
+        if not registry.learns_activation(info):
             raise ConfigError(
                 f'alternating_every={every} is for methods that learn an activation, and "{info.name}" has none; '
                 "leave it out."

@@ -263,6 +263,7 @@ class WrappedForward:
         """Let recomputed blocks see the context of the forward that they belong to."""
         if not (self.module.training and torch.is_grad_enabled()):
             return
+        module: Any
         for module in self.module.modules():
             if getattr(module, "gradient_checkpointing", False):
                 function = module.__dict__.get("_gradient_checkpointing_func")
@@ -302,6 +303,7 @@ def wrap_forward(module: nn.Module, opens: bool) -> WrappedForward:
 
 def unwrap_forwards(model: nn.Module) -> None:
     """Take the wrappers of a model and its parts away, and the context out of their checkpointing."""
+    module: Any
     for module in model.modules():
         wrapper = module.__dict__.get("forward")
         if isinstance(wrapper, WrappedForward):

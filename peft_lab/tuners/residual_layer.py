@@ -205,7 +205,7 @@ def _connections_of(model: nn.Module, path: str, layer: ResidualBranches) -> tup
     """
     steps = path.split(".")
     around = [model.get_submodule(".".join(steps[:end])) for end in range(len(steps) - 1, -1, -1)]
-    configs = [module.config for module in around if hasattr(module, "config")]
+    configs: list[Any] = [module.config for module in around if hasattr(module, "config")]
     config = next((c for c in configs if getattr(c, "model_type", None) in FAMILIES), None)
     found: tuple[ResidualConnection, ...] = ()
     if config is not None:

@@ -87,3 +87,13 @@ def dataclass_fields(path: Path, class_name: str, elsewhere: dict[str, Path] | N
             fields.update(dataclass_fields(where, base, elsewhere))
     fields.update(class_fields(node))
     return fields
+
+
+def sets_attribute(path: Path, name: str) -> bool:
+    """Test whether a class of a file sets a class attribute of this name."""
+    for node in classes(path).values():
+        for line in node.body:
+            targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return True
+    return False

@@ -13,6 +13,7 @@ from peft_lab.adapter_files.names import write_json
 from peft_lab.comparison.records.results import RUNS
 from peft_lab.data import prompt_column
 from peft_lab.errors import ConfigError
+from peft_lab.tuners.registration import has_trait
 
 if TYPE_CHECKING:
     from peft_lab.comparison.records.run import Run
@@ -126,7 +127,7 @@ def _counter(run: Run, name: str) -> Callable[[int], int]:
     info, splits = registry.method(run.method), load_splits(task)
     labels = splits.labels
     revision, dtype = options.get("model_revision"), options.get("dtype")
-    processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, info.can("keeps_head"))
+    processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, has_trait(info, "uses_source_head"))
     settings = rule.adapter_settings(processor, labels) | prompt_column.settings(splits.prompt_values)
 
     def count(value: int) -> int:

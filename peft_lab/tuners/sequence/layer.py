@@ -43,10 +43,6 @@ _NO_INSTRUCTION = (
     'Method "{}" trains without labels or instruction_mask in the call, so its prompts see the answers too; label '
     "smoothing and a loss function of one's own take the labels out of it: then pass instruction_mask."
 )
-#: Arguments of blocks that hold a bias for each pair of positions.
-_BIASES = ("position_bias", "relative_pos")
-#: Families whose blocks make rotary positions for themselves.
-_OWN_ROTARY = ("gptj", "codegen")
 
 
 class SequenceLayer(AdapterLayer):
@@ -135,7 +131,7 @@ class SequenceLayer(AdapterLayer):
     def logits(self, adapter: str, prompts: Tensor) -> Tensor:
         """Class logits (batch, classes) from what the last block made of the prompts (batch, prompts, dim).
 
-        For a method that declares `image_logits`; the model's own loss gets them in place of the head's.
+        For a method that sets `produces_logits`; the model's own loss gets them in place of the head's.
         """
         raise NotImplementedError
 
@@ -294,7 +290,7 @@ class SequenceLayer(AdapterLayer):
         readout = self._readout(active, rows, state)
         if readout is not None:
             state.context.shared[READOUT] = readout
-        if self.info.can("image_logits"):
+        if self.config_cls.produces_logits:
             state.context.shared[HEAD_LOGITS] = self._head_logits(active, rows, state.states)
 
     def _head_logits(
@@ -342,14 +338,14 @@ class SequenceLayer(AdapterLayer):
             kwargs["attention_mask"] = extend_mask(mask, tokens, count, at, self.stack.causal, state.unused)
         if "position_embeddings" in kwargs:
             kwargs["position_embeddings"] = extend_rotary(kwargs["position_embeddings"], length, count, at)
-        for name in _BIASES:
+        for name in self.stack.position_biases:
             if kwargs.get(name) is not None:
                 kwargs[name] = extend_bias(kwargs[name], length, count, at)
         if kwargs.get("position_ids") is not None:
             ids = kwargs["position_ids"]
             # Blocks that make no rotary positions read the ids only to find packed sequences.
-            own = self.stack.settings.model_type in _OWN_ROTARY
-            kwargs["position_ids"] = insert(ids, ids.new_zeros(len(ids), count), at) if own else None
+            own_rotary = self.stack.rotary_in_block
+            kwargs["position_ids"] = insert(ids, ids.new_zeros(len(ids), count), at) if own_rotary else None
         for module in self._biases:
             module.prompts_at = at
         self._enter_cache(state, _cache_of(kwargs), count)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.family_table import FAMILIES
+from peft_lab.backbones.prompt_support import PREFERRED_STACKS, PROMPT_SUPPORT
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.sequence import window_attention
 from peft_lab.tuners.sequence.prompt_state import can_continue
 
-#: Stack that gets the prompts where a model has several, the first that is there.
-_PREFERRED = ("vision", "encoder")
-#: Names of the tokens that an embedding of patches puts before the patches.
-_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+#: Names of the tokens before the patches, and of the biases for pairs of positions, in any family.
+_PREFIX_TOKENS = sorted({name for family in FAMILIES.values() for name in family.prefix_tokens})
+_POSITION_BIASES = sorted({name for family in FAMILIES.values() for name in family.position_biases})
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class StackInfo:
             norm may be wrapped later.
         classes: number of labels of the model.
         prefix_tokens: class and register tokens of a vision transformer, which stand before the patches; 0 for text.
+        position_biases: arguments of a block that hold a bias for each pair of positions.
+        rotary_in_block: True if each block makes rotary positions from `position_ids` by itself.
     """
 
     settings: Any
@@ -41,6 +44,8 @@ class StackInfo:
     norms: dict[str, tuple[nn.Module, str]]
     classes: int
     prefix_tokens: int
+    position_biases: tuple[str, ...]
+    rotary_in_block: bool
 
 
 def stack_info(model: nn.Module, path: str, blocks: list[str]) -> StackInfo:
@@ -53,6 +58,8 @@ def stack_info(model: nn.Module, path: str, blocks: list[str]) -> StackInfo:
         widths.append(window_attention.width(module) if windowed else stack.config.hidden_size)
     declared = [[m.is_causal for m in module.modules() if hasattr(m, "is_causal")] for module in modules]
     some_declared = any(declared)
+    model_type = stack.config.model_type
+    family = FAMILIES.get(model_type)
     return StackInfo(
         settings=stack.config,
         widths=tuple(widths),
@@ -61,6 +68,8 @@ def stack_info(model: nn.Module, path: str, blocks: list[str]) -> StackInfo:
         norms=norms_around(model, path),
         classes=getattr(getattr(model, "config", None), "num_labels", 0),
         prefix_tokens=prefix_tokens(model, path),
+        position_biases=tuple(_POSITION_BIASES) if family is None else family.position_biases,
+        rotary_in_block=PROMPT_SUPPORT[model_type].rotary_in_block if model_type in PROMPT_SUPPORT else False,
     )
 
 
@@ -108,21 +117,24 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
             shown = ", ".join(path or "the model itself" for path in stacks)
             raise ConfigError(f'stack="{name}" is none of {shown}.{did_you_mean(name, stacks)}')
         return found, stacks[found]
-    preferred = (path for word in _PREFERRED for path in stacks if word in path.lower())
+    preferred = (path for word in PREFERRED_STACKS for path in stacks if word in path.lower())
     path = next(preferred, next(iter(stacks)))
     return path, stacks[path]
 
 
 def prefix_tokens(model: nn.Module, path: str) -> int:
     """Number of tokens that the embedding of a vision stack puts before the patches; 0 for text."""
-    if getattr(cast(Any, model.get_submodule(path)).config, "patch_size", None) is None:
+    stack: Any = model.get_submodule(path)
+    if getattr(stack.config, "patch_size", None) is None:
         return 0
     parts = path.split(".") if path else []
     for depth in range(len(parts), -1, -1):
         around = model.get_submodule(".".join(parts[:depth]))
         if any("patch" in name for name, _ in around.named_modules()):
             found = {n.rpartition(".")[2]: p for n, p in around.named_parameters() if "embed" in n}
-            return sum(found[name].numel() // found[name].shape[-1] for name in _PREFIX if name in found)
+            family = FAMILIES.get(stack.config.model_type)
+            names = _PREFIX_TOKENS if family is None else family.prefix_tokens
+            return sum(found[name].numel() // found[name].shape[-1] for name in names if name in found)
     return 0
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.family_table import FAMILIES
+from peft_lab.backbones.prompt_support import PROMPT_SUPPORT
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.config import AdapterConfig
@@ -28,8 +30,6 @@ from peft_lab.tuners.tuner import BlockTuner
 _HOOKS = (read_out, replace_logits, *window_attention.HOOKS)
 #: Arguments of `generate` with which text is read in pieces, or with drafts of what is to be written.
 _NO_WHOLE_TEXT = ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens")
-#: Models with a class token whose head reads the patches alone.
-_PATCH_HEADS = ("CLIPForImageClassification", "MetaClip2ForImageClassification")
 
 
 @dataclass
@@ -89,14 +89,16 @@ class SequenceTuner(BlockTuner):
             ):
                 raise ConfigError(peft_config.no_choice("target_modules"))
             peft_config.target_modules = blocks
-        if self.info.can("image_logits"):
+        if peft_config.produces_logits:
             self._leave_head(peft_config, loaded)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _check_readout(self, path: str) -> None:
         """There must be a class token with a norm behind the blocks, and a head that reads it."""
-        none = not prefix_tokens(self.model, path) or type(self.model).__name__ in _PATCH_HEADS
-        if none or "norm.final" not in norms_around(self.model, path):
+        model_type = self.model.get_submodule(path).config.model_type
+        known = FAMILIES.get(model_type) or PROMPT_SUPPORT.get(model_type)
+        reads_patches = known is not None and type(self.model).__name__ in known.patch_heads
+        if not prefix_tokens(self.model, path) or reads_patches or "norm.final" not in norms_around(self.model, path):
             raise ConfigError(
                 f"{type(self.model).__name__} reads no class token behind a final norm, so it cannot read prompts in "
                 "its place."
@@ -131,7 +133,7 @@ class SequenceTuner(BlockTuner):
         if isinstance(layer, ResidualBranches):
             layer.hook_sub_layers(self.model, path)
         if window_attention.has_windows(layer) and before and before != window_attention.stage_of(path):
-            layer.downsample = (self.model.get_submodule(before), "downsample")
+            layer.downsample = window_attention.downsample_of(self.model.get_submodule(before))
         return layer
 
     def _stack_of(self, block: str) -> tuple[list[str], StackInfo]:
@@ -156,7 +158,7 @@ class SequenceTuner(BlockTuner):
             norm = getattr(*norms_around(model, path)["norm.final"])
             if read_out not in norm._forward_hooks.values():
                 norm.register_forward_hook(read_out)
-        for head_path in module_roles.class_heads(model) if self.info.can("image_logits") else ():
+        for head_path in module_roles.class_heads(model) if config.produces_logits else ():
             head = model.get_submodule(head_path)
             if replace_logits not in head._forward_hooks.values():
                 head.register_forward_hook(replace_logits)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_lab.backbones.family_table import FAMILIES
 from peft_lab.tuners.forward_context import ForwardContext
 from peft_lab.tuners.sequence.attention_inputs import extend_bias
 from peft_lab.tuners.tokens import insert, parameter_names, split
@@ -42,28 +43,34 @@ class Prompts:
     inside: Tensor | None = None
 
 
+#: Names of the modules in a block with windows; the role table has one family of them.
+_NAMES = next(family.windows for family in FAMILIES.values() if family.windows is not None)
+
 _RUNNING: ContextVar[tuple[Any, Prompts] | None] = ContextVar("peft_lab_windows", default=None)
 
 
 def has_windows(block: Any) -> bool:
     """Whether a block, wrapped or not, reads its tokens as a grid."""
-    return "input_dimensions" in parameter_names(type(getattr(block, "base_layer", block)).forward)
+    return _NAMES.grid in parameter_names(type(getattr(block, "base_layer", block)).forward)
 
 
 def can_hook(block: Any) -> bool:
     """Whether a block with windows has the parts that `hook` needs; Swin v2 makes its bias inside of attention."""
-    bias = getattr(getattr(block, "attention", None), "relative_position_bias", None)
-    parts = (bias, *(getattr(block, name, None) for name in ("layernorm_before", "drop_path", "dropout")))
+    attention = getattr(block, _NAMES.attention, None)
+    parts = [getattr(attention, _NAMES.bias, None)]
+    for name in (_NAMES.norm_before, _NAMES.output, _NAMES.dropout):
+        parts.append(getattr(block, name, None))
     return all(isinstance(part, nn.Module) for part in parts)
 
 
 def hook(block: Any) -> None:
     """Put the hooks into a block that let `run` have prompts."""
-    block.layernorm_before.register_forward_hook(_take_out)
-    block.attention.register_forward_pre_hook(_into_windows)
-    block.attention.relative_position_bias.register_forward_hook(_extend_bias)
-    block.attention.register_forward_hook(_out_of_windows)
-    block.drop_path.register_forward_pre_hook(_put_back)
+    attention = getattr(block, _NAMES.attention)
+    getattr(block, _NAMES.norm_before).register_forward_hook(_take_out)
+    attention.register_forward_pre_hook(_into_windows)
+    getattr(attention, _NAMES.bias).register_forward_hook(_extend_bias)
+    attention.register_forward_hook(_out_of_windows)
+    getattr(block, _NAMES.output).register_forward_pre_hook(_put_back)
 
 
 def stage_of(path: str) -> str:
@@ -73,7 +80,7 @@ def stage_of(path: str) -> str:
 
 def width(block: Any) -> int:
     """Width of the hidden states of a block with windows."""
-    return int(block.layernorm_before.normalized_shape[-1])
+    return int(getattr(block, _NAMES.norm_before).normalized_shape[-1])
 
 
 def run(block: Any, prompts: Prompts, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
@@ -91,6 +98,11 @@ def run(block: Any, prompts: Prompts, function: Callable[[Tensor], Any], hidden:
     if block.training and getattr(block, "gradient_checkpointing", False):
         return block._gradient_checkpointing_func(inside, hidden)
     return inside(hidden)
+
+
+def downsample_of(stage: nn.Module) -> tuple[nn.Module, str]:
+    """The module that merges patches behind the blocks of a stage, as a module and a name in it."""
+    return stage, _NAMES.downsample
 
 
 def merge(downsample: Any, prompts: Tensor) -> Tensor:
@@ -178,7 +190,7 @@ def _out_of_windows(attention: nn.Module, args: Any, output: tuple[Tensor, Tenso
     block, prompts = found
     assert prompts.inside is not None
     (tokens, attended), weights = split(output[0], prompts.count, 0), output[1]
-    prompts.inside = block.dropout(attended).unflatten(0, (len(prompts.inside), -1)).mean(1)
+    prompts.inside = getattr(block, _NAMES.dropout)(attended).unflatten(0, (len(prompts.inside), -1)).mean(1)
     return tokens.contiguous(), None if weights is None else weights[..., prompts.count :, prompts.count :]
 
 
