@@ -312,11 +312,10 @@ def test_files_of_the_pictures_exist(made):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "add_a_kind.md"], ids=name_of)
 def test_files_that_pages_show_are_valid(page, tmp_path, monkeypatch):
-    from typer.main import get_command
+    from typer.testing import CliRunner
 
     from peft_lab.cli.main import app
 
-    validate = get_command(app).commands["validate"].callback
     monkeypatch.chdir(tmp_path)
     for name in ("photos/train", "photos/test"):
         Path(name).mkdir(parents=True)
@@ -325,4 +324,5 @@ def test_files_that_pages_show_are_valid(page, tmp_path, monkeypatch):
     for _, title, code in BLOCK.findall(page.read_text(encoding="utf-8")):
         if title.endswith(".yaml"):
             Path(title).write_text(code)
-            validate(file=title)
+            result = CliRunner().invoke(app, ["validate", title])
+            assert result.exit_code == 0, result.exception or result.output
