@@ -269,7 +269,7 @@ def check_method_args(name: str, args: Mapping[str, Any]) -> None:
 
 
 def learns_activation(info: MethodInfo) -> bool:
-    """Test whether a layer of the method names parameters of a learned activation, by its source."""
+    """Test whether a method's source names parameters of a learned activation."""
     return info.path is not None and source_reader.sets_attribute(info.path, "activation_names")
 
 
