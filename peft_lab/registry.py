@@ -220,10 +220,16 @@ def config_fields(name: str) -> dict[str, source_reader.Field]:
     info = method(name)
     if info.path is None or not info.config:
         return {}
-    elsewhere = {**_config_bases(info.path), **peft_source.config_files()}
-    path = info.path if info.config in source_reader.classes(info.path) else elsewhere.get(info.config)
-    fields = source_reader.dataclass_fields(path, info.config, elsewhere) if path else {}
-    return {k: v for k, v in fields.items() if k not in _MACHINE_FIELDS}
+    return dict(_fields_in(info.path, info.config))
+
+
+@lru_cache(maxsize=256)
+def _fields_in(path: Path, config: str) -> dict[str, source_reader.Field]:
+    """Fields of a config class that a method's file defines or imports."""
+    elsewhere = {**_config_bases(path), **peft_source.config_files()}
+    file = path if config in source_reader.classes(path) else elsewhere.get(config)
+    fields = source_reader.dataclass_fields(file, config, elsewhere) if file else {}
+    return {name: field for name, field in fields.items() if name not in _MACHINE_FIELDS}
 
 
 @lru_cache(maxsize=256)
@@ -263,7 +269,7 @@ def check_method_args(name: str, args: Mapping[str, Any]) -> None:
 
 
 def learns_activation(info: MethodInfo) -> bool:
-    """Test whether a layer of the method names parameters of a learned activation, by its source."""
+    """Test whether a method's source names parameters of a learned activation."""
     return info.path is not None and source_reader.sets_attribute(info.path, "activation_names")
 
 

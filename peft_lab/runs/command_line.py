@@ -1,4 +1,4 @@
-"""Command line of `peft-lab train`: flags for every option of a run. Imports nothing heavy."""
+"""Flags of `peft-lab train`, one for each option. Imports nothing heavy."""
 
 from __future__ import annotations
 

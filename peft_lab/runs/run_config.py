@@ -341,33 +341,33 @@ def convert(name: str, annotation: str, value: Any) -> Any:
         ConfigError: it cannot be read as that type.
     """
     # "int | None" -> {"int", "None"}; the parameters of generic types are not checked
-    kinds = {part.strip().split("[")[0] for part in annotation.split("|")}
+    types = {part.strip().split("[")[0] for part in annotation.split("|")}
     text = value.strip().lower() if isinstance(value, str) else None
-    if value is None or (text in ("none", "null") and "None" in kinds and "str" not in kinds):
-        if "None" in kinds:
+    if value is None or (text in ("none", "null") and "None" in types and "str" not in types):
+        if "None" in types:
             return None
-        raise ConfigError(f"{name} must be {_spoken(kinds)}, not empty.")
+        raise ConfigError(f"{name} must be {_spoken(types)}, not empty.")
     # before numbers, because a bool is an int to Python
-    if "bool" in kinds and (isinstance(value, bool) or text in (*TRUE, *FALSE)):
+    if "bool" in types and (isinstance(value, bool) or text in (*TRUE, *FALSE)):
         return value if isinstance(value, bool) else text in TRUE
-    if isinstance(value, bool) and kinds & {"int", "float"}:
-        raise ConfigError(f"{name} must be {_spoken(kinds)}, got {value!r}.")
-    for kind, read in (("int", _integer), ("float", float)):
-        if kind in kinds:
+    if isinstance(value, bool) and types & {"int", "float"}:
+        raise ConfigError(f"{name} must be {_spoken(types)}, got {value!r}.")
+    for wanted, read in (("int", _integer), ("float", float)):
+        if wanted in types:
             try:
                 return read(value)
             except (TypeError, ValueError):
                 continue
     # the command line gives a list for every option that may be one
-    if "list" in kinds and isinstance(value, list | tuple):
-        return value[0] if len(value) == 1 and "str" in kinds else list(value)
-    if kinds <= {"bool", "int", "float", "None"}:
-        raise ConfigError(f"{name} must be {_spoken(kinds)}, got {value!r}.")
-    if kinds <= {"str", "None"} and not isinstance(value, str | int | float):
-        raise ConfigError(f"{name} must be {_spoken(kinds)}, got {value!r}.")
-    if kinds <= {"list", "None"}:
+    if "list" in types and isinstance(value, list | tuple):
+        return value[0] if len(value) == 1 and "str" in types else list(value)
+    if types <= {"bool", "int", "float", "None"}:
+        raise ConfigError(f"{name} must be {_spoken(types)}, got {value!r}.")
+    if types <= {"str", "None"} and not isinstance(value, str | int | float):
+        raise ConfigError(f"{name} must be {_spoken(types)}, got {value!r}.")
+    if types <= {"list", "None"}:
         return [value]
-    return str(value) if kinds <= {"str", "None"} else value
+    return str(value) if types <= {"str", "None"} else value
 
 
 def _integer(value: Any) -> int:
@@ -376,9 +376,9 @@ def _integer(value: Any) -> int:
     return int(value)
 
 
-def _spoken(kinds: set[str]) -> str:
+def _spoken(types: set[str]) -> str:
     words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
-    return " or ".join(word for kind, word in words.items() if kind in kinds) or "a value"
+    return " or ".join(word for name, word in words.items() if name in types) or "a value"
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:

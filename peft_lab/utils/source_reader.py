@@ -102,7 +102,7 @@ def dataclass_fields(path: Path, class_name: str, elsewhere: dict[str, Path] | N
 
 
 def sets_attribute(path: Path, name: str) -> bool:
-    """Test whether a class of a file sets a class attribute of this name."""
+    """Test whether a class of a file sets a class attribute."""
     for node in classes(path).values():
         for line in node.body:
             targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
