@@ -133,7 +133,7 @@ def carry_out(
     """
     _open(folder, study)
     runner = _Runner(study, folder, backend, "", deadline)
-    runner.execute([_Group(each) for each in waves])
+    runner.execute([_ArmRuns(each) for each in waves])
     return runner.records()
 
 
@@ -164,7 +164,7 @@ def _report(folder: Path) -> Path:
     return write_report(folder)
 
 
-class _Group:
+class _ArmRuns:
     """Runs of one arm on one cell, in waves."""
 
     def __init__(self, waves: Generator[list[Run], Sequence[Record], Choice]) -> None:
@@ -201,16 +201,16 @@ class _Runner:
         """Records of the runs of this comparison."""
         return [record for record in self.journal.records.values() if record.id in self.planned]
 
-    def groups(self) -> list[_Group]:
+    def groups(self) -> list[_ArmRuns]:
         """Runs of every arm on every cell."""
         sizes = self._sizes()
         groups = []
         for cell, arm in self._pairs():
             sized = sizes.get((cell.task, cell.backbone, arm.label))
-            groups.append(_Group(plan.arm_runs(self.study, cell, arm, sized)))
+            groups.append(_ArmRuns(plan.arm_runs(self.study, cell, arm, sized)))
         return groups
 
-    def execute(self, groups: Sequence[_Group], total: int = 0) -> None:
+    def execute(self, groups: Sequence[_ArmRuns], total: int = 0) -> None:
         """Make all runs, or those that the deadline leaves time for.
 
         `total` is their number if it is known.
@@ -240,7 +240,7 @@ class _Runner:
         found = self.journal.records.get(run.id)
         return found if counts(found, self.since) else None
 
-    def _advance(self, groups: Sequence[_Group]) -> list[Run]:
+    def _advance(self, groups: Sequence[_ArmRuns]) -> list[Run]:
         """Read new records, advance groups; returns runs without a record."""
         self.journal.read()
         waiting = []

@@ -41,7 +41,7 @@ class Estimate:
     Attributes:
         value: the mean over seeds.
         low, high: the 95 % interval; None if there is nothing to estimate it from.
-        basis: what the interval accounts for. "rows" (there is one seed) says nothing of another seed.
+        basis: sources of variance that the interval accounts for; "rows" alone if there is one seed.
         components: the variance by source.
     """
 
