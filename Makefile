@@ -10,12 +10,13 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 demo: $(VENV)/.demo
 	$(BIN)/python -m peft_lab demo --output_dir runs/demo
 
-test: $(VENV)/.test lint types
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full"
+test: $(VENV)/.test
+	$(MAKE) --jobs 2 lint types
+	$(BIN)/python -m pytest -n 2 --dist worksteal -rs -m "not full"
 
 # The whole matrix of methods and families, killed and resumed runs, clusters and fuzz, and all of `make test` but lint.
 test-full: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -rs
 
 lint: $(VENV)/.test build/site
 	$(BIN)/ruff check .

@@ -321,6 +321,7 @@ def _jackknife(metric: str, items: Predictions | None, labels: int | None) -> tu
     if found is None:
         return None
     value, rows = found
+    # the jackknife values scatter as the metric does over the choice of rows
     half = t.ppf(0.975, len(rows) - 1) * rows.std(ddof=1) / len(rows) ** 0.5
     least, most = BOUNDS.get(metric, (float("-inf"), float("inf")))
     return max(least, value - half), min(most, value + half)

@@ -84,6 +84,8 @@ def test_train_says_what_is_missing(place):
 
 def test_evaluate_and_predict_give_what_training_measured(finished):
     assert evaluate(finished.output_dir)["accuracy"] == finished.metrics["metrics"]["test"]["accuracy"]
+    with pytest.raises(ConfigError, match=r'Unknown split "tset".* Did you mean "test"'):
+        evaluate(finished.output_dir, split="tset")
     found = evaluate(finished.output_dir, split="validation")
     assert found["loss"] == pytest.approx(finished.metrics["metrics"]["validation"]["loss"], abs=1e-5)
     answers = predict(finished.output_dir, ["the rain", "a song"])
