@@ -43,6 +43,7 @@ PACKAGES = {"adapters": "peft_lab.adapters", "tasks": "peft_lab.tasks", "peft_la
 _WORDS = 8
 #: Capabilities that are types of op.
 _OPS = ("linear", "conv1d", "conv2d", "embedding", "norm")
+_SERVED = "load_many"
 #: Columns of cost.md that a method's page shows, and their headings there.
 _COSTS = {
     "trainable": "trainable",
@@ -128,7 +129,7 @@ def _index() -> str:
 
 def _marks(info: registry.MethodInfo) -> str:
     """Capabilities of a method as short names, the types of op it adapts left out."""
-    return ", ".join(_spaced(name) for name in info.capabilities if name not in _OPS)
+    return ", ".join(_spaced(name) for name in _able(info) if name not in _OPS)
 
 
 def _roles(info: registry.MethodInfo) -> str:
@@ -244,9 +245,8 @@ def _shared_fields() -> list[str]:
 
 
 def _abilities(info: registry.MethodInfo) -> str:
-    lines = [f"- {registry.CAPABILITIES[name]} (`{name}`)" for name in info.capabilities]
-    if _served(info):
-        lines.append("- is served by `peft_lab.load_many`")
+    meanings = registry.CAPABILITIES | _traits()
+    lines = [f"- {_spaced(name)}: {meanings[name]}" for name in _able(info)]
     return "\n".join(lines) or "Its card declares nothing."
 
 
@@ -340,22 +340,18 @@ def _kinds() -> str:
 
 
 def _compatibility() -> str:
-    capabilities = registry.CAPABILITIES
     infos = [info for info in _own_methods() if info.config]
-    others = [name for name in capabilities if name not in _OPS]
     layers = [info for info in infos if set(info.capabilities) & set(_OPS)]
-    meanings = [f"- **{_spaced(name)}**: {meaning}" for name, meaning in capabilities.items()]
-    meanings.append("- **load many**: is served by `peft_lab.load_many`, hundreds of adapters on one base")
-    served = {info.name: ["yes" if _served(info) else ""] for info in infos}
+    meanings = [f"- **{_spaced(name)}**: {meaning}" for name, meaning in (registry.CAPABILITIES | _traits()).items()]
     parts = [
         "# Compatibility",
         MADE,
         "What each method's card and classes say. Each mark is tested both ways: a method that has it must do it, and "
         "one that has not must refuse it with a sentence.",
-        _marked(infos, others, served),
+        _marked(infos, [*(name for name in registry.CAPABILITIES if name not in _OPS), *_traits()]),
         "Methods that adapt single ops, by the type of op; those that act on the sequence wrap whole blocks, and those "
         "that act on the input the head.",
-        _marked(layers, list(_OPS), {}),
+        _marked(layers, _OPS),
         "\n".join(meanings),
         "## The same for all methods",
         "- gradient checkpointing, reentrant or not, changes no gradient\n"
@@ -374,13 +370,33 @@ def _compatibility() -> str:
     return _page(parts)
 
 
-def _marked(infos: Sequence[registry.MethodInfo], names: Sequence[str], more: Mapping[str, list[str]]) -> str:
-    """A table of methods against capabilities; `more` has the marks of one column that no card declares."""
+def _marked(infos: Sequence[registry.MethodInfo], names: Sequence[str]) -> str:
+    """A table of methods against capabilities and properties."""
     rows = []
     for info in infos:
-        marks = ["yes" if info.can(name) else "" for name in names]
-        rows.append((f"[`{info.name}`](methods/{info.name}.md)", *marks, *more.get(info.name, [])))
-    return _table(("method", *map(_spaced, names), *(["load many"] if more else [])), rows)
+        marks = ["yes" if name in _able(info) else "" for name in names]
+        rows.append((f"[`{info.name}`](methods/{info.name}.md)", *marks))
+    return _table(("method", *map(_spaced, names)), rows)
+
+
+def _able(info: registry.MethodInfo) -> list[str]:
+    """Capabilities that a method's card declares, and properties that its classes have."""
+    from peft_lab.tuners.registration import has_trait
+
+    found = [name for name in _class_traits() if has_trait(info, name)]
+    return [*info.capabilities, *found, *([_SERVED] if _served(info) else [])]
+
+
+def _traits() -> dict[str, str]:
+    """Properties of single methods, which their classes have and no card declares, with their meaning."""
+    return {**_class_traits(), _SERVED: "it is served by `peft_lab.load_many`, hundreds of adapters on one base"}
+
+
+def _class_traits() -> dict[str, str]:
+    """Flags of the config classes with the comment above each."""
+    text = (ROOT / "peft_lab" / "tuners" / "config.py").read_text(encoding="utf-8")
+    found = re.findall(r"#: True if ([^\n]*?)\.\n +(\w+): ClassVar\[bool\]", text)
+    return {name: meaning for meaning, name in found}
 
 
 def _spaced(name: str) -> str:
