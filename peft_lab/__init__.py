@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft_lab.export.merge import merge
     from peft_lab.export.to_lora import to_lora
     from peft_lab.hub.push import push
-    from peft_lab.loading.load_run import load_adapter
+    from peft_lab.loading.load_adapter import load_adapter
     from peft_lab.serve.tenants import Tenants, load_many
     from peft_lab.training.callbacks.bilevel import AlternatingActivation
     from peft_lab.training.evaluate import evaluate, predict
@@ -67,7 +67,7 @@ _LAZY = {
     "domain_prompts": "tuners.sequence.init_from_data",
     "evaluate": "training.evaluate",
     "list_tasks": "data.task_registry",
-    "load_adapter": "loading.load_run",
+    "load_adapter": "loading.load_adapter",
     "load_many": "serve.tenants",
     "merge": "export.merge",
     "predict": "training.evaluate",

@@ -1,4 +1,4 @@
-"""Residual connections of one block of a model, from the facts of its family."""
+"""Residual connections of one block of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def residual_connections(family: Family, block: nn.Module, config: Any) -> tuple[ResidualConnection, ...]:
-    """Return the residual connections of a block, in the order in which they run.
+    """Return the residual connections of a block, in their order.
 
     Left out are those whose modules the block lacks, such as cross-attention in the encoder of an encoder-decoder.
 

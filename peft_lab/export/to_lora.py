@@ -27,18 +27,21 @@ from torch import Tensor, nn
 from peft_lab import registry
 from peft_lab.adapter_files import safe_files
 from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, write_json
+from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.backbones.pypi_weights import resolve_model
 from peft_lab.errors import ConfigError
 from peft_lab.hub.model_card import card_text
 from peft_lab.hub.public_copy import PROCESSOR_FILES, head_outputs
-from peft_lab.loading.load_run import base_of, load, trained_task
+from peft_lab.loading.adapter_folder import AdapterFolder
+from peft_lab.loading.load_run import load
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
+from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.operations import Operation, operation
+from peft_lab.tuners.registration import has_trait
 
 #: Relative error (Frobenius norm) that counts as exact: what float32 rounding leaves of a low-rank product.
 _EXACT = 5e-7
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def convert(model: Any, adapter_name: str = "default", rank: int | None = None) 
     errors: dict[str, float] = {}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     for path, layer in layers.items():
-        name = path.removeprefix(_PREFIX)
+        name = path.removeprefix(PEFT_PREFIX)
         base: Any = layer.get_base_layer()
         op = operation(base, name)
         _check_layer(info, layer, base, op, name, adapter_name)
@@ -121,7 +124,7 @@ def convert(model: Any, adapter_name: str = "default", rank: int | None = None) 
             up, down, errors[name] = _factors(layer, base, op, adapter_name, rank)
         ranks[name] = down.shape[0]
         for key, value in _entries(op, base, up, down).items():
-            state[f"{_PREFIX}{name}.{key}"] = value
+            state[f"{PEFT_PREFIX}{name}.{key}"] = value
     if not ranks:
         raise ConfigError(f'Method "{info.name}" adds no delta to a weight here, so LoRA has nothing to take over.')
     return Converted(_config(config, model, layers, ranks), state | _heads(model, adapter_name), ranks, errors, info)
@@ -131,12 +134,12 @@ def _check_method(info: MethodInfo) -> None:
     """Refuse a method that LoRA cannot express."""
     if info.name == "lora":
         raise ConfigError("The adapter is a LoRA adapter already: there is nothing to convert.")
-    if info.place == "peft" or info.can("lora_export"):
+    if info.place == "peft" or has_trait(info, "exports_lora"):
         return
     mend = "; `peft-lab merge` folds it into the base weights" if info.can("merge") else ""
     raise ConfigError(
         f'Method "{info.name}" acts on more than a low-rank delta of weights and does not declare that it '
-        f"{registry.CAPABILITIES['lora_export']}{mend}."
+        f"{'converts exactly to LoRA'}{mend}."
     )
 
 
@@ -242,7 +245,7 @@ def _targets(model: nn.Module, ranks: dict[str, int]) -> list[str] | str:
 
     It is a list of last names or of paths where that is enough, else a regex of the paths.
     """
-    paths = {name.removeprefix(_PREFIX) for name, _ in model.named_modules()}
+    paths = {name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()}
     others = {path for path in paths if path not in ranks and not path.endswith(".base_layer")}
     for names in ({name.rpartition(".")[2] for name in ranks}, set(ranks)):
         endings = tuple(f".{name}" for name in names)
@@ -264,7 +267,7 @@ def _load(folder: Path, config: dict[str, Any], base: str | None) -> PeftModel:
     if run_folder.read_metrics(folder).get("run"):
         model: Any = load(folder, None, base).model
         return model
-    path = resolve_model(base or base_of(folder, {}))
+    path = resolve_model(base or AdapterFolder(folder).base_name())
     mapping, task_type = config.get("auto_mapping") or {}, config.get("task_type")
     if task_type:
         auto = peft.auto.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task_type].__name__.replace("PeftModelFor", "AutoModelFor")

@@ -127,7 +127,7 @@ def _stage_run(
     folder: Path, metrics: dict[str, Any], repo_id: str, out: Path, base: Base, standing: Standing | None
 ) -> None:
     """Write the records and the card of a run of peft-lab."""
-    from peft_lab.loading.load_run import trained_task  # imports torch
+    from peft_lab.runs.trained_task import trained_task  # imports datasets
 
     run = metrics["run"]
     info = registry.method("lora" if "lora_export" in metrics else run["method"])

@@ -19,7 +19,6 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_determinism, set_seed
 
-from peft_lab.adapter_files import module_matching
 from peft_lab.adapter_files.names import write_json
 from peft_lab.backbones import module_roles
 from peft_lab.backbones.pypi_weights import cached_commit
@@ -29,16 +28,22 @@ from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
 from peft_lab.errors import ConfigError
 from peft_lab.hub.model_card import write_card
+from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, count_parameters, load, load_base
 from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.arguments import as_run_config, build_or_refuse, check_best_metric, training_arguments
-from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation, activation_parameters
+from peft_lab.training.callbacks.bilevel import (
+    LEARNING_RATE,
+    AlternatingActivation,
+    activation_parameters,
+)
 from peft_lab.training.checkpoints import last_complete_checkpoint, remove_checkpoints
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.trainer import LabTrainer, scores
+from peft_lab.tuners.registration import has_trait
 from peft_lab.utils.versions import device_name, versions
 
 if TYPE_CHECKING:
@@ -185,7 +190,7 @@ class _Run:
 
     def _load_model(self, seed: int) -> None:
         """Load processor and backbone, and put the method on it."""
-        keeps_head = self.info.can("keeps_head")
+        keeps_head = has_trait(self.info, "uses_source_head")
         self.processor, base = load_base(
             self.kind,
             self.task,
@@ -310,7 +315,6 @@ class _Run:
         # methods are compared by the parameters of the adapter, without those of the task head
         head = {id(p) for p in self.trainer.head_parameters(self.model)}
         adapter = sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
-        peft_config = self.model.active_peft_config.to_dict() if isinstance(self.model, PeftModel) else {}
         return {
             "run": self.config.to_dict() | {"hub_token": None},
             "metrics": scores,
@@ -337,7 +341,7 @@ class _Run:
                 "fingerprints": self.splits.fingerprints,
                 "rows": {name: len(rows) for name, rows in self.rows.items()},
             },
-            "method_config": {key: value for key, value in peft_config.items() if key != "fingerprints"},
+            "method_config": _method_config(self.model),
             "processes": self.process.num_processes,
             "versions": versions(),
             "device": device_name(),
@@ -349,12 +353,24 @@ class _Run:
         origin = self.task.origin
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
-        module_matching.write_record(self.model, self.folder)
+        write_record(self.model, self.folder)
         self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
         if self.items is not None and "test" in self.metrics["metrics"]:
             write_predictions(self.folder, self.items)
         write_card(self.folder, self.metrics, self.info, self.task)
         write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
+
+
+def _method_config(model: Any) -> dict[str, Any]:
+    """Config of the adapter as JSON holds it; empty without an adapter."""
+    if not isinstance(model, PeftModel):
+        return {}
+    config = model.active_peft_config.to_dict()
+    config.pop("fingerprints", None)  # they are in adapter_config.json
+    for key, value in config.items():
+        if isinstance(value, set):  # such as peft's target_modules, whose order differs from process to process
+            config[key] = sorted(value)
+    return config
 
 
 def _outputs(task: Task, labels: Any) -> int | None:

@@ -16,6 +16,8 @@ from peft.config import PeftConfig
 from peft.utils import TaskType
 
 from peft_lab.adapter_files import safe_files
+from peft_lab.adapter_files.name_patterns import check_key_pattern, check_pattern, without_patterns
+from peft_lab.adapter_files.names import ADAPTER_WEIGHTS
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.registry import MethodInfo, with_preset
 from peft_lab.tuners.forward_context import RowInput
@@ -56,6 +58,17 @@ class AdapterConfig(PeftConfig):
         default="peft-lab", metadata={"help": "Filled in: the package to import before loading this adapter."}
     )
 
+    #: True if the method keeps the head that an image classifier was trained with, instead of a new one.
+    uses_source_head: ClassVar[bool] = False
+    #: True if it gives the logits of an image classifier in place of the head.
+    produces_logits: ClassVar[bool] = False
+    #: True if its values come from the training data, and no gradient changes them.
+    values_from_data: ClassVar[bool] = False
+    #: True if it is only valid on base weights of the dtype that it was trained on.
+    dtype_bound: ClassVar[bool] = False
+    #: True if it converts exactly to LoRA.
+    exports_lora: ClassVar[bool] = False
+
     #: Set by `peft_lab.tuners.register`.
     peft_method_type: ClassVar[Any] = None
     info: ClassVar[MethodInfo]
@@ -84,17 +97,24 @@ class AdapterConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if not folder.is_dir():
             _check_repository(pretrained_model_name_or_path, subfolder, kwargs)
-        elif not (folder / safe_files.ADAPTER_WEIGHTS).is_file():
-            raise ConfigError(f'"{folder}" has no {safe_files.ADAPTER_WEIGHTS}; only safetensors files are read.')
+        elif not (folder / ADAPTER_WEIGHTS).is_file():
+            raise ConfigError(f'"{folder}" has no {ADAPTER_WEIGHTS}; only safetensors files are read.')
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The content of an adapter_config.json, within the limits of `peft_lab.adapter_files.safe_files`."""
-        return safe_files.read_json(Path(path_json_file))
+        """Read an adapter_config.json within the limits of `safe_files`; no regex of modules in it is run."""
+        path = Path(path_json_file)
+        weights = path.parent / ADAPTER_WEIGHTS
+        header = safe_files.read_header(weights) if weights.is_file() else {}
+        return without_patterns(safe_files.read_json(path), header, f"{cls.info.name}_", f'"{path}"')
 
     def __post_init__(self) -> None:
         self._check_types(guard_only=True)
+        has_regex = isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str)
+        if has_regex and isinstance(self.fingerprints, dict) and self.fingerprints:
+            # The config is from a file: its regexes are not run, the recorded modules take their place.
+            self.target_modules, self.exclude_modules = sorted(map(str, self.fingerprints)), None
         super().__post_init__()
         if self.peft_type is not None and str(getattr(self.peft_type, "value", self.peft_type)) != str(
             getattr(self.peft_method_type, "value", self.peft_method_type)
@@ -180,10 +200,10 @@ def check_patterns(values: dict[str, Any]) -> None:
     """
     for name, value in values.items():
         if name.endswith("_modules") and isinstance(value, str):
-            safe_files.check_regex(name, value)
+            check_pattern(name, value)
         elif name.endswith("_pattern") and isinstance(value, dict):
             for key in value:
-                safe_files.check_regex(name, str(key))
+                check_key_pattern(name, str(key))
         elif name in ("layers_pattern", "modules_to_save", "target_parameters"):
             for part in [value] if isinstance(value, str) else value or ():
                 if not re.fullmatch(r"[\w.\-]{1,1000}", str(part)):
@@ -230,7 +250,7 @@ def _check_repository(name: str, subfolder: str | None, options: dict[str, Any])
     """peft itself takes pickled weights where a repository of the Hub has no safetensors file."""
     from huggingface_hub import constants, file_exists, try_to_load_from_cache
 
-    file = f"{subfolder}/{safe_files.ADAPTER_WEIGHTS}" if subfolder else safe_files.ADAPTER_WEIGHTS
+    file = f"{subfolder}/{ADAPTER_WEIGHTS}" if subfolder else ADAPTER_WEIGHTS
     revision, token = options.get("revision"), options.get("token")
     if constants.HF_HUB_OFFLINE:
         found = isinstance(try_to_load_from_cache(name, file, options.get("cache_dir"), revision), str)

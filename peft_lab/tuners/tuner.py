@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 import peft_lab.backbones.module_roles as roles
 from peft_lab.adapter_files import base_fingerprint, module_matching
+from peft_lab.adapter_files.completeness import check_complete
 from peft_lab.backbones.frozen_norms import keep_statistics, release_statistics
+from peft_lab.backbones.heads import PEFT_HEADS
+from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_forward
@@ -23,7 +26,7 @@ from peft_lab.tuners.mixed_batch import BASE, mixed_batch
 
 _LOG = logging.getLogger("peft_lab")
 #: What peft puts into `modules_to_save` for text classification, whatever the model's head is called.
-_PEFT_HEADS = ["classifier", "score"]
+_PEFT_HEADS = list(PEFT_HEADS["SEQ_CLS"])
 
 
 class AdapterTuner(BaseTuner):
@@ -78,7 +81,7 @@ class AdapterTuner(BaseTuner):
     def _find_modules(self, config: Any) -> None:
         """Bring a loaded config to the names that its modules have in this model."""
         recorded = config.fingerprints
-        found = module_matching.fit(self.model, recorded)
+        found = module_matching.match_modules(self.model, recorded)
         layer = self.tuner_layer_cls
         module_matching.check_fusable(found, self.info.name, layer.adapter_layer_names, layer.per_channel)
         config.found, config.fingerprints = found, found.records(self.model, recorded)
@@ -99,7 +102,7 @@ class AdapterTuner(BaseTuner):
         recorded = peft_config.fingerprints
         found = {name: _find_fingerprint(model, name) for name in recorded}
         offloaded = {name for name, entry in found.items() if entry == {}}
-        bound = self.info.can("dtype_bound") and not getattr(peft_config, "save_bases", False)
+        bound = peft_config.dtype_bound and not getattr(peft_config, "save_bases", False)
         base_fingerprint.check({k: v for k, v in recorded.items() if k not in offloaded}, found, dtype_bound=bound)
 
     def _create_and_replace(
@@ -144,10 +147,10 @@ class AdapterTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        found, lost = getattr(config, "found", module_matching.Fit()), getattr(config, "lost_heads", [])
-        kept = {key: value for key, value in state_dict.items() if not module_matching.is_head(key, lost)}
+        found, lost = getattr(config, "found", module_matching.ModuleMatch()), getattr(config, "lost_heads", [])
+        kept = {key: value for key, value in state_dict.items() if not module_matching.is_saved_module(key, lost)}
         locate = partial(_locate, prefix=cls.prefix)
-        renamed = module_matching.adapt_state(kept, found, locate, cls.tuner_layer_cls.per_channel)
+        renamed = module_matching.convert_state(kept, found, locate, cls.tuner_layer_cls.per_channel)
         if not found.modules:
             rename = roles.renamer(model)
             renamed = {_rename_key(rename, key, cls.prefix): value for key, value in renamed.items()}
@@ -242,14 +245,14 @@ def _find_fingerprint(model: nn.Module, name: str) -> dict[str, Any] | None:
 def _locate(key: str, prefix: str) -> tuple[str, str] | None:
     """The module that an entry of an adapter file belongs to, and the name of its parameter."""
     head, mark, tail = key.rpartition(f".{prefix}")
-    return (head.removeprefix("base_model.model."), f"{prefix}{tail}") if mark else None
+    return (head.removeprefix(PEFT_PREFIX), f"{prefix}{tail}") if mark else None
 
 
 def _rename_key(rename: Callable[[str], str], key: str, prefix: str) -> str:
     head, mark, tail = key.rpartition(f".{prefix}")
     if not mark:
         return key
-    wrapper = "base_model.model." if head.startswith("base_model.model.") else ""
+    wrapper = PEFT_PREFIX if head.startswith(PEFT_PREFIX) else ""
     return wrapper + rename(head.removeprefix(wrapper)) + mark + tail
 
 
@@ -261,13 +264,7 @@ def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Te
     resized = _embeddings(model)
     embeddings = [f"{n}." for n, m in model.named_modules() if n and m in resized]
     given = {k for k in state if not k.startswith((*heads, *embeddings)) or f".{prefix}" in k}
-    missing, extra = sorted(ours - given), sorted(given - ours)
-    if missing or extra:
-        what = f'lacks "{missing[0]}"' if missing else f'has an unknown entry "{extra[0]}"'
-        raise ConfigError(
-            f"The adapter file {what} ({len(missing)} missing, {len(extra)} unknown entries); it was cut short or "
-            "belongs to another model."
-        )
+    check_complete(ours, given)
     for key in sorted(ours):
         if known[key].shape != state[key].shape:
             raise ConfigError(

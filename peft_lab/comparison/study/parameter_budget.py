@@ -1,4 +1,4 @@
-"""The argument that sets a method's size, and its value for a given number of trainable parameters."""
+"""Value of a method's size argument for a number of trainable parameters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from peft_lab.adapter_files.names import write_json
 from peft_lab.comparison.records.results import RUNS
 from peft_lab.data import prompt_column
 from peft_lab.errors import ConfigError
+from peft_lab.tuners.registration import has_trait
 
 if TYPE_CHECKING:
     from peft_lab.comparison.records.run import Run
@@ -92,7 +93,10 @@ def fit(count: Callable[[int], int], limit: int, what: str) -> tuple[int, int]:
 
 
 def find_size(folder: Path, run: Run, name: str, limit: int) -> None:
-    """Find the size of an arm on a backbone and write it to `size_file`: value and parameters, or the error."""
+    """Write the size of an arm on a backbone to `size_file`.
+
+    The file holds value and parameters, or the error.
+    """
     what = f'Arm "{run.arm}" on {run.backbone}'
     try:
         value, parameters = fit(_counter(run, name), limit, what)
@@ -103,12 +107,15 @@ def find_size(folder: Path, run: Run, name: str, limit: int) -> None:
 
 
 def size_file(folder: Path, identity: str) -> Path:
-    """Where the size of an arm is written."""
+    """File that the size of an arm is written to."""
     return folder / RUNS / f"{identity}.size.json"
 
 
 def read_size(file: Path) -> dict[str, int]:
-    """The argument and its value that `find_size` found; raises `ConfigError` if it found that there is none."""
+    """Read the argument and its value that `find_size` found.
+
+    Raises `ConfigError` if it found that there is none.
+    """
     found = json.loads(file.read_text(encoding="utf-8"))
     if "error" in found:
         raise ConfigError(found["error"])
@@ -116,7 +123,10 @@ def read_size(file: Path) -> dict[str, int]:
 
 
 def _counter(run: Run, name: str) -> Callable[[int], int]:
-    """Value of the argument -> trainable parameters of the arm on a copy of its backbone."""
+    """Function from a value of the argument to the arm's trainable parameters.
+
+    It puts the arm on a copy of its backbone.
+    """
     from peft_lab.data.splits import load_splits
     from peft_lab.data.task_registry import kind, load_task
     from peft_lab.loading.load_run import adapt, count_parameters, load_base
@@ -126,7 +136,7 @@ def _counter(run: Run, name: str) -> Callable[[int], int]:
     info, splits = registry.method(run.method), load_splits(task)
     labels = splits.labels
     revision, dtype = options.get("model_revision"), options.get("dtype")
-    processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, info.can("keeps_head"))
+    processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, has_trait(info, "uses_source_head"))
     settings = rule.adapter_settings(processor, labels) | prompt_column.settings(splits.prompt_values)
 
     def count(value: int) -> int:

@@ -1,4 +1,4 @@
-"""What a study consists of: its arms, its tasks on backbones, its search, its limits. Imports nothing heavy."""
+"""Study: arms, tasks on backbones, search and limits. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Search:
-    """How each arm gets its learning rate, and what it tunes besides: equally many trials for every arm.
+    """Search of learning rates and arguments, with equal trials for every arm.
 
     Attributes:
         strategy: "grid" trains each candidate in full; "halving" starts with all of them and a part of the steps, and
@@ -88,7 +88,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Limits:
-    """What is equal for all arms: steps or seconds of training, and the number of trainable parameters.
+    """Limits of all arms: steps or seconds of training, and trainable parameters.
 
     Attributes:
         max_steps: training steps of every run (a task's own `max_steps` goes before it).
@@ -104,7 +104,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison: every arm on every cell, with a search on the validation rows and final runs on the test rows."""
+    """Study: every arm on every cell.
+
+    A search on the validation rows comes before final runs on the test rows.
+    """
 
     name: str
     cells: tuple[Cell, ...]
@@ -116,7 +119,10 @@ class Study:
     launcher: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self, cell: Cell, arm: Arm) -> dict[str, Any]:
-        """The options that all runs of an arm on a cell share; learning rate, seed and output folder are left out."""
+        """Options that all runs of an arm on a cell share.
+
+        Learning rate, seed and output folder are left out.
+        """
         limits = {"max_steps": self.limits.max_steps, "max_seconds": self.limits.seconds}
         found = {**DEFAULTS, **self.training, **{k: v for k, v in limits.items() if v is not None}, **cell.options}
         if arm.method == "head":  # the rate of all that it trains is the one that is searched
@@ -134,11 +140,17 @@ class Study:
         }
 
     def learning_rates(self, cell: Cell, arm: Arm) -> tuple[float, ...]:
-        """The learning rates that the study gives an arm on a cell; none, and they lie around the method's default."""
+        """Learning rates that the study gives an arm on a cell.
+
+        Without any, they lie around the method's default.
+        """
         return cell.learning_rates.get(arm.label, arm.learning_rates)
 
     def search_steps(self, cell: Cell) -> int | None:
-        """Steps of a full training in the search on a cell; None if they are those of its final runs."""
+        """Steps of a full training in the search on a cell.
+
+        None if they are those of its final runs.
+        """
         steps, limit, own = self.search.max_steps, self.limits.max_steps, cell.options.get("max_steps")
         return max(1, round(steps * own / limit)) if steps and limit and own else steps
 
@@ -148,7 +160,10 @@ class Study:
         return {name: value for name, value in _filled(**vars(self.search)).items() if (name, value) != ("extend", 0)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_mapping` reads back: paths are absolute, grids are written out as arms."""
+        """Plain values that `from_mapping` reads back.
+
+        Paths are absolute, and grids are written out as arms.
+        """
         cells = [
             {"task": c.source, "name": c.task, "model_name_or_path": c.backbone, **c.options, **_further(c)}
             for c in self.cells
@@ -169,7 +184,10 @@ class Study:
 
 
 def is_grid(method: str, name: str, value: Any) -> bool:
-    """Whether a value of `args` is a list of values; of an argument that is itself a list, only a list of lists is."""
+    """Test whether a value of `args` is a list of values.
+
+    Of an argument that is itself a list, only a list of lists is.
+    """
     if not isinstance(value, list):
         return False
     field_ = registry.config_fields(method).get(name)
@@ -178,7 +196,7 @@ def is_grid(method: str, name: str, value: Any) -> bool:
 
 
 def _single(arm: Arm) -> dict[str, Any]:
-    """An arm's arguments so that none of them is read as a grid."""
+    """Arguments of an arm, of which none is read as a grid."""
     return {k: [v] if isinstance(v, list) and is_grid(arm.method, k, v) else v for k, v in arm.args.items()}
 
 
