@@ -25,7 +25,8 @@ import diagrams  # noqa: E402
 import study_results  # noqa: E402
 
 from peft_lab import registry  # noqa: E402
-from peft_lab.backbones.family_table import FAMILIES, ROLES  # noqa: E402
+from peft_lab.backbones.family import ROLES  # noqa: E402
+from peft_lab.backbones.family_table import FAMILIES  # noqa: E402
 from peft_lab.data.task_registry import list_tasks  # noqa: E402
 
 MADE = "<!-- Written by docs/generate.py; change the code or docs/equations.yaml, then run `make docs`. -->"
@@ -40,6 +41,8 @@ PLACES = {
 #: Folders of the packages, and the name under which each is installed.
 PACKAGES = {"adapters": "peft_lab.adapters", "tasks": "peft_lab.tasks", "peft_lab": "peft_lab"}
 _WORDS = 8
+#: Capabilities that are types of op.
+_OPS = ("linear", "conv1d", "conv2d", "embedding", "norm")
 #: Columns of cost.md that a method's page shows, and their headings there.
 _COSTS = {
     "trainable": "trainable",
@@ -125,8 +128,7 @@ def _index() -> str:
 
 def _marks(info: registry.MethodInfo) -> str:
     """Capabilities of a method as short names, the types of op it adapts left out."""
-    ops = {"linear", "conv1d", "conv2d", "embedding", "norm"}
-    return ", ".join(name for name in info.capabilities if name not in ops).replace("_", " ")
+    return ", ".join(_spaced(name) for name in info.capabilities if name not in _OPS)
 
 
 def _roles(info: registry.MethodInfo) -> str:
@@ -139,7 +141,8 @@ def _method_page(info: registry.MethodInfo) -> str:
     parts = [f"# {info.title}", MADE, _facts(info), _prose(ast.get_docstring(_parse(card)) or "")]
     if "equation" in note:
         parts += ["## Equation", f"```text\n{note['equation'].rstrip()}\n```"]
-    parts.append(note.get("parameters") or _config_prose(info, card))
+    parameters = note.get("parameters") or _config_prose(info, card)
+    parts += ["## Trainable parameters", parameters] if parameters else []
     parts += ["## Use it", *_usage(info), "## Arguments", *_arguments(info)]
     if info.roles:
         meanings = [f"- `{role}`: {ROLES[role]}" for role in info.roles]
@@ -339,20 +342,21 @@ def _kinds() -> str:
 def _compatibility() -> str:
     capabilities = registry.CAPABILITIES
     infos = [info for info in _own_methods() if info.config]
-    rows = []
-    for info in infos:
-        marks = ["yes" if info.can(name) else "" for name in capabilities]
-        rows.append((f"[`{info.name}`](methods/{info.name}.md)", *marks, "yes" if _served(info) else ""))
-    head = ("method", *(name.replace("_", " ") for name in capabilities), "load many")
+    others = [name for name in capabilities if name not in _OPS]
+    layers = [info for info in infos if set(info.capabilities) & set(_OPS)]
+    meanings = [f"- **{_spaced(name)}**: {meaning}" for name, meaning in capabilities.items()]
+    meanings.append("- **load many**: is served by `peft_lab.load_many`, hundreds of adapters on one base")
+    served = {info.name: ["yes" if _served(info) else ""] for info in infos}
     parts = [
         "# Compatibility",
         MADE,
         "What each method's card and classes say. Each mark is tested both ways: a method that has it must do it, and "
         "one that has not must refuse it with a sentence.",
-        _table(head, rows),
-        "\n".join(f"- **{name.replace('_', ' ')}**: {meaning}" for name, meaning in capabilities.items())
-        + "\n- **load many**: is served by `peft_lab.load_many`, hundreds of adapters on one base",
-        "Methods that act on the sequence wrap whole blocks, so they have no mark for a type of op.",
+        _marked(infos, others, served),
+        "Methods that adapt single ops, by the type of op; those that act on the sequence wrap whole blocks, and those "
+        "that act on the input the head.",
+        _marked(layers, list(_OPS), {}),
+        "\n".join(meanings),
         "## The same for all methods",
         "- gradient checkpointing, reentrant or not, changes no gradient\n"
         "- trainable parameters are float32 on a bfloat16 base and under autocast\n"
@@ -368,6 +372,19 @@ def _compatibility() -> str:
         _table(("role", "meaning"), [(f"`{role}`", meaning) for role, meaning in ROLES.items()]),
     ]
     return _page(parts)
+
+
+def _marked(infos: Sequence[registry.MethodInfo], names: Sequence[str], more: Mapping[str, list[str]]) -> str:
+    """A table of methods against capabilities; `more` has the marks of one column that no card declares."""
+    rows = []
+    for info in infos:
+        marks = ["yes" if info.can(name) else "" for name in names]
+        rows.append((f"[`{info.name}`](methods/{info.name}.md)", *marks, *more.get(info.name, [])))
+    return _table(("method", *map(_spaced, names), *(["load many"] if more else [])), rows)
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _served(info: registry.MethodInfo) -> bool:

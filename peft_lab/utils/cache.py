@@ -1,7 +1,4 @@
-"""Folder of what peft-lab can compute again.
-
-It is `$PEFT_LAB_CACHE`, else `peft_lab` beside the Hugging Face cache.
-"""
+"""Cache folder of peft-lab, for files that it can compute again."""
 
 from __future__ import annotations
 
@@ -10,6 +7,9 @@ from pathlib import Path
 
 
 def cache_dir(*parts: str) -> Path:
-    """Path of a folder below the cache root, which is not created."""
+    """Folder below the cache root; it is not created.
+
+    The root is `$PEFT_LAB_CACHE`, else `peft_lab` beside the Hugging Face cache.
+    """
     root = os.environ.get("PEFT_LAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "peft_lab"
     return Path(root).expanduser().joinpath(*parts)

@@ -8,20 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support.backbones import TINY
-from support.properties import (
-    adapt,
-    config,
-    move,
-    output,
-)
-from support.sequences import (
-    GENERATE,
-    assert_near,
-    methods,
-    padded_texts,
-    positions,
-    two_adapters,
-)
+from support.properties import adapt, assert_close, config, move, output
+from support.sequences import GENERATE, methods, padded_texts, positions, two_adapters
 from transformers import DynamicCache
 
 from peft_lab.errors import ConfigError
@@ -75,7 +63,7 @@ def test_a_copied_cache_goes_on_as_its_original(method):
     model, cache = _llama(method), DynamicCache()
     model(padded_texts()["input_ids"], past_key_values=cache)
     copied, step = copy.deepcopy(cache), torch.tensor([[5], [6]])
-    assert_near(model(step, past_key_values=copied).logits, model(step, past_key_values=cache).logits, 1e-6)
+    assert_close(model(step, past_key_values=copied).logits, model(step, past_key_values=cache).logits, 1e-6)
 
 
 @methods
@@ -98,7 +86,7 @@ def test_what_is_refused_works_without_the_adapter(method):
         assert torch.equal(model.generate(**chunked), base.generate(**chunked))
         assert torch.equal(model.generate(**static), base.generate(**static))
     filled = positions(padded_texts()["attention_mask"]).masked_fill(padded_texts()["attention_mask"] == 0, 1)
-    assert_near(
+    assert_close(
         model(**padded_texts(), position_ids=filled).logits[0, 4:],
         model(padded_texts()["input_ids"][:1, 4:]).logits[0],
         1e-5,

@@ -10,25 +10,8 @@ import pytest
 import torch
 from support.backbones import TINY, tiny_inputs
 from support.cover import cover
-from support.properties import (
-    SEQUENCE,
-    TRAINED,
-    adapt,
-    adapter_parameters,
-    move,
-    output,
-)
-from support.sequences import (
-    DECODERS,
-    GENERATE,
-    assert_near,
-    methods,
-    padded_texts,
-    positions,
-    spread,
-    two_adapters,
-    with_attention,
-)
+from support.properties import SEQUENCE, TRAINED, adapt, adapter_parameters, assert_close, move, output
+from support.sequences import DECODERS, GENERATE, methods, padded_texts, positions, spread, two_adapters, with_attention
 from transformers import DynamicCache
 
 from peft_lab.errors import ConfigError
@@ -57,7 +40,7 @@ def _check_decoder(model: Any) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     full = model(**inputs, position_ids=positions(mask), use_cache=False).logits
     single = model(input_ids=ids[:1, 4:]).logits
-    assert_near(full[0, 4:], single[0], 1e-5)
+    assert_close(full[0, 4:], single[0], 1e-5)
 
     cache = DynamicCache(config=model.config)
     instruction = mask.clone()
@@ -66,12 +49,12 @@ def _check_decoder(model: Any) -> None:
     start = model(
         input_ids=ids[:, :7], attention_mask=mask[:, :7], position_ids=positions(mask)[:, :7], past_key_values=cache
     ).logits
-    assert_near(start[:, 4:], whole[:, 4:7], 1e-4)
+    assert_close(start[:, 4:], whole[:, 4:7], 1e-4)
     for step in (7, 8):
         place = positions(mask)[:, step : step + 1]
         next_token = {"input_ids": ids[:, step : step + 1], "attention_mask": mask[:, : step + 1]}
         out = model(**next_token, position_ids=place, past_key_values=cache)
-        assert_near(out.logits[:, 0], whole[:, step], 1e-4)
+        assert_close(out.logits[:, 0], whole[:, step], 1e-4)
 
     out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **GENERATE)
     mask = torch.cat([mask, torch.ones_like(mask[:, :4])], 1)
@@ -82,7 +65,7 @@ def _check_decoder(model: Any) -> None:
         use_cache=False,
         instruction_mask=torch.nn.functional.pad(inputs["attention_mask"], (0, 4)),
     ).logits
-    assert_near(torch.stack(out.logits, 1), forced[:, 8:-1], 2e-4)
+    assert_close(torch.stack(out.logits, 1), forced[:, 8:-1], 2e-4)
 
 
 @spread(DECODERS)
@@ -97,9 +80,9 @@ def test_a_cache_without_positions_and_masks(method, family, attention):
             model(ids, use_cache=False, instruction_mask=instruction).logits,
             DynamicCache(config=model.config),
         )
-        assert_near(model(ids[:, :7], past_key_values=cache).logits, whole[:, :7], 1e-4)
+        assert_close(model(ids[:, :7], past_key_values=cache).logits, whole[:, :7], 1e-4)
         for step in (7, 8):
-            assert_near(model(ids[:, step : step + 1], past_key_values=cache).logits[:, 0], whole[:, step], 1e-4)
+            assert_close(model(ids[:, step : step + 1], past_key_values=cache).logits[:, 0], whole[:, step], 1e-4)
 
 
 @spread(DECODERS)
@@ -112,10 +95,10 @@ def test_rows_of_a_batch_decode_as_alone(method, family, attention):
     mixed = torch.stack(model.generate(**four, adapter_names=names, **settings, **GENERATE).logits, 1)
     for row, name in enumerate(names):
         alone = torch.stack(model.generate(**four, adapter_names=[name] * 3, **settings, **GENERATE).logits, 1)
-        assert_near(mixed[row], alone[row], 1e-5)
+        assert_close(mixed[row], alone[row], 1e-5)
     with model.disable_adapter():
         plain = torch.stack(model.generate(**four, **settings, **GENERATE).logits, 1)
-    assert_near(mixed[2], plain[2], 1e-5)
+    assert_close(mixed[2], plain[2], 1e-5)
     beams = model.generate(**inputs, adapter_names=["default", "other"], num_beams=3, **GENERATE)
     model.set_adapter("other")
     assert torch.equal(beams[1], model.generate(**inputs, num_beams=3, **GENERATE)[1])
@@ -132,7 +115,7 @@ def test_embeddings_instead_of_tokens(method, family):
     mask = inputs["attention_mask"]
     expected = model.generate(**inputs, **GENERATE)[:, 9:]
     assert torch.equal(model.generate(inputs_embeds=embeddings, attention_mask=mask, **GENERATE), expected)
-    assert_near(model(inputs_embeds=embeddings).logits, model(input_ids=inputs["input_ids"]).logits, 1e-6)
+    assert_close(model(inputs_embeds=embeddings).logits, model(input_ids=inputs["input_ids"]).logits, 1e-6)
 
 
 @methods
@@ -151,7 +134,7 @@ def test_encoder_of_an_encoder_decoder(method):
     decoder = {"decoder_input_ids": torch.tensor([[0, 7, 8]])}
     padded = {"input_ids": torch.tensor([[7, 8, 9, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
     short = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.tensor([[1, 1, 1]])}
-    assert_near(model(**padded, **decoder).logits, model(**short, **decoder).logits, 1e-5)
+    assert_close(model(**padded, **decoder).logits, model(**short, **decoder).logits, 1e-5)
     fixed = copy.deepcopy(model.get_base_model())
     assert "decoder" not in " ".join(n for n, m in fixed.named_modules() if isinstance(m, SequenceLayer))
 
@@ -194,4 +177,4 @@ def test_two_forwards_before_one_backward_with_checkpointing(method, family, ree
         found.append({name: p.grad for name, p in adapter_parameters(model).items()})
     assert any(grad is not None and grad.abs().sum() > 0 for grad in found[0].values())
     for name, grad in found[0].items():
-        torch.testing.assert_close(found[1][name], grad, atol=1e-6, rtol=1e-5)
+        assert_close(found[1][name], grad)

@@ -8,22 +8,8 @@ import pytest
 import torch
 from support.backbones import TINY, tiny_inputs
 from support.cover import cover
-from support.properties import (
-    IMAGE_LOGITS,
-    IMAGES,
-    SEQUENCE,
-    adapt,
-    main_tensor,
-    move,
-    output,
-)
-from support.sequences import (
-    DECODERS,
-    ENCODERS,
-    VISION,
-    assert_near,
-    spread,
-)
+from support.properties import IMAGE_LOGITS, IMAGES, SEQUENCE, adapt, assert_close, main_tensor, move, output
+from support.sequences import DECODERS, ENCODERS, VISION, spread
 from torch import Tensor, nn
 
 from peft_lab import registry
@@ -108,7 +94,7 @@ def test_padding_at_the_right_changes_nothing(method, family, attention):
     mask = (torch.arange(8) < 5).long()[None]
     ours = main_tensor(model(input_ids=padded, attention_mask=mask))
     alone = main_tensor(model(input_ids=ids, attention_mask=torch.ones_like(ids)))
-    assert_near(ours[:, : alone.shape[1]], alone, 1e-5)
+    assert_close(ours[:, : alone.shape[1]], alone, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -127,5 +113,5 @@ def test_hidden_slots_change_nothing(method, family):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))
     mixed = output(model, inputs, adapter_names=["__base__", "default"])
-    assert_near(mixed[0], output(base, inputs)[0], 1e-5)
+    assert_close(mixed[0], output(base, inputs)[0], 1e-5)
     assert not torch.allclose(mixed[1], output(base, inputs)[1], atol=1e-4)

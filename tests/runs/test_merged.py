@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
 from support.backbones import TINY, tiny_inputs
 from support.cover import cover
-from support.properties import OWN, adapt, move, output
+from support.properties import OWN, adapt, assert_close, move, output
 
 from peft_lab import registry
 from peft_lab.errors import ConfigError
@@ -30,7 +29,7 @@ def test_reload_answers_as_before_or_is_refused(method, family, tmp_path):
         return
     merged.save_pretrained(tmp_path)
     again = type(merged).from_pretrained(tmp_path)
-    torch.testing.assert_close(output(again, inputs), output(merged, inputs), atol=1e-4, rtol=1e-4)
+    assert_close(output(again, inputs), output(merged, inputs), 1e-4)
     assert set(again.state_dict()) == set(merged.state_dict())
 
 

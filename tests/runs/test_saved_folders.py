@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.properties import output
+from support.properties import assert_close, output
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 import peft_lab
@@ -34,7 +34,7 @@ def test_an_adapter_loads_and_gives_the_same_logits(method: str, door: str) -> N
     model, inputs = base_of(method)
     load = PeftModel.from_pretrained if door == "peft" else peft_lab.load_adapter
     found = output(load(model, SAVED / method), inputs)
-    torch.testing.assert_close(found, EXPECTED[method], rtol=1e-4, atol=1e-4)
+    assert_close(found, EXPECTED[method], 1e-4)
 
 
 @pytest.mark.parametrize("method", RUNS)

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from peft_lab.tuners.registration import config_class
 from support.backbones import TINY
-from support.properties import (
-    SEQUENCE,
-    adapt,
-    config,
-    move,
-)
+from support.properties import SEQUENCE, adapt, config, move
 
 DECODERS = ["gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3"]
 ENCODERS = ["bert", "roberta", "distilbert", "deberta-v2", "modernbert", "mpnet", "albert", "electra"]
@@ -71,7 +66,3 @@ def padded_texts() -> dict[str, Tensor]:
 
 def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def assert_near(a: Tensor, b: Tensor, limit: float) -> None:
-    assert (a - b).abs().max().item() < limit

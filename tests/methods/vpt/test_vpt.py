@@ -8,16 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.backbones import TINY, tiny_inputs
-from support.properties import (
-    adapt,
-    adapter_parameters,
-    config,
-    move,
-    output,
-)
-from support.sequences import (
-    assert_near,
-)
+from support.properties import adapt, adapter_parameters, assert_close, config, move, output
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_lab.errors import ConfigError
@@ -48,7 +39,7 @@ def test_vpt_equals_blocks_run_by_hand(deep, position, projection):
             x = torch.cat([x[:, :at], prompts[depth].expand(2, -1, -1), x[:, at + 3 :]], 1)
         x = block(x)
     x = torch.cat([x[:, :at], x[:, at + 3 :]], 1)
-    assert_near(output(model, {"pixel_values": pixels}), base.classifier(base.vit.layernorm(x)[:, 0]), 1e-6)
+    assert_close(output(model, {"pixel_values": pixels}), base.classifier(base.vit.layernorm(x)[:, 0]), 1e-6)
 
 
 @pytest.mark.parametrize(("fields", "expected"), [({}, 351_373), ({"deep": False}, 305_293 + 5 * 768)])

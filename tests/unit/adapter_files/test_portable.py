@@ -18,6 +18,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from support.backbones import MODELS, bare, tiny, tiny_inputs
+from support.cover import cover, each_place
 from support.properties import (
     EVERY,
     EVERY_OWN,
@@ -94,7 +95,7 @@ def _old_key(key: str, old: Callable[[str], str]) -> str:
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", cover(ALL, each_place))
 def test_adapter_of_an_old_vit_loads(method: str, recorded: bool, tmp_path: Path) -> None:
     base = tiny("vit")
     renames = FAMILIES["vit"].renames
@@ -153,7 +154,10 @@ def test_places_name_each_module_once(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [(m, n) for m in ALL if m not in IMAGE_LOGITS for n in ("bert", "vit") if m not in IMAGES or n == "vit"],
+    cover(
+        ((m, n) for m in ALL if m not in IMAGE_LOGITS for n in ("bert", "vit") if m not in IMAGES or n == "vit"),
+        each_place,
+    ),
 )
 def test_bare_to_head_and_back(method: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full, backbone = MODELS[name](), bare(MODELS[name]())
@@ -180,7 +184,7 @@ def _hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return getattr(model, model.base_model_prefix, model)(**inputs).last_hidden_state
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", cover(METHODS, each_place))
 def test_adapter_with_a_task_type_loads_on_the_bare_model(method: str, tmp_path: Path) -> None:
     full = MODELS["bert"]()
     model = _adapted(method, full, target_modules=target_regex(full, ["attn.q"]), task_type="SEQ_CLS")
@@ -323,7 +327,7 @@ def test_without_a_record_nothing_is_guessed(nets: dict[str, nn.Module], tmp_pat
 # Another base ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", cover(ALL, each_place))
 def test_other_base_is_refused_unless_allowed(method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = tiny(text_or_image(method))
     folder = _save(_adapted(method, base, target_modules=target_regex(base, ["attn.q"])), tmp_path)

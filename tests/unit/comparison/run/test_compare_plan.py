@@ -12,8 +12,9 @@ import pytest
 from support.compare_helpers import PretendBackend, tiny_study
 
 from peft_lab.comparison import Comparison, compare, load_study, read_results
-from peft_lab.comparison.records.results import COMPARISON, Journal, search_budgets
+from peft_lab.comparison.records.results import COMPARISON, Journal
 from peft_lab.comparison.records.run import Run
+from peft_lab.comparison.records.search_budget import search_budgets
 from peft_lab.comparison.run import plan
 from peft_lab.comparison.study.parameter_budget import fit
 from peft_lab.data.task_registry import load_task

@@ -1,0 +1,32 @@
+"""The tests' own tools: a daily cover loses no need, and code is checked without running it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from support.backbones import TINY
+from support.code import missing_names
+from support.cover import MAIN, Needs, cover, each_family, each_place, each_value, places_and_families
+from support.properties import METHODS
+
+
+@pytest.mark.parametrize("needs", [each_value, each_place, each_family, places_and_families])
+def test_a_cover_has_all_needs(needs: Needs) -> None:
+    cases = list(itertools.product(METHODS, TINY))
+    marked = cover(cases, needs)
+    daily = [case.values for case in marked if not case.marks]
+    assert [case.values for case in marked] == cases
+    assert set().union(*map(needs, daily)) == set().union(*map(needs, cases))
+    assert len(daily) < len(cases) / 2
+
+
+def test_a_cover_of_single_values_keeps_all() -> None:
+    assert not [case for case in cover(MAIN) if case.marks]
+
+
+def test_names_that_do_not_exist_are_found() -> None:
+    code = "import torch.nn as nn, json\nfrom pathlib import Path, Pth\nnn.Linear\nnn.Linar\njson.loads\nPath.home"
+    assert missing_names(code) == ["pathlib.Pth", "nn.Linar"]
+    with pytest.raises(SyntaxError):
+        missing_names("import")
