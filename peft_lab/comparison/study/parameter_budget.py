@@ -13,7 +13,6 @@ from peft_lab.adapter_files.names import write_json
 from peft_lab.comparison.records.results import RUNS
 from peft_lab.data import prompt_column
 from peft_lab.errors import ConfigError
-from peft_lab.tuners.registration import has_trait
 
 if TYPE_CHECKING:
     from peft_lab.comparison.records.run import Run
@@ -132,6 +131,7 @@ def _counter(run: Run, name: str) -> Callable[[int], int]:
     from peft_lab.data.splits import load_splits
     from peft_lab.data.task_registry import kind, load_task
     from peft_lab.loading.load_run import adapt, count_parameters, load_base
+    from peft_lab.tuners.registration import has_trait
 
     task, options = load_task(str(run.options["task"])), run.options
     rule = kind(task.kind)
