@@ -315,7 +315,6 @@ class _Run:
         # methods are compared by the parameters of the adapter, without those of the task head
         head = {id(p) for p in self.trainer.head_parameters(self.model)}
         adapter = sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
-        peft_config = self.model.active_peft_config.to_dict() if isinstance(self.model, PeftModel) else {}
         return {
             "run": self.config.to_dict() | {"hub_token": None},
             "metrics": scores,
@@ -342,7 +341,7 @@ class _Run:
                 "fingerprints": self.splits.fingerprints,
                 "rows": {name: len(rows) for name, rows in self.rows.items()},
             },
-            "method_config": {key: value for key, value in peft_config.items() if key != "fingerprints"},
+            "method_config": _method_config(self.model),
             "processes": self.process.num_processes,
             "versions": versions(),
             "device": device_name(),
@@ -360,6 +359,18 @@ class _Run:
             write_predictions(self.folder, self.items)
         write_card(self.folder, self.metrics, self.info, self.task)
         write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
+
+
+def _method_config(model: Any) -> dict[str, Any]:
+    """Config of the adapter as JSON holds it; empty without an adapter."""
+    if not isinstance(model, PeftModel):
+        return {}
+    config = model.active_peft_config.to_dict()
+    config.pop("fingerprints", None)  # they are in adapter_config.json
+    for key, value in config.items():
+        if isinstance(value, set):  # such as peft's target_modules, whose order differs from process to process
+            config[key] = sorted(value)
+    return config
 
 
 def _outputs(task: Task, labels: Any) -> int | None:

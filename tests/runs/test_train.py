@@ -61,6 +61,7 @@ def test_the_output_folder_holds_all_that_is_promised(finished):
     assert metrics["metrics"]["validation"]["accuracy"] > 0.6  # chance is 0.33
     assert set(metrics["metrics"]["test"]) == {"loss", "accuracy"}
     assert metrics["method_config"]["peft_type"] == "LORA"
+    assert json.loads((folder / "metrics.json").read_text())["method_config"] == metrics["method_config"]
     assert all("secret-token" not in path.read_text() for path in folder.glob("*.[jmy]*"))
 
 
