@@ -85,8 +85,9 @@ def mixed_batch(adapter_names: Sequence[str]) -> Iterator[None]:
 class RowLayer(Protocol):
     """Layer of one module in which each row has its own adapter.
 
-    All rows run at once, without a loop over the adapters. Made with the base module and its path. `peft_lab.tuners.layer` has it for methods of one's own; for a tuner of
-    peft the method's file names such a class as `ROWS`.
+    All rows run at once, without a loop over the adapters. Made with the base module and its path.
+    `peft_lab.tuners.layer` has it for methods of one's own; for a tuner of peft the method's file names such a class as
+    `ROWS`.
 
     Attributes:
         row_fields: names of an adapter's tensors, each with the number that changes nothing. Smaller tensors are padded

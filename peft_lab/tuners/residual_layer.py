@@ -1,9 +1,9 @@
 """Branches on the residual stream of transformer blocks.
 
-A branch reads the stream before a sub-layer (attention or MLP) and is added behind it. In a pre-norm block, x + mlp(norm(x)) becomes x + mlp(norm(x)) + branch(x); in a post-norm block, norm(x + mlp(x))
-becomes norm(x + mlp(x) + branch(x)). Both points lie inside the block's own forward, so hooks on its modules read and
-write them; `Family.residual` says which modules these are. The stream of a call is kept in its `ForwardContext`, never
-on a module.
+A branch reads the stream before a sub-layer (attention or MLP) and is added behind it. In a pre-norm block, x +
+mlp(norm(x)) becomes x + mlp(norm(x)) + branch(x); in a post-norm block, norm(x + mlp(x)) becomes norm(x + mlp(x) +
+branch(x)). Both points lie inside the block's own forward, so hooks on its modules read and write them;
+`Family.residual` says which modules these are. The stream of a call is kept in its `ForwardContext`, never on a module.
 """
 
 from __future__ import annotations
