@@ -1,9 +1,9 @@
 """Prompts chosen by what is known of a row: its domain, its source, its resolution, the mode it is to be read in.
 
 An adapter has a few sets of prompts, and each row of a batch names one by `prompt_ids`, an argument of the model's
-forward; where a call cannot take it (`generate`), `peft_lab.row_inputs` gives it around the
-call. A task file that names a column of such values, `columns: {prompt_ids: domain, ...}`, has it given in training,
-evaluation and prediction: the adapter keeps the values in the order of its sets, as `prompt_values`.
+forward; where a call cannot take it (`generate`), `peft_lab.row_inputs` gives it around the call. A task file that
+names a column of such values, `columns: {prompt_ids: domain, ...}`, has it given in training, evaluation and
+prediction: the adapter keeps the values in the order of its sets, as `prompt_values`.
 
 Prefix Conditioning, the resolution prefix of Tiny Time Mixers and the mode tokens of UL2 are this.
 

@@ -1,8 +1,8 @@
 """Heads whose source classes stand for the classes of another task: an injective map from targets to source classes.
 
 `MappedHead` wraps the head that an image classifier was trained with. An adapter's logits are those of the source
-classes it maps to, so the model's own loss, metrics and pipelines see the target classes; without the adapter the
-model is what it was, down to its label names. What the adapter does to the images is the method's own.
+classes it maps to, so the model's own loss, metrics and pipelines see the target classes; without the adapter the model
+is what it was, down to its label names. What the adapter does to the images is the method's own.
 """
 
 from __future__ import annotations

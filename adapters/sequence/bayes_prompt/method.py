@@ -9,8 +9,8 @@ adds by itself) or `peft_lab.domain_prompts`, and are saved with the adapter. Ea
 that prompts differ in evaluation too.
 
 This is `domain_draws` of stored prompts with nothing else beside it; other methods that store prompts take it too, and
-train what else they have. The authors' code trains the whole backbone with the prompts, and overwrites the
-embeddings of two words of a template.
+train what else they have. The authors' code trains the whole backbone with the prompts, and overwrites the embeddings
+of two words of a template.
 
 Source: Li et al. 2024, BayesPrompt, arXiv:2401.14166. Written from the equations.
 """

@@ -12,8 +12,8 @@ than others, and then no learning rate fits.
 
 The instruction is what `instruction_mask`, an argument of the model's forward, says it is; else the tokens before the
 first that has a label (other than -100); else the whole text but its padding. `generate` without a KV cache reads the
-text anew for every token: give
-`peft_lab.row_inputs(instruction_mask=...)` around it, or the prompts also look at the answer so far.
+text anew for every token: give `peft_lab.row_inputs(instruction_mask=...)` around it, or the prompts also look at the
+answer so far.
 
 Source: Zhu et al. 2024, IAPT, arXiv:2405.18203; Liu et al. 2022, Late Prompt Tuning, arXiv:2210.11292; Wu et al. 2022,
 IDPG, arXiv:2204.04497. Written from the papers' equations.

@@ -2,8 +2,8 @@
 
 The prompts stand in front of the class token. Deep, each block has its own; shallow, those of the first block pass
 through all. What the last block makes of them goes through the final norm and one scoring vector, the same for all
-classes: that gives the logits, and the model's own head is neither used nor trained. `attention_maps.py` beside
-this file draws the attention.
+classes: that gives the logits, and the model's own head is neither used nor trained. `attention_maps.py` beside this
+file draws the attention.
 
 Source: Chowdhury et al. 2025, Prompt-CAM, arXiv:2501.09333. Written from the paper's equations.
 """
