@@ -273,7 +273,7 @@ def _foldable(module: Any, x: Tensor, scale: Tensor, channel_dim: int) -> bool:
     """
     if type(module) not in _FOLDABLE_NORMS or hasattr(module, "_hf_hook") or _hooked(module):
         return False
-    # functional_call needs a bias to replace, and products of mixed dtypes or of devices apart are not the norm's own.
+    # functional_call replaces only a bias that is there, and mixed dtypes or devices compute otherwise than the norm.
     weight = module.weight
     if isinstance(module, _NormBase) and module.bias is None:
         return False
