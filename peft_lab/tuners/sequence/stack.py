@@ -1,4 +1,4 @@
-"""Stacks of transformer blocks in a model, and the facts of a stack that its blocks need."""
+"""Stacks of transformer blocks in a model, and the facts of a stack."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def stack_info(model: nn.Module, path: str, blocks: list[str]) -> StackInfo:
     for module in modules:
         windowed = window_attention.has_windows(module)
         widths.append(window_attention.width(module) if windowed else stack.config.hidden_size)
-    declared = [[m.is_causal for m in module.modules() if hasattr(m, "is_causal")] for module in modules]
+    # Attention of transformers declares `is_causal`; where no block does, a block's attention is unknown.
+    declared = [_causal_flags(module) for module in modules]
     some_declared = any(declared)
     model_type = stack.config.model_type
     family = FAMILIES.get(model_type)
@@ -64,7 +65,7 @@ def stack_info(model: nn.Module, path: str, blocks: list[str]) -> StackInfo:
         settings=stack.config,
         widths=tuple(widths),
         attends=tuple(bool(flags) or not some_declared for flags in declared),
-        causal=any(any(flags) for flags in declared) if some_declared else _reads_from_the_left(model, stack),
+        causal=any(map(any, declared)) if some_declared else _reads_from_the_left(model, stack),
         norms=norms_around(model, path),
         classes=getattr(getattr(model, "config", None), "num_labels", 0),
         prefix_tokens=prefix_tokens(model, path),
@@ -73,18 +74,26 @@ def stack_info(model: nn.Module, path: str, blocks: list[str]) -> StackInfo:
     )
 
 
+def _causal_flags(block: nn.Module) -> list[bool]:
+    return [module.is_causal for module in block.modules() if hasattr(module, "is_causal")]
+
+
 def _reads_from_the_left(model: Any, stack: Any) -> bool:
-    """Guess for a stack whose attention does not say whether it is causal."""
+    """Guess whether a stack is causal if its attention does not declare it."""
     is_text = stack.main_input_name == "input_ids" and not model.config.is_encoder_decoder
     return is_text and can_continue(model)
 
 
 def norms_around(model: nn.Module, stack: str) -> dict[str, tuple[nn.Module, str]]:
-    """Norms around the blocks of a stack, which stand in it or, as DINOv2's, in a module around it."""
+    """Norms around the blocks of a stack, by role.
+
+    They are in the stack or, as DINOv2's, in a module around it. Each is a module and a name in it.
+    """
     found = {}
     for role in ("norm.stem", "norm.final"):
         homes = [name.rpartition(".") for name in module_roles.modules_by_role(model, role)]
         around = [(home, name) for home, _, name in homes if f"{stack}.".startswith(f"{home}.") or not home]
+        # The innermost module around the blocks holds their norm.
         if around:
             home, name = max(around, key=lambda found: len(found[0]))
             found[role] = (model.get_submodule(home), name)
@@ -92,7 +101,10 @@ def norms_around(model: nn.Module, stack: str) -> dict[str, tuple[nn.Module, str
 
 
 def stacks_of(model: nn.Module) -> dict[str, list[str]]:
-    """Paths of the blocks of each stack, by the path of the stack: the innermost model around them."""
+    """Paths of the blocks of each stack, by the path of the stack.
+
+    A stack is the innermost `PreTrainedModel` around its blocks.
+    """
     found: dict[str, list[str]] = {}
     for block in module_roles.modules_by_role(model, "block"):
         parts = block.split(".")
@@ -103,7 +115,7 @@ def stacks_of(model: nn.Module) -> dict[str, list[str]]:
 
 
 def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
-    """Path of the stack that gets the prompts, and of its blocks.
+    """Path of the stack that gets the prompts, and paths of its blocks.
 
     Raises:
         ConfigError: the model has no blocks, or no stack of that name.
@@ -117,16 +129,18 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
             shown = ", ".join(path or "the model itself" for path in stacks)
             raise ConfigError(f'stack="{name}" is none of {shown}.{did_you_mean(name, stacks)}')
         return found, stacks[found]
+    # Without a choice the stack that is named like a vision tower or an encoder comes first.
     preferred = (path for word in PREFERRED_STACKS for path in stacks if word in path.lower())
     path = next(preferred, next(iter(stacks)))
     return path, stacks[path]
 
 
 def prefix_tokens(model: nn.Module, path: str) -> int:
-    """Number of tokens that the embedding of a vision stack puts before the patches; 0 for text."""
+    """Number of class and register tokens before a vision stack's patches; 0 for text."""
     stack: Any = model.get_submodule(path)
     if getattr(stack.config, "patch_size", None) is None:
         return 0
+    # The embedding is in the stack or in a module around it: outwards until one has patches.
     parts = path.split(".") if path else []
     for depth in range(len(parts), -1, -1):
         around = model.get_submodule(".".join(parts[:depth]))

@@ -18,13 +18,14 @@ logger = logging.getLogger("peft_lab")
 
 
 def check_supported(model: nn.Module, stack: Any) -> None:
-    """Refuse a stack in which prompts do nothing or harm, and warn of one that no test has.
+    """Refuse a stack that does not support prompts, and warn of an untested one.
 
     Raises:
         ConfigError: prompts would do nothing there, or harm.
     """
     model_type = stack.config.model_type
     known = PROMPT_SUPPORT.get(model_type)
+    # ALiBi is a setting of some families, so the table of model types cannot tell.
     obstacle = known.obstacle if known is not None else ""
     if not obstacle and getattr(stack.config, "alibi", False):
         obstacle = ALIBI
@@ -42,14 +43,14 @@ def check_supported(model: nn.Module, stack: Any) -> None:
 
 
 def is_tested(model_type: str) -> bool:
-    """Test whether tests put prompts into models of this type."""
+    """Test whether the test suite covers prompts in models of this type."""
     known = PROMPT_SUPPORT.get(model_type)
     return module_roles.family(model_type) is not None or (known is not None and known.tested and not known.obstacle)
 
 
 @contextmanager
 def explained(model_type: str) -> Iterator[None]:
-    """Turn errors of a block with prompts into a `ConfigError` where its model type was never tried.
+    """Turn a block's errors into a `ConfigError` if its model type is untested.
 
     Raises:
         ConfigError: instead of the block's own error, which stands in it.
@@ -57,6 +58,7 @@ def explained(model_type: str) -> Iterator[None]:
     try:
         yield
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+        # In a tested type the error is a bug, and lack of memory says nothing of prompts: both go on as they are.
         if is_tested(model_type) or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ConfigError(
