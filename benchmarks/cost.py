@@ -39,7 +39,7 @@ from peft_lab.backbones.module_roles import target_regex
 from peft_lab.backbones.pypi_weights import resolve_model
 from peft_lab.registry import method as card_of
 from peft_lab.training.step_cost import Cost, count_flops, frozen_floor, kept_activations, measure_step, training_step
-from peft_lab.tuners.registration import make_config
+from peft_lab.tuners.registration import has_trait, make_config
 
 QUERY_VALUE = ("attn.q", "attn.v")
 MIB = 2**20
@@ -156,7 +156,7 @@ def adapted(model: nn.Module, name: str, arguments: dict[str, Any]) -> nn.Module
     if card_of(name).place == "weight":
         arguments = {**arguments, "target_modules": target_regex(model, QUERY_VALUE)}
     config: PeftConfig = make_config(name, arguments, model)
-    if not card_of(name).can("untrained"):
+    if not has_trait(card_of(name), "values_from_data"):
         config.modules_to_save = None
     return get_peft_model(model, config)
 
@@ -166,7 +166,7 @@ def prepare(workload: Workload, method: tuple[str, dict[str, Any]] | None, devic
     model = workload.build().train()
     if method is not None:
         model = adapted(model, *method)
-        if card_of(method[0]).can("untrained"):
+        if has_trait(card_of(method[0]), "values_from_data"):
             domain_prompts(model, [workload.batch()])
         else:
             for parameter_name, parameter in model.named_parameters():

@@ -31,12 +31,12 @@ def train(context: typer.Context) -> None:
 
     The options are flags, a run YAML, or both.
     """
-    from peft_lab.runs import run_config, run_folder
+    from peft_lab.runs import command_line, run_config, run_folder
 
     if not context.args or {"-h", "--help"} & set(context.args):
-        run_config.argument_parser().print_help()
+        command_line.argument_parser().print_help()
         raise typer.Exit()
-    file, overrides = run_config.parse_arguments(context.args)
+    file, overrides = command_line.parse_arguments(context.args)
     config = run_config.load_run(file, overrides)
     run_folder.check_run(config)  # before torch is imported
     from peft_lab.training.run import train as run_training

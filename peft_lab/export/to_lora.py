@@ -38,6 +38,7 @@ from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.operations import Operation, operation
+from peft_lab.tuners.registration import has_trait
 
 #: Relative error (Frobenius norm) that counts as exact: what float32 rounding leaves of a low-rank product.
 _EXACT = 5e-7
@@ -124,12 +125,12 @@ def convert(model: Any, adapter_name: str = "default", rank: int | None = None) 
 def _check_method(info: MethodInfo) -> None:
     if info.name == "lora":
         raise ConfigError("The adapter is a LoRA adapter already: there is nothing to convert.")
-    if info.place == "peft" or info.can("lora_export"):
+    if info.place == "peft" or has_trait(info, "exports_lora"):
         return
     mend = "; `peft-lab merge` folds it into the base weights" if info.can("merge") else ""
     raise ConfigError(
         f'Method "{info.name}" acts on more than a low-rank delta of weights and does not declare that it '
-        f"{registry.CAPABILITIES['lora_export']}{mend}."
+        f"{'converts exactly to LoRA'}{mend}."
     )
 
 

@@ -21,6 +21,7 @@ from peft_lab.backbones.pypi_weights import BACKBONES, reachable_name
 from peft_lab.errors import ConfigError
 from peft_lab.loading.config_files import parse_config, plain_values
 from peft_lab.runs import run_folder
+from peft_lab.tuners.registration import has_trait
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class AdapterFolder:
     def uses_source_head(self) -> bool:
         """True if the base keeps the head it was trained with."""
         info = registry.list_methods().get(str(self.values.get("peft_type", "")).lower())
-        return info is not None and info.can("keeps_head")
+        return info is not None and has_trait(info, "uses_source_head")
 
     def base_name(self) -> str:
         """Return the base that the folder names.

@@ -257,7 +257,7 @@ class Tenants:
         if recorded:
             recorded = {self._name_in_base(path): entry for path, entry in recorded.items()}
             found = {path: self._fingerprint(path) for path in recorded}
-            base_fingerprint.check(recorded, found, dtype_bound=file.info.can("dtype_bound"))
+            base_fingerprint.check(recorded, found, dtype_bound=file.config.dtype_bound)
             for path in (*recorded, *values):
                 if path not in recorded or path not in values:
                     raise ConfigError(f'The adapter file and its config differ in module "{path}"; it was cut short.')

@@ -112,7 +112,7 @@ def predict(
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
     ids = prompt_column.ids_of_inputs(rows, loaded.model, loaded.task)
     rows = [_input(row, loaded.task) if isinstance(row, Mapping) else row for row in rows]
-    return prompt_column.predict(loaded.kind, loaded.model, loaded.processor, rows, loaded.task, batch_size, ids)
+    return loaded.kind.predict_with_prompts(loaded.model, loaded.processor, rows, loaded.task, batch_size, ids)
 
 
 def read_inputs(inputs: list[Any]) -> list[Any]:

@@ -35,10 +35,15 @@ from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.arguments import as_run_config, build_or_refuse, check_best_metric, training_arguments
-from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation, activation_parameters
+from peft_lab.training.callbacks.bilevel import (
+    LEARNING_RATE,
+    AlternatingActivation,
+    activation_parameters,
+)
 from peft_lab.training.checkpoints import last_complete_checkpoint, remove_checkpoints
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.trainer import LabTrainer, scores
+from peft_lab.tuners.registration import has_trait
 from peft_lab.utils.versions import device_name, versions
 
 if TYPE_CHECKING:
@@ -184,7 +189,7 @@ class _Run:
 
     def _load_model(self, seed: int) -> None:
         """Load processor and backbone, and put the method on it."""
-        keeps_head = self.info.can("keeps_head")
+        keeps_head = has_trait(self.info, "uses_source_head")
         self.processor, base = load_base(
             self.kind,
             self.task,

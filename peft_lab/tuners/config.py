@@ -58,6 +58,17 @@ class AdapterConfig(PeftConfig):
         default="peft-lab", metadata={"help": "Filled in: the package to import before loading this adapter."}
     )
 
+    #: True if the method keeps the head that an image classifier was trained with, instead of a new one.
+    uses_source_head: ClassVar[bool] = False
+    #: True if it gives the logits of an image classifier in place of the head.
+    produces_logits: ClassVar[bool] = False
+    #: True if its values come from the training data, and no gradient changes them.
+    values_from_data: ClassVar[bool] = False
+    #: True if it is only valid on base weights of the dtype that it was trained on.
+    dtype_bound: ClassVar[bool] = False
+    #: True if it converts exactly to LoRA.
+    exports_lora: ClassVar[bool] = False
+
     #: Set by `peft_lab.tuners.register`.
     peft_method_type: ClassVar[Any] = None
     info: ClassVar[MethodInfo]

@@ -29,6 +29,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
     """
 
     info: ClassVar[MethodInfo]
+    config_cls: ClassVar[type[AdapterConfig]]
     #: The adapter's tensors that a row of a batch has of its own, each with the number that changes nothing; a method
     #: that names them supplies `rows_delta` or `rows_transform`, and `peft_lab.load_many` serves it.
     row_fields: ClassVar[Mapping[str, float]] = {}
@@ -316,7 +317,7 @@ class WeightLayer(AdapterLayer):
         return None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.info.can("lora_export") and self.op.op_type in ("linear", "conv1d")
+        return self.config_cls.exports_lora and self.op.op_type in ("linear", "conv1d")
 
 
 class FeatureLayer(AdapterLayer):

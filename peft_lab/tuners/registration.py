@@ -30,6 +30,11 @@ def config_class(name: str) -> type:
     return getattr(importlib.import_module(info.module), info.config)
 
 
+def has_trait(info: MethodInfo, trait: str) -> bool:
+    """Test a property that a method's config class has, such as `uses_source_head`; False for baselines and peft's."""
+    return bool(info.config) and bool(getattr(config_class(info.name), trait, False))
+
+
 def make_config(name: str, args: Mapping[str, Any] | None = None, model: Any = None, **common: Any) -> Any:
     """Build a method's config from plain values.
 
@@ -71,11 +76,12 @@ def register(info: MethodInfo, config_cls: Any, layer_cls: Any, model_cls: Any =
         if present.__module__ == config_cls.__module__:
             return
         raise ConfigError(f'peft already has a method "{info.name}" ({present.__module__}); choose another name.')
-    _check_capabilities(info, layer_cls)
     peft_type = _extend_peft_type(info.name.upper())
     config_cls.peft_method_type = peft_type
     config_cls.info = info
     layer_cls.info = info
+    layer_cls.config_cls = config_cls
+    _check_capabilities(info, layer_cls)
     members = {
         "prefix": f"{info.name}_",
         "tuner_layer_cls": layer_cls,
@@ -88,7 +94,7 @@ def register(info: MethodInfo, config_cls: Any, layer_cls: Any, model_cls: Any =
 
 
 #: Capability -> function of the layer that it needs.
-_CODE_OF = {"merge": "folded", "mixed_batch": "mixed", "lora_export": "delta_weight"}
+_CODE_OF = {"merge": "folded", "mixed_batch": "mixed"}
 
 
 def _check_capabilities(info: MethodInfo, layer_cls: type[AdapterLayer]) -> None:
@@ -97,9 +103,10 @@ def _check_capabilities(info: MethodInfo, layer_cls: type[AdapterLayer]) -> None
     Raises:
         ConfigError: naming the capability and the function of the layer that is missing.
     """
-    for capability, function in _CODE_OF.items():
-        if not info.can(capability):
-            continue
+    needed = {capability: function for capability, function in _CODE_OF.items() if info.can(capability)}
+    if layer_cls.config_cls.exports_lora:
+        needed["exports_lora"] = "delta_weight"
+    for capability, function in needed.items():
         missing = layer_cls.missing_code(function)
         if missing:
             raise ConfigError(

@@ -102,7 +102,7 @@ class AdapterTuner(BaseTuner):
         recorded = peft_config.fingerprints
         found = {name: _find_fingerprint(model, name) for name in recorded}
         offloaded = {name for name, entry in found.items() if entry == {}}
-        bound = self.info.can("dtype_bound") and not getattr(peft_config, "save_bases", False)
+        bound = peft_config.dtype_bound and not getattr(peft_config, "save_bases", False)
         base_fingerprint.check({k: v for k, v in recorded.items() if k not in offloaded}, found, dtype_bound=bound)
 
     def _create_and_replace(

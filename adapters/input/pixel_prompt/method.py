@@ -35,7 +35,7 @@ METHOD = MethodInfo(
     place="input",
     config="PixelPromptConfig",
     roles=("head",),
-    capabilities=("images", "keeps_head"),
+    capabilities=("images",),
     learning_rate=1e-1,
     budget=(1.02, 1.02),
 )
@@ -58,6 +58,8 @@ class PixelPromptConfig(MappedHeadConfig):
         ConfigError: an unknown program or mapping, a size or a statistic out of range; the model is no image
             classifier with a trained linear head, or has fewer classes than the task.
     """
+
+    uses_source_head = True
 
     program: str = field(
         default="frame",

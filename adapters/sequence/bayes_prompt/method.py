@@ -34,7 +34,7 @@ METHOD = MethodInfo(
     place="sequence",
     config="BayesPromptConfig",
     roles=("block",),
-    capabilities=("mixed_batch", "untrained"),
+    capabilities=("mixed_batch",),
     learning_rate=1e-2,
 )
 
@@ -46,6 +46,8 @@ class BayesPromptConfig(StaticConfig):
     Raises:
         ConfigError: no prompts, no `domain_components` or no `domain_draws`.
     """
+
+    values_from_data = True
 
     deep = False
     num_prompts: int = field(default=4, metadata={"help": "Prompts in the sequence.", "other": 3})

@@ -156,7 +156,7 @@ class LastBlock:
 
 
 def _scoring_layer(model: nn.Module) -> Any:
-    layers = [m for m in model.modules() if isinstance(m, SequenceLayer) and m.info.can("image_logits")]
+    layers = [m for m in model.modules() if isinstance(m, SequenceLayer) and m.config_cls.produces_logits]
     last = [m for m in layers if m.depth == m.num_blocks - 1 and {*m.active_adapters} & {*m.configs}]
     if not last or last[0].disable_adapters:
         raise ConfigError(f"{type(model).__name__} has no active adapter with a prompt for each class.")

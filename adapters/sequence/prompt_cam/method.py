@@ -29,7 +29,7 @@ METHOD = MethodInfo(
     place="sequence",
     config="PromptCAMConfig",
     roles=("block",),
-    capabilities=("mixed_batch", "images", "image_logits"),
+    capabilities=("mixed_batch", "images"),
     learning_rate=1e-2,
     budget=(1.4, 1.5),
 )
@@ -45,6 +45,8 @@ class PromptCAMConfig(StaticConfig):
         ConfigError: a dropout out of range; prompts that are drawn; the model is no image classifier; its head in
             `modules_to_save`.
     """
+
+    produces_logits = True
 
     deep: bool = field(default=True, metadata={"help": "New prompts before every block.", "other": False})
     dropout: float = field(

@@ -41,10 +41,8 @@ METHOD = MethodInfo(
         "conv2d",
         "embedding",
         "merge",
-        "lora_export",
         "mixed_batch",
         "identity_start",
-        "dtype_bound",
     ),
     learning_rate=2e-2,
     budget=(1.22, 1.25),
@@ -58,6 +56,9 @@ class SVFitConfig(AdapterConfig):
     Raises:
         ConfigError: a rank that is no positive integer, "full" or "energy:<share>".
     """
+
+    dtype_bound = True
+    exports_lora = True
 
     rank: int | str = field(
         default="full",

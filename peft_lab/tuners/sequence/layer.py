@@ -131,7 +131,7 @@ class SequenceLayer(AdapterLayer):
     def logits(self, adapter: str, prompts: Tensor) -> Tensor:
         """Class logits (batch, classes) from what the last block made of the prompts (batch, prompts, dim).
 
-        For a method that declares `image_logits`; the model's own loss gets them in place of the head's.
+        For a method that sets `produces_logits`; the model's own loss gets them in place of the head's.
         """
         raise NotImplementedError
 
@@ -290,7 +290,7 @@ class SequenceLayer(AdapterLayer):
         readout = self._readout(active, rows, state)
         if readout is not None:
             state.context.shared[READOUT] = readout
-        if self.info.can("image_logits"):
+        if self.config_cls.produces_logits:
             state.context.shared[HEAD_LOGITS] = self._head_logits(active, rows, state.states)
 
     def _head_logits(

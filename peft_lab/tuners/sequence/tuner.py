@@ -89,7 +89,7 @@ class SequenceTuner(BlockTuner):
             ):
                 raise ConfigError(peft_config.no_choice("target_modules"))
             peft_config.target_modules = blocks
-        if self.info.can("image_logits"):
+        if peft_config.produces_logits:
             self._leave_head(peft_config, loaded)
         return super()._prepare_adapter_config(peft_config, model_config)
 
@@ -158,7 +158,7 @@ class SequenceTuner(BlockTuner):
             norm = getattr(*norms_around(model, path)["norm.final"])
             if read_out not in norm._forward_hooks.values():
                 norm.register_forward_hook(read_out)
-        for head_path in module_roles.class_heads(model) if self.info.can("image_logits") else ():
+        for head_path in module_roles.class_heads(model) if config.produces_logits else ():
             head = model.get_submodule(head_path)
             if replace_logits not in head._forward_hooks.values():
                 head.register_forward_hook(replace_logits)
