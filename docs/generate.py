@@ -25,7 +25,8 @@ import diagrams  # noqa: E402
 import study_results  # noqa: E402
 
 from peft_lab import registry  # noqa: E402
-from peft_lab.backbones.family_table import FAMILIES, ROLES  # noqa: E402
+from peft_lab.backbones.family import ROLES  # noqa: E402
+from peft_lab.backbones.family_table import FAMILIES  # noqa: E402
 from peft_lab.data.task_registry import list_tasks  # noqa: E402
 
 MADE = "<!-- Written by docs/generate.py; change the code or docs/equations.yaml, then run `make docs`. -->"

@@ -141,14 +141,15 @@ def test_the_backbone_of_the_guide_gets_its_defaults(tmp_path):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from peft_lab.adapters import SSFConfig, SVFitConfig
-    from peft_lab.backbones import family_table, module_roles
+    from peft_lab.backbones import family_table, module_roles, text_families
 
     families = dict(family_table.FAMILIES)
     config = GPTNeoXConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
     try:
-        exec(titled("add_a_backbone.md")["family_table.py"], vars(family_table))
+        exec(titled("add_a_backbone.md")["text_families.py"], vars(text_families))
+        family_table.FAMILIES.update(text_families.TEXT)
         model = GPTNeoXForCausalLM(config)
         assert module_roles.modules_by_role(model, "attn.qkv") == [
             f"gpt_neox.layers.{block}.attention.query_key_value" for block in range(2)
@@ -160,6 +161,7 @@ def test_the_backbone_of_the_guide_gets_its_defaults(tmp_path):
         scaled = get_peft_model(GPTNeoXForCausalLM(config), SSFConfig())
         scaled(input_ids=torch.tensor([[1, 2, 3]]))
     finally:
+        text_families.TEXT.pop("gpt_neox")
         family_table.FAMILIES.clear()
         family_table.FAMILIES.update(families)
     run(titled("add_a_backbone.md")["look.py"], {}, tmp_path)
