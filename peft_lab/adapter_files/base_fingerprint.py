@@ -69,6 +69,7 @@ def module_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
 
     So many adapters need one hash.
     """
+    # `_version` counts changes in place.
     key = (id(weight), weight.data_ptr(), weight._version, weight.dtype)
     known = module.__dict__.get("_peft_lab_fingerprint")
     if known is None or known[0] != key:
@@ -89,6 +90,7 @@ def compare(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         return "same"
     if found["dtype"] == recorded.get("dtype"):
         return "weights"
+    # Hashes of two dtypes always differ, so a few values decide.
     then, now = torch.tensor(recorded.get("probe") or [float("nan")]), torch.tensor(found["probe"])
     scale = then.abs().max().clamp_min(1e-12)
     close = then.shape == now.shape and bool(((then - now).abs() <= _DTYPE_TOLERANCE * scale).all())

@@ -123,6 +123,7 @@ def match_modules(model: nn.Module, recorded: Mapping[str, Mapping[str, Any]]) -
             left[name] = entry
         else:
             match.same[name] = path
+    # Roles and blocks are read only where names do not tell.
     if left:
         _match_by_location(model, left, match)
     return match
@@ -159,6 +160,7 @@ def module_finder(model: nn.Module) -> Callable[[str], str | None]:
     rename, prefix = module_roles.renamer(model), getattr(model, "base_model_prefix", "")
 
     def find(name: str) -> str | None:
+        # The last two: the model has a head around its backbone, or the adapter was trained on one that had.
         for path in (name, rename(name), f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
             if path in names:
                 return path

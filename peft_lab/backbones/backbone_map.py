@@ -193,6 +193,7 @@ def backbone_map(model: nn.Module) -> BackboneMap:
     """
     model = unwrap(model)
     modules = dict(model.named_modules())
+    # Names alone would miss a norm that became an Identity.
     state = (tuple(modules), tuple(map(type, modules.values())), model_type(model))
     known = _MAPS.get(model)
     if known is None or known[0] != state:

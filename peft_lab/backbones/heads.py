@@ -26,6 +26,7 @@ def has_no_head(model: Any) -> bool:
     """
     if not model_type(model):
         return False
+    # A language model writes with its embedding, which is pretrained.
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return True
     name = type(model).__name__
@@ -53,6 +54,7 @@ def head_paths(model: nn.Module) -> list[str]:
     found: list[str] = []
     if not taken:
         return found
+    # Parents come before their children, so a module inside the head is never listed beside it.
     for path, module in model.named_modules():
         owns = next(module.parameters(recurse=False), None) is not None
         if path and owns and not f"{path}.".startswith(tuple(taken)):

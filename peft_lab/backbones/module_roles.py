@@ -116,6 +116,7 @@ def _clashes(model: nn.Module, head: str, heads: list[str]) -> bool:
     Raises:
         ConfigError: the head is no norm.
     """
+    # peft looks for names that end with the head, without regard to dots.
     below = tuple(f"{path}." for path in heads)
     names = dict(model.named_modules())
     clash = [name for name in names if name.endswith(head) and not f"{name}.".startswith(below)]
@@ -200,6 +201,7 @@ def rename_targets(model: nn.Module, targets: Collection[str] | str) -> list[str
     if isinstance(targets, str):
         missed = [name for name, old in other.items() if re.fullmatch(targets, old) and not re.fullmatch(targets, name)]
         return f"(?:{targets}|{'|'.join(map(re.escape, missed))})" if missed else targets
+    # The model has the names of every version: all targets fit as they are.
     if not other:
         return list(dict.fromkeys(targets))
     names = [name for name, _ in unwrap(model).named_modules() if name]

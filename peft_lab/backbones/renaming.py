@@ -60,6 +60,7 @@ class Renamer:
         self._leaves = leaves
 
     def __call__(self, path: str) -> str:
+        # A leaf name of this model, such as "query" of BERT, is never an old one.
         if path in self._leaves:
             return path
         wrapper = PEFT_PREFIX if path.startswith(PEFT_PREFIX) else ""

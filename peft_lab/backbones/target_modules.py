@@ -53,6 +53,7 @@ def target_modules(
     paths = [path for path in dict(unwrap(model).named_modules()) if path]
     matches = re.compile(pattern).fullmatch
     wanted = {path for path in paths if matches(path)}
+    # A bare backbone lacks the modules of a head, so its own are told apart from usual names there.
     names = _common_ends(wanted, set(paths) - wanted)
     return names or pattern
 

@@ -72,6 +72,7 @@ def find_towers(model: nn.Module) -> list[Tower]:
 
     [] if it has no repeated blocks.
     """
+    # Unknown parts are looked for beside known ones only; alone, the model as a whole is read.
     known = list(_known_towers(model, ""))
     if not known:
         made_up = _made_up(model)

@@ -65,6 +65,7 @@ def check_reloadable(model: PreTrainedModel) -> None:
             # The flag may also ask for biases that merging did not create.
             if _lacking(model, config):
                 setattr(config, flag, False)
+    # Biases without a flag, or with one that the whole family shares.
     left = _extra(model, config)
     if left:
         raise ConfigError(

@@ -95,6 +95,7 @@ class AdapterFolder:
     @cached_property
     def plain_values(self) -> dict[str, Any]:
         """The content of adapter_config.json with module names in the place of regexes."""
+        # The weights are looked at only where a regex asks for it.
         header = self.header if pattern_fields(self.values) else {}
         return plain_values(self.values, header, str(self.path / ADAPTER_CONFIG))
 

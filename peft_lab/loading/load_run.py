@@ -101,6 +101,7 @@ def adapt(
                 "to train in modules_to_save."
             )
         return adapted
+    # A baseline: the head alone, or all weights as they are.
     if "head" not in info.roles:
         return model
     if not module_roles.head_modules(model):
@@ -168,6 +169,7 @@ def load(
     if labels is None:
         labels = list(found.labels) or _labels_of_data(found)
     dtype = dtype or folder.origin.get("dtype")
+    # The recorded revision is one of the recorded base.
     base_revision = folder.origin.get("model_revision") if model_name_or_path is None else None
     base = model_name_or_path or folder.base_name()
     processor, bare = load_base(kind, found, labels, base, base_revision, dtype, folder.uses_source_head)

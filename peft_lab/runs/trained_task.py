@@ -41,6 +41,7 @@ def trained_task(
     named, copy = origin.get("task"), folder / run_folder.TASK
     if named and named in list_tasks():
         return load_task(named)
+    # A file of the user's own: found where it was, or its copy.
     if copy.is_file():
         safe_files.check_size(copy, safe_files.MAX_JSON_BYTES)
         if named and not download and _is_same_file(Path(named), copy):
@@ -62,6 +63,7 @@ def _confined(task: Task) -> Task:
     """
     names = [name for group in task.data.files.values() for name in group]
     inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts and "$" not in name for name in names)
+    # A metric by path would be run.
     for metric in task.metrics:
         if metric.endswith(".py") or "/" in metric or os.sep in metric:
             raise TaskError(
