@@ -13,7 +13,7 @@ from peft_lab.errors import did_you_mean
 
 
 def _configs() -> dict[str, str]:
-    """Module of each config class; those of peft's own methods come from peft."""
+    """Modules of the config classes, without those of peft's own methods."""
     infos = registry.list_methods().values()
     return {info.config: info.module for info in infos if info.config and info.place != "peft"}
 

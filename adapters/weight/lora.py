@@ -43,7 +43,9 @@ _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class LoraRows:
-    """LoRA by row: y = W x + B A x with its own A and B for each row.
+    """LoRA with an A and B for each row.
+
+    The output is y = W x + B A x.
 
     The scaling is taken into B.
 
@@ -85,7 +87,7 @@ class LoraRows:
         return {down: (rank, shape[1]), up: (shape[0], rank)}
 
     def row_values(self, values: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """Convert A and B of the file to `row_fields`, B scaled and flat."""
+        """Convert the file's A and B to `row_fields`, B scaled and flat."""
         # Patterns set the rank and alpha of single modules; peft scales by alpha / r, rsLoRA by alpha / sqrt(r).
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, self.name), config.lora_alpha)
         rank = self._rank(config)
@@ -97,7 +99,7 @@ class LoraRows:
     def rows_output(
         self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Output of the module with each row's own A and B; see `RowLayer`."""
+        """Output with an A and B for each row; see `RowLayer`."""
         base, kind, down, up = self.base_layer, self.op.op_type, values["A"], values["B"]
         out = base(x, *args, **kwargs) if out is None else out
         if kind == "conv2d":

@@ -94,7 +94,7 @@ class AdapterConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read the config of a folder or Hub id whose weights are safetensors.
+        """Read the config of a folder or Hub id with safetensors weights.
 
         Raises:
             ConfigError: there is no safetensors file, or the config is not what it should be.
@@ -142,7 +142,10 @@ class AdapterConfig(PeftConfig):
         self.check()
 
     def check(self) -> None:
-        """Raise `ConfigError` if the method's own fields do not fit; methods override it."""
+        """Check a method's own fields; methods override this.
+
+        Raises:
+        """
 
     def row_inputs(self) -> tuple[RowInput, ...]:
         """Row inputs that the adapter reads; none for most methods.
@@ -235,7 +238,7 @@ def check_patterns(values: dict[str, Any]) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Test whether a plain value is of a type hint, and not huge.
+    """Test whether a plain value fits a type hint and is not huge.
 
     Hints are made of unions, literals, containers, dataclasses, enums and plain types.
     """

@@ -1,4 +1,4 @@
-"""State of one forward call of a model: row inputs and shared values.
+"""State of one forward call: row inputs and shared values.
 
 A method declares a `RowInput`: an argument of the model's forward that holds one value, or one row of values, for each
 row of the batch. The forward of the model is wrapped, so that `model.forward(...)` works as `model(...)` does: the
@@ -30,7 +30,7 @@ _BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inp
 
 @dataclass(frozen=True)
 class RowInput:
-    """Declaration of a forward argument with one value per row of the batch.
+    """Declaration of a forward argument with one value per row.
 
     Attributes:
         name: keyword of the forward.
@@ -96,7 +96,7 @@ class ForwardContext:
         return _CURRENT.get()
 
     def row_input(self, name: str, rows: int | None = None) -> Tensor | None:
-        """Value of a declared row input, for as many rows as a layer sees.
+        """Value of a declared row input for a layer's rows.
 
         Args:
             name: name of the input.
@@ -152,7 +152,7 @@ def on_rows(rows: int, index: Tensor) -> Iterator[None]:
 
 
 def expand_rows(values: Tensor, rows: int, name: str = "adapter_names") -> Tensor:
-    """Repeat values per row of the batch for a layer's windows or beams.
+    """Repeat row values for a layer's windows or beams.
 
     Args:
         values: (batch, ...).
@@ -197,7 +197,7 @@ Around = Callable[[nn.Module, Callable[..., Any], dict[str, Any]], Any]
 
 
 class WrappedForward:
-    """The forward of one module instance with a `ForwardContext` around it.
+    """Forward of one module instance with a `ForwardContext` around it.
 
     It stands in the instance's `forward`, so calls of `module(...)` and of `module.forward(...)` both go through it. A
     deep copy or a pickle of the module takes its own along.
@@ -221,7 +221,10 @@ class WrappedForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """Signature of the module's own forward and the declared inputs, by which Trainer chooses columns."""
+        """Signature of the module's own forward with the declared inputs.
+
+        Trainer chooses columns by it.
+        """
         own = inspect.signature(self._inner or MethodType(type(self.module).forward, self.module))
         known = list(own.parameters.values())
         names = {parameter.name for parameter in known}
@@ -270,7 +273,7 @@ class WrappedForward:
         return {spec.name: spec for inputs in self.declared.values() for spec in inputs}
 
     def _keep_context_in_checkpoints(self) -> None:
-        """Let recomputed blocks see the context of the forward that they belong to."""
+        """Run recomputed blocks in the context of their forward."""
         # Without gradients nothing is recomputed.
         if not (self.module.training and torch.is_grad_enabled()):
             return

@@ -54,7 +54,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         self.read_base(name)
 
     def read_base(self, name: str) -> None:
-        """Read the kind and sizes of the base module at the path `name`.
+        """Read kind and sizes of the base module at path `name`.
 
         Raises:
             ConfigError: the method cannot adapt such a module.
@@ -75,7 +75,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
     # What a method supplies -------------------------------------------------------------------------------------
 
     def initial_values(self, adapter: str, config: Any) -> dict[str, Tensor]:
-        """Start values of an adapter's parameters by name; they are stored as float32."""
+        """Start values of an adapter's parameters by name, stored as float32."""
         raise NotImplementedError
 
     def shared_values(self, adapter: str, config: Any) -> dict[str, Tensor]:
@@ -86,7 +86,10 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         return {}
 
     def share_key(self, config: Any) -> Hashable:
-        """Key of the layers that share `shared_values` with this one; None for all layers of the adapter."""
+        """Key of the layers that share `shared_values` with this one.
+
+        None for all layers of the adapter.
+        """
         return None
 
     def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -98,7 +101,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         raise NotImplementedError
 
     def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Base weight and bias with one adapter merged in, in float32 or wider."""
+        """Base weight and bias with one adapter merged, float32 or wider."""
         raise NotImplementedError
 
     def rows_output(
@@ -165,7 +168,9 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         return stored.get(adapter)
 
     def row_input(self, name: str, x: Tensor) -> Tensor | None:
-        """Value of a declared row input of the running call, by row of `x`.
+        """Value of a declared row input for each row of `x`.
+
+        It is that of the running call.
 
         Raises:
             ConfigError: the layer was called outside of its model, or the input is missing and has no default.
@@ -176,7 +181,10 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         return context.row_input(name, len(x))
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Tensor:
-        """Base output with the active adapters; `adapter_names` gives one adapter per row instead."""
+        """Base output with the active adapters.
+
+        `adapter_names` gives one adapter per row instead.
+        """
         if self.disable_adapters:
             # A merged weight still holds the adapter, so the base alone needs it unmerged, as in peft.
             if self.merged:
@@ -271,7 +279,7 @@ def no_merge(info: MethodInfo) -> str:
 
 
 class WeightLayer(AdapterLayer):
-    """Base of the methods that add a delta to the weight: `base(x) + delta(x)`.
+    """Base of methods with a weight delta: `base(x) + delta(x)`.
 
     A method supplies `delta_weight`; it may override `delta_output` where a cheaper contraction exists, and
     `mixed_delta` to serve all rows of a batch at once.
@@ -280,7 +288,7 @@ class WeightLayer(AdapterLayer):
     general_forms: ClassVar[Mapping[str, str]] = {"folded": "delta_weight", "mixed": "delta_weight"}
 
     def delta_weight(self, adapter: str) -> Tensor:
-        """Delta as a matrix (out, in) in float32; (tokens, dim) for an embedding."""
+        """Delta as a float32 matrix (out, in), for embeddings (tokens, dim)."""
         raise NotImplementedError
 
     def delta_output(self, adapter: str, x: Tensor) -> Tensor:

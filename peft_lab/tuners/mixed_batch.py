@@ -40,7 +40,7 @@ class RowAdapters:
 
     @classmethod
     def of(cls, adapter_names: RowAdapters | Sequence[str]) -> RowAdapters:
-        """Convert peft's list of names to a `RowAdapters`; one is returned as it is."""
+        """Convert peft's list of names to a `RowAdapters`."""
         return adapter_names if isinstance(adapter_names, RowAdapters) else cls._cached(tuple(adapter_names))
 
     def index(self, size: int, device: torch.device) -> Tensor:
@@ -68,7 +68,10 @@ _CURRENT: ContextVar[RowAdapters | None] = ContextVar("peft_lab_row_adapters", d
 
 
 def current_row_adapters() -> RowAdapters | None:
-    """Adapters by row of the running call; None if all rows have the active ones."""
+    """Adapters by row of the running call.
+
+    None if all rows have the active ones.
+    """
     return _CURRENT.get()
 
 

@@ -69,12 +69,15 @@ class Operation:
         return matrix.T if self.op_type == "conv1d" else matrix.reshape(shape)
 
     def scale_shape(self, ndim: int) -> tuple[int, ...]:
-        """Shape that broadcasts a per-output-channel vector over a base weight with `ndim` axes."""
+        """Shape that broadcasts channel values over a base weight.
+
+        The vector has one value per output channel, the weight `ndim` axes.
+        """
         return (1, -1) if self.op_type == "conv1d" else (-1, *(1,) * (ndim - 1))
 
 
 def operation(module: nn.Module, name: str) -> Operation:
-    """Recognise the operation of a module; `name` is its path, for the message.
+    """Recognise a module's operation; `name` is its path, for the message.
 
     Raises:
         ConfigError: the module is no operation that an adapter can wrap exactly, with the reason.
@@ -128,7 +131,7 @@ def apply_matrix(module: Any, op: Operation, x: Tensor, matrix: Tensor) -> Tenso
 
 
 def conv2d_rows(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """Run a convolution with a weight per row of x, without its bias.
+    """Run a convolution with a weight per row, without bias.
 
     `x` is (batch, ...) and `weight` (batch, out, ...).
     """

@@ -137,7 +137,10 @@ def load_all() -> None:
 
 
 def _extend_peft_type(name: str) -> Any:
-    """Add a member to peft's closed `PeftType`; a plain string would leave peft's status reports empty."""
+    """Add a member to peft's closed `PeftType`.
+
+    A plain string would leave peft's status reports empty.
+    """
     from peft import PeftType
 
     if name in PeftType.__members__:
@@ -155,7 +158,7 @@ def _extend_peft_type(name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Value of a text read as YAML; any other value as it is."""
+    """Value of a text by YAML; others as they are."""
     if not isinstance(value, str):
         return value
     import yaml
@@ -170,7 +173,7 @@ def _plain(value: Any) -> Any:
 
 
 def _role_defaults(name: str, model: Any, known: set[str], task_type: str | None) -> dict[str, Any]:
-    """Default targets of a tuner of peft by role, and the task head."""
+    """Default targets of peft's tuners by role, and the task head."""
     defaults: dict[str, Any] = {}
     tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
     mapped = getattr(tuners.get(name.upper()), "target_module_mapping", None) or {}

@@ -73,7 +73,7 @@ class ResidualBranches(AdapterLayer):
             block.get_submodule(connection.output).register_forward_hook(_AddBranch(self, name))
 
     def adapters_with_rows(self, size: int, device: torch.device) -> Iterator[tuple[str, Tensor | None]]:
-        """Adapters that act here, each with its row numbers, int64; None for all."""
+        """Acting adapters, each with its row numbers, int64, or None for all."""
         if self.disable_adapters:
             return
         rows = current_row_adapters()
@@ -87,7 +87,7 @@ class ResidualBranches(AdapterLayer):
                 yield name, rows.of_adapter(name, size, device)
 
     def read_stream(self, sub_layer: str, stream: Tensor) -> None:
-        """Keep the stream before a sub-layer for the branch that is added behind it."""
+        """Keep the stream before a sub-layer for its branch."""
         context = ForwardContext.current()
         if context is None:
             return
@@ -97,7 +97,7 @@ class ResidualBranches(AdapterLayer):
             context.shared[self, "adapters"] = list(self.adapters_with_rows(len(stream), stream.device))
 
     def add_branch(self, sub_layer: str, output: Tensor) -> Tensor:
-        """Output of a sub-layer with the branches of the adapters that act here."""
+        """Add the branches of the acting adapters to a sub-layer's output."""
         context = ForwardContext.current()
         # The same dropout may stand behind another sub-layer too: there is no stream to read there.
         stream = None if context is None else context.shared.pop((self, sub_layer), None)
@@ -165,7 +165,7 @@ def register_residual(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None
 
 
 class _StreamHook:
-    """Hook inside a block; its class tells it apart when adapters are removed."""
+    """Hook inside a block, recognised by its class for removal."""
 
     def __init__(self, layer: ResidualBranches, sub_layer: str) -> None:
         self.layer, self.sub_layer = layer, sub_layer

@@ -88,7 +88,7 @@ class AdapterTuner(BaseTuner):
         return peft_config
 
     def _find_modules(self, config: Any) -> None:
-        """Bring a loaded config to the names that its modules have in this model."""
+        """Translate a loaded config to this model's module names."""
         recorded = config.fingerprints
         found = module_matching.match_modules(self.model, recorded)
         layer = self.tuner_layer_cls
@@ -233,7 +233,7 @@ class BlockTuner(AdapterTuner):
 
 
 def _heads(model: nn.Module, task_type: str | None) -> list[str]:
-    """Task heads by name, also where an earlier adapter has already wrapped them."""
+    """Task heads by name, also those wrapped by earlier adapters."""
     wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     found = roles.head_modules(model, task_type)
     return [next((w for w in wrapped if head == w or head.startswith(f"{w}.")), head) for head in found]

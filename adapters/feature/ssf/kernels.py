@@ -88,7 +88,7 @@ def scale_shift_(y: Tensor, scale: Tensor, shift: Tensor, channel_dim: int = -1)
 
 
 class _ScaleShift(torch.autograd.Function):
-    """Scale and shift with a backward that works from the output or the input."""
+    """Scale and shift with a backward from its output or input."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor, channel_dim: int, keep_output: bool) -> Tensor:
@@ -177,7 +177,7 @@ _scale_guard = _ScaleGuard()
 
 
 def _amplification(scale: Tensor, shift: Tensor) -> Tensor:
-    """Factor by which ``(z - shift) / scale`` enlarges the rounding error of z.
+    """Enlargement of the rounding error of z in ``(z - shift) / scale``.
 
     It is for inputs near 1, and inf if a scale is 0.
     """
@@ -261,7 +261,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _repeatable(module: nn.Module) -> bool:
-    """Test whether a second run of a module has no effect besides its output."""
+    """Test whether a module can run again without side effects."""
     updates_statistics = isinstance(module, _NormBase) and module.training
     return not (updates_statistics or _hooked(module) or any(p.requires_grad for p in module.parameters()))
 
@@ -297,7 +297,7 @@ def _folded(module: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class _Recomputed(torch.autograd.Function):
-    """Norm, scale and shift that run again in backward instead of keeping outputs."""
+    """Norm, scale and shift that run again in backward."""
 
     @staticmethod
     def forward(
@@ -351,7 +351,7 @@ Recipe = tuple[Callable[[], "Tensor | None"], ...]
 
 
 def _residual_parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Kept tensors of the graph that add up, from the left, to x.
+    """Kept tensors of the graph whose sum, from the left, is x.
 
     (x,) if none are known.
     """
@@ -370,7 +370,7 @@ def _residual_parts(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _residual_recipe(node: Any) -> Recipe:
-    """Recipe of a sum of a value with a recipe and an output of scale_shift.
+    """Recipe of a residual sum that ends in an output of scale_shift.
 
     It is the value's recipe and that output; () for any other node.
     """
@@ -386,7 +386,7 @@ def _residual_recipe(node: Any) -> Recipe:
 
 
 def _recipe_key(output_nr: int) -> str:
-    """Key in a graph node's metadata of the recipe for one of its outputs."""
+    """Key of an output's recipe in the metadata of its graph node."""
     return f"peft_lab.recipe.{output_nr}"
 
 

@@ -57,7 +57,7 @@ def greedy_mapping(counts: np.ndarray) -> list[int]:
 
 @dataclass
 class MappedHeadConfig(AdapterConfig):
-    """Base of the configs of methods that keep the head of an image classifier.
+    """Base config of methods that keep an image classifier's head.
 
     Raises:
         ConfigError: an unknown mapping, labels that are not distinct, a sparsity out of range, or modules are chosen.
@@ -139,7 +139,7 @@ class MappedHead(AdapterLayer):
             raise ConfigError(f'"{name}", a {type(self.base_layer).__name__}, is no linear head with a row per class.')
 
     def placed(self, model: Any, heads: list[MappedHead]) -> None:
-        """Set the model that a fresh layer is in, and the heads that are in it already."""
+        """Set the model of a new layer and the heads already in it."""
         # In lists, so that torch does not take the model for a part of its own head.
         self.first = heads[:1] or [self]
         self.whole, self.settings = [model], model.config
@@ -173,7 +173,7 @@ class MappedHead(AdapterLayer):
         super().update_layer(adapter, config)
 
     def _begin_mapping(self, adapter: str, config: MappedHeadConfig) -> None:
-        """Set the mapping of a new adapter to random or to the first source classes."""
+        """Initialise a mapping with random or with the first source classes."""
         targets = len(config.labels or self.own_labels[0])
         order = torch.randperm if config.mapping == "random" else torch.arange
         self.mappings[adapter] = order(self.source_classes)[:targets].to(self.base_weight.device)
@@ -199,7 +199,7 @@ class MappedHead(AdapterLayer):
         self._follow()
 
     def _follow(self) -> None:
-        """Set the model's label names and sparsity to those of the active adapter."""
+        """Set the model's label names and sparsity to the active adapter's."""
         if self.first[0] is not self:
             return
         config = self.configs.get(self.current or "")
@@ -383,7 +383,7 @@ class MappedHeadTuner(AdapterTuner):
             model.register_forward_pre_hook(first.before, with_kwargs=True)
 
     def unload(self) -> Any:
-        """Return the base model with dense weights, its own label names and no hook."""
+        """Return the base model with its dense weights and label names."""
         hooks = self.model._forward_pre_hooks
         for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), MappedHead)]:
             hooks.pop(key).__self__.leave()
@@ -392,7 +392,7 @@ class MappedHeadTuner(AdapterTuner):
 
 
 def class_heads(model: nn.Module) -> list[str]:
-    """Paths of the linear maps that give an image classifier's logits, wrapped or not."""
+    """Paths of an image classifier's heads, wrapped or not."""
     wrapped = [name for name, module in model.named_modules() if isinstance(module, MappedHead)]
     return wrapped or module_roles.class_heads(model)
 

@@ -254,7 +254,7 @@ class PixelPromptLayer(MappedHead):
 
 
 def _column(given: list[float] | None, channels: int, like: Tensor) -> Tensor:
-    """Statistic of the image processor as (channels, 1); 0.5 if none is given."""
+    """Statistic of the image processor as (channels, 1), by default 0.5."""
     return torch.tensor(given or [0.5] * channels, dtype=like.dtype, device=like.device)[:, None]
 
 

@@ -32,7 +32,9 @@ class Pruning:
         self.sparsity = 0.0
 
     def set(self, sparsity: float) -> None:
-        """Set a share of the weights to zero; 0 restores the dense base bit for bit.
+        """Set a share of the weights to zero.
+
+        A share of 0 restores the dense base bit for bit.
 
         Raises:
             ConfigError: the base has no weights of numbers to prune, or they are not loaded.
@@ -74,7 +76,7 @@ class Pruning:
 
 
 class _Copy(nn.Module):
-    """Copy of a weight on the CPU, for torch's pruning to work on."""
+    """Copy of a weight on the CPU for torch's pruning."""
 
     weight_mask: Tensor
 

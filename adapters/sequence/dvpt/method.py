@@ -97,7 +97,7 @@ class _PromptPlaces:
 
 
 class DVPTLayer(ResidualBranches, StoredPrompts):
-    """Block with a bottleneck beside its MLP, shared by the blocks of a group."""
+    """Block with a bottleneck beside its MLP, shared within a group."""
 
     adapter_layer_names = (
         *("dvpt_prompts", "dvpt_positions"),
@@ -162,7 +162,10 @@ class DVPTLayer(ResidualBranches, StoredPrompts):
         return added.new_zeros(stream.shape).index_copy(1, kept.nonzero().flatten(), added)
 
     def _bottleneck(self, adapter: str, x: Tensor, places: _PromptPlaces) -> Tensor:
-        """Gated bottleneck S of a stream x (rows, sequence, width) with prompts at `places.at`."""
+        """Apply the gated bottleneck S to a stream.
+
+        `x` is (rows, sequence, width) with prompts at `places.at`.
+        """
         down, down_bias, up, up_bias, gate = (
             cast(Tensor, self.parameter(adapter, name)) for name in self.adapter_layer_names[2:]
         )

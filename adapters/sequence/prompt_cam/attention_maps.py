@@ -37,7 +37,7 @@ _HEAD_INCHES, _DPI, _INK, _ACCENT, _FAINT = 1.15, 160, "#1d2733", "#c8551b", "#d
 
 
 class LastBlock:
-    """Last block of a model with class prompts, run on one batch of images.
+    """Last block of a class-prompt model, run on one batch.
 
     The model is put into evaluation mode.
 
@@ -91,7 +91,10 @@ class LastBlock:
         return int(self.layer.stack.settings.num_attention_heads)
 
     def _maps(self, q: Tensor, k: Tensor, pixels: Tensor) -> Tensor:
-        """Attention weights from queries and keys (batch, sequence, dim), on the grid of patches."""
+        """Attention weights on the grid of patches.
+
+        Queries and keys are (batch, sequence, dim).
+        """
         q, k = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k))
         classes = self.layer.stack.classes
         own = q.narrow(2, self.at, classes)
@@ -172,7 +175,7 @@ def _scoring_layer(model: nn.Module) -> Any:
 
 
 def _projection(block: nn.Module, name: str) -> nn.Module:
-    """Module of a block by the last part of its path, which must be the only one."""
+    """Module of a block by the last part of its path."""
     found = [module for path, module in block.named_modules() if path.rpartition(".")[2] == name]
     if len(found) != 1:
         raise ConfigError(f"{type(block).__name__} has {len(found)} modules named {name}; attention maps need one.")
@@ -184,7 +187,7 @@ def _projection(block: nn.Module, name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Panel:
-    """Row of the picture: an image and the attention maps of one class.
+    """Row of the picture: an image and one class's attention maps.
 
     Attributes:
         pixels: the image as the model gets it, (height, width, 3) from 0 to 1.
@@ -276,7 +279,9 @@ def _shown(pixels: Tensor, processor: Any) -> Any:
 
 
 def draw(rows: Sequence[Panel]) -> Figure:
-    """Draw a figure with one line per panel: the image, then a map per head.
+    """Draw a figure with a line per panel.
+
+    A line has the image, then a map for each head.
 
     Heads that the class needs are framed. Each map is scaled from 0 to its own highest value, which stands below it as
     a multiple of an even share among the patches; where that is below one, the map is faint.

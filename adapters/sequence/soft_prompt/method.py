@@ -136,7 +136,7 @@ class SoftPromptConfig(StaticConfig):
             raise ConfigError("prompt_tuning_init_text has no tokens.")
 
     def _check_projection(self) -> None:
-        """Check the fields of the MLP, and that no other field says how prompts start."""
+        """Check the fields of the MLP and their conflicts with other starts."""
         hidden = self.encoder_hidden_size
         if hidden is not None and not self.prefix_projection:
             raise ConfigError(f"encoder_hidden_size={hidden} has no effect without prefix_projection=True; give both.")
@@ -189,7 +189,7 @@ class SoftPromptLayer(StoredPrompts):
         }
 
     def _hidden_units(self, config: SoftPromptConfig) -> int:
-        """Hidden units of the MLP, by default the width of the first block with prompts."""
+        """Hidden units of the MLP, by default the first prompted block's width."""
         first = config.prompted_block_indices(self.num_blocks)[0]
         return config.encoder_hidden_size or self.stack.widths[first]
 
@@ -211,13 +211,13 @@ class SoftPromptLayer(StoredPrompts):
 
 
 def _as_torch_starts(shape: tuple[int, ...], inputs: int) -> Tensor:
-    """Start values of a linear layer by torch's rule for its number of inputs."""
+    """Start values of a linear layer by torch's rule for its inputs."""
     bound = 1 / math.sqrt(inputs)
     return torch.empty(shape).uniform_(-bound, bound)
 
 
 class SoftPromptTuner(StaticTuner):
-    """Tuner that initialises prompts from a text, if the config asks for it.
+    """Tuner that can initialise prompts from a text.
 
     They start at the backbone's hidden states of the text before the block that they are for.
     """
@@ -240,7 +240,7 @@ class SoftPromptTuner(StaticTuner):
         return prepared
 
     def _states(self, config: SoftPromptConfig) -> dict[int, Tensor]:
-        """Start values of the prompts by index of the block, from a text or random tokens."""
+        """Start values of prompts by block index, from a text or random tokens."""
         path, blocks = chosen_stack(self.model, config.stack)
         stack: Any = self.model.get_submodule(path)
         vocabulary = getattr(stack.config, "vocab_size", None)

@@ -97,7 +97,9 @@ def spectral_plan(
 
 
 def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
-    """Compute ``x Wᵀ + b + ((x Vhᵀ) * delta) Uᵀ`` by the cheapest plan.
+    """Linear layer with a spectral delta, by the cheapest plan.
+
+    It computes ``x Wᵀ + b + ((x Vhᵀ) * delta) Uᵀ``.
 
     W, U and Vh are frozen. With delta = 0 the result equals ``F.linear(x, weight, bias)`` exactly, whatever the plan.
     Nothing is added to a weight of half precision, nor under autocast: small deltas would round away; base and delta

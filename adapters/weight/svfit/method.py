@@ -195,7 +195,7 @@ class SVFitLayer(WeightLayer):
         return self._project(x, self._shared.head(delta.shape[1]), delta)
 
     def _per_row(self, x: Tensor, rows: RowAdapters) -> Tensor | None:
-        """Change of the singular values by row (batch, r), zero without an adapter.
+        """Change of singular values by row (batch, r), zero without an adapter.
 
         None if the bases of the adapters differ.
         """

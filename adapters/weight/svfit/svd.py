@@ -128,7 +128,10 @@ def _decompose(matrix: Tensor, wanted: int | float | None) -> Bases:
 
 
 def energy_rank(s: Tensor, share: float) -> int:
-    """Smallest rank whose leading singular values (r,) hold `share` of the sum of squares."""
+    """Smallest rank that holds a share of the sum of squares.
+
+    `s` are singular values (r,), descending.
+    """
     energy = s.double().square().cumsum(0)
     if energy[-1] == 0:
         return 1

@@ -12,7 +12,7 @@ from peft_lab.tuners.tokens import insert
 
 
 def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal: bool, unused: Tensor | None) -> Any:
-    """Extend the attention mask of a prefill by `count` prompts at position `at`.
+    """Extend a prefill's attention mask by `count` prompts at position `at`.
 
     Args:
         mask: as the stack made it for the tokens alone: None, bool or additive (batch or 1, heads or 1, queries or 1,
@@ -67,7 +67,7 @@ def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal
 
 
 def align_keys(mask: Any, keys: int, tokens: Tensor, unused: Tensor | None) -> Any:
-    """Align the mask of a decoding step with a layer's `keys` cache entries.
+    """Align a decoding step's mask with a layer's `keys` cache entries.
 
     The prompts are at the left of them. The stack sizes one mask for all layers, by the first one, which may hold fewer
     or more prompts than this one.
@@ -112,7 +112,7 @@ def extend_rotary(embeddings: Any, tokens: int, count: int, at: int) -> Any:
 
 
 def extend_bias(bias: Tensor | None, tokens: int, count: int, at: int) -> Tensor | None:
-    """Extend a relative position bias (..., tokens, tokens) by zeros for the prompts.
+    """Extend a relative position bias (..., tokens, tokens) by zeros for prompts.
 
     A longer one stays as it is.
     """

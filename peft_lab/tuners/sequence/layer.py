@@ -150,7 +150,7 @@ class SequenceLayer(AdapterLayer):
         return sorted(self.configs)
 
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        """Run the block on tokens with prompts and return its output for the tokens."""
+        """Run the block with prompts and return the tokens' output."""
         active, rows = self._adapters(adapter_names)
         if not active and rows is None:
             return self.base_layer(*args, **kwargs)
@@ -181,7 +181,7 @@ class SequenceLayer(AdapterLayer):
         return type(out)((kept, *out[1:])) if isinstance(out, tuple | list) else kept
 
     def _adapters(self, adapter_names: Any) -> tuple[list[str], RowAdapters | None]:
-        """Active adapters of this block, and those of the rows in a mixed batch."""
+        """Active adapters of this block, and those by row if mixed."""
         if self.disable_adapters:
             return [], None
         rows = current_row_adapters() if adapter_names is None else RowAdapters.of(adapter_names)
@@ -206,7 +206,7 @@ class SequenceLayer(AdapterLayer):
         state: PromptState,
         at: int,
     ) -> Any:
-        """Run the block on tokens with the prompts of `state` at position `at`."""
+        """Run the block with the prompts of `state` at position `at`."""
         assert state.states is not None
         if self._windowed:
             prompts = window_attention.Prompts(state.states.shape[1], at, state.unused)
@@ -217,7 +217,7 @@ class SequenceLayer(AdapterLayer):
         return self._run(insert(tokens, state.states, at), positional, kwargs)
 
     def normed(self, role: str, hidden: Tensor) -> Tensor:
-        """Apply one of the stack's norms; identity if the backbone has none there."""
+        """Apply a norm of the stack; identity if there is none."""
         norms = self.stack.norms
         return getattr(*norms[role])(hidden) if role in norms else hidden
 
@@ -266,7 +266,7 @@ class SequenceLayer(AdapterLayer):
 
     @staticmethod
     def _merge_rows(state: PromptState, states: Tensor, counts: Tensor, writes: Tensor) -> None:
-        """Merge new prompts (batch, prompts, dim) into the state of a mixed batch.
+        """Merge new prompts (batch, prompts, dim) into a mixed batch's state.
 
         A row that writes gets the new ones, the others keep theirs. Prompts stand at the right of those that a row does
         not have.
@@ -290,7 +290,7 @@ class SequenceLayer(AdapterLayer):
         state.states, state.unused = states, unused if bool(unused.any()) else None
 
     def _position(self, names: Sequence[str]) -> int:
-        """Position of the prompts, which the adapters of one batch must have in common."""
+        """Position of the prompts, common to all adapters of a batch."""
         found = {self.position(name) for name in names if name in self.configs}
         if len(found) > 1:
             raise ConfigError(f"Adapters {', '.join(names)} put their prompts at different places: not in one batch.")
@@ -310,7 +310,7 @@ class SequenceLayer(AdapterLayer):
     def _head_logits(
         self, active: list[str], rows: RowAdapters | None, prompts: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Class logits (batch, classes) from the prompts, and the rows that have them.
+        """Class logits (batch, classes) from the prompts, and their rows.
 
         Rows are bool (batch,); None for all.
         """
@@ -326,7 +326,7 @@ class SequenceLayer(AdapterLayer):
         return out, scored
 
     def _readout(self, active: list[str], rows: RowAdapters | None, state: PromptState) -> tuple[Tensor, Tensor] | None:
-        """Prompts that the head reads with the class token, and the used ones.
+        """Prompts for the head's readout, and a mask of used ones.
 
         Used ones are bool (batch, prompts); None if no adapter reads prompts.
         """

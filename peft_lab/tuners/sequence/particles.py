@@ -130,7 +130,7 @@ def svgd(start: Points, score: Callable[[Points], Points], steps: int = 1000, ra
 
 
 def _squares(points: Points) -> Points:
-    """Squared distances of all pairs of points; exactly 0 from a point to itself."""
+    """Squared distances of all pairs of points, exactly 0 on the diagonal."""
     # Centred first, because the expanded square loses digits far from the origin.
     points = points - points.mean(0)
     norms = (points**2).sum(1)
@@ -140,7 +140,7 @@ def _squares(points: Points) -> Points:
 
 
 def particles(points: Points, count: int, components: int, dimensions: int | None = None, seed: int = 0) -> Points:
-    """Fit a mixture to points (n, width) and return its particles (count, width).
+    """Fit a mixture to points (n, width); return particles (count, width).
 
     They start at different points; where there are more particles than points, the further ones start beside a point,
     at a distance of the regularising variance. Centre and scale are taken out first (one number for all directions, the

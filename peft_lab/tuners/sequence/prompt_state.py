@@ -1,4 +1,4 @@
-"""State of the prompt tokens in one forward call of a stack of blocks.
+"""State of prompt tokens in one forward call of a stack.
 
 It is made around the stack and read by its blocks.
 """
@@ -43,7 +43,7 @@ class CachedPrompts:
 
 @dataclass
 class PromptState:
-    """State of the prompt tokens in one forward call of one stack of blocks.
+    """State of prompt tokens in one forward call of one stack.
 
     Attributes:
         context: the forward call that it belongs to.
@@ -90,7 +90,7 @@ class PromptState:
 
     @property
     def labels(self) -> Tensor | None:
-        """Labels of the call for the rows of this state; None if the call has none."""
+        """Labels of the call for this state's rows; None without labels."""
         # Labels that are not one per row of the batch cannot be chosen by row.
         labels = self.context.arguments.get("labels")
         if not isinstance(labels, Tensor) or self.rows is None or len(labels) != self.batch:
@@ -99,12 +99,15 @@ class PromptState:
 
     @property
     def continues_text(self) -> bool:
-        """True if the called model continues its input text, so that labels are tokens."""
+        """True if the called model continues its input text."""
         return can_continue(self.context.model)
 
 
 def can_continue(model: Any) -> bool:
-    """Test whether a model continues its input text, so that its labels are tokens."""
+    """Test whether a model continues its input text.
+
+    Its labels are then tokens.
+    """
     return not isinstance(model, PreTrainedModel) or model.can_generate()
 
 
@@ -138,7 +141,7 @@ def run_with_prompts(stack: nn.Module, forward: Callable[..., Any], kwargs: dict
 
 
 def _begin(own_forward: Any, context: ForwardContext, kwargs: dict[str, Any]) -> PromptState:
-    """Make the state of a call and account for prompts in the cache."""
+    """Make a call's state and account for prompts in the cache."""
     names = parameter_names(own_forward)
     cache, mask = self_attention_cache(kwargs.get("past_key_values")), kwargs.get("attention_mask")
     state = PromptState(context, mask=mask.bool() if mask is not None and mask.ndim == 2 else None)

@@ -1,4 +1,4 @@
-"""Stacks of transformer blocks in a model, and the facts of a stack."""
+"""Stacks of transformer blocks in a model, and their facts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _POSITION_BIASES = sorted({name for family in FAMILIES.values() for name in fami
 
 @dataclass(frozen=True)
 class StackInfo:
-    """Facts of one stack of blocks, the same for all of its blocks.
+    """Facts of one stack, the same for all of its blocks.
 
     Attributes:
         settings: config of the stack.
@@ -79,7 +79,7 @@ def _causal_flags(block: nn.Module) -> list[bool]:
 
 
 def _reads_from_the_left(model: Any, stack: Any) -> bool:
-    """Guess whether a stack is causal if its attention does not declare it."""
+    """Guess whether a stack is causal if its attention declares none."""
     is_text = stack.main_input_name == "input_ids" and not model.config.is_encoder_decoder
     return is_text and can_continue(model)
 
@@ -101,7 +101,7 @@ def norms_around(model: nn.Module, stack: str) -> dict[str, tuple[nn.Module, str
 
 
 def stacks_of(model: nn.Module) -> dict[str, list[str]]:
-    """Paths of the blocks of each stack, by the path of the stack.
+    """Paths of each stack's blocks, by the path of the stack.
 
     A stack is the innermost `PreTrainedModel` around its blocks.
     """
@@ -115,7 +115,7 @@ def stacks_of(model: nn.Module) -> dict[str, list[str]]:
 
 
 def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
-    """Path of the stack that gets the prompts, and paths of its blocks.
+    """Path of the prompted stack, and paths of its blocks.
 
     Raises:
         ConfigError: the model has no blocks, or no stack of that name.
@@ -136,7 +136,7 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
 
 
 def prefix_tokens(model: nn.Module, path: str) -> int:
-    """Number of class and register tokens before a vision stack's patches; 0 for text."""
+    """Number of tokens before a vision stack's patches; 0 for text."""
     stack: Any = model.get_submodule(path)
     if getattr(stack.config, "patch_size", None) is None:
         return 0

@@ -121,7 +121,10 @@ class StoredPrompts(SequenceLayer):
     # What a method supplies -------------------------------------------------------------------------------------
 
     def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
-        """Prompts (prompts, width) or (batch, prompts, width) from stored values of the same shape."""
+        """Make prompts from stored values.
+
+        Both are (prompts, width) or (batch, prompts, width).
+        """
         return values
 
     # What is the same for all -----------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ class StoredPrompts(SequenceLayer):
         return self.make_prompts(adapter, values, state).expand(len(tokens), -1, -1)
 
     def values(self, adapter: str, rows: int | None = None) -> Tensor | None:
-        """Stored values (..., width) of an adapter; None if it has none here.
+        """Stored values (..., width) of an adapter; None without any here.
 
         In training, prompts that are sampled from particles are (rows, ..., width) if `rows` is given.
 
@@ -161,7 +164,7 @@ class StoredPrompts(SequenceLayer):
         return torch.einsum("r...p,...pd->r...d", weights, found)
 
     def _write_rows(self, rows: RowAdapters, tokens: Tensor, state: PromptState) -> None:
-        """Write the prompts of all rows by one gather from those of the adapters.
+        """Write the prompts of all rows by one gather.
 
         Adapters may have different numbers of prompts.
         """
@@ -185,7 +188,7 @@ class StoredPrompts(SequenceLayer):
         self._merge_rows(state, table[index], counts[index], writes[index])
 
     def uniform(self, count: int, width: int) -> Tensor:
-        """Start values (count, width) by Xavier's uniform rule for a projection of patches."""
+        """Start values (count, width) by Xavier's rule for patch projections."""
         # Without patches the fan-in is the width of the hidden states.
         patch = getattr(self.stack.settings, "patch_size", None)
         pixels = self.width

@@ -1,4 +1,4 @@
-"""Model types that support prompt tokens, and the errors for those that do not."""
+"""Model types that support prompt tokens, and errors for the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("peft_lab")
 
 
 def check_supported(model: nn.Module, stack: Any) -> None:
-    """Refuse a stack that does not support prompts, and warn of an untested one.
+    """Refuse a stack without prompt support; warn of an untested one.
 
     Raises:
         ConfigError: prompts would do nothing there, or harm.
@@ -50,7 +50,7 @@ def is_tested(model_type: str) -> bool:
 
 @contextmanager
 def explained(model_type: str) -> Iterator[None]:
-    """Turn a block's errors into a `ConfigError` if its model type is untested.
+    """Turn a block's errors into `ConfigError` for untested model types.
 
     Raises:
         ConfigError: instead of the block's own error, which stands in it.

@@ -116,7 +116,7 @@ class SequenceTuner(BlockTuner):
             )
 
     def _leave_head(self, config: Any, loaded: bool) -> None:
-        """Keep the head untrained where the prompts give the logits in its place."""
+        """Keep the head untrained if the prompts give the logits."""
         heads = module_roles.class_heads(self.model)
         if not heads:
             raise ConfigError(
@@ -149,7 +149,7 @@ class SequenceTuner(BlockTuner):
         return layer
 
     def _stack_of(self, block: str) -> tuple[list[str], StackInfo]:
-        """Paths of the blocks of a block's stack, and the facts of that stack."""
+        """Paths of all blocks in a block's stack, and its facts."""
         # Collected once for all blocks, in __dict__ because the tuner looks up missing attributes in the model.
         known: dict[str, tuple[list[str], StackInfo]] = self.__dict__.setdefault("stack_of_block", {})
         if block not in known:

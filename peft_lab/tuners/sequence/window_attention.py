@@ -51,7 +51,7 @@ _RUNNING: ContextVar[tuple[Any, Prompts] | None] = ContextVar("peft_lab_windows"
 
 
 def has_windows(block: Any) -> bool:
-    """Test whether a block, wrapped or not, reads its tokens as a grid."""
+    """Test whether a block, wrapped or not, reads a grid."""
     return _NAMES.grid in parameter_names(type(getattr(block, "base_layer", block)).forward)
 
 
@@ -109,12 +109,18 @@ def run(block: Any, prompts: Prompts, function: Callable[[Tensor], Any], hidden:
 
 
 def downsample_of(stage: nn.Module) -> tuple[nn.Module, str]:
-    """Module that merges patches behind a stage's blocks, as a module and a name in it."""
+    """Module that merges patches behind a stage's blocks.
+
+    It is given as a module and a name in it.
+    """
     return stage, _NAMES.downsample
 
 
 def merge(downsample: Any, prompts: Tensor) -> Tensor:
-    """Merge prompts (batch, count, dim) for the next stage, (batch, count, its dim)."""
+    """Merge prompts (batch, count, dim) for the next stage.
+
+    They become (batch, count, dim of that stage).
+    """
     # Each prompt is a square of four equal cells, all squares in one row.
     cells = prompts.repeat_interleave(2, 1)
     merged: Tensor = downsample(torch.cat([cells, cells], 1), (2, cells.shape[1]))
@@ -144,7 +150,7 @@ def _leave_stage(stage: nn.Module, args: Any, output: Any) -> None:
 
 
 def _suspend(module: Any) -> bool:
-    """Switch a module's own checkpointing off and return True if it was on."""
+    """Switch a module's checkpointing off; return True if it was on."""
     found = bool(getattr(module, "gradient_checkpointing", False))
     if found:
         module.gradient_checkpointing = False
@@ -157,7 +163,7 @@ def _resume(module: Any, was_on: bool) -> None:
 
 
 def _take_out(norm: nn.Module, args: Any, out: Tensor) -> Tensor:
-    """Hook of the norm before attention that takes the prompts out of the tokens."""
+    """Hook of the norm before attention that takes prompts out."""
     found = _RUNNING.get()
     if found is None:
         return out
