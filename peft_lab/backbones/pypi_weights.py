@@ -258,7 +258,7 @@ def _efficientnet_lite0(source: Path, folder: Path) -> None:
 
 
 def _mobilenet_v2(source: Path, folder: Path) -> None:
-    """torchvision's MobileNetV2 without its head.
+    """Torchvision's MobileNetV2 without its head.
 
     The two state dicts list the same tensors in the same order.
     """

@@ -200,7 +200,7 @@ def peft_lab_command(monkeypatch, capsys):
 
 
 def test_the_whole_way_from_training_to_a_merged_model(place, tmp_path, peft_lab_command):
-    """train (a real process), then evaluate, predict for texts and a file, and merge."""
+    """Train (a real process), then evaluate, predict for texts and a file, and merge."""
     out, merged = tmp_path / "out", tmp_path / "merged"
     run = tmp_path / "run.yaml"
     run.write_text(yaml.safe_dump(options(place["task"], place["backbone"], out, max_steps=30)))

@@ -108,7 +108,7 @@ def test_a_resumed_training_reads_from_the_next_whole_epoch(step: int, epochs: l
 
 
 def test_a_reader_inside_a_peft_model_reads_once(tmp_path: Path) -> None:
-    """peft's wrappers answer for what they wrap, and must not be taken for readers."""
+    """Peft's wrappers answer for what they wrap, and must not be taken for readers."""
 
     class ReadingNet(Net):
         seen = 0

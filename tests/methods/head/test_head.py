@@ -79,7 +79,7 @@ def test_only_the_head_is_trained_and_saved(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in WITH_HEAD if "SequenceClassification" in type(tiny(name)).__name__])
 def test_a_task_type_names_the_same_head(name: str, tmp_path: Path) -> None:
-    """peft adds the head of a task type by itself, in full; it must be neither named twice nor forgotten."""
+    """Peft adds the head of a task type by itself, in full; it must be neither named twice nor forgotten."""
     base, inputs = tiny(name).eval(), tiny_inputs(tiny(name))
     model, plain = probe(base, "SEQ_CLS"), probe(base)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(

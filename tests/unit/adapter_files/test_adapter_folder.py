@@ -52,7 +52,7 @@ def test_each_file_is_read_once(method: str, tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
 def test_a_second_adapter_of_peft_runs_no_regex(field: str, tmp_path: Path) -> None:
-    """peft reads the config of a second adapter by itself, from a folder without the regex."""
+    """Peft reads the config of a second adapter by itself, from a folder without the regex."""
     base = tiny("bert")
     model = move(adapt("lora", TINY["bert"]())).eval()
     model.save_pretrained(tmp_path)

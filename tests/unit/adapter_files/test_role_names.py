@@ -63,7 +63,7 @@ def test_masked_language_models_have_no_head() -> None:
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n not in GENERATIVE | BARE])
 def test_peft_trains_the_head_and_nothing_else_in_full(name: str) -> None:
-    """peft finds modules_to_save by the ends of names, and all its tuners must be able to merge them away."""
+    """Peft finds modules_to_save by the ends of names, and all its tuners must be able to merge them away."""
     model = MODELS[name]()
     heads = head_modules(model)
     plain = {n for n, _ in model.named_parameters() if any(n.startswith(f"{h}.") for h in heads)}
@@ -157,7 +157,7 @@ def test_all_aliases_go_both_ways(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*RENAMED, "dinov3_vit", "vit_mae", "clip_vision"])
 def test_names_agree_with_the_checkpoints_of_transformers(name: str, tmp_path) -> None:
-    """transformers still writes its old names into files: an answer that does not come from our table."""
+    """Transformers still writes its old names into files: an answer that does not come from our table."""
     model = MODELS[name]()
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
