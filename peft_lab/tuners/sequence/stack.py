@@ -75,7 +75,7 @@ def stack_info(model: nn.Module, path: str, blocks: list[str]) -> StackInfo:
 
 
 def _causal_flags(block: nn.Module) -> list[bool]:
-    return [module.is_causal for module in block.modules() if hasattr(module, "is_causal")]
+    return [bool(module.is_causal) for module in block.modules() if hasattr(module, "is_causal")]
 
 
 def _reads_from_the_left(model: Any, stack: Any) -> bool:
