@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-full lint types clean
+.PHONY: demo test test-full docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m peft_lab demo --output_dir runs/demo
@@ -33,6 +33,16 @@ build/site: $(VENV)/.test
 	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PIP) install --quiet --no-deps --target build/site build/wheel/peft_lab-*.whl
 
+# Pages made from the code, then the site in site/, whose builder has an environment of its own.
+docs: $(VENV)/.core $(VENV)-docs/.done
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+$(VENV)-docs/.done: docs/requirements.txt
+	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet -r docs/requirements.txt
+	touch $@
+
 # torch first and pinned: a looser requirement would resolve to the newest build.
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,4 +61,4 @@ $(VENV)/.test: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info
+	rm -rf $(VENV) $(VENV)-docs build site runs *.egg-info

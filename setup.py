@@ -23,14 +23,16 @@ def packages() -> dict[str, str]:
 
 
 def package_data(known: dict[str, str]) -> dict[str, list[str]]:
-    """Package -> its files that are not Python modules, those of folders without an `__init__.py` included."""
+    """Package data: files that are no modules, and all files of folders without an `__init__.py`."""
     found: dict[str, list[str]] = {}
     owners = {folder: package for package, folder in known.items()}
     for top in FOLDERS.values():
         for file in sorted((ROOT / top).rglob("*")):
-            if not file.is_file() or file.suffix in (".py", ".pyc") or LEFT_OUT & set(file.parts):
+            if not file.is_file() or file.suffix == ".pyc" or LEFT_OUT & set(file.parts):
                 continue
             folder = next(p for p in file.relative_to(ROOT).parents if p.as_posix() in owners)
+            if file.suffix == ".py" and file.parent == ROOT / folder:  # a module of a package is known already
+                continue
             name = file.relative_to(ROOT / folder).as_posix()
             found.setdefault(owners[folder.as_posix()], []).append(name)
     return found

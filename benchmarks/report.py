@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: a quiet start, tables, and a results file that says where its numbers come from."""
+"""Shared parts of the benchmark scripts: environment, timing, tables and results files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def environment(device: str) -> str:
-    """Versions, date and machine, in one paragraph."""
+    """Describe date, versions and machine in one paragraph."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("peft-lab", "peft", "transformers", "torch")]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread"
     if device != "cpu":
@@ -29,7 +29,10 @@ def environment(device: str) -> str:
 
 
 def timed(function: Callable[[], object], device: str = "cpu") -> float:
-    """Seconds of a call: CPU time on a CPU, which other programs on the machine hardly touch, else wall time."""
+    """Seconds of a call.
+
+    On a CPU they are CPU time, which other programs on the machine hardly change, else wall time.
+    """
     clock = time.process_time if device == "cpu" else time.perf_counter
     start = clock()
     function()
@@ -37,13 +40,13 @@ def timed(function: Callable[[], object], device: str = "cpu") -> float:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
+    """Markdown table; the first column is aligned left, the others right."""
     lines = [header, ["-", *["-:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def publish(text: str, output: Path | None) -> None:
-    """Print a report and write it where it was asked for."""
+    """Print a report, and write it to `output` if that is given."""
     print(text)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""Serving many adapters: time to load one, and a batch whose rows all have different adapters against one with one.
+"""Serving speed of many adapters.
+
+Measured are the loading of an adapter, and a batch with an adapter for each row against a batch with one.
 
     python benchmarks/serving.py --output benchmarks/results/serving.md
     python benchmarks/serving.py --sections tenants --tenants 256 --methods "SSF"     # a part of it
@@ -38,17 +40,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "SVFit full rank": ("svfit", {"rank": "full"}),
     "SSF": ("ssf", {}),
 }
-
-
+#: Layers of the model; `--layers` changes it.
 LAYERS = 12
 
 
 def build() -> nn.Module:
+    """Build the base: BERT-base width with random weights."""
     torch.manual_seed(0)
     return BertModel(BertConfig(num_hidden_layers=LAYERS), add_pooling_layer=False).eval()
 
 
 def config_of(model: nn.Module, method: str) -> PeftConfig:
+    """Config of a method for the model."""
     name, arguments = METHODS[method]
     if name != "ssf":
         arguments = {**arguments, "target_modules": target_regex(model, ("attn.q", "attn.v"))}
@@ -57,7 +60,7 @@ def config_of(model: nn.Module, method: str) -> PeftConfig:
 
 @contextmanager
 def empty_cache() -> Iterator[None]:
-    """A cache folder of one's own, so that the first load is a first load."""
+    """Use an empty cache folder, so that a first load is one."""
     before = os.environ.get("PEFT_LAB_CACHE")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PEFT_LAB_CACHE"] = folder
@@ -70,6 +73,7 @@ def empty_cache() -> Iterator[None]:
 
 
 def loading(methods: list[str], repeats: int) -> str:
+    """Report the time of loading an adapter."""
     rows = []
     for method in methods:
         with tempfile.TemporaryDirectory() as folder:
@@ -90,11 +94,13 @@ def loading(methods: list[str], repeats: int) -> str:
 
 
 def load(folder: str) -> float:
+    """Seconds of loading an adapter on a new base."""
     model = build()
     return report.timed(lambda: PeftModel.from_pretrained(model, folder))
 
 
 def mixed(methods: list[str], rows_in_batch: int, length: int, repeats: int) -> str:
+    """Report the speed of mixed batches by peft's own `adapter_names`."""
     input_ids = torch.randint(1000, 30000, (rows_in_batch, length))
     names = [f"adapter{index}" for index in range(rows_in_batch)]
     runs: dict[str, Callable[[], Any]] = {}
@@ -113,15 +119,11 @@ def mixed(methods: list[str], rows_in_batch: int, length: int, repeats: int) -> 
                 times[name].append(report.timed(run))
     best = {name: min(values) for name, values in times.items()}
     lora = best.get("LoRA r=8 (peft), mixed", float("nan"))
-    table = [
-        [
-            method,
-            *(f"{1e3 * each:.0f}" for each in (one, many)),
-            *(f"{ratio:.2f}" for ratio in (many / one, many / lora)),
-        ]
-        for method in methods
-        for one, many in [(best[f"{method}, one"], best[f"{method}, mixed"])]
-    ]
+    table = []
+    for method in methods:
+        one, many = best[f"{method}, one"], best[f"{method}, mixed"]
+        row = [method, f"{1e3 * one:.0f}", f"{1e3 * many:.0f}", f"{many / one:.2f}", f"{many / lora:.2f}"]
+        table.append(row)
     title = f"## peft's adapter_names: {rows_in_batch} rows x {length} tokens, one adapter against {rows_in_batch}"
     header = ["method", "one adapter ms", "an adapter per row ms", "/ one", "/ peft's LoRA"]
     about = f"Base model alone: {1e3 * best['base model']:.0f} ms."
@@ -129,6 +131,7 @@ def mixed(methods: list[str], rows_in_batch: int, length: int, repeats: int) -> 
 
 
 def many_adapters(method: str, names: list[str]) -> nn.Module:
+    """Put an adapter on the base for each name, off its start."""
     model = build()
     config = config_of(model, method)
     served = get_peft_model(model, config, adapter_name=names[0])
@@ -142,6 +145,7 @@ def many_adapters(method: str, names: list[str]) -> nn.Module:
 
 
 def tenants(methods: list[str], rows_in_batch: int, length: int, repeats: int) -> str:
+    """Report memory, loading and speed of `load_many`."""
     header = ["method", "file KiB", "banks / files", "RSS growth KiB each", "loading each ms"]
     header += ["one adapter ms", "an adapter per row ms", "/ one", "FLOPs / one"]
     rows = []
@@ -153,7 +157,7 @@ def tenants(methods: list[str], rows_in_batch: int, length: int, repeats: int) -
 
 
 def tenants_of(method: str, folder: Path, count: int, length: int, repeats: int) -> list[str]:
-    """What `count` adapters of one method take: memory, loading, and a batch with all of them against one alone."""
+    """Measure `count` adapters of one method: memory, loading, speed."""
     folders = write_adapters(method, folder, count)
     input_ids = torch.randint(1000, 30000, (count, length))
     names, size = list(folders), (folders["0"] / "adapter_model.safetensors").stat().st_size
@@ -178,6 +182,7 @@ def tenants_of(method: str, folder: Path, count: int, length: int, repeats: int)
 
 
 def write_adapters(method: str, folder: Path, count: int) -> dict[str, Path]:
+    """Write different adapters of one method; return their folders by name."""
     model = build()
     get_peft_model(model, config_of(model, method)).save_pretrained(str(folder / "first"))
     state = load_file(folder / "first" / "adapter_model.safetensors")
@@ -191,13 +196,14 @@ def write_adapters(method: str, folder: Path, count: int) -> dict[str, Path]:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds, after what is free was given back (Linux)."""
+    """Resident bytes of this process after free memory was given back (Linux)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
+    """Measure the sections that are asked for, and publish the report."""
     global LAYERS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", nargs="+", default=["loading", "mixed", "tenants"])

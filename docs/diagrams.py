@@ -39,7 +39,7 @@ GET_PEFT_MODEL = (
     Step(
         "roles to modules",
         "attn.q and attn.v become paths in this model; so does its head.",
-        ("peft_lab/backbones/module_roles.py", "peft_lab/backbones/family_table.py"),
+        ("peft_lab/backbones/target_modules.py", "peft_lab/backbones/family_table.py"),
     ),
     Step(
         "wrap each module",
@@ -62,7 +62,7 @@ TRAIN = (
     Step(
         "peft-lab train run.yaml",
         "Options, method and arguments are checked without torch.",
-        ("peft_lab/cli/main.py", "peft_lab/runs/run_config.py", "peft_lab/registry.py"),
+        ("peft_lab/cli/runs.py", "peft_lab/runs/run_config.py", "peft_lab/registry.py"),
     ),
     Step(
         "the task",

@@ -25,7 +25,8 @@ import diagrams  # noqa: E402
 import study_results  # noqa: E402
 
 from peft_lab import registry  # noqa: E402
-from peft_lab.backbones.family_table import FAMILIES, ROLES  # noqa: E402
+from peft_lab.backbones.family import ROLES  # noqa: E402
+from peft_lab.backbones.family_table import FAMILIES  # noqa: E402
 from peft_lab.data.task_registry import list_tasks  # noqa: E402
 
 MADE = "<!-- Written by docs/generate.py; change the code or docs/equations.yaml, then run `make docs`. -->"
@@ -40,6 +41,9 @@ PLACES = {
 #: Folders of the packages, and the name under which each is installed.
 PACKAGES = {"adapters": "peft_lab.adapters", "tasks": "peft_lab.tasks", "peft_lab": "peft_lab"}
 _WORDS = 8
+#: Capabilities that are types of op.
+_OPS = ("linear", "conv1d", "conv2d", "embedding", "norm")
+_SERVED = "load_many"
 #: Columns of cost.md that a method's page shows, and their headings there.
 _COSTS = {
     "trainable": "trainable",
@@ -125,8 +129,7 @@ def _index() -> str:
 
 def _marks(info: registry.MethodInfo) -> str:
     """Capabilities of a method as short names, the types of op it adapts left out."""
-    ops = {"linear", "conv1d", "conv2d", "embedding", "norm"}
-    return ", ".join(name for name in info.capabilities if name not in ops).replace("_", " ")
+    return ", ".join(_spaced(name) for name in _able(info) if name not in _OPS)
 
 
 def _roles(info: registry.MethodInfo) -> str:
@@ -139,7 +142,8 @@ def _method_page(info: registry.MethodInfo) -> str:
     parts = [f"# {info.title}", MADE, _facts(info), _prose(ast.get_docstring(_parse(card)) or "")]
     if "equation" in note:
         parts += ["## Equation", f"```text\n{note['equation'].rstrip()}\n```"]
-    parts.append(note.get("parameters") or _config_prose(info, card))
+    parameters = note.get("parameters") or _config_prose(info, card)
+    parts += ["## Trainable parameters", parameters] if parameters else []
     parts += ["## Use it", *_usage(info), "## Arguments", *_arguments(info)]
     if info.roles:
         meanings = [f"- `{role}`: {ROLES[role]}" for role in info.roles]
@@ -241,9 +245,8 @@ def _shared_fields() -> list[str]:
 
 
 def _abilities(info: registry.MethodInfo) -> str:
-    lines = [f"- {registry.CAPABILITIES[name]} (`{name}`)" for name in info.capabilities]
-    if _served(info):
-        lines.append("- is served by `peft_lab.load_many`")
+    meanings = registry.CAPABILITIES | _traits()
+    lines = [f"- {_spaced(name)}: {meanings[name]}" for name in _able(info)]
     return "\n".join(lines) or "Its card declares nothing."
 
 
@@ -337,22 +340,19 @@ def _kinds() -> str:
 
 
 def _compatibility() -> str:
-    capabilities = registry.CAPABILITIES
     infos = [info for info in _own_methods() if info.config]
-    rows = []
-    for info in infos:
-        marks = ["yes" if info.can(name) else "" for name in capabilities]
-        rows.append((f"[`{info.name}`](methods/{info.name}.md)", *marks, "yes" if _served(info) else ""))
-    head = ("method", *(name.replace("_", " ") for name in capabilities), "load many")
+    layers = [info for info in infos if set(info.capabilities) & set(_OPS)]
+    meanings = [f"- **{_spaced(name)}**: {meaning}" for name, meaning in (registry.CAPABILITIES | _traits()).items()]
     parts = [
         "# Compatibility",
         MADE,
         "What each method's card and classes say. Each mark is tested both ways: a method that has it must do it, and "
         "one that has not must refuse it with a sentence.",
-        _table(head, rows),
-        "\n".join(f"- **{name.replace('_', ' ')}**: {meaning}" for name, meaning in capabilities.items())
-        + "\n- **load many**: is served by `peft_lab.load_many`, hundreds of adapters on one base",
-        "Methods that act on the sequence wrap whole blocks, so they have no mark for a type of op.",
+        _marked(infos, [*(name for name in registry.CAPABILITIES if name not in _OPS), *_traits()]),
+        "Methods that adapt single ops, by the type of op; those that act on the sequence wrap whole blocks, and those "
+        "that act on the input the head.",
+        _marked(layers, _OPS),
+        "\n".join(meanings),
         "## The same for all methods",
         "- gradient checkpointing, reentrant or not, changes no gradient\n"
         "- trainable parameters are float32 on a bfloat16 base and under autocast\n"
@@ -368,6 +368,39 @@ def _compatibility() -> str:
         _table(("role", "meaning"), [(f"`{role}`", meaning) for role, meaning in ROLES.items()]),
     ]
     return _page(parts)
+
+
+def _marked(infos: Sequence[registry.MethodInfo], names: Sequence[str]) -> str:
+    """A table of methods against capabilities and properties."""
+    rows = []
+    for info in infos:
+        marks = ["yes" if name in _able(info) else "" for name in names]
+        rows.append((f"[`{info.name}`](methods/{info.name}.md)", *marks))
+    return _table(("method", *map(_spaced, names)), rows)
+
+
+def _able(info: registry.MethodInfo) -> list[str]:
+    """Capabilities that a method's card declares, and properties that its classes have."""
+    from peft_lab.tuners.registration import has_trait
+
+    found = [name for name in _class_traits() if has_trait(info, name)]
+    return [*info.capabilities, *found, *([_SERVED] if _served(info) else [])]
+
+
+def _traits() -> dict[str, str]:
+    """Properties of single methods, which their classes have and no card declares, with their meaning."""
+    return {**_class_traits(), _SERVED: "it is served by `peft_lab.load_many`, hundreds of adapters on one base"}
+
+
+def _class_traits() -> dict[str, str]:
+    """Flags of the config classes with the comment above each."""
+    text = (ROOT / "peft_lab" / "tuners" / "config.py").read_text(encoding="utf-8")
+    found = re.findall(r"#: True if ([^\n]*?)\.\n +(\w+): ClassVar\[bool\]", text)
+    return {name: meaning for meaning, name in found}
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _served(info: registry.MethodInfo) -> bool:

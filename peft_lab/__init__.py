@@ -1,4 +1,4 @@
-"""peft-lab: parameter-efficient fine-tuning methods as native peft tuners, trained by Trainer, compared honestly.
+"""Parameter-efficient fine-tuning methods as native peft tuners.
 
 `import peft_lab` makes every method known to peft. It does not import torch itself: if peft is already loaded the
 methods are registered at once, otherwise in the moment peft is imported.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from peft_lab._register_on_import import activate
-from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError
+from peft_lab._register_on_import import register_with_peft
+from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError, did_you_mean
 from peft_lab.registry import list_kinds, list_methods, list_recipes
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft_lab.export.merge import merge
     from peft_lab.export.to_lora import to_lora
     from peft_lab.hub.push import push
-    from peft_lab.loading.load_run import load_adapter
+    from peft_lab.loading.load_adapter import load_adapter
     from peft_lab.serve.tenants import Tenants, load_many
     from peft_lab.training.callbacks.bilevel import AlternatingActivation
     from peft_lab.training.evaluate import evaluate, predict
@@ -67,7 +67,7 @@ _LAZY = {
     "domain_prompts": "tuners.sequence.init_from_data",
     "evaluate": "training.evaluate",
     "list_tasks": "data.task_registry",
-    "load_adapter": "loading.load_run",
+    "load_adapter": "loading.load_adapter",
     "load_many": "serve.tenants",
     "merge": "export.merge",
     "predict": "training.evaluate",
@@ -85,7 +85,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"peft_lab.{_LAZY[name]}"), name)
     if name.endswith("Config"):
         return getattr(importlib.import_module("peft_lab.adapters"), name)
-    raise AttributeError(f"module 'peft_lab' has no attribute {name!r}")
+    raise AttributeError(f"module 'peft_lab' has no attribute {name!r}.{did_you_mean(name, __all__)}")
 
 
 def __dir__() -> list[str]:
@@ -93,4 +93,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY, *configs])
 
 
-activate()
+register_with_peft()

@@ -1,6 +1,6 @@
-"""`python -m peft_lab`: the same as the `peft-lab` command, so that `accelerate launch -m peft_lab` works."""
+"""Module form of the `peft-lab` command, for `accelerate launch -m peft_lab`."""
 
-import peft_lab.utils._safe_path  # noqa: F401  before anything that is imported by a name which a user's script may have
+import peft_lab.utils._safe_path  # noqa: F401  first: a user's script may have the name of a library
 from peft_lab.cli.main import main
 
 if __name__ == "__main__":

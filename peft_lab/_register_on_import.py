@@ -1,4 +1,8 @@
-"""Register the methods with peft as soon as peft is there, without importing it."""
+"""Registration of the methods with peft, at the moment peft is imported.
+
+`import peft_lab` must not import peft or torch. So where peft is not loaded yet, a finder is put before the others in
+`sys.meta_path`: it finds the same modules as they do, and registers the methods after the import of peft.
+"""
 
 from __future__ import annotations
 
@@ -10,71 +14,84 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-class _RegisterAfterPeft(MetaPathFinder):
-    """Finds peft and the modules of this package as usual, and adds one step behind the outermost import of them.
+def register_with_peft() -> None:
+    """Register the methods now, or right after the import of peft.
 
-    The methods need the engine whole, and it is a module of the engine that may bring peft in. Removes itself once they
-    are registered.
+    A second call changes nothing.
+    """
+    if _peft_is_loaded():
+        _register_methods()
+    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PeftFinder())
+
+
+def _peft_is_loaded() -> bool:
+    # a partly imported peft is in sys.modules too, without its classes
+    return getattr(sys.modules.get("peft"), "PeftModel", None) is not None
+
+
+def _register_methods() -> None:
+    from peft_lab.tuners.registration import load_all
+
+    load_all()
+
+
+class _PeftFinder(MetaPathFinder):
+    """Finder of peft and of this package's modules, which registers the methods.
+
+    Modules of this package are watched too, because one of them may be the first to import peft: the methods need that
+    module complete, so they are registered after the outermost import. The finder then removes itself.
     """
 
     def __init__(self) -> None:
-        self.imports = threading.local()
+        self._imports = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Spec of the other finders, with a loader that registers afterwards."""
         if fullname != "peft" and not fullname.startswith("peft_lab."):
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        specs = (finder.find_spec(fullname, path, target) for finder in others if hasattr(finder, "find_spec"))
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, self)
-        return spec
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _RegisteringLoader(spec.loader, self)
+                return spec
+        return None
 
-    def entered(self, change: int) -> int:
-        """Number of such imports under way in this thread, after one more or less."""
-        self.imports.number = getattr(self.imports, "number", 0) + change
-        return int(self.imports.number)
+    def count_import(self, change: int) -> int:
+        """Change the number of watched imports in this thread, and return it."""
+        self._imports.count = getattr(self._imports, "count", 0) + change
+        return int(self._imports.count)
 
 
-class _Then(Loader):
-    """A module's own loader; where it is the outermost one and peft is there, the methods are registered after it."""
+class _RegisteringLoader(Loader):
+    """Loader of a module that registers the methods after the outermost import."""
 
-    def __init__(self, loader: Loader, finder: _RegisterAfterPeft) -> None:
+    def __init__(self, loader: Loader, finder: _PeftFinder) -> None:
         self.loader, self.finder = loader, finder
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self.loader, name)
+        return getattr(self.loader, name)  # such as get_source and get_data, which tools ask for
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create the module as its own loader does."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        spec = module.__spec__
-        if spec is not None:
-            spec.loader = self.loader
-        self.finder.entered(1)
+        """Execute the module, then register the methods if peft is loaded."""
+        # the module keeps its own loader, as if nothing had been put in between
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.finder.count_import(1)
         try:
             self.loader.exec_module(module)
         finally:
-            under_way = self.finder.entered(-1)
-        if not under_way and _is_loaded() and self.finder in sys.meta_path:
+            under_way = self.finder.count_import(-1)
+        # removed first: registration imports modules of this package itself
+        if not under_way and _peft_is_loaded() and self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
-            from peft_lab.tuners.registration import load_all
-
-            load_all()
-
-
-def _is_loaded() -> bool:
-    return getattr(sys.modules.get("peft"), "PeftModel", None) is not None
-
-
-def activate() -> None:
-    """Register now if peft is loaded, else arrange for it to happen right after peft is imported. Idempotent."""
-    if _is_loaded():
-        from peft_lab.tuners.registration import load_all
-
-        load_all()
-    elif not any(isinstance(finder, _RegisterAfterPeft) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterAfterPeft())
+            _register_methods()

@@ -1,4 +1,7 @@
-"""Errors that speak: one sentence that names the value, what was expected and the mend. Imports nothing heavy."""
+"""Errors about the user's input, each one sentence. Imports nothing heavy.
+
+The sentence names the value, what was expected, and the mend.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,36 @@ from collections.abc import Iterable
 
 
 class PeftLabError(ValueError):
-    """Base of every error that peft-lab raises about its user's input. The command line prints it and exits with 2."""
+    """Base of every error about the user's input.
+
+    The command line prints it and exits with 2.
+    """
 
 
 class ConfigError(PeftLabError):
-    """A method, a configuration field, a flag or a run file is not what it should be."""
+    """Error in a method, a config field, a flag or a file."""
 
 
 class TaskError(PeftLabError):
-    """A task, its YAML file, its data or one of its metrics is not what it should be."""
+    """Error in a task, its YAML file, its data or its metrics."""
 
 
 class AdapterMismatchError(PeftLabError):
-    """An adapter was trained on other base weights than the ones it is being put on."""
+    """Error of an adapter that was trained on other base weights."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `' Did you mean "lora"?'` for the nearest known name, or an empty string if none is near."""
+    """Return `' Did you mean "lora"?'` for the nearest name, or ""."""
     known = {str(k).lower(): str(k) for k in known}
     near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.6)
     return f' Did you mean "{known[near[0]]}"?' if near else ""
 
 
 def check_keys(keys: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise `ConfigError` for the first key that is not known; `what` names the owner, e.g. `method "svfit"`."""
+    """Raise `ConfigError` for the first key that is not known.
+
+    `what` names the owner, for instance `method "svfit"`.
+    """
     known = list(known)
     for key in keys:
         if key not in known:

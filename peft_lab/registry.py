@@ -1,4 +1,4 @@
-"""Registry of the methods: one card each, read from source text without importing torch or peft.
+"""Registry of methods and kinds of task, by cards read from source.
 
 A method is one Python file with a literal `METHOD = MethodInfo(...)`, a config dataclass, a layer class and one line
 `register(METHOD, Config, Layer)`. Files below `peft_lab.adapters` are found by scanning that folder, third parties by
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from peft_lab.errors import ConfigError, TaskError, check_keys, did_you_mean
-from peft_lab.utils import source_reader
+from peft_lab.utils import peft_source, source_reader
 
 ENTRY_POINTS = "peft_lab.methods"
 TASK_ENTRY_POINTS = "peft_lab.tasks"
 
-#: What a method may declare that it can do; each one is tested both ways.
+#: Capabilities that a method may declare; each one is tested both ways. A property of one method alone is an attribute
+#: of its config class (`peft_lab.tuners.AdapterConfig`).
 CAPABILITIES = {
     "linear": "adapts nn.Linear",
     "conv1d": "adapts the transposed Conv1D of GPT-2",
@@ -32,15 +33,9 @@ CAPABILITIES = {
     "embedding": "adapts nn.Embedding",
     "norm": "adapts LayerNorm, BatchNorm and RMSNorm",
     "merge": "merges exactly into the base weights",
-    "lora_export": "converts exactly to LoRA",
     "mixed_batch": "serves rows of one batch with different adapters",
     "identity_start": "starts bit-exactly at the base model with its default configuration",
     "images": "is made for images alone",
-    "image_logits": "gives the logits of an image classifier in place of its head",
-    "untrained": "takes its own values from the training data, and trains the task head alone",
-    "keeps_head": "keeps the head that an image classifier was trained with",
-    "learned_activation": "learns an activation, which may be trained in turn on held-out rows",
-    "dtype_bound": "is only valid on base weights of the dtype it was trained on",
 }
 
 PLACES = ("weight", "feature", "sequence", "input", "head", "baseline", "peft")
@@ -52,7 +47,9 @@ _DEFAULT_LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A method's card. Every value is a literal in the method's file, so that it can be read without importing it.
+    """Card of a method.
+
+    Every value is a literal in the method's file, so that it can be read without importing it.
 
     Attributes:
         name: lower-case name, used on the command line, as peft type (upper case) and as parameter prefix (`name_`).
@@ -97,7 +94,7 @@ class MethodInfo:
                 raise ConfigError(f'Method "{self.name}" declares an unknown capability "{capability}".{hint}')
 
     def can(self, capability: str) -> bool:
-        """Whether the method declares a capability."""
+        """Test whether the method declares a capability."""
         if capability not in CAPABILITIES:
             raise ConfigError(f'Unknown capability "{capability}".{did_you_mean(capability, CAPABILITIES)}')
         return capability in self.capabilities
@@ -105,7 +102,9 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class KindInfo:
-    """A kind of task: its card. Every value is a literal in the kind's file, read without importing it.
+    """Card of a kind of task.
+
+    Every value is a literal in the kind's file, so that it can be read without importing it.
 
     Attributes:
         name: the file's name and the `kind` of a task file.
@@ -140,7 +139,7 @@ class KindInfo:
 
 @dataclass(frozen=True)
 class RecipeInfo:
-    """A training recipe: its card.
+    """Card of a training recipe.
 
     Attributes:
         name: lower-case name.
@@ -156,9 +155,13 @@ class RecipeInfo:
 
 
 def list_methods() -> dict[str, MethodInfo]:
-    """Every method by name: ours, third parties', and each tuner of peft. Imports neither torch nor peft."""
-    found = dict(_peft_tuners())
+    """Every method by name, without importing torch or peft.
+
+    These are ours, those of third parties, and each tuner of peft.
+    """
+    found = dict(_peft_methods())
     for info in (*builtin_methods(), *third_party_methods()):
+        # one of ours may describe a tuner of peft (LoRA), but no two cards may share a name
         clash = found.get(info.name)
         if clash is not None and clash.place != "peft":
             raise ConfigError(f'Method "{info.name}" is defined by both {clash.module} and {info.module}.')
@@ -167,7 +170,10 @@ def list_methods() -> dict[str, MethodInfo]:
 
 
 def method(name: str) -> MethodInfo:
-    """The card of one method; raises `ConfigError` with the nearest name if there is none."""
+    """Card of one method.
+
+    Raises `ConfigError` with the nearest name if there is none.
+    """
     known = list_methods()
     if name not in known:
         ours = ", ".join(n for n, info in known.items() if info.place != "peft")
@@ -178,7 +184,10 @@ def method(name: str) -> MethodInfo:
 
 
 def command_modules() -> list[str]:
-    """Modules of the methods' own commands: each `cli.py` beside a method's file, with a function `register(app)`."""
+    """Modules of the methods' own commands.
+
+    Each is a `cli.py` beside a method's file, with a function `register(app)`.
+    """
     found = []
     for info in builtin_methods():
         package = info.module.rpartition(".")[0]
@@ -192,7 +201,9 @@ _FOLDER_DEPTH = 3
 
 
 def list_recipes() -> dict[str, RecipeInfo]:
-    """Every training recipe by name: loops or losses beyond Trainer's own, such as distillation.
+    """Every training recipe by name.
+
+    Recipes are loops or losses beyond Trainer's own, such as distillation.
 
     A recipe is one file of `peft_lab.training.recipes` with a literal `RECIPE = RecipeInfo(...)`.
     """
@@ -205,23 +216,35 @@ def list_recipes() -> dict[str, RecipeInfo]:
 
 
 def config_fields(name: str) -> dict[str, source_reader.Field]:
-    """The fields of a method's config, read from source; empty if the source cannot be found."""
+    """Fields of a method's config, read from source; empty without a source."""
     info = method(name)
     if info.path is None or not info.config:
         return {}
-    elsewhere = {**_config_bases(info.path), **_peft_config_files()}
-    path = info.path if info.config in source_reader.classes(info.path) else elsewhere.get(info.config)
-    fields = source_reader.dataclass_fields(path, info.config, elsewhere) if path else {}
-    return {k: v for k, v in fields.items() if k not in _MACHINE_FIELDS}
+    return dict(_fields_in(info.path, info.config))
+
+
+@lru_cache(maxsize=256)
+def _fields_in(path: Path, config: str) -> dict[str, source_reader.Field]:
+    """Fields of a config class that a method's file defines or imports."""
+    elsewhere = {**_config_bases(path), **peft_source.config_files()}
+    file = path if config in source_reader.classes(path) else elsewhere.get(config)
+    fields = source_reader.dataclass_fields(file, config, elsewhere) if file else {}
+    return {name: field for name, field in fields.items() if name not in _MACHINE_FIELDS}
 
 
 @lru_cache(maxsize=256)
 def _config_bases(path: Path) -> dict[str, Path]:
-    """Files of the config classes that a method may inherit from: those of `peft_lab.tuners` and of its own folder."""
+    """Files of the config classes that a method may inherit from.
+
+    They stand in `peft_lab.tuners` and in the method's own folder.
+    """
     tuners = Path(__file__).with_name("tuners")
     own_folder = [] if path.parent.name in PLACES else sorted(path.parent.glob("*.py"))
     found: dict[str, Path] = {}
     for file in (*sorted(tuners.rglob("*.py")), *own_folder):
+        # parsing every file would take longer than all the rest of a listing
+        if not re.search(r"^class \w+Config\b", file.read_text(encoding="utf-8"), re.MULTILINE):
+            continue
         for name in source_reader.classes(file):
             if name.endswith("Config"):
                 found[name] = file
@@ -238,20 +261,29 @@ _MACHINE_FIELDS = frozenset(
 
 
 def check_method_args(name: str, args: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a method argument that the method's config does not have. Imports nothing heavy."""
+    """Raise `ConfigError` for an argument that the method's config lacks."""
     fields = config_fields(name)
+    # a plug-in whose source cannot be found is checked by its config class, when that is imported
     if fields or not method(name).config:
         check_keys(with_preset(name, args), fields, f'method "{name}"')
 
 
+def learns_activation(info: MethodInfo) -> bool:
+    """Test whether a method's source names parameters of a learned activation."""
+    return info.path is not None and source_reader.sets_attribute(info.path, "activation_names")
+
+
 def with_preset(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Method arguments with those that a `preset` among them stands for; what is given beside it goes first.
+    """Method arguments, with those that a `preset` among them stands for.
+
+    Arguments given beside it go first.
 
     Raises:
         ConfigError: the method has no such preset, or the preset needs an argument that is not given.
     """
     given = dict(args)
     info = method(name)
+    # a tuner of peft may have a field of its own that is called so
     if "preset" not in given or info.place == "peft":
         return given
     preset, presets = given.pop("preset"), info.presets
@@ -278,6 +310,7 @@ def builtin_methods() -> tuple[MethodInfo, ...]:
     for root in (spec.submodule_search_locations if spec else None) or []:
         for file in sorted(Path(root).rglob("*.py")):
             steps = file.relative_to(root).with_suffix("").parts
+            # a look at the text first: parsing every file would cost more than the whole listing
             if file.name.startswith("_") or "METHOD = MethodInfo(" not in file.read_text(encoding="utf-8"):
                 continue
             card = _card(file, ".".join(("peft_lab.adapters", *steps)))
@@ -287,14 +320,17 @@ def builtin_methods() -> tuple[MethodInfo, ...]:
 
 
 def _with_peft_module(info: MethodInfo) -> MethodInfo:
-    """A card that only describes a tuner of peft points to peft's config file and module."""
-    tuner = _peft_tuners().get(info.name)
+    """Card that points to peft's files if it describes peft's tuner."""
+    tuner = peft_source.tuners().get(info.name)
     return replace(info, module=tuner.module, path=tuner.path) if tuner and info.place != "baseline" else info
 
 
 @lru_cache(maxsize=1)
 def list_kinds() -> dict[str, KindInfo]:
-    """Every kind of task by name: ours and third parties'. Imports neither torch nor the kinds themselves."""
+    """Every kind of task by name, without importing torch or the kinds.
+
+    These are ours and those of third parties.
+    """
     spec = importlib.util.find_spec("peft_lab.tasks")
     found: dict[str, KindInfo] = {}
     for entry in importlib.metadata.entry_points(group=TASK_ENTRY_POINTS):
@@ -311,7 +347,10 @@ def list_kinds() -> dict[str, KindInfo]:
 
 
 def kind_info(name: str) -> KindInfo:
-    """The card of one kind of task; raises `TaskError` with the nearest name if there is none."""
+    """Card of one kind of task.
+
+    Raises `TaskError` with the nearest name if there is none.
+    """
     known = list_kinds()
     if name not in known:
         names = sorted(known)
@@ -345,6 +384,7 @@ def third_party_methods() -> tuple[MethodInfo, ...]:
 
 
 def _module_file(entry: importlib.metadata.EntryPoint) -> Path | None:
+    # `find_spec` of a dotted name imports the parent package; the files of the distribution are looked at first
     if entry.dist is not None:
         for suffix in (".py", "/__init__.py"):
             path = Path(str(entry.dist.locate_file(entry.module.replace(".", "/") + suffix)))
@@ -357,44 +397,20 @@ def _module_file(entry: importlib.metadata.EntryPoint) -> Path | None:
     return Path(spec.origin) if spec and spec.origin else None
 
 
-def _peft_root() -> Path | None:
-    spec = importlib.util.find_spec("peft")
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
-
-
 @lru_cache(maxsize=1)
-def _peft_tuners() -> dict[str, MethodInfo]:
-    root, found = _peft_root(), {}
-    for path in sorted(root.glob("tuners/*/config.py")) if root else ():
-        text = path.read_text(encoding="utf-8")
-        match = re.search(r"self\.peft_type = (?:.*\n?.*)?PeftType\.([A-Z0-9_]+)", text)
-        names = re.findall(r"^class (\w+Config)\(", text, re.MULTILINE)
-        if not match or not names:
-            continue
-        name = match[1].lower()
-        found[name] = MethodInfo(
-            name=name,
-            title=path.parent.name,
+def _peft_methods() -> dict[str, MethodInfo]:
+    """Cards of peft's own tuners, which have none themselves."""
+    found = {}
+    for tuner in peft_source.tuners().values():
+        rate = _PEFT_LEARNING_RATES.get(tuner.name, _DEFAULT_LEARNING_RATE)
+        found[tuner.name] = MethodInfo(
+            name=tuner.name,
+            title=tuner.folder,
             paper="",
             place="peft",
-            config=_main_class(text, names, match.start()),
-            learning_rate=_PEFT_LEARNING_RATES.get(name, _DEFAULT_LEARNING_RATE),
-            module=f"peft.tuners.{path.parent.name}.config",
-            path=path,
+            config=tuner.config,
+            learning_rate=rate,
+            module=tuner.module,
+            path=tuner.path,
         )
     return found
-
-
-def _main_class(text: str, names: list[str], position: int) -> str:
-    """The class in whose body the peft type is set: the last one that starts before that line."""
-    return max((text.find(f"class {n}("), n) for n in names if text.find(f"class {n}(") < position)[1]
-
-
-@lru_cache(maxsize=1)
-def _peft_config_files() -> dict[str, Path]:
-    root = _peft_root()
-    if root is None:
-        return {}
-    files = {"PeftConfig": root / "config.py", "PeftConfigMixin": root / "config.py"}
-    files |= {"PromptLearningConfig": root / "config.py", "LycorisConfig": root / "tuners" / "lycoris_utils.py"}
-    return files | {info.config: info.path for info in _peft_tuners().values() if info.path}

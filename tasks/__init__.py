@@ -1,1 +1,1 @@
-"""Tasks, one YAML file each, and in `kinds` the kinds of task, one Python file each."""
+"""Tasks, one YAML file each; `kinds` holds the kinds of task."""

@@ -1,4 +1,7 @@
-"""Full fine-tuning: every weight is trained. A baseline, not an adapter: what is saved is a whole model."""
+"""Full fine-tuning: train every weight of the model.
+
+A baseline, not an adapter: a whole model is saved.
+"""
 
 from __future__ import annotations
 

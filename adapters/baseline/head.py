@@ -1,4 +1,4 @@
-"""Linear probe: only the task head is trained, on the features of the frozen backbone.
+"""Linear probe: train only the task head on a frozen backbone's features.
 
 A baseline. It is saved as a LoRA adapter without LoRA layers, so its file holds the head alone and peft loads it.
 """

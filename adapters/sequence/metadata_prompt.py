@@ -1,14 +1,15 @@
-"""Prompts chosen by what is known of a row: its domain, its source, its resolution, the mode it is to be read in.
-
-An adapter has a few sets of prompts, and each row of a batch names one by `prompt_ids`, an argument of the model's
-forward; where a call cannot take it (`generate`), `peft_lab.row_inputs` gives it around the
-call. A task file that names a column of such values, `columns: {prompt_ids: domain, ...}`, has it given in training,
-evaluation and prediction: the adapter keeps the values in the order of its sets, as `prompt_values`.
-
-Prefix Conditioning, the resolution prefix of Tiny Time Mixers and the mode tokens of UL2 are this.
+"""Prompts by metadata (Prefix Conditioning): prompts chosen by a row's metadata.
 
 Source: Saito et al. 2022, Prefix Conditioning Unifies Language and Label Supervision, arXiv:2206.01125. Written from
 the paper.
+
+Metadata are the domain of a row, its source, its resolution or the mode to read it in. An adapter has a few sets of
+prompts, and each row of a batch names one by `prompt_ids`, an argument of the model's forward; where a call cannot take
+it (`generate`), `peft_lab.row_inputs` gives it around the call. A task file that names a column of such values,
+`columns: {prompt_ids: domain, ...}`, has it given in training, evaluation and prediction: the adapter keeps the values
+in the order of its sets, as `prompt_values`.
+
+Prefix Conditioning, the resolution prefix of Tiny Time Mixers and the mode tokens of UL2 are of this kind.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ METHOD = MethodInfo(
 
 @dataclass
 class MetadataPromptConfig(StaticConfig):
-    """Configuration of prompts by metadata. Trainable: modes x prompts x width for each block that writes prompts.
+    """Configuration of prompts by metadata.
+
+    Trainable: modes x prompts x width for each block that writes prompts.
 
     Raises:
         ConfigError: a number below 1, a default that is none of the modes, or fewer modes than values.
@@ -102,16 +105,19 @@ class MetadataPromptConfig(StaticConfig):
 
     @property
     def modes(self) -> int:
-        """Sets of prompts."""
+        """Number of sets of prompts."""
         return self.num_modes or len(self.prompt_values or ()) or 2
 
     def ids_of_values(self, values: Sequence[str | None]) -> list[int]:
-        """The set of prompts of each value; `default_mode` for an unknown one, with a warning, and for None.
+        """Index of the set of prompts of each value.
+
+        `default_mode` for None, and with a warning for an unknown value.
 
         Raises:
             ConfigError: there is no default, and a value is None or unknown.
         """
         known = {value: mode for mode, value in enumerate(self.prompt_values or ())}
+        # Unknown values are named once, whatever the number of their rows.
         strange = sorted({value for value in values if value is not None and value not in known})
         shown = f"{', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}" if strange else "none"
         if self.default_mode is None and (strange or None in values):
@@ -122,11 +128,17 @@ class MetadataPromptConfig(StaticConfig):
         if strange:
             logger.warning("Unknown values for prompt_ids (%s) take the prompts of set %s.", shown, self.default_mode)
         fallback = self.default_mode or 0
-        return [fallback if value is None else known.get(value, fallback) for value in values]
+        ids = []
+        for value in values:
+            ids.append(fallback if value is None else known.get(value, fallback))
+        return ids
 
 
 class MetadataPromptLayer(StoredPrompts):
-    """A block before which each row's own set of prompts, of a table (modes, prompts, width), is written."""
+    """Block before which each row's own set of prompts is written.
+
+    The sets are the table (modes, prompts, width) of the adapter.
+    """
 
     adapter_layer_names = ("metadata_prompt_table",)
     same_for_all_rows = False
@@ -139,6 +151,7 @@ class MetadataPromptLayer(StoredPrompts):
 
     def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
         config, ids = self.configs[adapter], state.row_input("prompt_ids")
+        # Values that are sampled by row have the rows as their first dimension already.
         rows = state.batch if state.rows is None else len(state.rows)
         table = values.expand(rows, -1, -1, -1)
         if ids is None:

@@ -1,9 +1,9 @@
-"""VPT: trainable tokens in the sequence of a frozen transformer (Visual Prompt Tuning).
+"""VPT: visual prompt tuning by trainable tokens in a frozen transformer.
+
+Source: Jia et al. 2022, Visual Prompt Tuning, arXiv:2203.12119. Written from the paper's equations.
 
 Shallow, `p` prompts stand behind the class token at the input and pass through all blocks; deep, each block gets `p`
 new ones in the place of those that the block before made. An optional projection lifts prompts of a smaller width.
-
-Source: Jia et al. 2022, Visual Prompt Tuning, arXiv:2203.12119. Written from the paper's equations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ METHOD = MethodInfo(
 
 @dataclass
 class VPTConfig(StaticConfig):
-    """Configuration of VPT. Trainable parameters: `num_prompts` x width for each block that writes prompts.
+    """Configuration of VPT.
+
+    Trainable parameters: `num_prompts` x width for each block that writes prompts.
 
     Raises:
         ConfigError: a number of prompts, a dropout or a projection out of range; a projection with `domain_components`.
@@ -77,7 +79,10 @@ class VPTConfig(StaticConfig):
 
 
 class VPTLayer(StoredPrompts):
-    """A block before which prompts (p, width) are written; blocks of one width share the projection."""
+    """Block before which prompts (p, width) are written.
+
+    Blocks of one width share the projection.
+    """
 
     adapter_layer_names = ("vpt_prompts", "vpt_projection_weight", "vpt_projection_bias")
 
@@ -106,8 +111,9 @@ class VPTLayer(StoredPrompts):
         config, weight = self.configs[adapter], self.parameter(adapter, "vpt_projection_weight")
         if weight is not None:
             values = nn.functional.linear(values, weight, self.parameter(adapter, "vpt_projection_bias"))
+        # Each sample drops for itself, so the prompts are expanded before dropout.
         if config.dropout and self.training:
-            values = values.expand(state.batch, -1, -1)  # each sample drops for itself
+            values = values.expand(state.batch, -1, -1)
         return nn.functional.dropout(values, config.dropout, self.training)
 
     def position(self, adapter: str) -> int:

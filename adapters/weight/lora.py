@@ -1,6 +1,9 @@
-"""LoRA, as peft has it: this file only describes it, so that it stands beside the other methods.
+"""LoRA: low-rank adaptation of frozen weights, as peft has it.
 
-`LoraRows` is what peft lacks: rows of one batch with different adapters, without a loop over the adapters.
+Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+
+This file only describes peft's method, so that it stands beside the others. `LoraRows` adds rows of one batch with
+different adapters, without a loop over the adapters.
 """
 
 from __future__ import annotations
@@ -40,7 +43,11 @@ _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class LoraRows:
-    """y = W x + B A x with its own A and B for each row. The scaling is taken into B.
+    """LoRA with an A and B for each row.
+
+    The output is y = W x + B A x.
+
+    The scaling is taken into B.
 
     Raises:
         ConfigError: a convolution with groups, or a module that is no Linear, Conv1D, Conv2d or Embedding.
@@ -57,7 +64,11 @@ class LoraRows:
         self._files = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
 
     def row_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """As `peft_lab.tuners.mixed_batch.RowLayer`."""
+        """Shapes of A and B in the adapter's file; see `peft_lab.tuners.mixed_batch.RowLayer`.
+
+        Raises:
+            ConfigError: a variant of LoRA, a bias, or a start that changes the base weights.
+        """
         for setting in _VARIANTS:
             if getattr(config, setting, None):
                 raise ConfigError(f"A LoRA adapter with {setting} cannot differ by row; load it with PeftModel.")
@@ -76,7 +87,8 @@ class LoraRows:
         return {down: (rank, shape[1]), up: (shape[0], rank)}
 
     def row_values(self, values: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """As `peft_lab.tuners.mixed_batch.RowLayer`."""
+        """Convert the file's A and B to `row_fields`, B scaled and flat."""
+        # Patterns set the rank and alpha of single modules; peft scales by alpha / r, rsLoRA by alpha / sqrt(r).
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, self.name), config.lora_alpha)
         rank = self._rank(config)
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
@@ -87,12 +99,13 @@ class LoraRows:
     def rows_output(
         self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """As `peft_lab.tuners.mixed_batch.RowLayer`."""
+        """Output with an A and B for each row; see `RowLayer`."""
         base, kind, down, up = self.base_layer, self.op.op_type, values["A"], values["B"]
         out = base(x, *args, **kwargs) if out is None else out
         if kind == "conv2d":
             hidden = conv2d_rows(base, x.to(down.dtype), down)
             return out + (up @ hidden.flatten(2)).reshape(out.shape).to(out.dtype)
+        # B A e_t for a one-hot e_t is column t of A, looked up instead of multiplied.
         if kind == "embedding":
             tokens = x.reshape(x.shape[0], 1, -1).expand(-1, down.shape[1], -1)
             hidden = torch.gather(down, 2, tokens).transpose(1, 2) * embed_scale(base)

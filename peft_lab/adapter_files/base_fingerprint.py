@@ -1,4 +1,4 @@
-"""Which base weights an adapter belongs to.
+"""Fingerprints of the base weights that an adapter belongs to.
 
 An adapter records, per adapted module, the shape, dtype and sha256 of the base weight, and a few of its values. At
 load the hash decides; the values tell "other weights" from "the same weights in another dtype".
@@ -11,11 +11,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_lab.adapter_files import safe_files
+from peft_lab.adapter_files.names import BASE_RECORD
 from peft_lab.errors import AdapterMismatchError
 
 _LOG = logging.getLogger("peft_lab")
@@ -26,13 +29,20 @@ _DTYPE_TOLERANCE = 2**-7
 
 
 def weight_hash(weight: Tensor) -> str:
-    """sha256 of the raw bytes of a tensor of any dtype and device."""
+    """Return the sha256 of the raw bytes of a tensor.
+
+    It may have any dtype and device.
+    """
     data = weight.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().data).hexdigest()
 
 
 def fingerprint(weight: Tensor) -> dict[str, Any]:
-    """Fingerprint of one base weight as plain values: `shape`, `dtype`, `sha256`, `probe` (8 of its values)."""
+    """Return the fingerprint of one base weight as plain values.
+
+    Returns:
+        `shape`, `dtype`, `sha256` and `probe` (8 of its values).
+    """
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, max(flat.numel() - 1, 0), min(_PROBES, flat.numel())).long().to(flat.device)
     return {
@@ -44,7 +54,10 @@ def fingerprint(weight: Tensor) -> dict[str, Any]:
 
 
 def reference_weight(module: nn.Module) -> Tensor | None:
-    """The weight that tells which base a module is from: its own, of a block its first matrix; None if it has none."""
+    """Return the weight that identifies the base of a module.
+
+    It is its own, or the first matrix of a block; None if it has none.
+    """
     own = getattr(module, "weight", None)
     if isinstance(own, Tensor):
         return own
@@ -52,7 +65,11 @@ def reference_weight(module: nn.Module) -> Tensor | None:
 
 
 def module_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
-    """`fingerprint`, remembered on the module until its weight changes: many adapters, one hash."""
+    """Return `fingerprint`, kept on the module until its weight changes.
+
+    So many adapters need one hash.
+    """
+    # `_version` counts changes in place.
     key = (id(weight), weight.data_ptr(), weight._version, weight.dtype)
     known = module.__dict__.get("_peft_lab_fingerprint")
     if known is None or known[0] != key:
@@ -62,22 +79,43 @@ def module_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
 
 
 def compare(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Say how two fingerprints relate: "same", "shape", "dtype" (same values in another dtype) or "weights"."""
+    """Compare two fingerprints.
+
+    Returns:
+        "same", "shape", "dtype" (same values in another dtype) or "weights".
+    """
     if list(recorded.get("shape", ())) != list(found["shape"]):
         return "shape"
     if found["sha256"] == recorded.get("sha256"):
         return "same"
     if found["dtype"] == recorded.get("dtype"):
         return "weights"
+    # Hashes of two dtypes always differ, so a few values decide.
     then, now = torch.tensor(recorded.get("probe") or [float("nan")]), torch.tensor(found["probe"])
     scale = then.abs().max().clamp_min(1e-12)
     close = then.shape == now.shape and bool(((then - now).abs() <= _DTYPE_TOLERANCE * scale).all())
     return "dtype" if close else "weights"
 
 
+def read_record(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the base record beside an adapter of peft's own tuners.
+
+    {} without one.
+
+    Raises:
+        ConfigError: the file is not such a record.
+    """
+    values = safe_files.read_json(folder / BASE_RECORD).get("modules", {})
+    safe_files.check_fingerprints(values, f'"{folder / BASE_RECORD}"')
+    return values
+
+
 @contextmanager
 def any_base(allowed: bool = True) -> Iterator[None]:
-    """Inside, `check` reports other weights as a warning instead of refusing them; their shapes must still fit."""
+    """Let `check` warn of other weights instead of refusing them.
+
+    Their shapes must still fit.
+    """
     token = _ANY_BASE.set(allowed)
     try:
         yield
@@ -88,12 +126,12 @@ def any_base(allowed: bool = True) -> Iterator[None]:
 def check(
     recorded: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any] | None], dtype_bound: bool
 ) -> None:
-    """Compare all recorded fingerprints with those of the base weights found under the same module names.
+    """Compare recorded fingerprints with those of the base weights found.
 
     Args:
         recorded: module name -> fingerprint.
         found: module name -> fingerprint, or None where the base has no such module.
-        dtype_bound: whether the same weights in another dtype are refused.
+        dtype_bound: refuse the same weights in another dtype.
 
     Raises:
         AdapterMismatchError: naming the first module that differs, in what, and the mend.

@@ -1,4 +1,7 @@
-"""Names of the files in an adapter's folder, and how they are written. Imports nothing heavy."""
+"""Names of the files in an adapter's folder.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,15 @@ _NO_TARGETS = "dummy-target-modules"
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step: a reader sees all of it or none."""
+    """Write a JSON file in one step.
+
+    A reader sees all of it or none.
+    """
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def is_head_alone(config: Mapping[str, Any]) -> bool:
-    """Test whether the values of an adapter_config.json are those of a task head saved alone."""
+    """Test whether config values are those of a head saved alone."""
     return config.get("target_modules") == _NO_TARGETS

@@ -1,4 +1,4 @@
-"""Towers, blocks, module roles, heads and name aliases of one model, computed once."""
+"""Towers, blocks, roles, heads and aliases of a model, computed once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _WRAPPED = re.compile(r"\.base_layer(?![^.])")
 
 
 class BackboneMap:
-    """Towers, blocks, module roles and heads of one model, as strings: it keeps no module alive.
+    """Towers, blocks, module roles and heads of one model, as strings.
+
+    It keeps no module alive.
 
     An adapter around a module changes no role: the path of the wrapper takes the place of the path of the module.
 
@@ -58,7 +60,10 @@ class BackboneMap:
     # Roles ------------------------------------------------------------------------------------------------------
 
     def modules(self, role: str) -> list[str]:
-        """Return the paths of the modules that play a role other than "head", in the model's order."""
+        """Return the paths of the modules that play a role.
+
+        The role is any but "head"; the paths are in the model's order.
+        """
         if role not in self._by_role:
             found: set[str] = set()
             for index, tower in enumerate(self.towers):
@@ -68,7 +73,10 @@ class BackboneMap:
 
     @cached_property
     def locations(self) -> dict[str, dict[str, Any]]:
-        """Role, block and number of each module with a role, by path, in the order of the towers and roles."""
+        """Role, block and number of each module with a role, by path.
+
+        They are in the order of the towers and roles.
+        """
         found: dict[str, dict[str, Any]] = {}
         for index, tower in enumerate(self.towers):
             layers = self._layers(index)
@@ -87,7 +95,10 @@ class BackboneMap:
         return found
 
     def _matches(self, index: int, paths: Iterable[tuple[str, str]]) -> list[str]:
-        """Return the names of modules at these paths of a tower; a module without parameters has no role."""
+        """Return the names of the modules at paths of a tower.
+
+        A module without parameters has no role.
+        """
         matcher = self.towers[index].matcher(paths)
         if matcher is None:
             return []
@@ -96,7 +107,7 @@ class BackboneMap:
 
     @cached_property
     def _table_names(self) -> list[list[str]]:
-        """The names of all modules as the family table has them, for each tower."""
+        """Names of all modules in the family table's naming, by tower."""
         found = []
         for tower in self.towers:
             rename = tower.family.renames.new
@@ -106,11 +117,14 @@ class BackboneMap:
     # Blocks -----------------------------------------------------------------------------------------------------
 
     def block_numbers(self, index: int, block: str) -> list[tuple[int, ...]]:
-        """Return the indices of all blocks of one stack of a tower, in order."""
+        """Return the indices of all blocks of one stack, in order."""
         return sorted(set(self._inside(index, block).values()))
 
     def layer_index(self, path: str) -> int | None:
-        """Return the index of the block that a path lies in, through all stages; None outside the blocks."""
+        """Return the index of the block that a path lies in.
+
+        The blocks of all stages are counted through; None outside the blocks.
+        """
         for index, tower in enumerate(self.towers):
             for block in tower.family.blocks:
                 numbers = tower.block_numbers(block, path)
@@ -121,7 +135,7 @@ class BackboneMap:
         return None
 
     def _inside(self, index: int, block: str) -> dict[str, tuple[int, ...]]:
-        """Return the indices of its block for each name that is or lies in a block of this path."""
+        """Return the indices of its block for each name in one."""
         if (index, block) not in self._blocks:
             matcher = self.towers[index].block_matcher(block)
             found: dict[str, tuple[int, ...]] = {}
@@ -133,7 +147,10 @@ class BackboneMap:
         return self._blocks[index, block]
 
     def _layers(self, index: int) -> dict[str, int]:
-        """Return the index of its block for each name inside the blocks of a tower."""
+        """Return the index of its block for each name in one.
+
+        All stacks of the tower are read, and the blocks of several stages counted through.
+        """
         layers: dict[str, int] = {}
         for block in self.towers[index].family.blocks:
             numbers = self.block_numbers(index, block)
@@ -152,7 +169,7 @@ class BackboneMap:
 
     @cached_property
     def other_names(self) -> dict[str, str]:
-        """Names of modules in the other version of transformers, by path, where they differ."""
+        """Names of modules in the other version, by path, where they differ."""
         other: dict[str, str] = {}
         for tower in self.towers:
             renames = tower.family.renames
@@ -169,13 +186,14 @@ _MAPS: WeakKeyDictionary[Any, tuple[Any, BackboneMap]] = WeakKeyDictionary()
 
 
 def backbone_map(model: nn.Module) -> BackboneMap:
-    """Return the map of a model or of the base of a `PeftModel`.
+    """Return the map of a model, or of a `PeftModel`'s base.
 
     It is made anew when the names or types of the modules have changed: an adapter was injected or unloaded, a head was
     replaced.
     """
     model = unwrap(model)
     modules = dict(model.named_modules())
+    # Names alone would miss a norm that became an Identity.
     state = (tuple(modules), tuple(map(type, modules.values())), model_type(model))
     known = _MAPS.get(model)
     if known is None or known[0] != state:

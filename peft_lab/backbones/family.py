@@ -1,4 +1,6 @@
-"""Facts about one backbone family: module roles, residual sub-layers, names of arguments and flags. Strings only.
+"""Facts about a backbone family: roles, residual connections, names, flags.
+
+Strings only.
 
 A path is written relative to the backbone's root, with `*` for a block or list index and `{block}` for the path of one
 block. Module names are those of transformers 5.23; `aliases` hold the names of other versions.
@@ -72,7 +74,9 @@ FALLBACKS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 class ResidualConnection(NamedTuple):
-    """Residual connection around a sub-layer: stream + sub-layer(stream). Paths are relative to the block.
+    """Residual connection around a sub-layer: stream + sub-layer(stream).
+
+    Paths are relative to the block.
 
     The stream enters through `norm_before`. Without such a norm it is the block's input for the first sub-layer, and
     the result of the sub-layer before for the others. The result is the output of `norm_after`; without one, the sum.
@@ -95,7 +99,7 @@ class ResidualConnection(NamedTuple):
 
 
 class WindowNames(NamedTuple):
-    """Names in a block that attends within windows of a grid of tokens, such as Swin's.
+    """Names in a block that attends within windows, such as Swin's.
 
     Attributes:
         grid: argument of the block with height and width of the grid.
@@ -163,7 +167,10 @@ class Family:
         return bool(self.paths(role))
 
     def paths(self, role: str) -> tuple[tuple[str, str], ...]:
-        """The role's paths as (path of the block or "", path below it), each once and in the table's order."""
+        """Return the role's paths as (block or "", path below it).
+
+        Each is there once, in the table's order.
+        """
         if role == "block":
             return tuple((block, "") for block in self.blocks)
         if role in ("linear", "op") and role not in self.roles:
@@ -186,6 +193,7 @@ def in_blocks(**roles: str) -> dict[str, tuple[str, ...]]:
 
 
 def attention(path: str, q: str, k: str, v: str, out: str) -> dict[str, tuple[str, ...]]:
+    """Roles of the four projections of an attention module at `path` in a block."""
     return in_blocks(attn_q=f"{path}.{q}", attn_k=f"{path}.{k}", attn_v=f"{path}.{v}", attn_out=out)
 
 
@@ -200,5 +208,8 @@ def post_norm(*parts: tuple[str, str, str]) -> tuple[ResidualConnection, ...]:
 
 
 def families(model_types: str, **facts: Any) -> dict[str, Family]:
-    """One `Family` with the same facts for each of the model types, which are separated by spaces."""
+    """Return one `Family` with the same facts for each model type.
+
+    The model types are separated by spaces.
+    """
     return {name: Family(name=name, **facts) for name in model_types.split()}

@@ -10,12 +10,17 @@ FAMILIES: dict[str, Family] = {**VISION, **TEXT}
 
 
 def family(model_type: str) -> Family | None:
-    """Return the family of a `model_type`; None if the table has none, also for composites such as "clip"."""
+    """Return the family of a `model_type`; None for an unknown one.
+
+    Composites such as "clip" have none: their towers have.
+    """
     return FAMILIES.get(model_type)
 
 
 def declared_names(model_type: str, fact: str) -> tuple[str, ...]:
-    """Return the names that a family declares; for an unknown family, those that any family declares.
+    """Return names that a family declares in one of its fields.
+
+    For an unknown family, those that any family declares.
 
     Args:
         fact: a field of `Family` that holds names, such as "bias_flags" or "prefix_tokens".

@@ -1,4 +1,4 @@
-"""Loads a model from its checkpoint and says only what matters of the weights that the checkpoint does not bring."""
+"""Loading of a checkpoint, with a warning of missing backbone weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Normalisation layers with running statistics in a frozen model: an adapter file does not hold what they gather."""
+"""Frozen normalisation layers with running statistics.
+
+An adapter file does not hold the statistics that they would gather.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ _RUNNING_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Inst
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:
-    """The normalisation layers with running statistics that `model` does not train.
+    """Return the norms with running statistics that are not trained.
 
     A layer without parameters of its own counts as frozen if anything in the model is.
     """
@@ -28,7 +31,10 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
 
 
 def keep_statistics(model: nn.Module) -> None:
-    """From now on let the frozen norms of `model` use the statistics they have, whoever calls `model.train()`."""
+    """Let the frozen norms of `model` keep their statistics.
+
+    That holds from now on, through every `model.train()`.
+    """
     if _running_norms(model) and set_frozen_norms not in model._forward_pre_hooks.values():
         # not a hook on each norm: what a method folds into a norm, it cannot where the norm itself has hooks
         model.register_forward_pre_hook(set_frozen_norms)
@@ -41,7 +47,10 @@ def release_statistics(model: nn.Module) -> None:
 
 
 def set_frozen_norms(model: nn.Module, args: Any = None) -> None:
-    """Put the frozen norms of a model in training mode into evaluation mode; also a pre-hook of the model."""
+    """Put the frozen norms of a model into evaluation mode.
+
+    Also a pre-hook of the model; a model in evaluation mode stays as it is.
+    """
     if model.training:
         for norm in frozen_norms(model):
             norm.training = False

@@ -1,4 +1,4 @@
-"""Task heads: the modules in front of the pretrained parts of a model."""
+"""Task heads: modules in front of the pretrained parts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ PEFT_HEADS = {
 
 
 def has_no_head(model: Any) -> bool:
-    """Test for bare backbones, generative models, and models whose layers outside the backbone are pretrained too."""
+    """Test for bare backbones and generative models.
+
+    Models whose layers outside the backbone are pretrained too count as bare.
+    """
     if not model_type(model):
         return False
+    # A language model writes with its embedding, which is pretrained.
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return True
     name = type(model).__name__
@@ -31,7 +35,7 @@ def has_no_head(model: Any) -> bool:
 
 @lru_cache(maxsize=1)
 def _bare_classes() -> frozenset[str]:
-    """Return the names of all classes that transformers loads as a bare backbone."""
+    """Return the classes that transformers loads as a bare backbone."""
     from transformers.models.auto import modeling_auto as auto
 
     found: set[str] = set()
@@ -42,11 +46,15 @@ def _bare_classes() -> frozenset[str]:
 
 
 def head_paths(model: nn.Module) -> list[str]:
-    """Return the outermost modules with parameters of their own that lie in no pretrained part."""
+    """Return the outermost modules of the head with own parameters.
+
+    They lie in no pretrained part.
+    """
     taken = [f"{part}." for part in _pretrained_parts(model, "")]
     found: list[str] = []
     if not taken:
         return found
+    # Parents come before their children, so a module inside the head is never listed beside it.
     for path, module in model.named_modules():
         owns = next(module.parameters(recurse=False), None) is not None
         if path and owns and not f"{path}.".startswith(tuple(taken)):

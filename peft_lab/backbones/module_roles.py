@@ -1,4 +1,4 @@
-"""Module roles of a model: default target modules, task heads, block indices and names of other versions.
+"""Module roles of a model: targets, heads, block indices, old names.
 
 All functions take a transformers model, any module that holds some, or a `PeftModel`, and read its `BackboneMap`.
 """
@@ -42,7 +42,9 @@ _LOG = logging.getLogger("peft_lab")
 
 
 def modules_by_role(model: nn.Module, role: str) -> list[str]:
-    """Return the paths of the modules that play exactly this role, in the model's order; no fallback.
+    """Return the paths of the modules with exactly this role.
+
+    They are in the model's order; there is no fallback.
 
     Raises:
         ConfigError: the role is not in `ROLES`.
@@ -54,7 +56,9 @@ def modules_by_role(model: nn.Module, role: str) -> list[str]:
 
 
 def module_locations(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return role, block and number of each module with a role: by these it is found again under other names.
+    """Return role, block and number of each module with a role.
+
+    By these a module is found again under other names.
 
     Returns:
         path -> `role` (its narrowest one), `layer` (index of its block, None outside) and `nth` (its number among the
@@ -67,7 +71,9 @@ def module_locations(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def head_modules(model: nn.Module, task_type: str | None = None) -> list[str]:
-    """Return the paths of the freshly initialised task head, for `modules_to_save`; [] for generative models.
+    """Return the paths of the task head, for `modules_to_save`.
+
+    [] for bare and generative models.
 
     The paths are those of the head's innermost modules with parameters (`classifier.dense` and `classifier.out_proj`,
     not RoBERTa's `classifier`): apart from LoRA, peft's tuners cannot merge a module made of several.
@@ -93,18 +99,24 @@ def head_modules(model: nn.Module, task_type: str | None = None) -> list[str]:
 
 
 def class_heads(model: nn.Module) -> list[str]:
-    """Return the paths of the linear maps of the task head that give the class logits; [] without classes."""
+    """Return the paths of the linear maps that give class logits.
+
+    [] for a model without classes.
+    """
     classes = getattr(getattr(model, "config", None), "num_labels", None)
     heads = head_modules(model) if classes else []
     return [path for path in heads if getattr(model.get_submodule(path), "out_features", None) == classes]
 
 
 def _clashes(model: nn.Module, head: str, heads: list[str]) -> bool:
-    """Test whether peft would take a backbone module for this head; then a norm stays frozen.
+    """Test whether peft would take a backbone module for this head.
+
+    Then a norm stays frozen.
 
     Raises:
         ConfigError: the head is no norm.
     """
+    # peft looks for names that end with the head, without regard to dots.
     below = tuple(f"{path}." for path in heads)
     names = dict(model.named_modules())
     clash = [name for name in names if name.endswith(head) and not f"{name}.".startswith(below)]
@@ -128,7 +140,9 @@ def _ancestors(path: str) -> Iterator[str]:
 
 
 def layer_index(model_or_family: nn.Module | Family | str, path: str) -> int | None:
-    """Return the index of the block that a module path lies in; None outside the blocks.
+    """Return the index of the block that a path lies in.
+
+    None outside the blocks.
 
     In families with stages (Swin, ConvNeXt, ResNet) the blocks of all stages are counted through, which needs the
     model: given a family alone, the answer is None there. Encoder and decoder blocks are counted separately.
@@ -154,7 +168,7 @@ def _family(given: Family | str) -> Family | None:
 
 
 def rename_old(model_or_family: nn.Module | Family | str, path: str) -> str:
-    """Return the installed version's name for a path, state-dict key or leaf name that another version wrote.
+    """Return the installed version's name for one of another version.
 
     `encoder.layer.0.attention.attention.query` becomes `layers.0.attention.q_proj`, `value` becomes `v_proj`; identity
     if nothing fits, or if a leaf name (`dense`) stands for several new ones: `rename_targets` resolves those.
@@ -168,12 +182,17 @@ def rename_old(model_or_family: nn.Module | Family | str, path: str) -> str:
 
 
 def renamer(model: nn.Module) -> Callable[[str], str]:
-    """Return `rename_old` bound to one model, for many paths. Its direction follows the names that the model has."""
+    """Return `rename_old` bound to one model, for many paths.
+
+    Its direction follows the names that the model has.
+    """
     return backbone_map(model).renamer
 
 
 def rename_targets(model: nn.Module, targets: Collection[str] | str) -> list[str] | str:
-    """Return `target_modules` (names or one regex) of another version so that they find the same modules here.
+    """Return `target_modules` of another version in names of this model.
+
+    They are names or one regex, and find the same modules here.
 
     A name that stood for several modules is replaced by all of them: `dense` of an old ViT by the output projection and
     both MLP layers. Names that already fit the model are kept.
@@ -182,6 +201,7 @@ def rename_targets(model: nn.Module, targets: Collection[str] | str) -> list[str
     if isinstance(targets, str):
         missed = [name for name, old in other.items() if re.fullmatch(targets, old) and not re.fullmatch(targets, name)]
         return f"(?:{targets}|{'|'.join(map(re.escape, missed))})" if missed else targets
+    # The model has the names of every version: all targets fit as they are.
     if not other:
         return list(dict.fromkeys(targets))
     names = [name for name, _ in unwrap(model).named_modules() if name]

@@ -7,7 +7,10 @@ from functools import lru_cache
 
 
 class Renames:
-    """Aliases of a family (older fragment, newer fragment), applied to paths and to the ends of paths."""
+    """Aliases of a family, applied to paths and to ends of paths.
+
+    Each is a pair (older fragment, newer fragment).
+    """
 
     def __init__(self, aliases: tuple[tuple[str, str], ...]) -> None:
         self._forward = [(_fragment(old, new), new.replace("*", r"\1")) for old, new in aliases]
@@ -23,7 +26,10 @@ class Renames:
         return self._substitute(self._back, path)
 
     def short(self, name: str, back: bool = False) -> str:
-        """Return the end of a path, e.g. one leaf name, renamed if only one alias ends with it."""
+        """Return the end of a path, e.g. a leaf name, renamed.
+
+        It stays where several aliases end with it.
+        """
         pairs = [(new, old) if back else (old, new) for old, new in self._aliases]
         length = name.count(".") + 1
         found = {_tail(to, length) for what, to in pairs if f".{what}".endswith(f".{name}")}
@@ -45,7 +51,10 @@ def _tail(path: str, length: int) -> str:
 
 
 def _fragment(what: str, to: str) -> re.Pattern[str]:
-    """Return a regex of `what` between dots, not where it is already the end of `to` (`layer.*` in `model.layer.*`)."""
+    """Return a regex of a fragment between dots.
+
+    It leaves out places where it already is the end of `to` (`layer.*` in `model.layer.*`).
+    """
     before = to.removesuffix(f".{what}") if to.endswith(f".{what}") else ""
     guard = rf"(?<!{re.escape(before)}\.)" if before else ""
     return re.compile(rf"(?<![^.]){guard}{re.escape(what)}(?![^.])".replace(r"\*", r"(\d+|\*)"))

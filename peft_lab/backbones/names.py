@@ -33,7 +33,7 @@ def is_under(path: str, parent: str) -> bool:
 
 
 def ends_with(path: str, name: str) -> bool:
-    """Test whether peft takes a module for one of the name `name` in a list of target modules."""
+    """Test whether peft finds a path by a name in `target_modules`."""
     return path == name or path.endswith(f".{name}")
 
 
@@ -44,5 +44,5 @@ def any_of(patterns: Iterable[str]) -> str:
 
 
 def path_regex(path: str) -> str:
-    """Return a path as a regex in which every `*` is any index."""
+    """Return a path as a regex; every `*` is any index."""
     return re.escape(path).replace(r"\*", r"\d+")

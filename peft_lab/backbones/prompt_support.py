@@ -1,4 +1,6 @@
-"""Support for prompt tokens in families that the role table does not have. Data only.
+"""Support for prompt tokens in families outside the role table.
+
+Data only. A family of the table supports them, with the facts in its `Family`.
 
 A family of the table supports them, with the facts in its `Family`.
 """

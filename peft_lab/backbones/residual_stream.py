@@ -1,4 +1,4 @@
-"""Residual connections of one block of a model, from the facts of its family."""
+"""Residual connections of one block of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def residual_connections(family: Family, block: nn.Module, config: Any) -> tuple[ResidualConnection, ...]:
-    """Return the residual connections of a block, in the order in which they run.
+    """Return the residual connections of a block, in their order.
 
     Left out are those whose modules the block lacks, such as cross-attention in the encoder of an encoder-decoder.
 
@@ -26,6 +26,7 @@ def residual_connections(family: Family, block: nn.Module, config: Any) -> tuple
     """
     names = {name for name, _ in getattr(block, "base_layer", block).named_modules()}
     found = [connection for connection in family.residual if _paths(connection) <= names]
+    # OPT-350m has its norms behind the additions, the other sizes before the sub-layers.
     if family.norm_first_flag and getattr(config, family.norm_first_flag, True) is False:
         return tuple(c._replace(norm_before="", norm_after=c.norm_before) for c in found)
     return tuple(found)

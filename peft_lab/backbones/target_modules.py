@@ -1,4 +1,7 @@
-"""Default target modules of a model, from roles: a list of names as peft's own configs have it, else one regex."""
+"""Default target modules of a model, from roles.
+
+A list of names as peft's own configs have it where these are enough, else one regex.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def check_roles(roles: Iterable[str]) -> list[str]:
 def target_modules(
     model: nn.Module, roles: Iterable[str], *, layers: Collection[int] | int | None = None
 ) -> list[str] | str:
-    """Return the value of peft's `target_modules` that finds the modules playing the given roles.
+    """Return peft's `target_modules` for the modules with the given roles.
 
     It is a sorted list of names (`["query", "value"]`) where peft, which compares the ends of paths, finds exactly the
     modules of `target_regex` by it; else that regex. Arguments and errors are those of `target_regex`.
@@ -50,12 +53,16 @@ def target_modules(
     paths = [path for path in dict(unwrap(model).named_modules()) if path]
     matches = re.compile(pattern).fullmatch
     wanted = {path for path in paths if matches(path)}
+    # A bare backbone lacks the modules of a head, so its own are told apart from usual names there.
     names = _common_ends(wanted, set(paths) - wanted)
     return names or pattern
 
 
 def _common_ends(wanted: Collection[str], others: Collection[str]) -> list[str]:
-    """Return the shortest ends of the wanted paths that no other path has; [] if there are none without an index."""
+    """Return the shortest ends of the wanted paths alone.
+
+    [] if another path ends like one of them, or if an end has an index.
+    """
     taken = set(_NAMES_IN_HEADS)
     for path in others:
         while path:
@@ -76,7 +83,7 @@ def _common_ends(wanted: Collection[str], others: Collection[str]) -> list[str]:
 
 
 def target_regex(model: nn.Module, roles: Iterable[str], *, layers: Collection[int] | int | None = None) -> str:
-    """Return one regex for peft's `target_modules` that finds the modules playing the given roles.
+    """Return one regex for peft's `target_modules` from roles.
 
     It matches whole paths (peft uses `re.fullmatch`), the same on the bare backbone, on the model with a head and below
     peft's own prefix, in the module names of transformers 4 and 5; never a head or a pooler.
@@ -109,7 +116,7 @@ def target_regex(model: nn.Module, roles: Iterable[str], *, layers: Collection[i
 
 
 def _role_paths(tower: Tower, roles: Iterable[str]) -> list[tuple[str, str]]:
-    """Return the paths of the roles, or of the roles that stand in for them, each once."""
+    """Return the paths of the roles or of their substitutes, each once."""
     paths: dict[tuple[str, str], None] = {}
     for role in roles:
         for name in _stand_ins(tower, role):
@@ -131,7 +138,10 @@ def _stand_ins(tower: Tower, role: str) -> tuple[str, ...]:
 
 
 def _tower_regex(known: BackboneMap, index: int, paths: Collection[tuple[str, str]], chosen: set[int] | None) -> str:
-    """Return one regex for some of a tower's paths, in the names of either version; "" if there are none."""
+    """Return one regex for some of a tower's paths.
+
+    It fits the names of either version; "" if there are none.
+    """
     tower = known.towers[index]
     numbers_of: dict[str, list[tuple[int, ...]] | None] = dict.fromkeys(["", *tower.family.blocks])
     if chosen is not None:
@@ -165,7 +175,10 @@ def _chosen_numbers(numbers: list[tuple[int, ...]], chosen: set[int]) -> list[tu
 
 
 def _indexed(path: str, numbers: list[tuple[int, ...]] | None) -> str:
-    """Return the path as a regex: every `*` is any index, or the given ones."""
+    """Return a path as a regex.
+
+    Every `*` is any index, or one of the given ones.
+    """
     if numbers is None:
         return path_regex(path)
     parts = re.escape(path).split(r"\*")

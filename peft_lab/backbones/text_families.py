@@ -1,4 +1,7 @@
-"""Families of text backbones: encoders, decoders and encoder-decoders, with Whisper. Data only."""
+"""Families of text backbones, and Whisper.
+
+Encoders, decoders and encoder-decoders. Data only.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Towers of a model: the parts of one naming, such as CLIP's text and vision models.
+"""Towers of a model: parts of one naming, such as CLIP's two.
 
 A part whose `model_type` the family table does not know gets a family made up from its repeated blocks.
 """
@@ -44,22 +44,35 @@ class Tower:
         return cls(path, family, rf"(?:{re.escape(PEFT_PREFIX)})?{under}", known)
 
     def matcher(self, paths: Iterable[tuple[str, str]]) -> re.Pattern[str] | None:
-        """Return a regex of whole module names for (block, path below it), in the table's names; None if none given."""
+        """Return a regex of whole module names at the given paths.
+
+        The paths are (block, path below it), in the table's names; None if none is given.
+        """
         joined = [path_regex(f"{block}.{tail}" if block and tail else block or tail) for block, tail in paths]
         return re.compile(f"{self.prefix}{any_of(joined)}") if joined else None
 
     def block_matcher(self, block: str) -> re.Pattern[str]:
-        """Return a regex of a block and all that lies in it, with its indices as groups."""
+        """Return a regex of a block and all modules in it.
+
+        Its groups are the indices of the block.
+        """
         return re.compile(self.prefix + re.escape(block).replace(r"\*", r"(\d+)") + r"(?:\..+)?")
 
     def block_numbers(self, block: str, path: str) -> tuple[int, ...] | None:
-        """Return the indices of the block that `path` is or lies in, in the names of any version; None outside."""
+        """Return the indices of the block that a path lies in.
+
+        The path may be in the names of any version; None outside the blocks.
+        """
         found = self.block_matcher(block).fullmatch(self.family.renames.new(path))
         return tuple(map(int, found.groups())) if found else None
 
 
 def find_towers(model: nn.Module) -> list[Tower]:
-    """Return the towers of a model, known ones first; [] if it has no repeated blocks."""
+    """Return the towers of a model, known ones first.
+
+    [] if it has no repeated blocks.
+    """
+    # Unknown parts are looked for beside known ones only; alone, the model as a whole is read.
     known = list(_known_towers(model, ""))
     if not known:
         made_up = _made_up(model)

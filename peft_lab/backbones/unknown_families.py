@@ -1,4 +1,7 @@
-"""A family made up on the spot for a model that the role table does not know: what its repeated blocks hold."""
+"""Family of a model that the role table does not know.
+
+It is made up from the repeated blocks.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ _STACK_SHARE = 0.1
 
 
 def made_up_family(model: nn.Module, name: str, heads: Collection[str]) -> Family | None:
-    """The role `linear` for all linear layers of the repeated blocks, `norm` for their norms; None if there are none.
+    """Return a family with the roles `linear` and `norm`.
+
+    These are all linear layers and norms of the repeated blocks; None if there are none.
 
     Blocks are the members of the largest list of like modules, and of lists at least a tenth as large (such as the
     other half of an encoder-decoder). Where they hold no linear layer, `linear` is their ungrouped 2-D convolutions.
@@ -49,7 +54,10 @@ def _size(module: nn.Module) -> int:
 
 
 def _stacks(module: nn.Module, path: str, heads: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost lists of like modules that are themselves made of several: the stacks of blocks."""
+    """Yield the stacks of blocks: the outermost lists of like modules.
+
+    The modules are themselves made of several.
+    """
     from torch import nn
 
     for name, child in module.named_children():
@@ -64,7 +72,10 @@ def _stacks(module: nn.Module, path: str, heads: Collection[str]) -> Iterator[tu
 
 
 def _paths_in(blocks: dict[str, dict[str, nn.Module]], wanted: Callable[[nn.Module], bool]) -> tuple[str, ...]:
-    """Paths of the wanted modules below `{block path: modules of the stack}`; inner indices become `*` where safe."""
+    """Return the paths of the wanted modules in the blocks.
+
+    The blocks are {path of the block: modules of the stack}; inner indices become `*` where safe.
+    """
     from torch import nn
 
     paths: dict[str, None] = {}

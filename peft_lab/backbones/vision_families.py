@@ -1,4 +1,7 @@
-"""Families of vision backbones and of the towers of CLIP and SigLIP. Data only."""
+"""Families of vision backbones and of CLIP's and SigLIP's towers.
+
+Data only.
+"""
 
 from __future__ import annotations
 

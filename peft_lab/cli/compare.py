@@ -60,7 +60,7 @@ def compare(
         retry_failed=retry_failed,
     )
     _summarise(done)
-    if done.failed:
+    if done.failed:  # a script that goes on with the results must notice
         raise typer.Exit(1)
 
 

@@ -100,7 +100,7 @@ def demo(
     picked = list(methods or known)
     check_keys(picked, known, "the methods of the demo")
     console, start = Console(highlight=False), time.perf_counter()
-    context = forkserver("peft_lab.training.run")
+    context = forkserver("peft_lab.training.run")  # imports torch once for all runs
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in chosen:
         results[task] = {method: [] for method in picked}

@@ -27,7 +27,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show the arguments 
         return
     table = new_table("method", "title", "acts on", "default targets", "learning rate", "paper")
     for info in registry.list_methods().values():
-        if info.place == "peft":
+        if info.place == "peft":  # listed by name below
             continue
         table.add_row(
             info.name, info.title, info.place, ", ".join(info.roles), f"{info.learning_rate:g}", _paper(info.paper)
@@ -50,8 +50,10 @@ def _show_method(info: Any, fields: dict[str, Field]) -> None:
         )
     print_out(table)
     for name, values in info.presets.items():
-        shown = ", ".join(f"{key}={'?' if value is ... else value}" for key, value in values.items())
-        print_out(f"preset={name} stands for {escape(shown)}")
+        shown = []
+        for key, value in values.items():
+            shown.append(f"{key}=?" if value is ... else f"{key}={value}")  # `...` must be given by the user
+        print_out(f"preset={name} stands for {escape(', '.join(shown))}")
 
 
 def tasks() -> None:
@@ -71,6 +73,7 @@ def validate(file: Annotated[str, typer.Argument(help="A task, run or study YAML
     from peft_lab.data.task_registry import validate_task
     from peft_lab.runs import run_config, run_folder
 
+    # the keys tell a study from a task and a run
     values = run_config.read_run_file(file)
     if is_study(values):
         from peft_lab.cli.compare import show_study

@@ -14,7 +14,6 @@ from rich.markup import escape
 
 from peft_lab.cli.options import Adapter, Base, BatchSize, OtherBase
 from peft_lab.cli.output import format_metric, new_table, print_out
-from peft_lab.errors import ConfigError, did_you_mean
 
 
 def register(app: typer.Typer) -> None:
@@ -31,12 +30,12 @@ def train(context: typer.Context) -> None:
 
     The options are flags, a run YAML, or both.
     """
-    from peft_lab.runs import run_config, run_folder
+    from peft_lab.runs import command_line, run_config, run_folder
 
-    if not context.args or {"-h", "--help"} & set(context.args):
-        run_config.argument_parser().print_help()
+    if not context.args or {"-h", "--help"} & set(context.args):  # typer's own help would list no flag
+        command_line.argument_parser().print_help()
         raise typer.Exit()
-    file, overrides = run_config.parse_arguments(context.args)
+    file, overrides = command_line.parse_arguments(context.args)
     config = run_config.load_run(file, overrides)
     run_folder.check_run(config)  # before torch is imported
     from peft_lab.training.run import train as run_training
@@ -58,11 +57,10 @@ def evaluate(
     allow_other_base: OtherBase = False,
 ) -> None:
     """Evaluate a saved adapter on a split of its task."""
-    from peft_lab.data.task_registry import SPLITS, load_task
+    from peft_lab.data.task_registry import check_split, load_task
     from peft_lab.runs.run_folder import find_adapter
 
-    if split not in SPLITS:
-        raise ConfigError(f'Unknown split "{split}".{did_you_mean(split, SPLITS)} Splits: {", ".join(SPLITS)}.')
+    check_split(split)
     if task is not None:
         load_task(task)
     folder = find_adapter(adapter)

@@ -73,6 +73,7 @@ def to_lora(
     from peft_lab import to_lora as run_conversion
 
     done = run_conversion(folder, out, rank=rank, model_name_or_path=model_name_or_path)
+    # the worst module tells how far a conversion at a smaller rank is from the original
     worst = max(done.errors, key=lambda name: done.errors[name])
     typer.echo(
         f"LoRA adapter written to {out}: {len(done.ranks)} modules, rank up to {max(done.ranks.values())}, "

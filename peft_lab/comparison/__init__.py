@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_lab.comparison.records.results import Record, read_items, read_results
+    from peft_lab.comparison.records.results import read_predictions, read_results
+    from peft_lab.comparison.records.run import Record
     from peft_lab.comparison.run.recommend import Recommendation, recommend
     from peft_lab.comparison.run.runner import Comparison, compare
     from peft_lab.comparison.study.schema import default_study, load_study
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 #: Public names, resolved on first use: checking a study file needs few of them.
 _LAZY = {
     **dict.fromkeys(("Recommendation", "recommend"), "run.recommend"),
-    **dict.fromkeys(("Record", "read_items", "read_results"), "records.results"),
+    **dict.fromkeys(("read_predictions", "read_results"), "records.results"),
+    "Record": "records.run",
     **dict.fromkeys(("Comparison", "compare"), "run.runner"),
     "Study": "study.study",
     **dict.fromkeys(("default_study", "load_study"), "study.schema"),
@@ -29,7 +31,7 @@ __all__ = [
     "compare",
     "default_study",
     "load_study",
-    "read_items",
+    "read_predictions",
     "read_results",
     "recommend",
 ]

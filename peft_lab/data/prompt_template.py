@@ -1,4 +1,4 @@
-"""Prompt templates: plain column names in braces, filled from a row and never evaluated."""
+"""Prompt templates: column names in braces, filled from a row, never evaluated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FIELD = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 
 class Template(Schema):
-    """Prompt template: a row becomes a prompt and the answer that the model shall learn.
+    """Prompt template, which makes a prompt and an answer of a row.
 
     A field is a column name in braces, `{question}`, or a path into a nested one, `{instances.0.output}`; a literal
     brace is doubled.
@@ -63,7 +63,7 @@ class Template(Schema):
         return fill(self.prompt, row), fill(self.answer, row)
 
     def target(self, row: Mapping[str, Any]) -> str:
-        """What a generated answer must equal.
+        """Text that a generated answer must equal.
 
         Raises:
             TaskError: `extract` does not match the row's own reference, so no model could ever be right.
@@ -77,14 +77,17 @@ class Template(Schema):
         return normalise(match[1])
 
     def found(self, text: str) -> str:
-        """The part of a generated text that is compared with `target`; empty if `extract` finds nothing."""
+        """Part of a generated text that is compared with `target`.
+
+        It is empty if `extract` finds nothing.
+        """
         if not self.extract:
             return normalise(text)
         match = re.search(self.extract, text)
         return normalise(match[1]) if match else ""
 
     def demands(self, prompt: str) -> tuple[str, ...]:
-        """What `required` finds in a prompt, each once.
+        """Texts that `required` finds in a prompt, each once.
 
         Raises:
             TaskError: it finds nothing, so there is nothing that an answer could contain.
@@ -95,7 +98,10 @@ class Template(Schema):
         return tuple(filter(None, found))
 
     def coverage(self, prompt: str, text: str) -> float:
-        """Share of the `demands` of a prompt that stand in a text as whole words, whatever their case."""
+        """Share of the `demands` of a prompt that a text contains.
+
+        They count as whole words, in upper or lower case.
+        """
         text, demands = normalise(text), self.demands(prompt)
         return sum(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None for part in demands) / len(demands)
 
@@ -121,7 +127,7 @@ def fields(text: str) -> list[str]:
 
 
 def fill(text: str, row: Mapping[str, Any]) -> str:
-    """Put a row's values into a template text; a missing value becomes an empty string."""
+    """Fill a template text with a row's values; missing ones are empty."""
     parts = []
     for literal, name, _, _ in string.Formatter().parse(text):
         parts.append(literal)
@@ -132,7 +138,10 @@ def fill(text: str, row: Mapping[str, Any]) -> str:
 
 
 def normalise(text: str) -> str:
-    """The form in which answers are compared: trimmed, lower case, `1,234.00` as `1234`, no closing full stop."""
+    """Normal form in which answers are compared.
+
+    Trimmed, lower case, `1,234.00` as `1234`, no closing full stop.
+    """
     text = " ".join(text.split()).casefold().removesuffix(".")
     return re.sub(r"(?<=\d)\.0+(?!\d)", "", re.sub(r"(?<=\d),(?=\d{3})", "", text))
 

@@ -1,4 +1,4 @@
-"""The rows of a task: read by `datasets`, brought to canonical columns, split once and for all, and fingerprinted."""
+"""Splits of a task: read by `datasets`, with canonical columns, and fingerprinted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Splits:
 
     @property
     def fingerprint(self) -> str:
-        """One hash for the rows that are trained on and chosen by, whether or not the test rows were read."""
+        """Hash of the train and validation rows, whatever the test rows."""
         return _digest([self.fingerprints["train"], self.fingerprints["validation"]])
 
 
@@ -64,10 +64,12 @@ def load_splits(task: Task, seed: int | None = None, *, test: bool = False) -> S
     has_test = "test" in task.splits or task.test_fraction > 0
     if test and not has_test:
         raise TaskError(f'Task "{task.name}" has no test rows: name a "test" split or set "test_fraction".')
+    # labels and prompts are those of all training rows, so they are read before any rows are carved
     train = _canonical(task, "train")
     labels, prompt_values = _label_names(task, train), prompt_column.values_of(task, train)
     train = _encode_labels(task, "train", train, labels)
     parts: dict[str, Dataset] = {}
+    # test rows are carved first and even if nobody asked: train must be the same with and without them
     if "test" not in task.splits and task.test_fraction:
         train, parts["test"] = carve(task, train, "test", task.test_fraction, seed)
     if "validation" in task.splits:
@@ -77,45 +79,55 @@ def load_splits(task: Task, seed: int | None = None, *, test: bool = False) -> S
     parts |= {"train": train, "validation": validation}
     if test and "test" in task.splits:
         parts["test"] = _encode_labels(task, "test", _canonical(task, "test"), labels)
+    # never handed out unasked, so that no choice can be made on them
     if not test:
         parts.pop("test", None)
     fingerprints = {name: fingerprint(part) for name, part in parts.items()}
     return Splits(train, validation, parts.get("test"), labels, prompt_values, fingerprints)
 
 
-def subset(rows: Dataset, count: int | None, seed: int = 0) -> Dataset:
-    """At most `count` rows, drawn by `seed`: sources are often sorted by class, so the first rows will not do."""
-    if count is None or count >= len(rows):
-        return rows
-    return rows.shuffle(seed=seed).select(range(count))
+def subset(dataset: Dataset, count: int | None, seed: int = 0) -> Dataset:
+    """Draw at most `count` rows by `seed`.
+
+    The first rows would not do, because sources are often sorted by class.
+    """
+    if count is None or count >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(count))
 
 
-def per_class(rows: Dataset, count: int, seed: int) -> Dataset:
-    """`count` rows of each class (all of a class that has fewer), drawn by `seed`, in random order.
+def per_class(dataset: Dataset, count: int, seed: int) -> Dataset:
+    """Draw `count` rows of each class by `seed`, in random order.
+
+    A class that has fewer gives all of them.
 
     Raises:
         TaskError: the rows have no classes.
     """
     from datasets import ClassLabel
 
-    if not isinstance(rows.features.get("label"), ClassLabel):
+    if not isinstance(dataset.features.get("label"), ClassLabel):
         raise TaskError("examples_per_class needs a classification task: these rows have no classes.")
-    shuffled = rows.shuffle(seed=seed)
+    shuffled = dataset.shuffle(seed=seed)
     labels = np.asarray(shuffled["label"][:])
     chosen = np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)])
     return shuffled.select(np.sort(chosen))
 
 
-def fingerprint(rows: Dataset) -> str:
-    """Hash of column names, label names and every value, in order; images by the bytes of their files."""
+def fingerprint(dataset: Dataset) -> str:
+    """Hash of column names, label names and every value, in order.
+
+    Images count by the bytes of their files.
+    """
     from datasets import ClassLabel, Image
 
-    names = sorted(rows.column_names)
+    names = sorted(dataset.column_names)
     for name in names:
-        if isinstance(rows.features[name], Image):
-            rows = rows.cast_column(name, Image(decode=False))
-    known = {n: rows.features[n].names for n in names if isinstance(rows.features[n], ClassLabel)}
-    plain = rows.with_format(None)
+        # decoded pixels may differ between versions of the decoder, the bytes of a file do not
+        if isinstance(dataset.features[name], Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+    known = {n: dataset.features[n].names for n in names if isinstance(dataset.features[n], ClassLabel)}
+    plain = dataset.with_format(None)
 
     def lines() -> Iterable[str | bytes]:
         yield json.dumps([names, known], sort_keys=True)
@@ -150,22 +162,23 @@ def _file_bytes(value: dict[str, Any]) -> bytes:
 
 def _canonical(task: Task, split: str) -> Dataset:
     """One split of the source with the canonical columns only."""
-    rows = _read(task, split)
+    dataset = _read(task, split)
     for name, source in task.columns.items():
-        if source not in rows.column_names:
+        if source not in dataset.column_names:
             raise TaskError(
                 f'Task "{task.name}": the {split} data has no column "{source}" for "{name}".'
-                f"{did_you_mean(source, rows.column_names)} Columns: {', '.join(rows.column_names)}."
+                f"{did_you_mean(source, dataset.column_names)} Columns: {', '.join(dataset.column_names)}."
             )
-    if len(rows) == 0:
+    if len(dataset) == 0:
         raise TaskError(f'Task "{task.name}": the {split} data has no rows.')
-    texts = prompt_column.texts(task, split, rows) if PROMPT_IDS in task.columns else None
+    texts = prompt_column.texts(task, split, dataset) if PROMPT_IDS in task.columns else None
+    # one source column may serve as an input and choose the prompts, so it is copied and not renamed
     columns = {name: source for name, source in task.columns.items() if name != PROMPT_IDS}
-    rows = rows.select_columns(list(columns.values()))
-    rows = rows.rename_columns({source: name for name, source in columns.items() if source != name})
+    dataset = dataset.select_columns(list(columns.values()))
+    dataset = dataset.rename_columns({source: name for name, source in columns.items() if source != name})
     if texts is not None:
-        rows = rows.add_column(PROMPT_IDS, texts)
-    return kind(task.kind).cast(rows, task)
+        dataset = dataset.add_column(PROMPT_IDS, texts)
+    return kind(task.kind).cast(dataset, task)
 
 
 def _read(task: Task, split: str) -> Dataset:
@@ -177,7 +190,7 @@ def _read(task: Task, split: str) -> Dataset:
             return datasets.load_dataset(data.path, data.name or None, revision=data.revision or None, split=source)
         files: Any = data_files(task, split)
         if data.builder == "imagefolder":
-            files = [f"{folder}/**" for folder in files]
+            files = [f"{folder}/**" for folder in files]  # else images in folders of folders are missed
         options = dict(data.options)
         if data.builder == "csv":
             # pandas would turn the texts "null", "None" and "NA" into missing values
@@ -193,7 +206,10 @@ def _read(task: Task, split: str) -> Dataset:
 
 
 def _label_names(task: Task, train: Dataset) -> tuple[str, ...] | None:
-    """The task's label names, else those the data declares, else the sorted values of the train rows."""
+    """Label names in the order of the model's outputs; None without classes.
+
+    They are the task's, else those that the data declares, else the sorted values of the train rows.
+    """
     from datasets import ClassLabel
 
     if "label" not in train.column_names or task.problem_type == "regression":
@@ -201,6 +217,7 @@ def _label_names(task: Task, train: Dataset) -> tuple[str, ...] | None:
     feature = train.features["label"]
     if isinstance(feature, ClassLabel):
         if task.labels and set(task.labels) == set(feature.names) and list(task.labels) != feature.names:
+            # the classes of image folders are matched by name, all others by position
             if task.data.builder != "imagefolder":
                 raise TaskError(
                     f'Task "{task.name}": the data has the labels in this order: {", ".join(feature.names)}.'
@@ -219,34 +236,37 @@ def _label_names(task: Task, train: Dataset) -> tuple[str, ...] | None:
     return tuple(str(value) for value in values)
 
 
-def _encode_labels(task: Task, split: str, rows: Dataset, labels: tuple[str, ...] | None) -> Dataset:
-    """The rows with `label` as a `ClassLabel` over `labels`, or as a float for regression."""
+def _encode_labels(task: Task, split: str, dataset: Dataset, labels: tuple[str, ...] | None) -> Dataset:
+    """Data set with `label` as a `ClassLabel` over `labels`, or as float32."""
     from datasets import ClassLabel, Value
 
-    if "label" not in rows.column_names:
-        return rows
+    if "label" not in dataset.column_names:
+        return dataset
     if labels is None:
-        return rows.cast_column("label", Value("float32"))
-    number = _numbering(rows, labels, by_name=not task.labels or task.data.builder == "imagefolder")
+        return dataset.cast_column("label", Value("float32"))
+    number = _numbering(dataset, labels, by_name=not task.labels or task.data.builder == "imagefolder")
 
     def encode(values: list[Any]) -> dict[str, list[int]]:
         return {"label": [_index(task, split, value, number, labels) for value in values]}
 
-    features = rows.features.copy()
+    features = dataset.features.copy()
     features["label"] = ClassLabel(names=list(labels))
-    return rows.map(encode, input_columns="label", batched=True, features=features, desc=f"Labels of {split}")
+    return dataset.map(encode, input_columns="label", batched=True, features=features, desc=f"Labels of {split}")
 
 
-def _numbering(rows: Dataset, labels: Sequence[str], by_name: bool) -> Callable[[Any], int | None]:
-    """How a value of the label column becomes a number: whole numbers are positions unless they are names."""
+def _numbering(dataset: Dataset, labels: Sequence[str], by_name: bool) -> Callable[[Any], int | None]:
+    """Function from a value of the label column to its class index.
+
+    Whole numbers are indices unless they are names of labels; None for a value that is neither.
+    """
     from datasets import ClassLabel
 
-    feature, position = rows.features["label"], {name: index for index, name in enumerate(labels)}
+    feature, position = dataset.features["label"], {name: index for index, name in enumerate(labels)}
     if isinstance(feature, ClassLabel):
         if by_name:
             return lambda value: position.get(feature.names[value]) if value is not None and value >= 0 else None
         return lambda value: value if value is not None and 0 <= value < len(labels) else None
-    values = set(rows.unique("label"))
+    values = set(dataset.unique("label"))
     if by_name or not all(isinstance(v, int) for v in values) or all(str(v) in position for v in values):
         return lambda value: position.get(str(value))
     return lambda value: value if 0 <= value < len(labels) else None
@@ -261,23 +281,24 @@ def _index(task: Task, split: str, value: Any, number: Callable[[Any], int | Non
     return index
 
 
-def carve(task: Task, rows: Dataset, split: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split rows into (rest, carved), stratified by label where every class is frequent enough.
+def carve(task: Task, dataset: Dataset, split: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split rows into (rest, carved), stratified by label where classes allow it.
 
     Raises:
         TaskError: there are too few rows.
     """
     from datasets import ClassLabel
 
-    count = round(fraction * len(rows))
-    if not 0 < count < len(rows):
-        raise TaskError(f'Task "{task.name}": {len(rows)} rows are too few to carve a {split} split from them.')
+    count = round(fraction * len(dataset))
+    if not 0 < count < len(dataset):
+        raise TaskError(f'Task "{task.name}": {len(dataset)} rows are too few to carve a {split} split from them.')
+    # scikit-learn refuses to stratify a class of one row, or more classes than rows in a part
     stratify = None
-    if isinstance(rows.features.get("label"), ClassLabel):
-        sizes = Counter(rows["label"][:]).values()
-        if min(sizes) >= 2 and len(sizes) <= min(count, len(rows) - count):
+    if isinstance(dataset.features.get("label"), ClassLabel):
+        sizes = Counter(dataset["label"][:]).values()
+        if min(sizes) >= 2 and len(sizes) <= min(count, len(dataset) - count):
             stratify = "label"
         else:
             logger.warning('Task "%s": the %s rows are drawn at random, for some classes are rare.', task.name, split)
-    halves = rows.train_test_split(test_size=count, seed=seed, stratify_by_column=stratify)
+    halves = dataset.train_test_split(test_size=count, seed=seed, stratify_by_column=stratify)
     return halves["train"], halves["test"]

@@ -1,4 +1,4 @@
-"""What a task is: one YAML file with a closed schema, and where tasks and kinds of task are found.
+"""Look-up of tasks and kinds of task.
 
 A *kind* (text classification, ...) is a Python file of `peft_lab.tasks` with a module-level `KIND`; a *task* is a YAML
 file there, or anywhere a user keeps one. Third parties add both by the entry-point group `peft_lab.tasks`: an entry
@@ -22,7 +22,7 @@ import yaml
 
 from peft_lab.data.prompt_template import Template
 from peft_lab.data.task_schema import SPLITS, DataSource, Task, build, builtin_folders
-from peft_lab.errors import TaskError, did_you_mean
+from peft_lab.errors import ConfigError, TaskError, did_you_mean
 from peft_lab.registry import TASK_ENTRY_POINTS, kind_info
 from peft_lab.utils import plain_yaml
 from peft_lab.utils.data_root import DATA_PREFIX, DATA_VARIABLE, below_data
@@ -34,6 +34,7 @@ __all__ = [
     "DataSource",
     "Task",
     "Template",
+    "check_split",
     "data_files",
     "kind",
     "list_tasks",
@@ -41,6 +42,12 @@ __all__ = [
     "parse_task",
     "validate_task",
 ]
+
+
+def check_split(split: str) -> None:
+    """Raise `ConfigError` if `split` is not the name of a split."""
+    if split not in SPLITS:
+        raise ConfigError(f'Unknown split "{split}".{did_you_mean(split, SPLITS)} Splits: {", ".join(SPLITS)}.')
 
 
 def list_tasks() -> dict[str, Task]:
@@ -66,7 +73,7 @@ def load_task(name_or_path: str | os.PathLike[str] | Task) -> Task:
 
 
 def validate_task(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any]) -> Task:
-    """Check a task as thoroughly as is possible without reading its data, and return it.
+    """Check a task without reading its data, and return it.
 
     On top of what `load_task` checks, local files must exist (those below `${PEFT_LAB_DATA}` if that is set).
 
@@ -74,6 +81,7 @@ def validate_task(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any]) -
         TaskError: names the file, the key, the value and the mend.
     """
     task = parse_task(path_or_mapping) if isinstance(path_or_mapping, Mapping) else load_task(path_or_mapping)
+    # the form of a task can be checked on a machine that has no data
     if task.where != f"${DATA_VARIABLE}" or os.environ.get(DATA_VARIABLE):
         for split in task.data.files:
             data_files(task, split)
@@ -82,7 +90,7 @@ def validate_task(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any]) -
 
 @lru_cache(maxsize=256)
 def kind(name: str) -> Any:
-    """The runtime of a kind of task: an object of the class that its card names.
+    """Runtime of a kind of task: an object of its card's class.
 
     Raises:
         TaskError: there is no kind of that name, or its module cannot be imported.
@@ -95,7 +103,9 @@ def kind(name: str) -> Any:
 
 
 def data_files(task: Task, split: str) -> list[str]:
-    """The files of one split as absolute paths, wildcards expanded in sorted order.
+    """Files of one split, as absolute paths.
+
+    Wildcards are expanded in sorted order.
 
     Raises:
         TaskError: `${PEFT_LAB_DATA}` is needed and not set, or a file does not exist.
@@ -113,7 +123,9 @@ def data_files(task: Task, split: str) -> list[str]:
 
 
 def parse_task(mapping: Mapping[str, Any], origin: Path | None = None) -> Task:
-    """Build a task from the mapping that a YAML file holds; `origin` names the file in messages and anchors its paths.
+    """Build a task from the mapping that a YAML file holds.
+
+    `origin` names the file in messages and anchors its paths.
 
     Raises:
         TaskError: unknown key, wrong type, or values that do not fit together.
@@ -154,6 +166,7 @@ def _installed_tasks() -> dict[str, Task]:
     for folder in builtin_folders():
         for file in sorted(folder.glob("*.yaml")):
             task = _read(file)
+            # `peft-lab tasks` shows names, and people look for a file of that name
             if task.name != file.stem:
                 raise TaskError(f'{file}: the name "{task.name}" must be the name of the file.')
             found[task.name] = task

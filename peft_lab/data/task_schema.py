@@ -1,4 +1,4 @@
-"""The closed schema of a task file: keys, types, and values that must fit together. Imports nothing heavy."""
+"""Closed schema of a task file. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ class _LocalData(Schema):
 
 
 class DataSource(Schema):
-    """Source of the rows: a data set of the Hub, or local files read by a builder of `datasets`.
+    """Source of a task's rows.
+
+    It is a data set of the Hub, or local files that a builder of `datasets` reads.
 
     Attributes:
         path, name, revision: Hub id, configuration and commit, branch or tag ("" for local files).
@@ -139,14 +141,14 @@ def _local_data(values: Mapping[str, Any]) -> DataSource:
 
 
 def _check_name(name: str) -> str:
-    """Refuse a task's name unless it is safe as a folder name and as a word of a command line."""
+    """Refuse a task's name that is unsafe in paths and command lines."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
         raise TaskError(f'The name "{name}" must be lower case letters, digits, ".", "-" and "_", at most 64 of them.')
     return name
 
 
 def _names(values: Any, what: str, least: int) -> tuple[str, ...]:
-    """A list of names, none of them twice, as a tuple of texts; whole numbers become texts."""
+    """Different names as a tuple of texts; whole numbers become texts."""
     if not isinstance(values, list):
         raise TaskError(f'"{what}s" in a task must be a list, not {describe(values)}.')
     for value in values:
@@ -163,7 +165,7 @@ def _names(values: Any, what: str, least: int) -> tuple[str, ...]:
 
 
 def _double(names: Iterable[str]) -> str | None:
-    """The first name that is there twice."""
+    """First name that is there twice; None if all differ."""
     names = list(names)
     return next((name for name in names if names.count(name) > 1), None)
 
@@ -185,7 +187,9 @@ _Fraction = Annotated[float, Field(gt=0, le=0.5)]
 
 
 class Task(Schema):
-    """One task, as its YAML file says. Build it with `load_task` or `validate_task`, which check every value.
+    """Task, as its YAML file says.
+
+    `load_task` and `validate_task` build it; its constructor does not check all values against each other.
 
     Attributes:
         splits: our split names -> the source's; what is missing is carved from train by `load_splits`.
@@ -236,12 +240,12 @@ class Task(Schema):
 
     @property
     def main_metric(self) -> str:
-        """The metric that chooses the best checkpoint, under the name it has in the results."""
+        """Metric that chooses the best checkpoint, by its name in the results."""
         return Path(self.metrics[0]).stem
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Canonical columns that hold what a model may look at: neither the answer nor `prompt_ids`."""
+        """Canonical columns that a model may look at: neither answer nor `prompt_ids`."""
         known = self.template.inputs() if self.template else tuple(name for name in self.columns if name != "label")
         return tuple(name for name in known if name != PROMPT_IDS)
 
@@ -275,7 +279,7 @@ def builtin_folders() -> tuple[Path, ...]:
 
 
 def build(mapping: Mapping[str, Any], origin: Path | None) -> Task:
-    """Build a checked task; raises `TaskError` with one sentence about the first thing that is wrong.
+    """Build a checked task.
 
     `origin` is the YAML file, if there is one, and anchors relative paths.
     """
@@ -317,7 +321,10 @@ def _check_fractions(task: Task) -> None:
 
 
 def _columns(task: Task, rule: KindInfo) -> dict[str, str]:
-    """Canonical column -> column of the source; columns of a template that are not named keep their names."""
+    """Canonical column -> column of the source.
+
+    Columns of a template that the task does not name keep their names.
+    """
     known = dict(rule.columns) if task.template is None else dict.fromkeys(task.template.columns(), False)
     if PROMPT_IDS in known:
         raise TaskError(f'"{PROMPT_IDS}" is the column that chooses prompts; call the one of the template otherwise.')
@@ -338,7 +345,10 @@ def _columns(task: Task, rule: KindInfo) -> dict[str, str]:
 
 
 def _metrics(task: Task, rule: KindInfo) -> tuple[str, ...]:
-    """Names of the metrics, and absolute paths of the user's own; by default the kind's first."""
+    """Names of the metrics, and absolute paths of the user's own.
+
+    By default the first metric of the kind.
+    """
     allowed = rule.metrics_for(task.problem_type)
     if "metrics" not in task.model_fields_set:
         return allowed[:1]
@@ -354,7 +364,7 @@ def _metrics(task: Task, rule: KindInfo) -> tuple[str, ...]:
 
 
 def _check_prompt_column(task: Task) -> None:
-    """Raise `TaskError` if a task chooses prompts by what is not known before the answer, or by no column."""
+    """Raise `TaskError` if no column, or the answer, would choose the prompts."""
     source = task.columns.get(PROMPT_IDS)
     if source is None:
         if task.prompt_values:

@@ -1,4 +1,4 @@
-"""Merging of an adapter into its base, saved in the format of transformers alone."""
+"""Merging of an adapter into its base, saved for transformers alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from peft_lab.runs.run_folder import refuse_filled, write_labels
 def merge(
     adapter: str | Path, out: str | Path, model_name_or_path: str | None = None, *, allow_other_base: bool = False
 ) -> Path:
-    """Merge an adapter into its base and save the result, which loads with transformers alone.
+    """Merge an adapter into its base and save the result.
+
+    It loads with transformers alone.
 
     Raises:
         ConfigError: the method cannot be merged, there is no adapter, the merged model would lose weights when loaded
@@ -45,7 +47,7 @@ def merge(
 
 
 def check_reloadable(model: PreTrainedModel) -> None:
-    """Check that `save_pretrained` and `from_pretrained` give back every weight of a merged model.
+    """Check that a saved merged model reloads every weight.
 
     Merging a method that shifts features creates biases where there were none. Where the family has a config flag for
     them, it is set in `model.config`; else a reload would drop them silently.
@@ -63,6 +65,7 @@ def check_reloadable(model: PreTrainedModel) -> None:
             # The flag may also ask for biases that merging did not create.
             if _lacking(model, config):
                 setattr(config, flag, False)
+    # Biases without a flag, or with one that the whole family shares.
     left = _extra(model, config)
     if left:
         raise ConfigError(
@@ -74,16 +77,16 @@ def check_reloadable(model: PreTrainedModel) -> None:
 
 
 def _rebuilt(model: PreTrainedModel, config: Any) -> set[str]:
-    """Return the names of the weights that the class of `model` has with this config."""
+    """Return the weight names of the model's class with this config."""
     with torch.device("meta"):
         return set(type(model)(copy.deepcopy(config)).state_dict())
 
 
 def _extra(model: PreTrainedModel, config: Any) -> list[str]:
-    """Return weights of the model that a reload with this config would drop."""
+    """Return weights that a reload with this config would drop."""
     return sorted(set(model.state_dict()) - _rebuilt(model, config))
 
 
 def _lacking(model: PreTrainedModel, config: Any) -> list[str]:
-    """Return weights that a reload with this config would miss in the model's file."""
+    """Return weights that a reload with this config would miss."""
     return sorted(_rebuilt(model, config) - set(model.state_dict()))

@@ -1,4 +1,4 @@
-"""Convert an adapter that adds a delta to weights into a LoRA adapter that loads with peft alone.
+"""Conversion of weight-delta adapters into LoRA adapters, which load with peft alone.
 
 A method that declares `lora_export` converts exactly: by its own factors where its layer has them, else by the singular
 value decomposition of its delta at the delta's numerical rank. Tuners of peft convert where peft says that they can.
@@ -27,23 +27,26 @@ from torch import Tensor, nn
 from peft_lab import registry
 from peft_lab.adapter_files import safe_files
 from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, write_json
+from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.backbones.pypi_weights import resolve_model
 from peft_lab.errors import ConfigError
 from peft_lab.hub.model_card import card_text
 from peft_lab.hub.public_copy import PROCESSOR_FILES, head_outputs
-from peft_lab.loading.load_run import base_of, load, trained_task
+from peft_lab.loading.adapter_folder import AdapterFolder
+from peft_lab.loading.load_run import load
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
+from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.operations import Operation, operation
+from peft_lab.tuners.registration import has_trait
 
 #: Relative error (Frobenius norm) that counts as exact: what float32 rounding leaves of a low-rank product.
 _EXACT = 5e-7
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A LoRA adapter.
+    """LoRA adapter made from another one.
 
     Attributes:
         config: its config, with `lora_alpha` equal to the rank: the scaling is 1 everywhere.
@@ -63,7 +66,9 @@ class Converted:
 def to_lora(
     adapter: str | Path, out: str | Path, *, rank: int | None = None, model_name_or_path: str | None = None
 ) -> Converted:
-    """Convert a saved adapter and write the LoRA adapter, with processor, labels and card, into a new folder.
+    """Convert a saved adapter into a LoRA adapter in a new folder.
+
+    Processor, labels and card are written too.
 
     Args:
         adapter: folder of a run, any folder of a peft adapter, or a Hub id.
@@ -89,7 +94,12 @@ def to_lora(
 
 
 def convert(model: Any, adapter_name: str = "default", rank: int | None = None) -> Converted:
-    """Convert an adapter on a model in memory, which stays as it is.
+    """Convert an adapter of a model in memory, which is not changed.
+
+    Args:
+        model: a `PeftModel`.
+        adapter_name: the adapter to convert.
+        rank: largest rank; by default what an exact conversion needs.
 
     Raises:
         ConfigError: as `to_lora`.
@@ -101,37 +111,40 @@ def convert(model: Any, adapter_name: str = "default", rank: int | None = None) 
     _check_method(info)
     if (getattr(config, "bias", None) or "none") != "none":
         raise ConfigError(f'The adapter trains biases (bias="{config.bias}"), which LoRA alone cannot hold.')
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     for path, layer in layers.items():
-        name = path.removeprefix(_PREFIX)
+        name = path.removeprefix(PEFT_PREFIX)
         base: Any = layer.get_base_layer()
         op = operation(base, name)
         _check_layer(info, layer, base, op, name, adapter_name)
         with torch.no_grad():
             up, down, errors[name] = _factors(layer, base, op, adapter_name, rank)
         ranks[name] = down.shape[0]
-        state |= {f"{_PREFIX}{name}.{key}": value for key, value in _entries(op, base, up, down).items()}
+        for key, value in _entries(op, base, up, down).items():
+            state[f"{PEFT_PREFIX}{name}.{key}"] = value
     if not ranks:
         raise ConfigError(f'Method "{info.name}" adds no delta to a weight here, so LoRA has nothing to take over.')
     return Converted(_config(config, model, layers, ranks), state | _heads(model, adapter_name), ranks, errors, info)
 
 
 def _check_method(info: MethodInfo) -> None:
+    """Refuse a method that LoRA cannot express."""
     if info.name == "lora":
         raise ConfigError("The adapter is a LoRA adapter already: there is nothing to convert.")
-    if info.place == "peft" or info.can("lora_export"):
+    if info.place == "peft" or has_trait(info, "exports_lora"):
         return
     mend = "; `peft-lab merge` folds it into the base weights" if info.can("merge") else ""
     raise ConfigError(
         f'Method "{info.name}" acts on more than a low-rank delta of weights and does not declare that it '
-        f"{registry.CAPABILITIES['lora_export']}{mend}."
+        f"{'converts exactly to LoRA'}{mend}."
     )
 
 
 def _check_layer(info: MethodInfo, layer: Any, base: Any, op: Operation, name: str, adapter: str) -> None:
+    """Refuse a layer whose delta peft's LoRA cannot express."""
     if info.place == "peft" and not layer.supports_lora_conversion(adapter):
         raise ConfigError(
             f'peft has no weight delta for "{name}" with method "{info.name}" that LoRA could take over; '
@@ -142,14 +155,15 @@ def _check_layer(info: MethodInfo, layer: Any, base: Any, op: Operation, name: s
 
 
 def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """Factors B (out, r) and A (r, in) in float32, and the relative error of their product.
+    """LoRA factors B (out, r), A (r, in) in float32, and their error.
 
-    For a convolution with groups A has the rows of all groups, and B those of a row's own group: (out, r / groups).
+    The error is relative to the delta (Frobenius norm). For a convolution with groups A has the rows of all groups, and
+    B those of a row's own group: (out, r / groups).
     """
     own = layer.lora_factors(adapter) if hasattr(layer, "lora_factors") else None
     delta = own[0].double() @ own[1].double() if own else op.matrix(_delta(layer, base, adapter)).double()
     groups = base.groups if op.op_type == "conv2d" else 1
-    if own is not None and groups == 1:
+    if own is not None and groups == 1:  # the method's own factors, without the directions that are still zero
         used = (own[0] != 0).any(0)
         used[0] = True  # peft has no rank 0
         up, down = own[0][:, used], own[1][used]
@@ -162,7 +176,10 @@ def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | Non
 
 
 def _delta(layer: Any, base: Any, adapter: str) -> Tensor:
-    """The delta in the layout of the weight; what merging a copy changes if the tuner gives none by name (MiSS)."""
+    """Delta in the layout of the weight.
+
+    Tuners that give none by name (MiSS) merge a copy, and the delta is the change of its weight.
+    """
     parameters = inspect.signature(layer.get_delta_weight).parameters.values()
     if sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 1:
         delta: Tensor = layer.get_delta_weight(adapter)
@@ -173,16 +190,19 @@ def _delta(layer: Any, base: Any, adapter: str) -> Tensor:
 
 
 def _decomposed(delta: Tensor, groups: int, rank: int | None) -> tuple[Tensor, Tensor]:
-    """The best factors of each group's rows at a rank, by default the smallest one that is exact."""
+    """Best factors at a rank, for each group's rows.
+
+    The rank is by default the smallest one that is exact.
+    """
     u, s, vh = torch.linalg.svd(delta.reshape(groups, -1, delta.shape[1]), full_matrices=False)
-    left = s.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # what is lost by stopping before each value
+    left = s.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # error of stopping before each singular value
     needed = int((left > _EXACT * left[:, :1]).sum(-1).max())
     kept = max(1, needed if rank is None else min(rank, needed))
     return (u * s[:, None])[..., :kept].reshape(-1, kept), vh[:, :kept].reshape(-1, delta.shape[1])
 
 
 def _entries(op: Operation, base: Any, up: Tensor, down: Tensor) -> dict[str, Tensor]:
-    """The entries of peft's LoRA file for one module."""
+    """Entries of peft's LoRA file for one module."""
     if op.op_type == "embedding":  # the matrix is (tokens, dim)
         return {"lora_embedding_A": up.T.contiguous(), "lora_embedding_B": down.T.contiguous()}
     if op.op_type == "conv2d":
@@ -196,6 +216,10 @@ def _entries(op: Operation, base: Any, up: Tensor, down: Tensor) -> dict[str, Te
 
 
 def _config(config: Any, model: Any, layers: dict[str, Any], ranks: dict[str, int]) -> LoraConfig:
+    """LoRA config of the converted adapter.
+
+    The most common rank is its `r`; modules of another rank are named in its patterns.
+    """
     common = Counter(ranks.values()).most_common(1)[0][0]
     # anchored: a bare name would also match a longer one that ends with it
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()} if len({*ranks.values()}) > 1 else {}
@@ -217,28 +241,33 @@ def _config(config: Any, model: Any, layers: dict[str, Any], ranks: dict[str, in
 
 
 def _targets(model: nn.Module, ranks: dict[str, int]) -> list[str] | str:
-    """The adapted modules for `target_modules`: last names or paths if they say it, else a regex of the paths."""
-    paths = {name.removeprefix(_PREFIX) for name, _ in model.named_modules()}
+    """Value of `target_modules` that matches the adapted modules alone.
+
+    It is a list of last names or of paths where that is enough, else a regex of the paths.
+    """
+    paths = {name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()}
     others = {path for path in paths if path not in ranks and not path.endswith(".base_layer")}
     for names in ({name.rpartition(".")[2] for name in ranks}, set(ranks)):
-        if not any(other == name or other.endswith(f".{name}") for other in others for name in names):
+        endings = tuple(f".{name}" for name in names)
+        if not any(f".{other}".endswith(endings) for other in others):
             return sorted(names)
     return "|".join(re.escape(name) for name in ranks)
 
 
 def _heads(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """What the adapter's file holds of modules that were trained in full."""
-    heads = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+    """Entries of the modules that were trained in full."""
+    heads = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
     saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    return {key: value.detach().clone().contiguous() for key, value in saved.items() if heads and key.startswith(heads)}
+    # safetensors refuses tensors that share memory, such as tied embeddings
+    return {key: value.detach().clone().contiguous() for key, value in saved.items() if key.startswith(heads)}
 
 
 def _load(folder: Path, config: dict[str, Any], base: str | None) -> PeftModel:
-    """The adapter on its base: as its run trained it, else as adapter_config.json describes it."""
+    """Load the adapter on its base, by its run or by adapter_config.json."""
     if run_folder.read_metrics(folder).get("run"):
         model: Any = load(folder, None, base).model
         return model
-    path = resolve_model(base or base_of(folder, {}))
+    path = resolve_model(base or AdapterFolder(folder).base_name())
     mapping, task_type = config.get("auto_mapping") or {}, config.get("task_type")
     if task_type:
         auto = peft.auto.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task_type].__name__.replace("PeftModelFor", "AutoModelFor")
@@ -256,6 +285,7 @@ def _load(folder: Path, config: dict[str, Any], base: str | None) -> PeftModel:
 
 
 def _write(done: Converted, folder: Path, out: Path) -> None:
+    """Write the converted adapter; metrics and card tell of the conversion."""
     out.mkdir(parents=True, exist_ok=True)
     done.config.save_pretrained(str(out))
     save_file(done.state, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -271,7 +301,7 @@ def _write(done: Converted, folder: Path, out: Path) -> None:
         "title": done.origin.title,
         "rank": max(done.ranks.values()),
         "max_relative_error": max(done.errors.values()),
-        "modules": {n: {"rank": r, "relative_error": done.errors[n]} for n, r in done.ranks.items()},
+        "modules": {name: {"rank": rank, "relative_error": done.errors[name]} for name, rank in done.ranks.items()},
     }
     task = trained_task(folder, run_folder.read_origin(folder))
     (out / run_folder.CARD).write_text(card_text(out.name, metrics, registry.method("lora"), task), encoding="utf-8")

@@ -40,7 +40,7 @@ def eval_results(
     found = []
     for split, values in metrics["metrics"].items():
         for name, value in values.items():
-            if name == "loss":
+            if name == "loss":  # no metric that others could compare
                 continue
             result = entry(
                 dataset_split=task.splits.get(split, split),

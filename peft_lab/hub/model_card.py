@@ -19,6 +19,7 @@ from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.hub.evaluation_results import eval_results, mean_of_arm
 from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
+from peft_lab.tuners.registration import has_trait
 from peft_lab.utils.text import markdown_text
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _usage(
         return Usage("transformers", auto, f'{auto}.from_pretrained("{source}")')
     if not peft_finds_base:
         return Usage("peft_lab.loading.load_run", "load", f'load("{source}").model')
-    options = "" if labels is None or info.can("keeps_head") else f", num_labels={labels}"
+    options = "" if labels is None or has_trait(info, "uses_source_head") else f", num_labels={labels}"
     if kind.info.task_type is None:
         # peft loads the class that the base was; a head for other labels is replaced by the saved one
         auto, options = "AutoModel", f"{options}, ignore_mismatched_sizes=True" if options else ""
@@ -320,6 +321,7 @@ def _jackknife(metric: str, items: Predictions | None, labels: int | None) -> tu
     if found is None:
         return None
     value, rows = found
+    # the jackknife values scatter as the metric does over the choice of rows
     half = t.ppf(0.975, len(rows) - 1) * rows.std(ddof=1) / len(rows) ** 0.5
     least, most = BOUNDS.get(metric, (float("-inf"), float("inf")))
     return max(least, value - half), min(most, value + half)

@@ -104,7 +104,7 @@ def find_base(folder: Path, metrics: Mapping[str, Any], given: str | None = None
         if public is not None:
             pinned = metrics.get("base_revision") or run.get("model_revision") or config.get("revision")
             return Base(public, on_hub=True, revision=None if is_local(name) else pinned)
-    if not needed:
+    if not needed:  # a whole model loads without its base
         return Base(Path(named[0]).name if named else "its base")
     what = f'is the folder "{named[0]}" of this machine' if named else "is not named"
     raise ConfigError(
@@ -127,26 +127,28 @@ def _stage_run(
     folder: Path, metrics: dict[str, Any], repo_id: str, out: Path, base: Base, standing: Standing | None
 ) -> None:
     """Write the records and the card of a run of peft-lab."""
-    from peft_lab.loading.load_run import trained_task  # imports torch
+    from peft_lab.runs.trained_task import trained_task  # imports datasets
 
     run = metrics["run"]
     info = registry.method("lora" if "lora_export" in metrics else run["method"])
     task = trained_task(folder, run_folder.read_origin(folder))
     own_task = (folder / run_folder.TASK).is_file()
-    public = {k: v for k, v in run.items() if k not in LOCAL_OPTIONS and v is not None} | {
+    given = {name: value for name, value in run.items() if name not in LOCAL_OPTIONS and value is not None}
+    public = given | {
         # a short name stays: its package is there without the Hub, and `base_model` says where else it is
         "model_name_or_path": run["model_name_or_path"] if run["model_name_or_path"] in BACKBONES else base.name,
         "output_dir": repo_id.rpartition("/")[2],
     }
     public = run_folder.without_paths(public)
+    # the commit that the cache had at training time, so that others load the same weights
     if base.revision and not public.get("model_revision") and public["model_name_or_path"] == base.name:
         public["model_revision"] = base.revision
     if own_task:
         _rewrite(folder / run_folder.TASK, out / run_folder.TASK, run_folder.without_paths)
         public["task"] = run_folder.TASK
-    shown = run_folder.without_paths(metrics) | {
-        "run": {k: v for k, v in public.items() if not (own_task and k == "task")}
-    }
+    # metrics.json names only built-in tasks: a task of one's own is the file beside it
+    options = {name: value for name, value in public.items() if name != "task" or not own_task}
+    shown = run_folder.without_paths(metrics) | {"run": options}
     if "base_model_name_or_path" in shown.get("method_config", {}):
         shown["method_config"] |= {"base_model_name_or_path": base.name}
     write_json(out / run_folder.METRICS, shown)
@@ -207,7 +209,7 @@ def refuse_private(folder: Path, texts: Iterable[str]) -> None:
 
 
 def _header(path: Path) -> bytes:
-    """JSON header of a safetensors file, whose length the first 8 bytes give."""
+    """JSON header of a safetensors file, by its length in 8 bytes."""
     with path.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little"))
 

@@ -52,6 +52,7 @@ def push(
     """
     check_repo_id(repo_id)
     folder = local_adapter(adapter)
+    # the copy is checked for paths and secrets before the Hub is asked for anything
     with tempfile.TemporaryDirectory() as scratch:
         secrets = [token or get_token() or ""]
         stage(folder, repo_id, Path(scratch), base_model, secrets)
@@ -75,6 +76,7 @@ def create_repository(repo_id: str, private: bool = True, token: str | None = No
         api = HfApi(token=token, library_name="peft-lab")
         full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         found = api.model_info(full).private
+    # an existing repository keeps its visibility, which must not surprise its owner
     if found is not None and found != private:
         there, mend = ("private", "leave out --public") if found else ("public", "pass --public")
         raise ConfigError(f'Repository "{full}" is there already and is {there}; {mend}, or name another one.')
@@ -82,7 +84,7 @@ def create_repository(repo_id: str, private: bool = True, token: str | None = No
 
 
 def local_adapter(adapter: str | Path) -> Path:
-    """The folder of an adapter on this machine.
+    """Folder of an adapter on this machine.
 
     Raises:
         ConfigError: there is none, or it holds no safetensors weights.
@@ -104,6 +106,7 @@ def check_repo_id(repo_id: str) -> None:
         raise ConfigError(f'Repository "{repo_id}" must be written USER/NAME.')
 
 
+#: Refusals of the Hub by status, in words that name the mend.
 _REASONS = {
     401: "it knows no valid token (401); log in with `hf auth login`, or pass --token",
     403: "the token may not write there (403); take one with write permission, or another user or organisation",

@@ -1,19 +1,21 @@
-"""Adapter configs read from files: ours by their own schema, those of peft's tuners closed here in the same way."""
+"""Configs of adapters from files.
+
+Ours check themselves, those of peft's tuners are checked here.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from peft_lab.adapter_files import safe_files
-from peft_lab.adapter_files.names import ADAPTER_CONFIG
+from peft_lab.adapter_files.name_patterns import without_patterns
 from peft_lab.backbones import module_roles
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.config import AdapterConfig, check_patterns, fits, shorten, type_hints
@@ -25,23 +27,46 @@ _SIZE = re.compile(r"(?:^|_)(?:r|rank|ranks|tokens|layers|dim|size|num|n|length|
 _SMALL = 4096
 
 
-def read_config(folder: Path) -> PeftConfig:
-    """The config of an adapter's folder, checked.
+def plain_values(values: dict[str, Any], header: Mapping[str, tuple[str, list[int]]], path: str) -> dict[str, Any]:
+    """Return config values without regexes of modules.
+
+    Args:
+        header: dtype and shape of each entry of the weights; it names the modules.
+
+    Raises:
+        ConfigError: the modules behind a regex cannot be read off the weights.
+    """
+    prefix = parameter_prefix(values)
+    return values if not prefix else without_patterns(values, header, prefix, f'"{path}"')
+
+
+def parameter_prefix(values: dict[str, Any]) -> str:
+    """Return the prefix of a tuner's parameters, such as "lora_".
+
+    "" without a tuner.
+    """
+    tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    peft_type = values.get("peft_type")
+    return getattr(tuners.get(peft_type), "prefix", "") if isinstance(peft_type, str) else ""
+
+
+def parse_config(values: dict[str, Any], path: str) -> PeftConfig:
+    """Return the checked config from an adapter_config.json.
+
+    `values` is its content, and `path` names it in errors.
 
     Raises:
         ConfigError: an unknown type or key, a value of the wrong type or size, a setting that files may not make.
     """
-    path = folder / ADAPTER_CONFIG
-    values = safe_files.read_json(path)
     known: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
-    kind = values.get("peft_type")
-    if not isinstance(kind, str) or kind not in known:
+    peft_type = values.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in known:
         names = [str(getattr(name, "value", name)) for name in known]
-        hint = did_you_mean(kind, names) if isinstance(kind, str) else ""
-        raise ConfigError(f'"{path}" has peft_type {shorten(kind)}, which is not known.{hint}')
-    cls = known[kind]
+        hint = did_you_mean(peft_type, names) if isinstance(peft_type, str) else ""
+        raise ConfigError(f'"{path}" has peft_type {shorten(peft_type)}, which is not known.{hint}')
+    cls = known[peft_type]
     if not issubclass(cls, AdapterConfig):
-        values = _checked(values, cls, str(path))
+        values = _checked(values, cls, path)
     try:
         return cls(**values)
     except (TypeError, ValueError, AttributeError, KeyError, ImportError) as error:
@@ -50,17 +75,22 @@ def read_config(folder: Path) -> PeftConfig:
         raise ConfigError(f'"{path}" is refused: {" ".join(str(error).split())}') from error
 
 
-def of_head(model: nn.Module, task_type: str | None = None) -> LoraConfig:
-    """An adapter that is the task head and nothing else: LoRA without a LoRA layer.
+def head_config(model: nn.Module, task_type: str | None = None) -> LoraConfig:
+    """Return the config of a task head trained alone.
+
+    It is LoRA without a LoRA layer.
 
     Its file holds the head alone, and peft loads it without this package.
     """
-    saved = module_roles.head_modules(model, task_type) or None  # peft adds by itself what the task type stands for
+    # peft adds by itself the heads that the task type stands for.
+    saved = module_roles.head_modules(model, task_type) or None
     return LoraConfig(task_type=task_type, target_modules=DUMMY_TARGET_MODULES, modules_to_save=saved)
 
 
 def check_sizes(config: PeftConfig, largest: int) -> None:
-    """Refuse sizes that no adapter on this base can have, before anything is allocated; see `AdapterConfig`.
+    """Refuse sizes that no adapter on this base can have.
+
+    Nothing is allocated before; see `AdapterConfig`.
 
     Raises:
         ConfigError: naming the field.
@@ -81,6 +111,11 @@ def check_sizes(config: PeftConfig, largest: int) -> None:
 
 
 def _checked(values: dict[str, Any], cls: Any, path: str) -> dict[str, Any]:
+    """Return the values that a config class of peft takes.
+
+    Raises:
+        ConfigError: an unknown key, or a value of another type than the field has.
+    """
     hints = type_hints(cls)
     own = {f.name: f for f in fields(cls)}
     kept: dict[str, Any] = {}
@@ -89,7 +124,8 @@ def _checked(values: dict[str, Any], cls: Any, path: str) -> dict[str, Any]:
             if value:
                 raise ConfigError(f'"{path}" sets {name}, which is not taken from a file; remove it.')
         elif name not in own:
-            if value:  # a newer peft writes new fields too; what is empty has no effect
+            # A newer peft writes new fields too; an empty one has no effect.
+            if value:
                 raise ConfigError(f'Unknown key "{name[:100]}" in "{path}".{did_you_mean(name[:100], own)}')
         elif value == _default(own[name]) or fits(value, hints[name]):
             kept[name] = value

@@ -1,4 +1,4 @@
-"""Metrics by name: the ones that ship here, those of the `evaluate` library, and a user's own metric file.
+"""Look-up of metrics: ours, those of `evaluate`, and a user's own file.
 
 Ours (`table.py`) need no network. Those that the `evaluate` library keeps itself are fetched from the Hub by `evaluate`
 when they are loaded. A metric that a stranger keeps on the Hub is refused: its code would run, so the user must have
@@ -33,7 +33,10 @@ HUB_METRICS = tuple(sorted(_HUB_SCORES + _HUB_ERRORS))
 
 
 def greater_is_better(name: str) -> bool:
-    """Test whether a larger value of the metric is a better one; true for metrics that are not known here."""
+    """Test whether a larger value of the metric is better.
+
+    True for metrics that are not known here.
+    """
     name = name.removeprefix("eval_")
     if name in METRICS:
         return METRICS[name].greater_is_better
@@ -41,7 +44,7 @@ def greater_is_better(name: str) -> bool:
 
 
 def metric_path(name: str, folder: Path | None = None, extra: Iterable[str] = ()) -> Path | None:
-    """Path of the user's own metric module that a name means; None for a metric that needs no path.
+    """Path of the user's own metric module; None for other metrics.
 
     A name is a path if it ends in `.py` or contains a slash; it is relative to `folder`. Reads no file.
 
@@ -67,7 +70,9 @@ def metric_path(name: str, folder: Path | None = None, extra: Iterable[str] = ()
 
 
 def load_metric(name: str) -> Metric | EvaluationModule:
-    """Load a metric, whose `compute(predictions=..., references=...)` returns a mapping; ours needs no network.
+    """Load a metric; ours need no network.
+
+    Its `compute(predictions=..., references=...)` returns a mapping of names to values.
 
     Raises:
         TaskError: unknown name, a package is missing, or evaluate cannot load it (for instance one of the Hub's

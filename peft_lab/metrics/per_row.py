@@ -1,4 +1,6 @@
-"""Jackknife values of a metric for each test row, whose variance is that of the metric over test rows.
+"""Jackknife values of metrics, one for each test row.
+
+Their variance is that of the metric over test rows.
 
 The jackknife computes the metric anew without each row in turn. It gives the spread that a bootstrap over the rows
 gives (a test compares them), without a second source of chance, and one number for each run and row, so that a
@@ -106,7 +108,10 @@ def _pearson(columns: dict[str, Array], labels: int | None) -> tuple[Array, Call
 
 
 def _correlation(sums: Array) -> Array:
-    """Correlations from sums (m, 6) of 1, x, y, xx, yy, xy; 0 where one side is constant, as in our metrics."""
+    """Correlations (m,) from sums (m, 6): 1, x, y, xx, yy, xy.
+
+    0 where one side is constant, as in our metrics.
+    """
     count, x, y, xx, yy, xy = sums.T
     spread = np.maximum(count * xx - x * x, 0) * np.maximum(count * yy - y * y, 0)
     return _ratio(count * xy - x * y, np.sqrt(spread))

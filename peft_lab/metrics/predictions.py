@@ -1,4 +1,4 @@
-"""Predictions for each scored row of a task: `items.csv` in the folder of a run. Imports nothing heavy."""
+"""Predictions for each scored row: `items.csv` in a run's folder."""
 
 from __future__ import annotations
 
@@ -37,14 +37,20 @@ class Predictions:
 
     @property
     def correct(self) -> np.ndarray | None:
-        """1.0 where a classifier is right or a written answer matches, else 0.0, (n,); None if neither is known."""
+        """1.0 where a prediction is correct, else 0.0, (n,).
+
+        That is the class, or a written answer that matches; None if neither is known.
+        """
         if self.output_type == "classification":
             return (self.columns["reference"] == self.columns["prediction"]).astype(float)
         return self.columns.get("exact_match")
 
 
 def write_predictions(folder: str | Path, predictions: Predictions) -> None:
-    """Write the file into a run's folder: the number of the row and a column each; the head holds the output type."""
+    """Write the predictions into a run's folder.
+
+    The file has the number of the row and a column each; its head holds the output type.
+    """
     path = Path(folder) / PREDICTIONS
     # a killed run leaves a whole file or none
     partial = path.with_suffix(".partial")

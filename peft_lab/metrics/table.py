@@ -1,4 +1,7 @@
-"""Table of the metrics that ship with peft-lab. Imports nothing heavy: each function imports what it computes with."""
+"""Table of the metrics that ship with peft-lab. Imports nothing heavy.
+
+Each function imports what it computes with, because checking a task file needs the names alone.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Metric:
     extra: str = ""
 
     def compute(self, predictions: Any, references: Any = None, **options: Any) -> dict[str, float]:
-        """Compute the metric; the same call and result as those of an `evaluate` module."""
+        """Compute the metric, called and returned as by an `evaluate` module."""
         return {self.name: float(self.function(predictions, references, **options))}
 
 
@@ -45,7 +48,9 @@ def accuracy(predictions: ArrayLike, references: ArrayLike) -> float:
 def f1(
     predictions: ArrayLike, references: ArrayLike, average: str = "auto", labels: Sequence[int] | None = None
 ) -> float:
-    """F1 score of class indices, (n,); a class that is never predicted counts as 0.
+    """F1 score of class indices, (n,).
+
+    A class that is never predicted counts as 0.
 
     Args:
         predictions: predicted classes.
@@ -65,14 +70,14 @@ def f1(
 
 
 def matthews_correlation(predictions: ArrayLike, references: ArrayLike) -> float:
-    """Matthews correlation coefficient of class indices, (n,); 0 by chance, fair under class imbalance."""
+    """Matthews correlation coefficient of class indices, (n,); 0 by chance."""
     from sklearn.metrics import matthews_corrcoef
 
     return matthews_corrcoef(references, predictions)
 
 
 def ece(predictions: ArrayLike, references: ArrayLike, bins: int | None = None) -> float:
-    """Expected calibration error of probabilities, (n, classes), from 15 bins of equal width."""
+    """Expected calibration error of probabilities, (n, classes), with 15 equal bins."""
     import numpy as np
 
     from peft_lab.metrics.calibration import BINS, expected_calibration_error
@@ -126,7 +131,9 @@ def exact_match(predictions: Sequence[str], references: Sequence[str], ignore_ca
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean F1 of the longest common subsequence of words (Lin 2004), by Google Research's `rouge_score`.
+    """ROUGE-L (Lin 2004) by Google Research's `rouge_score`.
+
+    Mean F1 of the longest common subsequence of words.
 
     Lower case, letters a-z and digits alone, no stemming.
     """

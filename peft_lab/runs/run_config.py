@@ -1,4 +1,6 @@
-"""Options of one run, read from flags, a YAML or JSON file, or Python. Imports nothing heavy.
+"""Options of one run. Imports nothing heavy.
+
+They come from flags, a YAML or JSON file, or Python.
 
 The names are those of the Hugging Face example scripts. Every flag of `transformers.TrainingArguments` is accepted too:
 their names and types are read from the installed source text, so a misspelt one is found before torch is imported.
@@ -6,11 +8,10 @@ their names and types are read from the installed source text, so a misspelt one
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from peft_lab.utils import source_reader
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: Flags of TrainingArguments that cannot mean anything here, with what to do instead.
-_REFUSED = {
+REFUSED = {
     "do_train": "training is what this command does; use `peft-lab evaluate` to only evaluate",
     "label_names": "the kind of task knows its label columns",
     "local_rank": "accelerate sets the rank",
@@ -110,12 +111,15 @@ class RunConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "the run") -> RunConfig:
-        """Build from flat values (as in a YAML file or on the command line); `where` names their source in errors.
+        """Build from flat values, as in a file or from flags.
+
+        `where` names their source in errors.
 
         Raises:
             ConfigError: an unknown key, a missing one, or a value of the wrong type.
         """
         own, arguments = [spec.name for spec in fields(cls)], training_argument_fields()
+        # flags may stand among the options, as on the command line, or nested, as `RunConfig` keeps them
         nested = values.get("training_arguments") or {}
         if not isinstance(nested, Mapping):
             raise ConfigError(f"training_arguments of {where} must be a mapping of flags, not {nested!r}.")
@@ -131,7 +135,7 @@ class RunConfig:
         return cls(**plain, training_arguments={name: value for name, value in flat.items() if name not in own})
 
     def check(self) -> registry.MethodInfo:
-        """Check names, method arguments and values without importing torch; return the method's card.
+        """Check names, arguments and values without torch; return the method's card.
 
         The options cannot change, so a second call does not check again.
 
@@ -160,7 +164,7 @@ class RunConfig:
             raise ConfigError("examples_per_class and max_train_samples both choose the examples; give one of them.")
         if self.head_learning_rate is not None and self.head_learning_rate <= 0:
             raise ConfigError(f"head_learning_rate must be positive, got {self.head_learning_rate}.")
-        for name, mend in _REFUSED.items():
+        for name, mend in REFUSED.items():
             if self.training_arguments.get(name) not in (None, True):
                 raise ConfigError(f"{name}={self.training_arguments[name]} has no meaning here: {mend}.")
         if Path(self.output_dir).expanduser().is_file():
@@ -172,6 +176,7 @@ class RunConfig:
             return
         if self.max_seconds <= 0:
             raise ConfigError(f"max_seconds must be positive, got {self.max_seconds}; leave it out for no limit.")
+        # the learning rate falls with time then, and these two schedules need no number of steps
         schedule = str(self.training_arguments.get("lr_scheduler_type", "linear"))
         if schedule not in ("linear", "constant"):
             raise ConfigError(f'lr_scheduler_type "{schedule}" counts steps; with max_seconds use linear or constant.')
@@ -185,7 +190,7 @@ class RunConfig:
             if given is not None:
                 raise ConfigError(f"{given}={getattr(self, given)} has no effect without alternating_every; give both.")
             return
-        if not info.can("learned_activation"):
+        if not registry.learns_activation(info):
             raise ConfigError(
                 f'alternating_every={every} is for methods that learn an activation, and "{info.name}" has none; '
                 "leave it out."
@@ -204,7 +209,10 @@ class RunConfig:
         return {k: v for k, v in values.items() if v not in (None, {}, False)} | arguments
 
     def identity(self) -> dict[str, Any]:
-        """The values that decide the result: two runs with the same identity end with the same weights."""
+        """Values that decide the result.
+
+        Two runs with the same identity end with the same weights.
+        """
         values = self.to_dict()
         return {
             name: value
@@ -239,7 +247,9 @@ _NO_INFLUENCE_BEGINNINGS = (
 def load_run(
     file: str | Path | None = None, overrides: Mapping[str, Any] | None = None, where: str = "the command line"
 ) -> RunConfig:
-    """A run from an optional YAML or JSON file, with `overrides` on top (`method_args` are merged key by key).
+    """Read a run from an optional file, with `overrides` on top.
+
+    `method_args` are merged key by key.
 
     Raises:
         ConfigError: an unreadable file, an unknown key or a wrong value.
@@ -248,6 +258,7 @@ def load_run(
     if file is not None:
         where = f'"{file}"'
     overrides = dict(overrides or {})
+    # a flag `--method_args rank=8` changes that argument and leaves the others of the file
     if "method_args" in overrides:
         overrides["method_args"] = {**method_args(values.get("method_args")), **method_args(overrides["method_args"])}
     nested = values.pop("training_arguments", None) or {}
@@ -298,7 +309,10 @@ def method_args(value: Any) -> dict[str, Any]:
 
 
 def _plain(text: str) -> Any:
-    """Read a text as YAML does, and `1e-3` as the number it is (YAML 1.1 wants `1.0e-3`)."""
+    """Read a text as YAML does, and `1e-3` as a number.
+
+    YAML 1.1 would want `1.0e-3`.
+    """
     import yaml
 
     try:
@@ -316,7 +330,8 @@ def training_argument_fields() -> dict[str, source_reader.Field]:
     return source_reader.dataclass_fields(Path(spec.origin).with_name("training_args.py"), "TrainingArguments")
 
 
-_TRUE, _FALSE = ("true", "yes", "on", "1", "t", "y"), ("false", "no", "off", "0", "f", "n")
+#: Texts that a boolean option may be given as.
+TRUE, FALSE = ("true", "yes", "on", "1", "t", "y"), ("false", "no", "off", "0", "f", "n")
 
 
 def convert(name: str, annotation: str, value: Any) -> Any:
@@ -325,31 +340,34 @@ def convert(name: str, annotation: str, value: Any) -> Any:
     Raises:
         ConfigError: it cannot be read as that type.
     """
-    kinds = {part.strip().split("[")[0] for part in annotation.split("|")}
+    # "int | None" -> {"int", "None"}; the parameters of generic types are not checked
+    types = {part.strip().split("[")[0] for part in annotation.split("|")}
     text = value.strip().lower() if isinstance(value, str) else None
-    if value is None or (text in ("none", "null") and "None" in kinds and "str" not in kinds):
-        if "None" in kinds:
+    if value is None or (text in ("none", "null") and "None" in types and "str" not in types):
+        if "None" in types:
             return None
-        raise ConfigError(f"{name} must be {_spoken(kinds)}, not empty.")
-    if "bool" in kinds and (isinstance(value, bool) or text in (*_TRUE, *_FALSE)):
-        return value if isinstance(value, bool) else text in _TRUE
-    if isinstance(value, bool) and kinds & {"int", "float"}:
-        raise ConfigError(f"{name} must be {_spoken(kinds)}, got {value!r}.")
-    for kind, read in (("int", _integer), ("float", float)):
-        if kind in kinds:
+        raise ConfigError(f"{name} must be {_spoken(types)}, not empty.")
+    # before numbers, because a bool is an int to Python
+    if "bool" in types and (isinstance(value, bool) or text in (*TRUE, *FALSE)):
+        return value if isinstance(value, bool) else text in TRUE
+    if isinstance(value, bool) and types & {"int", "float"}:
+        raise ConfigError(f"{name} must be {_spoken(types)}, got {value!r}.")
+    for wanted, read in (("int", _integer), ("float", float)):
+        if wanted in types:
             try:
                 return read(value)
             except (TypeError, ValueError):
                 continue
-    if "list" in kinds and isinstance(value, list | tuple):
-        return value[0] if len(value) == 1 and "str" in kinds else list(value)
-    if kinds <= {"bool", "int", "float", "None"}:
-        raise ConfigError(f"{name} must be {_spoken(kinds)}, got {value!r}.")
-    if kinds <= {"str", "None"} and not isinstance(value, str | int | float):
-        raise ConfigError(f"{name} must be {_spoken(kinds)}, got {value!r}.")
-    if kinds <= {"list", "None"}:
+    # the command line gives a list for every option that may be one
+    if "list" in types and isinstance(value, list | tuple):
+        return value[0] if len(value) == 1 and "str" in types else list(value)
+    if types <= {"bool", "int", "float", "None"}:
+        raise ConfigError(f"{name} must be {_spoken(types)}, got {value!r}.")
+    if types <= {"str", "None"} and not isinstance(value, str | int | float):
+        raise ConfigError(f"{name} must be {_spoken(types)}, got {value!r}.")
+    if types <= {"list", "None"}:
         return [value]
-    return str(value) if kinds <= {"str", "None"} else value
+    return str(value) if types <= {"str", "None"} else value
 
 
 def _integer(value: Any) -> int:
@@ -358,83 +376,9 @@ def _integer(value: Any) -> int:
     return int(value)
 
 
-def _spoken(kinds: set[str]) -> str:
+def _spoken(types: set[str]) -> str:
     words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
-    return " or ".join(word for kind, word in words.items() if kind in kinds) or "a value"
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of printing its usage and leaving."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(message[0].upper() + message[1:] + ".")
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """The flags of `peft-lab train`: our own and every one of TrainingArguments. All values stay text."""
-    parser = _Parser(
-        prog="peft-lab train",
-        usage="peft-lab train [RUN.yaml] [--option value ...]",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train an adapter: flags, a YAML or JSON file, or both (flags win).\n\n"
-        "  peft-lab train --task snips --model_name_or_path minilm --method svfit --method_args rank=full "
-        "--output_dir out\n  peft-lab train run.yaml --learning_rate 1e-3",
-    )
-    parser.add_argument(
-        "run_file", nargs="?", default=None, metavar="RUN.yaml", help="A file with any of these options."
-    )
-    own = parser.add_argument_group("the run")
-    for spec in fields(RunConfig):
-        if spec.name != "training_arguments":
-            _add(own, spec.name, str(spec.type), spec.metadata["help"], several=spec.name == "method_args")
-    trainer = parser.add_argument_group("flags of transformers.TrainingArguments")
-    for name, spec_ in training_argument_fields().items():
-        if name != "output_dir" and name not in _REFUSED:
-            text = spec_.help + (" By default the method's own." if name == "learning_rate" else "")
-            _add(trainer, name, spec_.annotation, text, several="list" in spec_.annotation)
-    _add(trainer, "do_train", "bool", "Accepted for habit: this command always trains.", several=False)
-    return parser
-
-
-def _add(group: Any, name: str, annotation: str, text: str, several: bool) -> None:
-    options: dict[str, Any] = {"help": text.replace("%", "%%").strip(), "metavar": name.rsplit("_", 1)[-1].upper()}
-    if several:
-        options |= {"nargs": "+", "action": "extend"}
-    elif _is_flag(annotation):
-        options |= {"nargs": "?", "const": "true"}
-    group.add_argument(f"--{name}", **options)
-
-
-def _is_flag(annotation: str) -> bool:
-    return "bool" in {part.strip() for part in annotation.split("|")}
-
-
-def parse_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """Split the command line of `train` into the run file, if one is named, and the options as text.
-
-    Boolean flags work both ways (`--bf16`, `--bf16 true`), dashes count as underscores, and an unknown flag raises
-    `ConfigError` with the nearest known one.
-    """
-    parser = argument_parser()
-    known = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
-    tidy: list[str] = []
-    for index, token in enumerate(argv):
-        if not token.startswith("--") or token == "--":
-            tidy.append(token)
-            continue
-        name, equals, value = token[2:].partition("=")
-        name = name.replace("-", "_")
-        if name not in known:
-            near = did_you_mean(name, known).replace('"', "", 1).replace('"', "", 1)
-            raise ConfigError(f"Unknown option --{name}.{near.replace('mean ', 'mean --')}")
-        following = argv[index + 1] if index + 1 < len(argv) else ""
-        if known[name].nargs == "?" and not equals and following.lower() not in (*_TRUE, *_FALSE, "none"):
-            equals, value = "=", "true"  # else argparse would take a following run file for the flag's value
-        tidy.append(f"--{name}{equals}{value}")
-    values = vars(parser.parse_args(tidy))
-    return values.pop("run_file"), values
+    return " or ".join(word for name, word in words.items() if name in types) or "a value"
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and who may write there. Imports nothing heavy.
+"""Files in the folder of a run. Imports nothing heavy.
 
 adapter_config.json, adapter_model.safetensors   the adapter, as peft writes it
 config.json, model.safetensors                   instead of these for full fine-tuning: a whole model
@@ -47,7 +47,9 @@ _OF_A_RUN = (
 
 
 def check_run(config: RunConfig) -> tuple[MethodInfo, Task, State]:
-    """Check all of a run that can be known without torch: options, method, task and its files, output folder.
+    """Check all of a run that can be known without torch.
+
+    These are options, method, task with its files, and output folder.
 
     Returns:
         The method's card, the task, and what stands in the output folder.
@@ -62,7 +64,9 @@ def check_run(config: RunConfig) -> tuple[MethodInfo, Task, State]:
 
 
 def check_output_dir(config: RunConfig) -> State:
-    """State of a run's output folder: it holds nothing, a part of this same run, or all of it.
+    """State of a run's output folder.
+
+    It holds nothing, a part of this same run, or all of it.
 
     Raises:
         ConfigError: the folder holds something else, which the run would overwrite.
@@ -86,7 +90,7 @@ def check_output_dir(config: RunConfig) -> State:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what an earlier run wrote into `folder`, its checkpoints included, and nothing else."""
+    """Remove the files of an earlier run, checkpoints included, and nothing else."""
     for pattern in (*_OF_A_RUN, "checkpoint-*"):
         for path in folder.glob(pattern):
             if path.is_dir():
@@ -96,14 +100,14 @@ def remove_run(folder: Path) -> None:
 
 
 def write_run(config: RunConfig, folder: Path) -> None:
-    """Write the options of a run, without the token that may be among them."""
+    """Write the options of a run, without a token among them."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {key: value for key, value in config.to_dict().items() if key not in ("hub_token", "overwrite_output_dir")}
     (folder / RUN).write_text(dump_yaml(values), encoding="utf-8")
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The content of metrics.json; empty for an adapter that peft-lab did not train.
+    """Content of metrics.json; empty for an adapter from elsewhere.
 
     Raises:
         ConfigError: the file is not a JSON mapping.
@@ -112,7 +116,9 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def read_origin(folder: Path) -> dict[str, str]:
-    """What a saved adapter says it came from: `task`, `model_name_or_path`, `model_revision`, `dtype`, where known.
+    """Origin of a saved adapter, as far as it is known.
+
+    Keys: `task`, `model_name_or_path`, `model_revision`, `dtype`.
 
     Raises:
         ConfigError: a value is not what it should be; a folder may come from anywhere.
@@ -127,7 +133,7 @@ def read_origin(folder: Path) -> dict[str, str]:
 
 
 def read_labels(folder: Path) -> list[str] | None:
-    """The class names in the order of the model's outputs, or None if none were saved.
+    """Label names in the order of the model's outputs; None without any.
 
     Raises:
         ConfigError: the file is not the label map that `write_labels` wrote.
@@ -147,14 +153,19 @@ def write_labels(folder: Path, labels: list[str]) -> None:
 
 
 def weights_bytes(folder: Path) -> int:
-    """Size of the weights that a run saved: the adapter file, or the whole model of full fine-tuning."""
+    """Size of the weights that a run saved, in bytes.
+
+    That is the adapter file, or the whole model of full fine-tuning.
+    """
     adapter = folder / ADAPTER_WEIGHTS
     files = [adapter] if adapter.is_file() else list(folder.glob("model*.safetensors"))
     return sum(file.stat().st_size for file in files)
 
 
 def find_adapter(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a trained adapter or model; a Hub id is downloaded, at a branch, tag or commit if given.
+    """Local folder of a trained adapter or model.
+
+    A Hub id is downloaded, at a branch, tag or commit if one is given.
 
     Raises:
         ConfigError: there is no such folder, it holds no safetensors weights, or something that `guard` refuses.
@@ -188,7 +199,10 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def is_download(name: str | Path) -> bool:
-    """Whether an adapter comes from the Hub or its cache: nothing in it may then point to files of this machine."""
+    """Test whether an adapter comes from the Hub or its cache.
+
+    No value in it may then point to files of this machine.
+    """
     folder = Path(name).expanduser()
     return not folder.is_dir() or folder.resolve().parent.name == "snapshots"
 
@@ -206,7 +220,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def without_paths(value: Any) -> Any:
-    """The same values, to be seen by others; of a text that is an absolute path the last part is left."""
+    """Values without absolute paths, of which the last part is left."""
     if isinstance(value, Mapping):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

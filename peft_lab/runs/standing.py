@@ -1,4 +1,4 @@
-"""Standing of a run in the comparison that it belongs to: standing.json in the folder of a final run."""
+"""Standing of a run in its comparison: standing.json in its folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_standing(folder: Path, standing: Standing) -> None:
 
 
 def read_standing(folder: Path) -> Standing | None:
-    """Read the standing of a run; None if the run belongs to no comparison.
+    """Read a run's standing; None if it belongs to no comparison.
 
     Raises:
         ConfigError: the file is not one that `write_standing` wrote.

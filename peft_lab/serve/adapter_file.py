@@ -17,11 +17,11 @@ from torch import Tensor
 
 from peft_lab import registry
 from peft_lab.adapter_files import safe_files
-from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from peft_lab.adapter_files.completeness import check_complete
+from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.errors import ConfigError
-from peft_lab.loading.config_files import read_config
+from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.registry import MethodInfo
-from peft_lab.runs import run_folder
 from peft_lab.tuners.mixed_batch import RowLayer
 
 #: Fields of a config that tell the origin of an adapter, and have no part in its shapes.
@@ -66,14 +66,13 @@ def read_adapter(adapter: str | Path) -> AdapterFile:
     Raises:
         ConfigError: there is no such adapter, or its files cannot be read or hold values that are not finite numbers.
     """
-    folder = run_folder.find_adapter(adapter)
-    if not (folder / ADAPTER_CONFIG).is_file():
+    folder = AdapterFolder.find(adapter)
+    if not folder.has_adapter:
         raise ConfigError(f'"{adapter}" is a whole model, not an adapter; load it by itself.')
-    safe_files.check_folder(folder)
-    safe_files.read_header(folder / ADAPTER_WEIGHTS)
-    config: Any = read_config(folder)
+    safe_files.read_header(folder.weights)
+    config: Any = folder.config
     try:
-        state = load_file(folder / ADAPTER_WEIGHTS)
+        state = load_file(folder.weights)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f'The adapter "{adapter}" cannot be read: {" ".join(str(error).split())}') from error
     prefix = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix
@@ -82,11 +81,11 @@ def read_adapter(adapter: str | Path) -> AdapterFile:
     for key, value in state.items():
         if not value.is_floating_point() or not bool(value.isfinite().all()):
             raise ConfigError(f'Entry "{key}" of the adapter "{adapter}" holds values that are not finite numbers.')
-        path, mark, parameter = key.removeprefix("base_model.model.").rpartition(f".{prefix}")
+        path, mark, parameter = key.removeprefix(PEFT_PREFIX).rpartition(f".{prefix}")
         if mark:
             values.setdefault(path, {})[prefix + parameter] = value
         else:
-            others[key.removeprefix("base_model.model.")] = value
+            others[key.removeprefix(PEFT_PREFIX)] = value
     if not values:
         raise ConfigError(f'The adapter "{adapter}" holds no parameters of its method.')
     return AdapterFile(registry.method(str(config.peft_type.value).lower()), config, values, others)
@@ -98,6 +97,7 @@ def row_layer_class(method: str) -> type[RowLayer]:
     Raises:
         ConfigError: the method has none.
     """
+    # our own layers serve rows themselves; for a tuner of peft the method's file may name a class
     tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
     layer: Any = getattr(tuners[method.upper()], "tuner_layer_cls", None)
     if getattr(layer, "row_fields", None):
@@ -120,10 +120,8 @@ def check_shapes(path: str, found: Mapping[str, Tensor], expected: Mapping[str, 
         found: parameter -> tensor of the file.
         expected: parameter -> shape by the config.
     """
-    for name in (*expected, *found):
-        if name not in found or name not in expected:
-            what = f'lacks "{path}.{name}"' if name not in found else f'has an unknown entry "{path}.{name}"'
-            raise ConfigError(f"The adapter file {what}; it was cut short or belongs to another model.")
+    check_complete([f"{path}.{name}" for name in expected], [f"{path}.{name}" for name in found])
+    for name in expected:
         if tuple(found[name].shape) != expected[name]:
             raise ConfigError(
                 f'Adapter entry "{path}.{name}" has shape {list(found[name].shape)}, expected {list(expected[name])}.'

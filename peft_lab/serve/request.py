@@ -52,7 +52,7 @@ class Snapshot:
 
 
 class Request:
-    """Adapters of a batch, one per row, looked up once for all layers.
+    """Adapters of a batch, one per row, looked up once.
 
     Args:
         snapshot: the adapters at the start of the request.
@@ -139,9 +139,9 @@ class Request:
         return self.snapshot.banks[layout].rows[:, module.start : module.start + module.width], module
 
     def _row_indices(self, layout: RowLayout, repeat: int) -> tuple[Tensor | None, Tensor]:
-        """Indices of input rows that use a bank, and of their bank rows.
+        """Input rows that use a bank, and their rows in the bank.
 
-        Both are int64; the first is None if all rows use it. `repeat` is the number of input rows for each row of the
+        Both are int64 indices; the first is None if all rows use it. `repeat` counts the input rows of each row of the
         batch.
         """
         key = (layout, repeat)
@@ -182,7 +182,8 @@ def _join_rows(
     """Join groups of rows to (size, *largest shape), filled with `neutral`."""
     if parts[0][0] is None:  # one bank serves all rows
         return parts[0][1]
-    largest = [max(sides) for sides in zip(*(values.shape[1:] for _, values in parts), strict=True)]
+    shapes = [values.shape[1:] for _, values in parts]
+    largest = [max(sides) for sides in zip(*shapes, strict=True)]
     joined = parts[0][1].new_full((size, *largest), neutral)
     for rows, values in parts:
         assert rows is not None

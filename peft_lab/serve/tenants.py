@@ -71,7 +71,7 @@ class Tenants:
                     "adapters, or add to the tenants that it has."
                 )
         self.model = model
-        self._find_module = module_matching.finder(model)
+        self._find_module = module_matching.module_finder(model)
         self._lock = threading.Lock()
         self._snapshot = Snapshot()
         self._request: ContextVar[Request | None] = ContextVar("peft_lab_request", default=None)
@@ -112,7 +112,7 @@ class Tenants:
         request = Request(self._snapshot, adapter_names)
         if given is not None:
             request.check(given)
-        request.exact = False
+        request.exact = False  # beams and returned sequences repeat the rows
         with self._using(request):
             return model.generate(*args, **kwargs)
 
@@ -171,7 +171,7 @@ class Tenants:
         file = read_adapter(adapter)
         row_layer_class(file.info.name)
         with self._lock, torch.no_grad():
-            self._check_free(name)
+            self._check_free(name)  # again, because another thread may have taken the name meanwhile
             parts = {file.info.name: self._checked_rows(file), HEADS: self._checked_heads(file)}
             snapshot = self._snapshot
             banks = dict(snapshot.banks)
@@ -180,6 +180,7 @@ class Tenants:
             for owner, values in parts.items():
                 if not values:
                     continue
+                # an adapter like an earlier one shares its bank
                 layout = RowLayout.of(owner, values)
                 layout = known.get(layout.signature(), layout)
                 bank = banks.get(layout) or ParameterBank.empty(layout, self._device())
@@ -257,7 +258,7 @@ class Tenants:
         if recorded:
             recorded = {self._name_in_base(path): entry for path, entry in recorded.items()}
             found = {path: self._fingerprint(path) for path in recorded}
-            base_fingerprint.check(recorded, found, dtype_bound=file.info.can("dtype_bound"))
+            base_fingerprint.check(recorded, found, dtype_bound=file.config.dtype_bound)
             for path in (*recorded, *values):
                 if path not in recorded or path not in values:
                     raise ConfigError(f'The adapter file and its config differ in module "{path}"; it was cut short.')
@@ -292,6 +293,7 @@ class Tenants:
         for path, tensors in heads.items():
             base: Any = self._layer(path, HEADS, PerRowHead).base_layer
             expected = {name: tuple(value.shape) for name, value in base.named_parameters(recurse=False)}
+            # an adapter may have been trained for other labels, so its classifier may have other outputs
             outputs = tensors["weight"].shape[0] if "weight" in tensors else 0
             if isinstance(base, nn.Linear) and labels == base.out_features and outputs:
                 expected = {name: (outputs, *shape[1:]) for name, shape in expected.items()}

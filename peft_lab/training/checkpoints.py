@@ -21,6 +21,7 @@ def last_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> str
     """
     random_states = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{i}.pth" for i in range(world_size)]
     for _, path in sorted(_numbered(output_dir), reverse=True):
+        # a random state is a zip file whose directory is written last, so a cut one is recognised
         if _is_json(path / "trainer_state.json") and all(zipfile.is_zipfile(path / name) for name in random_states):
             return str(path)
     return None

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from peft_lab.data import prompt_column
 from peft_lab.data.splits import load_splits, subset
+from peft_lab.data.task_registry import check_split
 from peft_lab.errors import ConfigError
 from peft_lab.loading.load_run import load
 from peft_lab.training.trainer import LabTrainer, scores
@@ -21,7 +22,7 @@ from peft_lab.training.trainer import LabTrainer, scores
 if TYPE_CHECKING:
     from peft_lab.data.task_schema import Task
 
-#: Files of inputs for `predict`: one input a line, or one row a line.
+#: Endings of files of inputs for `predict`: one input a line, or one row a line.
 INPUT_FILES = (".txt", ".csv", ".jsonl")
 
 
@@ -40,9 +41,9 @@ def evaluate(
     Args:
         adapter: folder of a run, any folder of a peft adapter, or a Hub id.
         task: another task with the same labels; by default that of the run.
-        split: "validation" or "test".
+        split: "train", "validation" or "test".
         model_name_or_path: the base to load instead of the one that was trained on.
-        max_samples: number of rows, drawn from all classes; by default all.
+        max_samples: number of rows, drawn at random with a fixed seed; by default all.
         batch_size: rows in one batch.
         allow_other_base: warn instead of refusing where the base's weights differ from those trained on.
 
@@ -50,10 +51,11 @@ def evaluate(
         The metrics by name, the loss, and the number of `rows`.
 
     Raises:
-        ConfigError: there is no such adapter or base, or the labels differ.
+        ConfigError: there is no such adapter, base or split, or the labels differ.
         TaskError: the task or its data are not what they should be.
         AdapterMismatchError: the adapter does not fit the base.
     """
+    check_split(split)
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
     splits = load_splits(loaded.task, test=split == "test")
     if loaded.labels and splits.labels and list(splits.labels) != loaded.labels:
@@ -81,6 +83,7 @@ def evaluate(
             preprocess_logits_for_metrics=loaded.kind.preprocess_logits_for_metrics,
         )
         found = trainer.evaluate(rows, metric_key_prefix=split)
+    # metrics of written text need generation, which Trainer's evaluation does not do
     written = loaded.kind.generation_metrics(loaded.model, loaded.processor, raw, loaded.task, batch_size)
     return scores(found, f"{split}_") | written | {"rows": len(rows)}
 
@@ -111,12 +114,12 @@ def predict(
     rows = read_inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
     ids = prompt_column.ids_of_inputs(rows, loaded.model, loaded.task)
-    rows = [_input(row, loaded.task) if isinstance(row, Mapping) else row for row in rows]
-    return prompt_column.predict(loaded.kind, loaded.model, loaded.processor, rows, loaded.task, batch_size, ids)
+    rows = [_input(row, loaded.task) for row in rows]
+    return loaded.kind.predict_with_prompts(loaded.model, loaded.processor, rows, loaded.task, batch_size, ids)
 
 
 def read_inputs(inputs: list[Any]) -> list[Any]:
-    """Read inputs: as given, or rows of a .txt, .csv or .jsonl file.
+    """Inputs as given, or read from a .txt, .csv or .jsonl file.
 
     Raises:
         ConfigError: the file does not exist or is empty.
@@ -138,11 +141,13 @@ def read_inputs(inputs: list[Any]) -> list[Any]:
     return rows
 
 
-def _input(row: Mapping[str, Any], task: Task) -> Any:
-    """Input columns of a row of a file.
+def _input(row: Any, task: Task) -> Any:
+    """Input columns of a mapping; an input of another type is returned as it is.
 
-    They may have the canonical names or those of the task's own data; further columns are left out.
+    The columns may have the canonical names or those of the task's own data; further columns are left out.
     """
+    if not isinstance(row, Mapping):
+        return row
     chosen, missing = {}, []
     for name in task.inputs:
         source = task.columns[name]

@@ -35,7 +35,7 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> PeakMemory:
-        if self._cuda:
+        if self._cuda:  # the allocator counts exactly, and its peak can be reset
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
@@ -49,6 +49,7 @@ class PeakMemory:
         else:
             self._stop.set()
             self._thread.join()
+            # once more, because a block shorter than the interval was never sampled
             self.peak = max(self.peak, self._resident())
 
     def _sample(self) -> None:

@@ -91,7 +91,8 @@ def _readers(model: nn.Module) -> list[Any]:
 def _on_device(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     for batch in batches:
-        yield {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+        moved = {name: value.to(device) for name, value in batch.items() if hasattr(value, "to")}
+        yield {**batch, **moved}
 
 
 def _has_length(loader: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Training run: a method on a backbone, trained on a task and measured.
+"""Training run: a method trained on a task, measured and saved.
 
 The result is a folder with the adapter, its metrics and its model card.
 """
@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_determinism, set_seed
 
-from peft_lab.adapter_files import module_matching
 from peft_lab.adapter_files.names import write_json
 from peft_lab.backbones import module_roles
 from peft_lab.backbones.pypi_weights import cached_commit
@@ -29,16 +28,22 @@ from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
 from peft_lab.errors import ConfigError
 from peft_lab.hub.model_card import write_card
+from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, count_parameters, load, load_base
 from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.arguments import as_run_config, build_or_refuse, check_best_metric, training_arguments
-from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation, activation_parameters
+from peft_lab.training.callbacks.bilevel import (
+    LEARNING_RATE,
+    AlternatingActivation,
+    activation_parameters,
+)
 from peft_lab.training.checkpoints import last_complete_checkpoint, remove_checkpoints
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.trainer import LabTrainer, scores
+from peft_lab.tuners.registration import has_trait
 from peft_lab.utils.versions import device_name, versions
 
 if TYPE_CHECKING:
@@ -48,9 +53,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("peft_lab")
 
-_T = TypeVar("_T")
-
-#: Rows of train that bi-level training holds out, and their share unless the run says otherwise.
+#: Split that bi-level training holds out of train, and its share unless the run gives another.
 HELD_OUT, HELD_OUT_FRACTION = "held_out", 0.1
 
 
@@ -83,7 +86,9 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
         options: fields of `RunConfig` and flags of `TrainingArguments`; they override `config`.
 
     Raises:
-        ConfigError, TaskError, AdapterMismatchError: what is wrong, before anything is written.
+        ConfigError: an option or the backbone is not what it should be; raised before anything is written.
+        TaskError: the task or its data are not what they should be.
+        AdapterMismatchError: the adapter of a finished run does not fit its base any more.
     """
     config = as_run_config(config, options)
     info, task, state = run_folder.check_run(config)
@@ -132,6 +137,7 @@ class _Run:
         self._load()
         self._build_trainer()
         self._claim_folder(checkpoint)
+        # memory and time are those of the training steps, without loading and evaluation at the end
         with PeakMemory(self.arguments.device) as memory:
             started = time.perf_counter()
             self.trainer.train(checkpoint)
@@ -184,7 +190,7 @@ class _Run:
 
     def _load_model(self, seed: int) -> None:
         """Load processor and backbone, and put the method on it."""
-        keeps_head = self.info.can("keeps_head")
+        keeps_head = has_trait(self.info, "uses_source_head")
         self.processor, base = load_base(
             self.kind,
             self.task,
@@ -306,9 +312,9 @@ class _Run:
         self, scores: dict[str, Any], memory: PeakMemory, seconds: float, checkpoint: str | None
     ) -> dict[str, Any]:
         trainable, total = count_parameters(self.model)
+        # methods are compared by the parameters of the adapter, without those of the task head
         head = {id(p) for p in self.trainer.head_parameters(self.model)}
         adapter = sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
-        peft_config = self.model.active_peft_config.to_dict() if isinstance(self.model, PeftModel) else {}
         return {
             "run": self.config.to_dict() | {"hub_token": None},
             "metrics": scores,
@@ -335,7 +341,7 @@ class _Run:
                 "fingerprints": self.splits.fingerprints,
                 "rows": {name: len(rows) for name, rows in self.rows.items()},
             },
-            "method_config": {key: value for key, value in peft_config.items() if key != "fingerprints"},
+            "method_config": _method_config(self.model),
             "processes": self.process.num_processes,
             "versions": versions(),
             "device": device_name(),
@@ -347,12 +353,24 @@ class _Run:
         origin = self.task.origin
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
-        module_matching.write_record(self.model, self.folder)
+        write_record(self.model, self.folder)
         self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
         if self.items is not None and "test" in self.metrics["metrics"]:
             write_predictions(self.folder, self.items)
         write_card(self.folder, self.metrics, self.info, self.task)
         write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
+
+
+def _method_config(model: Any) -> dict[str, Any]:
+    """Config of the adapter as JSON holds it; empty without an adapter."""
+    if not isinstance(model, PeftModel):
+        return {}
+    config = model.active_peft_config.to_dict()
+    config.pop("fingerprints", None)  # they are in adapter_config.json
+    for key, value in config.items():
+        if isinstance(value, set):  # such as peft's target_modules, whose order differs from process to process
+            config[key] = sorted(value)
+    return config
 
 
 def _outputs(task: Task, labels: Any) -> int | None:

@@ -75,7 +75,7 @@ def measure_step(
         repeats: timed runs.
     """
     step = training_step(model, inputs, loss_fn, optimizer)
-    step()
+    step()  # the first step also allocates gradients and optimiser states
     flops = count_flops(step)
     with kept_activations(model, inputs) as kept:
         loss = _loss(_call(model, inputs), loss_fn)
@@ -156,6 +156,7 @@ class KeptActivations:
         """Identity and size in bytes of each storage that is kept now."""
         sizes: dict[int, int] = {}
         for handle in self._handles:
+            # views of one tensor share its storage
             storage = handle.tensor.untyped_storage()
             if storage._cdata not in self._excluded:
                 sizes[storage._cdata] = storage.nbytes()
@@ -225,11 +226,13 @@ def peak_memory(function: Callable[[], Any]) -> int:
         before = torch.cuda.memory_allocated()
         function()
         torch.cuda.synchronize()
+        # a model on the CPU allocates nothing there; it is profiled
         if torch.cuda.max_memory_allocated() > before:
             return torch.cuda.max_memory_allocated() - before
     with profile(profile_memory=True) as profiler:
         function()
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    # each event is an allocation or, with negative bytes, a release
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -251,8 +254,12 @@ def frozen_floor(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(output, Tensor) and output.is_floating_point() and output.is_leaf and torch.is_grad_enabled():
             output.requires_grad_(True)
 
-    layers = [m for m in model.modules() if not any(True for _ in m.children()) and any(True for _ in m.parameters())]
-    handles = [layer.register_forward_hook(require_grad) for layer in layers]
+    # only leaf modules with parameters: outputs of others require grad by what they are computed from
+    handles = []
+    for module in model.modules():
+        has_children = next(module.children(), None) is not None
+        if not has_children and next(module.parameters(), None) is not None:
+            handles.append(module.register_forward_hook(require_grad))
     model.requires_grad_(False)
     try:
         yield model

@@ -72,7 +72,8 @@ class LabTrainer(Trainer):
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
         if not fresh or self.head_learning_rate is None:
             return optimizer
-        head = {id(parameter) for parameter in self.head_parameters(model if model is not None else self.model)}
+        head_parameters = self.head_parameters(self.model if model is None else model)
+        head = {id(parameter) for parameter in head_parameters}
         for group in list(optimizer.param_groups):
             of_head = [p for p in group["params"] if id(p) in head]
             if of_head:
@@ -82,7 +83,12 @@ class LabTrainer(Trainer):
 
     def head_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """Parameters of the task head, in peft's trained copy too."""
-        return [p for n, p in model.named_parameters() if any(f".{path}." in f".{n}" for path in self.head_modules)]
+        marks = [f".{path}." for path in self.head_modules]
+        found = []
+        for name, parameter in model.named_parameters():
+            if any(mark in f".{name}" for mark in marks):
+                found.append(parameter)
+        return found
 
     @property
     def timer(self) -> StepTimer:

@@ -1,4 +1,7 @@
-"""Everything that a method is built from: config, layers, tuner, registration. Method authors import from here."""
+"""Building blocks of a method: config, layers, tuner, registration.
+
+Method authors import from here.
+"""
 
 from __future__ import annotations
 

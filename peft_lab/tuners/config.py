@@ -1,4 +1,4 @@
-"""The config fields that every method of peft-lab shares, checked as a closed schema."""
+"""Config fields that all methods of peft-lab share, a closed schema."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
@@ -16,6 +17,8 @@ from peft.config import PeftConfig
 from peft.utils import TaskType
 
 from peft_lab.adapter_files import safe_files
+from peft_lab.adapter_files.name_patterns import check_key_pattern, check_pattern, without_patterns
+from peft_lab.adapter_files.names import ADAPTER_WEIGHTS
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.registry import MethodInfo, with_preset
 from peft_lab.tuners.forward_context import RowInput
@@ -26,7 +29,9 @@ _SMALL = 4096
 
 @dataclass
 class AdapterConfig(PeftConfig):
-    """Base of every config class; field names are peft's where peft has them.
+    """Base of every config class.
+
+    Field names are peft's where peft has them.
 
     Raises:
         ConfigError: a field has the wrong type or an unknown key came from a file.
@@ -56,6 +61,17 @@ class AdapterConfig(PeftConfig):
         default="peft-lab", metadata={"help": "Filled in: the package to import before loading this adapter."}
     )
 
+    #: True if the method keeps the head that an image classifier was trained with, instead of a new one.
+    uses_source_head: ClassVar[bool] = False
+    #: True if it gives the logits of an image classifier in place of the head.
+    produces_logits: ClassVar[bool] = False
+    #: True if its values come from the training data, and no gradient changes them.
+    values_from_data: ClassVar[bool] = False
+    #: True if it is only valid on base weights of the dtype that it was trained on.
+    dtype_bound: ClassVar[bool] = False
+    #: True if it converts exactly to LoRA.
+    exports_lora: ClassVar[bool] = False
+
     #: Set by `peft_lab.tuners.register`.
     peft_method_type: ClassVar[Any] = None
     info: ClassVar[MethodInfo]
@@ -67,7 +83,9 @@ class AdapterConfig(PeftConfig):
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> Any:
-        """The config of a relative of the method, as its card's `presets` have it, with `fields` on top.
+        """Make the config of a preset, with `fields` on top.
+
+        Presets are relatives of the method, listed in its card.
 
         Raises:
             ConfigError: the method has no such preset, or the preset needs a field that is not given.
@@ -76,31 +94,42 @@ class AdapterConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """peft's reader of a folder or Hub id, for weights in safetensors only.
+        """Read the config of a folder or Hub id with safetensors weights.
 
         Raises:
             ConfigError: there is no safetensors file, or the config is not what it should be.
         """
+        # Without a safetensors file peft would go on to pickled weights, so that is refused before it reads any.
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if not folder.is_dir():
             _check_repository(pretrained_model_name_or_path, subfolder, kwargs)
-        elif not (folder / safe_files.ADAPTER_WEIGHTS).is_file():
-            raise ConfigError(f'"{folder}" has no {safe_files.ADAPTER_WEIGHTS}; only safetensors files are read.')
+        elif not (folder / ADAPTER_WEIGHTS).is_file():
+            raise ConfigError(f'"{folder}" has no {ADAPTER_WEIGHTS}; only safetensors files are read.')
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The content of an adapter_config.json, within the limits of `peft_lab.adapter_files.safe_files`."""
-        return safe_files.read_json(Path(path_json_file))
+        """Read an adapter_config.json within the limits of `safe_files`; no regex of modules in it is run."""
+        path = Path(path_json_file)
+        weights = path.parent / ADAPTER_WEIGHTS
+        header = safe_files.read_header(weights) if weights.is_file() else {}
+        return without_patterns(safe_files.read_json(path), header, f"{cls.info.name}_", f'"{path}"')
 
     def __post_init__(self) -> None:
+        # peft's own `__post_init__` reads its fields, so they are checked before it runs.
         self._check_types(guard_only=True)
+        has_regex = isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str)
+        if has_regex and isinstance(self.fingerprints, dict) and self.fingerprints:
+            # The config is from a file: its regexes are not run, the recorded modules take their place.
+            self.target_modules, self.exclude_modules = sorted(map(str, self.fingerprints)), None
         super().__post_init__()
+        # The file of another method has the same shared fields; its type alone tells it apart.
         if self.peft_type is not None and str(getattr(self.peft_type, "value", self.peft_type)) != str(
             getattr(self.peft_method_type, "value", self.peft_method_type)
         ):
             raise ConfigError(f'{type(self).__name__} cannot hold an adapter of type "{self.peft_type}".')
         self.peft_type = self.peft_method_type
+        # JSON has neither sets nor tuples; as sorted lists, equal choices are saved alike.
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(getattr(self, name), set | tuple):
                 setattr(self, name, sorted(getattr(self, name)))
@@ -113,20 +142,31 @@ class AdapterConfig(PeftConfig):
         self.check()
 
     def check(self) -> None:
-        """Raise `ConfigError` where a method's own fields do not fit; methods override it."""
+        """Check a method's own fields; methods override this.
+
+        Raises:
+        """
 
     def row_inputs(self) -> tuple[RowInput, ...]:
-        """Arguments of the model's forward, one value per row of the batch, that the adapter reads; mostly none."""
+        """Row inputs that the adapter reads; none for most methods.
+
+        They are arguments of the model's forward with one value per row of the batch.
+        """
         return ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain values, with the fingerprints of the base it was put on."""
+        """Convert the config to plain values.
+
+        The fingerprints are those of the base that the adapter was put on.
+        """
         values = super().to_dict()
         values["fingerprints"] = getattr(self, "recorded_fingerprints", None) or self.fingerprints
         return values
 
     def check_sizes(self, largest: int) -> None:
-        """Refuse a size that no adapter on this base can have, before anything is allocated for it.
+        """Refuse sizes that no adapter on this base can have.
+
+        This runs before anything is allocated for them.
 
         Args:
             largest: the largest dimension of the base's weights; a field may say otherwise in its metadata as `most`.
@@ -145,6 +185,7 @@ class AdapterConfig(PeftConfig):
         hints = type_hints(cls)
         for name in (f.name for f in fields(self) if (f.name in PEFT_HINTS) == guard_only):
             value = getattr(self, name)
+            # peft's enums (`TaskType.SEQ_CLS`) count as the text that they are saved as.
             value = value.value if isinstance(value, Enum) else value
             if not fits(value, hints[name]):
                 raise ConfigError(
@@ -168,45 +209,56 @@ _NO_SIZES = frozenset((*PEFT_HINTS, "layers_to_transform", "fingerprints"))
 
 @lru_cache(maxsize=256)
 def type_hints(cls: type) -> dict[str, Any]:
-    """The types of a config class's fields by name; those that all of peft's configs share are stricter than peft's."""
+    """Types of a config class's fields by name.
+
+    Those of the fields that all of peft's configs share are stricter than peft's own.
+    """
     return {**typing.get_type_hints(cls), **PEFT_HINTS}
 
 
 def check_patterns(values: dict[str, Any]) -> None:
-    """Check every config value that peft matches against module names: regexes, names, and names put into a regex.
+    """Check the config values that peft matches against module names.
+
+    These are regexes, names, and names that peft puts into a regex.
 
     Raises:
         ConfigError: naming the field.
     """
     for name, value in values.items():
         if name.endswith("_modules") and isinstance(value, str):
-            safe_files.check_regex(name, value)
+            check_pattern(name, value)
         elif name.endswith("_pattern") and isinstance(value, dict):
             for key in value:
-                safe_files.check_regex(name, str(key))
+                check_key_pattern(name, str(key))
         elif name in ("layers_pattern", "modules_to_save", "target_parameters"):
+            # peft builds a regex around such a name, so it must have no special characters.
             for part in [value] if isinstance(value, str) else value or ():
                 if not re.fullmatch(r"[\w.\-]{1,1000}", str(part)):
                     raise ConfigError(f"{name} holds {shorten(part)}, which is no module name.")
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of a type hint made of unions, literals, containers and plain types, and not huge."""
+    """Test whether a plain value fits a type hint and is not huge.
+
+    Hints are made of unions, literals, containers, dataclasses, enums and plain types.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, arg) for arg in args)
+        return _fits_any(value, args)
     if origin is Literal:
+        # 1 == True in Python, so the types must agree as well.
         return any(value == arg and type(value) is type(arg) for arg in args)
     if origin in (list, set, tuple) or hint in (list, set, tuple):
         inner = [arg for arg in args if arg is not Ellipsis] or [Any]
         plain = isinstance(value, list | tuple | set) and len(value) <= safe_files.MAX_NAMES
-        return plain and all(any(fits(v, arg) for arg in inner) for v in value)
+        return plain and all(_fits_any(v, inner) for v in value)
     if origin is dict or hint is dict:
         key, item = args or (str, Any)
         plain = isinstance(value, dict) and len(value) <= safe_files.MAX_NAMES
         return plain and all(fits(k, key) and fits(v, item) for k, v in value.items())
+    # bool is a subclass of int, but no number in a config.
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
@@ -220,17 +272,33 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) if isinstance(hint, type) else False
 
 
+def _fits_any(value: Any, hints: Iterable[Any]) -> bool:
+    return any(fits(value, hint) for hint in hints)
+
+
 def _ints(value: Any) -> list[int]:
-    if isinstance(value, dict | list):
-        return [v for part in (value.values() if isinstance(value, dict) else value) for v in _ints(part)]
+    """Integers in a config value, those within lists and dicts included."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        found: list[int] = []
+        for part in value:
+            found += _ints(part)
+        return found
     return [value] if isinstance(value, int) and not isinstance(value, bool) else []
 
 
 def _check_repository(name: str, subfolder: str | None, options: dict[str, Any]) -> None:
-    """peft itself takes pickled weights where a repository of the Hub has no safetensors file."""
+    """Refuse a repository of the Hub without a safetensors file.
+
+    peft itself takes pickled weights from such a repository.
+
+    Raises:
+        ConfigError: the repository, or offline the cache, has no such file.
+    """
     from huggingface_hub import constants, file_exists, try_to_load_from_cache
 
-    file = f"{subfolder}/{safe_files.ADAPTER_WEIGHTS}" if subfolder else safe_files.ADAPTER_WEIGHTS
+    file = f"{subfolder}/{ADAPTER_WEIGHTS}" if subfolder else ADAPTER_WEIGHTS
     revision, token = options.get("revision"), options.get("token")
     if constants.HF_HUB_OFFLINE:
         found = isinstance(try_to_load_from_cache(name, file, options.get("cache_dir"), revision), str)
@@ -241,7 +309,7 @@ def _check_repository(name: str, subfolder: str | None, options: dict[str, Any])
 
 
 def shorten(value: Any) -> str:
-    """A value as it may stand in a message."""
+    """Representation of a value for a message, at most 200 characters."""
     shown = repr(value)
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 

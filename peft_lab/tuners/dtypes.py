@@ -10,11 +10,8 @@ WIDE_DTYPES = (torch.float32, torch.float64)
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that products of these tensors are summed in: float32 or wider."""
+    """Dtype in which products of these tensors are summed: float32 or wider."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
-
-
-# ---------------------------------------------------------------------------------------------------- after a norm

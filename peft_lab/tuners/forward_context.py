@@ -1,10 +1,10 @@
-"""State of one forward call of a model: the row inputs that its adapters declare, and what layers share.
+"""State of one forward call: row inputs and shared values.
 
 A method declares a `RowInput`: an argument of the model's forward that holds one value, or one row of values, for each
 row of the batch. The forward of the model is wrapped, so that `model.forward(...)` works as `model(...)` does: the
-wrapper takes the declared arguments out, opens a `ForwardContext` that every layer can read, and closes it again. What
-belongs to one call is in its context and not on a module, because two forwards before one backward, recomputed blocks
-and threads must not share it.
+wrapper takes the declared arguments out, opens a `ForwardContext` that every layer can read, and closes it again. The
+state of a call is in its context and not on a module, because two forwards before one backward, recomputed blocks and
+threads must not share it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inp
 
 @dataclass(frozen=True)
 class RowInput:
-    """An argument of the model's forward with a value for each row of the batch, which an adapter reads.
+    """Declaration of a forward argument with one value per row.
 
     Attributes:
         name: keyword of the forward.
@@ -47,7 +47,7 @@ class RowInput:
     compute: Callable[[Mapping[str, Any]], Tensor] | None = None
 
     def check(self, value: Any, rows: int | None = None) -> Tensor:
-        """Check a value that was given for it, and cast it to the declared dtype.
+        """Check a given value and cast it to the declared dtype.
 
         Args:
             value: the value.
@@ -58,6 +58,7 @@ class RowInput:
         """
         if not isinstance(value, Tensor):
             raise ConfigError(f"{self.name} must be a tensor, got {type(value).__name__}.")
+        # Only numbers of the same sort are cast, so a float is never rounded to an id.
         wanted = getattr(torch, self.dtype) if self.dtype else value.dtype
         fits = value.ndim == (2 if self.per_token else 1) and value.is_floating_point() == wanted.is_floating_point
         if not fits or rows not in (None, len(value)):
@@ -91,11 +92,11 @@ class ForwardContext:
 
     @staticmethod
     def current() -> ForwardContext | None:
-        """The context of the call that runs, if any."""
+        """Context of the running call; None outside of a call."""
         return _CURRENT.get()
 
     def row_input(self, name: str, rows: int | None = None) -> Tensor | None:
-        """Value of a declared row input, for as many rows as a layer sees.
+        """Value of a declared row input for a layer's rows.
 
         Args:
             name: name of the input.
@@ -107,6 +108,7 @@ class ForwardContext:
         found = self.inputs.get(name)
         spec = self.declared.get(name)
         if found is None and spec is not None:
+            # Computed at the first layer that asks and kept for the others.
             if spec.compute is not None:
                 found = self.inputs[name] = spec.check(spec.compute(self.arguments))
             elif spec.column is not None:
@@ -117,6 +119,7 @@ class ForwardContext:
                 )
         if found is None or rows is None:
             return found
+        # A layer that runs on some rows alone sees fewer than the batch has: expand to all, then choose.
         if self.chosen is not None:
             total, index = self.chosen
             return expand_rows(found, total, name)[index]
@@ -129,7 +132,9 @@ _GIVEN: ContextVar[Mapping[str, Tensor] | None] = ContextVar("peft_lab_row_input
 
 @contextmanager
 def on_rows(rows: int, index: Tensor) -> Iterator[None]:
-    """Let row inputs be those of some rows of the batch inside the block: a mixed batch runs adapter by adapter.
+    """Restrict row inputs to some rows of the batch inside the block.
+
+    A mixed batch in its general form runs adapter by adapter.
 
     Args:
         rows: number of rows that the layer sees.
@@ -147,7 +152,7 @@ def on_rows(rows: int, index: Tensor) -> Iterator[None]:
 
 
 def expand_rows(values: Tensor, rows: int, name: str = "adapter_names") -> Tensor:
-    """Repeat one value per row of the batch for the windows or beams that a layer sees of each row.
+    """Repeat row values for a layer's windows or beams.
 
     Args:
         values: (batch, ...).
@@ -166,7 +171,9 @@ def expand_rows(values: Tensor, rows: int, name: str = "adapter_names") -> Tenso
 
 @contextmanager
 def row_inputs(**inputs: Tensor) -> Iterator[None]:
-    """Give row inputs to every forward inside the block, where the call itself cannot take them (`generate`).
+    """Give row inputs to every forward inside the block.
+
+    For calls that cannot take them as arguments, such as `generate`.
 
     Args:
         inputs: tensors by the name of the input, one value or row of values for each row of the batch; beams are
@@ -190,15 +197,15 @@ Around = Callable[[nn.Module, Callable[..., Any], dict[str, Any]], Any]
 
 
 class WrappedForward:
-    """The forward of one module instance with a `ForwardContext` around it.
+    """Forward of one module instance with a `ForwardContext` around it.
 
     It stands in the instance's `forward`, so calls of `module(...)` and of `module.forward(...)` both go through it. A
     deep copy or a pickle of the module takes its own along.
 
     Attributes:
         module: the module.
-        opens: whether the module is a whole model, whose call always gets a context of its own; a stack of blocks takes
-            the one that is open.
+        opens: True for a whole model, whose call always gets a context of its own; a stack of blocks takes the one that
+            is open.
         declared: adapter name -> row inputs that it declares.
         around: code that runs around the module's own forward; None for none.
     """
@@ -214,7 +221,10 @@ class WrappedForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """Signature of the module's own forward and the declared inputs, by which Trainer chooses columns."""
+        """Signature of the module's own forward with the declared inputs.
+
+        Trainer chooses columns by it.
+        """
         own = inspect.signature(self._inner or MethodType(type(self.module).forward, self.module))
         known = list(own.parameters.values())
         names = {parameter.name for parameter in known}
@@ -223,6 +233,7 @@ class WrappedForward:
             for name in self._specs()
             if name not in names
         ]
+        # New keywords go before **kwargs, which must stay the last parameter.
         at = len(known) - sum(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known)
         return own.replace(parameters=[*known[:at], *extra, *known[at:]])
 
@@ -233,11 +244,13 @@ class WrappedForward:
         given: dict[str, Any] = {}
         for name in [name for name in kwargs if name in specs]:
             given[name] = kwargs.pop(name)
+        # A stack that is called within its model joins the open context instead of hiding the model's arguments.
         context = _CURRENT.get()
         if context is not None and not self.opens:
             context.inputs |= _checked(given, specs, None)
             return self._run(args, kwargs)
         arguments = {**dict(zip(parameter_names(type(self.module).forward), args, strict=False)), **kwargs}
+        # The main input tells the number of rows, against which every row input is checked.
         like = next((arguments[name] for name in _BATCHED if arguments.get(name) is not None), None)
         rows = None if like is None else len(like)
         inputs = {**_given_around(specs, like), **_checked(given, specs, rows)}
@@ -256,13 +269,15 @@ class WrappedForward:
         return self.around(self.module, forward, {**dict(zip(names, args, strict=False)), **kwargs})
 
     def _specs(self) -> dict[str, RowInput]:
-        """Every declared row input by name."""
+        """Declared row inputs of all adapters by name."""
         return {spec.name: spec for inputs in self.declared.values() for spec in inputs}
 
     def _keep_context_in_checkpoints(self) -> None:
-        """Let recomputed blocks see the context of the forward that they belong to."""
+        """Run recomputed blocks in the context of their forward."""
+        # Without gradients nothing is recomputed.
         if not (self.module.training and torch.is_grad_enabled()):
             return
+        module: Any
         for module in self.module.modules():
             if getattr(module, "gradient_checkpointing", False):
                 function = module.__dict__.get("_gradient_checkpointing_func")
@@ -271,12 +286,13 @@ class WrappedForward:
 
 
 class _CheckpointInContext:
-    """A checkpointing function whose recomputation runs in the context of the forward."""
+    """Checkpointing function whose recomputation runs in the context of the forward."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Backward recomputes the block when the forward's context is closed, so the block takes it along.
         context = _CURRENT.get()
         return self.function(run if context is None else partial(_in_context, context, run), *args, **kwargs)
 
@@ -290,7 +306,7 @@ def _in_context(context: ForwardContext, run: Callable[..., Any], *args: Any, **
 
 
 def wrap_forward(module: nn.Module, opens: bool) -> WrappedForward:
-    """Wrap the forward of a module instance; returns the wrapper that is there already, if one is."""
+    """Wrap the forward of a module instance; an existing wrapper is returned."""
     found = module.__dict__.get("forward")
     if isinstance(found, WrappedForward):
         found.opens = found.opens or opens
@@ -301,7 +317,8 @@ def wrap_forward(module: nn.Module, opens: bool) -> WrappedForward:
 
 
 def unwrap_forwards(model: nn.Module) -> None:
-    """Take the wrappers of a model and its parts away, and the context out of their checkpointing."""
+    """Remove the wrappers of a model's forwards and of its checkpointing."""
+    module: Any
     for module in model.modules():
         wrapper = module.__dict__.get("forward")
         if isinstance(wrapper, WrappedForward):
@@ -315,7 +332,7 @@ def unwrap_forwards(model: nn.Module) -> None:
 
 
 def _checked(given: Mapping[str, Any], specs: Mapping[str, RowInput], rows: int | None) -> dict[str, Tensor]:
-    """The inputs of a call by name, without those that are None."""
+    """Checked inputs of a call by name, without those that are None."""
     found = {}
     for name, value in given.items():
         if value is not None:
@@ -324,7 +341,10 @@ def _checked(given: Mapping[str, Any], specs: Mapping[str, RowInput], rows: int 
 
 
 def _given_around(specs: Mapping[str, RowInput], like: Tensor | None) -> dict[str, Tensor]:
-    """Row inputs given around the call, for as many rows (beams) and tokens as its main input `like` has now."""
+    """Row inputs given around the call, fitted to its main input `like`.
+
+    They get as many rows (beams) and tokens as `like` has now.
+    """
     given = _GIVEN.get()
     if not given:
         return {}

@@ -1,4 +1,7 @@
-"""Base classes of adapter layers: active adapters, dtype, disabling, merging, mixed batches, shared parameters.
+"""Base classes of adapter layers.
+
+They hold what all methods have in common: active adapters, dtype, disabling, merging, mixed batches and shared
+parameters.
 
 `WeightLayer` is for methods that add a delta to a weight, `FeatureLayer` for methods that transform an op's output.
 """
@@ -22,13 +25,14 @@ from peft_lab.tuners.operations import Operation, StandIn, apply_matrix, operati
 
 
 class AdapterLayer(StandIn, BaseTunerLayer):
-    """A wrapped base module with any number of named adapters.
+    """Wrapped base module with any number of named adapters.
 
     A subclass names its parameters in `adapter_layer_names` (each starts with the method's prefix), gives their start
     values in `initial_values`, and computes `adapted`, `mixed` and `folded`.
     """
 
     info: ClassVar[MethodInfo]
+    config_cls: ClassVar[type[AdapterConfig]]
     #: The adapter's tensors that a row of a batch has of its own, each with the number that changes nothing; a method
     #: that names them supplies `rows_delta` or `rows_transform`, and `peft_lab.load_many` serves it.
     row_fields: ClassVar[Mapping[str, float]] = {}
@@ -50,7 +54,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         self.read_base(name)
 
     def read_base(self, name: str) -> None:
-        """Learn what the base module is, which stands at the path `name`.
+        """Read kind and sizes of the base module at path `name`.
 
         Raises:
             ConfigError: the method cannot adapt such a module.
@@ -63,7 +67,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
 
     @property
     def base_weight(self) -> Tensor:
-        """The weight that tells device, dtype and identity of the base, without anything merged into it."""
+        """Unmerged weight that tells device, dtype and identity of the base."""
         weight = self._unmerged[0] if self._unmerged else reference_weight(self.base_layer)
         assert weight is not None, "a base module has weights"
         return weight
@@ -71,40 +75,46 @@ class AdapterLayer(StandIn, BaseTunerLayer):
     # What a method supplies -------------------------------------------------------------------------------------
 
     def initial_values(self, adapter: str, config: Any) -> dict[str, Tensor]:
-        """Start values of an adapter's parameters by name; they are stored as float32."""
+        """Start values of an adapter's parameters by name, stored as float32."""
         raise NotImplementedError
 
     def shared_values(self, adapter: str, config: Any) -> dict[str, Tensor]:
-        """Start values of parameters that layers with the same `share_key` have in common, by name.
+        """Start values of the parameters shared under one `share_key`, by name.
 
         They are made and stored once, at the first of these layers; `parameter` finds them from every one.
         """
         return {}
 
     def share_key(self, config: Any) -> Hashable:
-        """Key of the layers that share `shared_values` with this one; None for all layers of the adapter."""
+        """Key of the layers that share `shared_values` with this one.
+
+        None for all layers of the adapter.
+        """
         return None
 
     def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The base module's output with the named adapters on it."""
+        """Base module's output with the named adapters on it."""
         raise NotImplementedError
 
     def mixed(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
-        """The output where each row of the batch has its own adapter."""
+        """Output for a batch whose rows have adapters of their own."""
         raise NotImplementedError
 
     def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Base weight and bias with one adapter merged in, in float32 or wider."""
+        """Base weight and bias with one adapter merged, float32 or wider."""
         raise NotImplementedError
 
     def rows_output(
         self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The output where each row has its own `row_fields`; see `peft_lab.tuners.mixed_batch.RowLayer`."""
+        """Output for rows with `row_fields` of their own.
+
+        See `peft_lab.tuners.mixed_batch.RowLayer`.
+        """
         raise NotImplementedError
 
     def check_values(self, adapter: str, values: Mapping[str, Tensor]) -> None:
-        """Raise `ConfigError` where the tensors of an adapter's file, by name, are not such as the method makes."""
+        """Raise `ConfigError` if an adapter file's tensors, by name, are invalid."""
 
     # What is the same for all -----------------------------------------------------------------------------------
 
@@ -113,7 +123,10 @@ class AdapterLayer(StandIn, BaseTunerLayer):
 
     @classmethod
     def missing_code(cls, function: str) -> str:
-        """Name of the function that a method has to write before `function` works; "" if there is none missing."""
+        """Name of the function that a method must still write for `function`.
+
+        "" if none is missing.
+        """
         # The shared class whose general forms the method's layer inherits.
         general = next(base for base in cls.__mro__ if "general_forms" in vars(base))
         needed = cls.general_forms.get(function, function)
@@ -127,7 +140,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         return {name: tuple(value.shape) for name, value in self.initial_values("", config).items()}
 
     def row_values(self, values: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """The tensors of an adapter's file as `row_fields`."""
+        """Convert the tensors of an adapter's file to `row_fields`."""
         return dict(values)
 
     def update_layer(self, adapter: str, config: AdapterConfig) -> None:
@@ -135,6 +148,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         self.configs[adapter] = config
         device = self.base_weight.device
         values = self.initial_values(adapter, config)
+        # The first layer of a share key stores the shared parameters, so that they are saved and trained once.
         if self.owners.setdefault((adapter, self.share_key(config)), self) is self:
             values = {**values, **self.shared_values(adapter, config)}
         for name, value in values.items():
@@ -142,7 +156,10 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def parameter(self, adapter: str, name: str) -> nn.Parameter | None:
-        """An adapter's parameter by name, stored here or at the layer that stores it for several; None if none is."""
+        """Parameter of an adapter by name, stored here or shared.
+
+        A shared parameter is stored at one layer for several; None if there is no such parameter.
+        """
         own: nn.ParameterDict = getattr(self, name)
         if adapter in own:
             return own[adapter]
@@ -151,7 +168,9 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         return stored.get(adapter)
 
     def row_input(self, name: str, x: Tensor) -> Tensor | None:
-        """Value of a declared row input of the call that runs, for each row of `x` (rows, ...).
+        """Value of a declared row input for each row of `x`.
+
+        It is that of the running call.
 
         Raises:
             ConfigError: the layer was called outside of its model, or the input is missing and has no default.
@@ -162,8 +181,12 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         return context.row_input(name, len(x))
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Tensor:
-        """Base output with the active adapters; `adapter_names` gives one adapter per row instead."""
+        """Base output with the active adapters.
+
+        `adapter_names` gives one adapter per row instead.
+        """
         if self.disable_adapters:
+            # A merged weight still holds the adapter, so the base alone needs it unmerged, as in peft.
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
@@ -178,7 +201,9 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         return self.adapted(x, active, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the base weight; the unmerged weight is kept aside, so that `unmerge` is exact.
+        """Fold adapters into the base weight.
+
+        The unmerged weight is kept, so that `unmerge` is exact.
 
         Raises:
             NotImplementedError: the method cannot be merged.
@@ -189,6 +214,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.configs]
         if not names:
             return
+        # All adapters are folded in float32 or wider and rounded to the base's dtype once.
         base = self.base_layer
         bias = getattr(base, "bias", None)
         weight, new_bias = self._wide(base.weight), None if bias is None else self._wide(bias)
@@ -196,6 +222,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
             weight, new_bias = self.folded(name, weight, new_bias)
         if safe_merge and not (weight.isfinite().all() and (new_bias is None or new_bias.isfinite().all())):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
+        # A second merge adds to a merged weight: the one to come back to is that of the first.
         if self._unmerged is None:
             self._unmerged = (base.weight, bias)
         base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
@@ -242,7 +269,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
 
 
 def no_merge(info: MethodInfo) -> str:
-    """Why a method without the capability `merge` cannot be merged, as a message."""
+    """Error message for a method without the capability `merge`."""
     reasons = {
         "sequence": "its prompts are tokens of the sequence, and no weight of the base stands for them",
         "input": "it changes what goes into the base, and no weight of the base stands for that",
@@ -252,7 +279,7 @@ def no_merge(info: MethodInfo) -> str:
 
 
 class WeightLayer(AdapterLayer):
-    """Base of the methods that add a delta to the weight: `base(x) + delta(x)`.
+    """Base of methods with a weight delta: `base(x) + delta(x)`.
 
     A method supplies `delta_weight`; it may override `delta_output` where a cheaper contraction exists, and
     `mixed_delta` to serve all rows of a batch at once.
@@ -261,17 +288,21 @@ class WeightLayer(AdapterLayer):
     general_forms: ClassVar[Mapping[str, str]] = {"folded": "delta_weight", "mixed": "delta_weight"}
 
     def delta_weight(self, adapter: str) -> Tensor:
-        """The delta as a matrix (out, in) in float32; (tokens, dim) for an embedding."""
+        """Delta as a float32 matrix (out, in), for embeddings (tokens, dim)."""
         raise NotImplementedError
 
     def delta_output(self, adapter: str, x: Tensor) -> Tensor:
-        """What the delta adds to the base output for input `x`."""
+        """Summand of the delta to the base output for input `x`."""
         matrix = self.delta_weight(adapter)
         x = x.to(matrix.dtype) if x.is_floating_point() else x
         return apply_matrix(self.base_layer, self.op, x, matrix)
 
     def mixed_delta(self, x: Tensor, rows: RowAdapters) -> Tensor:
-        """What the rows' own deltas add to the base output. This general form runs once per adapter."""
+        """Summand of the rows' own deltas to the base output.
+
+        This general form runs once per adapter.
+        """
+        # The shape of the output is known from the first adapter; rows without one keep zero.
         out: Tensor | None = None
         for name in rows.names:
             if name == BASE or name not in self.configs:
@@ -284,7 +315,7 @@ class WeightLayer(AdapterLayer):
         return torch.zeros((), device=x.device) if out is None else out
 
     def rows_delta(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """What each row's `row_fields`, (rows, *shape), add to the base output."""
+        """Summand of each row's `row_fields`, (rows, *shape), to the base output."""
         raise NotImplementedError
 
     def rows_output(
@@ -308,15 +339,21 @@ class WeightLayer(AdapterLayer):
         return weight + self.op.weight(delta, weight.shape), bias
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The delta in the layout of the base weight; peft's name for it, used by its conversion to LoRA."""
+        """Delta in the layout of the base weight.
+
+        The name is peft's, whose conversion to LoRA calls it.
+        """
         return self.op.weight(self.delta_weight(adapter), self.base_layer.weight.shape)
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
-        """Exact factors B (out, r) and A (r, in) of `delta_weight`; None where only a decomposition gives them."""
+        """Exact factors B (out, r) and A (r, in) of `delta_weight`.
+
+        None if only a decomposition gives them.
+        """
         return None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.info.can("lora_export") and self.op.op_type in ("linear", "conv1d")
+        return self.config_cls.exports_lora and self.op.op_type in ("linear", "conv1d")
 
 
 class FeatureLayer(AdapterLayer):
@@ -328,11 +365,14 @@ class FeatureLayer(AdapterLayer):
     general_forms: ClassVar[Mapping[str, str]] = {"mixed": "transform"}
 
     def transform(self, adapter: str, out: Tensor) -> Tensor:
-        """The op's output changed by one adapter."""
+        """Transform the op's output by one adapter."""
         raise NotImplementedError
 
     def transform_rows(self, rows: RowAdapters, out: Tensor) -> Tensor:
-        """The op's output changed by each row's own adapter. This general form runs once per adapter."""
+        """Transform the op's output by each row's own adapter.
+
+        This general form runs once per adapter.
+        """
         changed = out
         for name in rows.names:
             if name == BASE or name not in self.configs:
@@ -343,7 +383,7 @@ class FeatureLayer(AdapterLayer):
         return changed
 
     def rows_transform(self, values: Mapping[str, Tensor], out: Tensor) -> Tensor:
-        """The op's output changed by each row's `row_fields`, (rows, *shape)."""
+        """Transform the op's output by each row's `row_fields`, (rows, *shape)."""
         raise NotImplementedError
 
     def rows_output(

@@ -18,7 +18,9 @@ BASE = "__base__"
 
 
 class RowAdapters:
-    """One adapter name per row, turned into indices once per call instead of once per layer.
+    """Adapter names by row, turned into indices once per call.
+
+    Layers share the indices, so that not every layer makes them anew.
 
     Attributes:
         names: the distinct names in order of first use.
@@ -30,6 +32,7 @@ class RowAdapters:
         self._positions = {name: i for i, name in enumerate(self.names)}
         self._index: dict[tuple[int, torch.device], Tensor] = {}
 
+    # Layers that are given plain names call this for each forward; equal names give one object with its indices.
     @staticmethod
     @lru_cache(maxsize=8)
     def _cached(adapter_names: tuple[str, ...]) -> RowAdapters:
@@ -37,7 +40,7 @@ class RowAdapters:
 
     @classmethod
     def of(cls, adapter_names: RowAdapters | Sequence[str]) -> RowAdapters:
-        """Turn peft's list of names into a `RowAdapters`; one that is given is returned."""
+        """Convert peft's list of names to a `RowAdapters`."""
         return adapter_names if isinstance(adapter_names, RowAdapters) else cls._cached(tuple(adapter_names))
 
     def index(self, size: int, device: torch.device) -> Tensor:
@@ -65,7 +68,10 @@ _CURRENT: ContextVar[RowAdapters | None] = ContextVar("peft_lab_row_adapters", d
 
 
 def current_row_adapters() -> RowAdapters | None:
-    """The adapters of the rows of the call that runs; None if all rows have the active ones."""
+    """Adapters by row of the running call.
+
+    None if all rows have the active ones.
+    """
     return _CURRENT.get()
 
 
@@ -80,10 +86,11 @@ def mixed_batch(adapter_names: Sequence[str]) -> Iterator[None]:
 
 
 class RowLayer(Protocol):
-    """Layer of one module in which each row of a batch has its own adapter, without a loop over the adapters.
+    """Layer of one module in which each row has its own adapter.
 
-    Made with the base module and its path. `peft_lab.tuners.layer` has it for methods of one's own; for a tuner of
-    peft the method's file names such a class as `ROWS`.
+    All rows run at once, without a loop over the adapters. Made with the base module and its path.
+    `peft_lab.tuners.layer` has it for methods of one's own; for a tuner of peft the method's file names such a class as
+    `ROWS`.
 
     Attributes:
         row_fields: names of an adapter's tensors, each with the number that changes nothing. Smaller tensors are padded
@@ -93,7 +100,7 @@ class RowLayer(Protocol):
     row_fields: Mapping[str, float]
 
     def row_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """Shapes of an adapter's tensors here, by their names in the adapter's file.
+        """Shapes of an adapter's tensors here, by name in the adapter's file.
 
         Raises:
             ConfigError: an adapter of this configuration cannot be served by row, with the reason.
@@ -101,13 +108,13 @@ class RowLayer(Protocol):
         ...
 
     def row_values(self, values: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """The tensors of the file as the fields of a row."""
+        """Convert the tensors of the file to the fields of a row."""
         ...
 
     def rows_output(
         self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The module's output.
+        """Output of the module for rows with fields of their own.
 
         Args:
             x: input of the base module, further arguments behind it.

@@ -1,4 +1,7 @@
-"""The base operations that an adapter layer can wrap, seen in one way: a weight matrix (out, in) and a channel axis."""
+"""Base operations that an adapter layer can wrap.
+
+Each is described alike: a weight matrix (out, in) and a channel axis.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _TORCH_NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 
 class StandIn(nn.Module):
-    """A module around another one, its `base_layer`, that shows the other's attributes as its own.
+    """Wrapper of a module, its `base_layer`, that shows the module's attributes.
 
     Backbones read attributes of the module they think is there (weight, stride, eps, normalized_shape, ...).
     """
@@ -25,6 +28,7 @@ class StandIn(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            # By way of __dict__, because self.base_layer would come back here while there is none yet.
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None or name == "base_layer":
                 raise
@@ -33,13 +37,13 @@ class StandIn(nn.Module):
 
 @dataclass(frozen=True)
 class Operation:
-    """What a wrapped module computes.
+    """Description of the operation that a wrapped module computes.
 
     Attributes:
         op_type: "linear", "conv1d", "conv2d", "embedding" or "norm"; the capability a method must declare to adapt it.
         channels: number of output channels.
         channel_dim: axis of the output that holds the channels (-1, or 1 for images).
-        takes_bias: whether the module's forward adds a `bias`, present or not. RMSNorm's does not.
+        takes_bias: True if the module's forward adds a `bias`, present or not. RMSNorm's does not.
     """
 
     op_type: str
@@ -48,22 +52,32 @@ class Operation:
     takes_bias: bool = True
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """View a base weight as its matrix (out, in); an embedding's is (tokens, dim). No copy."""
+        """View a base weight as its matrix (out, in), without a copy.
+
+        An embedding's is (tokens, dim).
+        """
+        # transformers' Conv1D stores (in, out).
         if self.op_type == "conv1d":
             return weight.T
         return weight.flatten(1) if self.op_type == "conv2d" else weight
 
     def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `matrix`: bring a matrix (out, in) into the layout of a base weight of that shape."""
+        """Bring a matrix (out, in) into a base weight's layout.
+
+        The inverse of `matrix`, for a base weight of the given shape.
+        """
         return matrix.T if self.op_type == "conv1d" else matrix.reshape(shape)
 
     def scale_shape(self, ndim: int) -> tuple[int, ...]:
-        """Shape that broadcasts a per-output-channel vector over a base weight with `ndim` axes."""
+        """Shape that broadcasts channel values over a base weight.
+
+        The vector has one value per output channel, the weight `ndim` axes.
+        """
         return (1, -1) if self.op_type == "conv1d" else (-1, *(1,) * (ndim - 1))
 
 
 def operation(module: nn.Module, name: str) -> Operation:
-    """Recognise a module; `name` is its path, for the message.
+    """Recognise a module's operation; `name` is its path, for the message.
 
     Raises:
         ConfigError: the module is no operation that an adapter can wrap exactly, with the reason.
@@ -86,6 +100,7 @@ def operation(module: nn.Module, name: str) -> Operation:
 
 
 def _recognise(module: nn.Module, weight: Tensor) -> Operation | None:
+    # Compared by the forward itself: a subclass that overrides it may compute anything else.
     forward = type(module).forward
     if forward is nn.Linear.forward:
         return Operation("linear", weight.shape[0])
@@ -93,6 +108,7 @@ def _recognise(module: nn.Module, weight: Tensor) -> Operation | None:
         return Operation("conv1d", weight.shape[1])
     if forward is nn.Conv2d.forward:
         return Operation("conv2d", weight.shape[0], channel_dim=1)
+    # max_norm changes the weight at every look-up.
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         return Operation("embedding", weight.shape[1], takes_bias=False)
     if weight.dim() == 1 and (isinstance(module, _TORCH_NORMS) or type(module).__name__.endswith("Norm")):
@@ -103,7 +119,10 @@ def _recognise(module: nn.Module, weight: Tensor) -> Operation | None:
 
 
 def apply_matrix(module: Any, op: Operation, x: Tensor, matrix: Tensor) -> Tensor:
-    """Run the base operation with another matrix (out, in) and no bias: what a delta adds to the output."""
+    """Run the base operation with another matrix (out, in) and no bias.
+
+    This gives the summand of a delta to the output.
+    """
     if op.op_type == "embedding":
         return F.embedding(x, matrix) * embed_scale(module)
     if op.op_type == "conv2d":
@@ -112,7 +131,11 @@ def apply_matrix(module: Any, op: Operation, x: Tensor, matrix: Tensor) -> Tenso
 
 
 def conv2d_rows(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """Run a convolution without its bias where each row of x (batch, ...) has its own weight (batch, out, ...)."""
+    """Run a convolution with a weight per row, without bias.
+
+    `x` is (batch, ...) and `weight` (batch, out, ...).
+    """
+    # F.conv2d pads with zeros alone, so any other padding is done before it, as in nn.Conv2d.
     padding = module.padding
     if module.padding_mode != "zeros":
         x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
@@ -123,12 +146,14 @@ def conv2d_rows(module: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def embed_scale(module: Any) -> Tensor | float:
-    """The factor that scaled embeddings (Gemma 3, M2M) apply behind the look-up; 1.0 for plain ones."""
+    """Factor that scaled embeddings (Gemma 3, M2M) apply; 1.0 for plain ones."""
     return getattr(module, "embed_scale", 1.0)
 
 
 def norm_offset(module: Any) -> float:
-    """0.0 if a norm multiplies by its weight, 1.0 if by (1 + weight) as Gemma's does; found by running it.
+    """Offset of a norm's weight: 0.0, or 1.0 for norms like Gemma's.
+
+    A norm multiplies by (offset + weight). The offset is found by running the norm.
 
     Raises:
         ConfigError: the norm does neither, so a scale cannot be folded into its weight.
@@ -137,6 +162,7 @@ def norm_offset(module: Any) -> float:
         return 0.0
     weight = module.weight
     probe = torch.linspace(-1.0, 2.0, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
+    # With a weight of minus the offset the output is zero whatever the input.
     for offset in (0.0, 1.0):
         out = torch.func.functional_call(module, {"weight": torch.full_like(weight, -offset)}, (probe,))
         if bool((out == 0).all()):

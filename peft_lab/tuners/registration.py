@@ -1,4 +1,4 @@
-"""Registration of methods with peft: config classes, tuner classes, and configs built from plain values."""
+"""Registration of methods with peft, and configs built from plain values."""
 
 from __future__ import annotations
 
@@ -23,11 +23,22 @@ _PEFT_ROLES = {"ia3": ("attn.k", "attn.v", "mlp.down"), "ln_tuning": ("norm", "n
 
 
 def config_class(name: str) -> type:
-    """The config class of a method; imports peft and the module that defines the method."""
+    """Config class of a method.
+
+    Imports peft and the module that defines the method.
+
+    Raises:
+        ConfigError: an unknown method, or a baseline, which has no config class.
+    """
     info = method(name)
     if not info.config:
         raise ConfigError(f'Method "{name}" is a baseline: it trains the model\'s own weights and has no config class.')
     return getattr(importlib.import_module(info.module), info.config)
+
+
+def has_trait(info: MethodInfo, trait: str) -> bool:
+    """Test a property that a method's config class has, such as `uses_source_head`; False for baselines and peft's."""
+    return bool(info.config) and bool(getattr(config_class(info.name), trait, False))
 
 
 def make_config(name: str, args: Mapping[str, Any] | None = None, model: Any = None, **common: Any) -> Any:
@@ -47,7 +58,9 @@ def make_config(name: str, args: Mapping[str, Any] | None = None, model: Any = N
     check_method_args(name, args or {})
     values = {key: _plain(value) for key, value in with_preset(name, args or {}).items()}
     known = set(getattr(cls, "__dataclass_fields__", {}))
+    # What the user gave comes before what the caller sets for every method.
     values.update({k: v for k, v in common.items() if k in known and k not in values})
+    # Own methods find their targets by role in their tuner; peft's need names.
     if model is not None and method(name).module.startswith("peft."):
         values = {**_role_defaults(name, model, known, values.get("task_type")), **values}
     try:
@@ -66,16 +79,19 @@ def register(info: MethodInfo, config_cls: Any, layer_cls: Any, model_cls: Any =
         ConfigError: peft, or another package, already has a method of that name.
     """
     known: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    # A module that is imported again, under another name or after a reload, registers its method once.
     present = known.get(info.name.upper())
     if present is not None:
         if present.__module__ == config_cls.__module__:
             return
         raise ConfigError(f'peft already has a method "{info.name}" ({present.__module__}); choose another name.')
-    _check_capabilities(info, layer_cls)
     peft_type = _extend_peft_type(info.name.upper())
     config_cls.peft_method_type = peft_type
     config_cls.info = info
     layer_cls.info = info
+    layer_cls.config_cls = config_cls
+    _check_capabilities(info, layer_cls)
+    # peft finds a method's parameters by the prefix of their names.
     members = {
         "prefix": f"{info.name}_",
         "tuner_layer_cls": layer_cls,
@@ -88,7 +104,7 @@ def register(info: MethodInfo, config_cls: Any, layer_cls: Any, model_cls: Any =
 
 
 #: Capability -> function of the layer that it needs.
-_CODE_OF = {"merge": "folded", "mixed_batch": "mixed", "lora_export": "delta_weight"}
+_CODE_OF = {"merge": "folded", "mixed_batch": "mixed"}
 
 
 def _check_capabilities(info: MethodInfo, layer_cls: type[AdapterLayer]) -> None:
@@ -97,9 +113,10 @@ def _check_capabilities(info: MethodInfo, layer_cls: type[AdapterLayer]) -> None
     Raises:
         ConfigError: naming the capability and the function of the layer that is missing.
     """
-    for capability, function in _CODE_OF.items():
-        if not info.can(capability):
-            continue
+    needed = {capability: function for capability, function in _CODE_OF.items() if info.can(capability)}
+    if layer_cls.config_cls.exports_lora:
+        needed["exports_lora"] = "delta_weight"
+    for capability, function in needed.items():
         missing = layer_cls.missing_code(function)
         if missing:
             raise ConfigError(
@@ -120,11 +137,15 @@ def load_all() -> None:
 
 
 def _extend_peft_type(name: str) -> Any:
-    """Add a member to peft's closed `PeftType`; a plain string would leave peft's status reports empty."""
+    """Add a member to peft's closed `PeftType`.
+
+    A plain string would leave peft's status reports empty.
+    """
     from peft import PeftType
 
     if name in PeftType.__members__:
         return PeftType[name]
+    # What Enum itself does for a member in its class body; checked below, because these names are private.
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     PeftType._member_names_.append(name)
@@ -137,6 +158,7 @@ def _extend_peft_type(name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    """Value of a text by YAML; others as they are."""
     if not isinstance(value, str):
         return value
     import yaml
@@ -151,14 +173,17 @@ def _plain(value: Any) -> Any:
 
 
 def _role_defaults(name: str, model: Any, known: set[str], task_type: str | None) -> dict[str, Any]:
+    """Default targets of peft's tuners by role, and the task head."""
     defaults: dict[str, Any] = {}
     tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
     mapped = getattr(tuners.get(name.upper()), "target_module_mapping", None) or {}
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     info = method(name)
+    # peft's own targets stand where it has some for this family and the card names no roles.
     if "target_modules" in known and (info.roles or model_type not in mapped):
         wanted = info.roles or _PEFT_ROLES.get(name, ("attn.q", "attn.v"))
         defaults["target_modules"] = module_roles.target_modules(model, wanted)
+        # IA3 scales the input of these modules instead of the output; peft wants them among the targets too.
         if "feedforward_modules" in known:
             defaults["feedforward_modules"] = module_roles.target_modules(model, ("mlp.down",))
     if "modules_to_save" in known:

@@ -1,9 +1,9 @@
-"""Branches on the residual stream: read before a sub-layer (attention or MLP), added behind it.
+"""Branches on the residual stream of transformer blocks.
 
-In a pre-norm block, x + mlp(norm(x)) becomes x + mlp(norm(x)) + branch(x); in a post-norm block, norm(x + mlp(x))
-becomes norm(x + mlp(x) + branch(x)). Both points lie inside the block's own forward, so hooks on its modules read and
-write them; `Family.residual` says which modules these are. The stream of a call is kept in its `ForwardContext`, never
-on a module.
+A branch reads the stream before a sub-layer (attention or MLP) and is added behind it. In a pre-norm block, x +
+mlp(norm(x)) becomes x + mlp(norm(x)) + branch(x); in a post-norm block, norm(x + mlp(x)) becomes norm(x + mlp(x) +
+branch(x)). Both points lie inside the block's own forward, so hooks on its modules read and write them;
+`Family.residual` says which modules these are. The stream of a call is kept in its `ForwardContext`, never on a module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from peft_lab.tuners.tuner import BlockTuner
 
 
 class ResidualBranches(AdapterLayer):
-    """A block with branches beside some of its sub-layers. A method supplies `branch`.
+    """Block with branches beside some of its sub-layers.
+
+    A method supplies `branch`.
 
     Attributes:
         summand_scale: number by which the block multiplies every summand before the addition, mostly 1.
@@ -38,11 +40,14 @@ class ResidualBranches(AdapterLayer):
     summand_scale: float = 1.0
 
     def branch(self, adapter: str, sub_layer: str, stream: Tensor) -> Tensor:
-        """Summand (rows, tokens, width) that an adapter adds behind a sub-layer to the stream of the same shape."""
+        """Summand (rows, tokens, width) of an adapter behind a sub-layer.
+
+        `stream` has the same shape.
+        """
         raise NotImplementedError
 
     def hook_sub_layers(self, model: nn.Module, path: str) -> None:
-        """Put the hooks into the block, which stands at a path of the model.
+        """Register the hooks in the block at a path of the model.
 
         Raises:
             ConfigError: the family is not known, or the block has none of the sub-layers.
@@ -52,6 +57,7 @@ class ResidualBranches(AdapterLayer):
             name = connection.sub_layer
             if name not in self.sub_layers or not _has_norm(connection):
                 continue
+            # Pre-norm: the stream is the input of the norm before the sub-layer.
             if connection.norm_before:
                 block.get_submodule(connection.norm_before).register_forward_pre_hook(
                     _ReadInput(self, name), with_kwargs=True
@@ -61,12 +67,13 @@ class ResidualBranches(AdapterLayer):
                 first = block.get_submodule(connection.output.partition(".")[0])
                 first.register_forward_pre_hook(_ReadInput(self, name), with_kwargs=True)
             else:
+                # Post-norm: the stream is the output of the norm behind the sub-layer before.
                 before = block.get_submodule(connections[index - 1].norm_after)
                 before.register_forward_hook(_ReadOutput(self, name))
             block.get_submodule(connection.output).register_forward_hook(_AddBranch(self, name))
 
     def adapters_with_rows(self, size: int, device: torch.device) -> Iterator[tuple[str, Tensor | None]]:
-        """The adapters that act here, each with the numbers of its rows, int64; None for all rows."""
+        """Acting adapters, each with its row numbers, int64, or None for all."""
         if self.disable_adapters:
             return
         rows = current_row_adapters()
@@ -80,7 +87,7 @@ class ResidualBranches(AdapterLayer):
                 yield name, rows.of_adapter(name, size, device)
 
     def read_stream(self, sub_layer: str, stream: Tensor) -> None:
-        """Keep the stream before a sub-layer for the branch that is added behind it."""
+        """Keep the stream before a sub-layer for its branch."""
         context = ForwardContext.current()
         if context is None:
             return
@@ -90,13 +97,14 @@ class ResidualBranches(AdapterLayer):
             context.shared[self, "adapters"] = list(self.adapters_with_rows(len(stream), stream.device))
 
     def add_branch(self, sub_layer: str, output: Tensor) -> Tensor:
-        """The output of a sub-layer with the branches of the adapters that act here."""
+        """Add the branches of the acting adapters to a sub-layer's output."""
         context = ForwardContext.current()
         # The same dropout may stand behind another sub-layer too: there is no stream to read there.
         stream = None if context is None else context.shared.pop((self, sub_layer), None)
         if context is None or stream is None:
             return output
         for name, rows in context.shared[self, "adapters"]:
+            # The block multiplies the sum by `summand_scale`, which the branch must not get: divided out here.
             if rows is None:
                 added = self.branch(name, sub_layer, stream)
                 output = output + (added / self.summand_scale).to(output.dtype).reshape(output.shape)
@@ -108,7 +116,7 @@ class ResidualBranches(AdapterLayer):
 
 
 class ResidualLayer(ResidualBranches):
-    """Base of the methods that put a branch beside sub-layers of a block, such as parallel adapters.
+    """Base of methods with branches beside sub-layers, such as parallel adapters.
 
     A method supplies `initial_values` and `branch`.
 
@@ -121,10 +129,11 @@ class ResidualLayer(ResidualBranches):
     general_forms: ClassVar[dict[str, str]] = {"mixed": "branch"}
 
     def read_base(self, name: str) -> None:
-        """A block is taken as it is."""
+        """Accept any block; its residual connections are read when it is hooked."""
 
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        """The block; its hooks add the branches."""
+        """Run the block, whose hooks add the branches."""
+        # Without a context the hooks would add none in silence.
         acts = any(name in self.configs for name in self.active_adapters) and not self.disable_adapters
         if acts and ForwardContext.current() is None:
             raise ConfigError("A block with residual branches was called without its backbone; call the whole model.")
@@ -132,7 +141,7 @@ class ResidualLayer(ResidualBranches):
 
 
 class ResidualTuner(BlockTuner):
-    """Puts `ResidualLayer`s around blocks."""
+    """Tuner that wraps blocks in `ResidualLayer`s."""
 
     def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
         layer = super().new_layer(target, path)
@@ -144,7 +153,7 @@ class ResidualTuner(BlockTuner):
         wrap_forward(model, opens=True)
 
     def unload(self) -> Any:
-        """The base model without wrapped blocks and without hooks."""
+        """Return the base model without wrapped blocks and without hooks."""
         model = super().unload()
         remove_stream_hooks(model)
         return model
@@ -156,7 +165,7 @@ def register_residual(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None
 
 
 class _StreamHook:
-    """A hook inside a block, found again by its class when the adapter is taken out."""
+    """Hook inside a block, recognised by its class for removal."""
 
     def __init__(self, layer: ResidualBranches, sub_layer: str) -> None:
         self.layer, self.sub_layer = layer, sub_layer
@@ -184,7 +193,7 @@ class _AddBranch(_StreamHook):
 
 
 def remove_stream_hooks(model: nn.Module) -> None:
-    """Take the hooks of residual branches out of a model."""
+    """Remove the hooks of residual branches from a model."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _StreamHook)]:
@@ -193,19 +202,25 @@ def remove_stream_hooks(model: nn.Module) -> None:
 
 
 def _has_norm(connection: ResidualConnection) -> bool:
-    """Test whether a norm reads or writes the stream; in convolutional blocks, which have another layout, none does."""
+    """Test whether a norm reads or writes the stream.
+
+    In convolutional blocks, which have another layout, none does.
+    """
     return bool(connection.norm_before or connection.norm_after)
 
 
 def _connections_of(model: nn.Module, path: str, layer: ResidualBranches) -> tuple[ResidualConnection, ...]:
-    """The residual connections of the block at a path; sets the layer's width and scale by them.
+    """Residual connections of the block at a path.
+
+    The layer's width and scale are set by them.
 
     Raises:
         ConfigError: there is no place for a branch in the block.
     """
+    # The config that describes the block is that of the innermost model around it whose family is known.
     steps = path.split(".")
     around = [model.get_submodule(".".join(steps[:end])) for end in range(len(steps) - 1, -1, -1)]
-    configs = [module.config for module in around if hasattr(module, "config")]
+    configs: list[Any] = [module.config for module in around if hasattr(module, "config")]
     config = next((c for c in configs if getattr(c, "model_type", None) in FAMILIES), None)
     found: tuple[ResidualConnection, ...] = ()
     if config is not None:

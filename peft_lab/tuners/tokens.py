@@ -1,4 +1,4 @@
-"""Tokens of a sequence: prompt tokens put in and taken out, and the names of a forward's parameters."""
+"""Insertion and removal of prompt tokens, and names of a forward's parameters."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from torch import Tensor
 
 
 def insert(tensor: Tensor, new: Tensor, at: int, dim: int = 1) -> Tensor:
-    """`tensor` with `new` put in before position `at` of a dimension."""
+    """Insert `new` before position `at` of a dimension of `tensor`."""
+    # Prompts mostly stand at the left: one concatenation without an empty part.
     if at == 0:
         return torch.cat([new, tensor], dim)
     return torch.cat([tensor.narrow(dim, 0, at), new, tensor.narrow(dim, at, tensor.shape[dim] - at)], dim)
 
 
 def split(tensor: Tensor, count: int, at: int, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Tokens and prompts of a tensor with `count` prompts at position `at` of a dimension; the inverse of `insert`."""
+    """Split `count` prompts at position `at` of a dimension from the tokens.
+
+    Returns the tokens and the prompts; the inverse of `insert`.
+    """
     prompts = tensor.narrow(dim, at, count)
     rest = tensor.narrow(dim, at + count, tensor.shape[dim] - at - count)
     return (torch.cat([tensor.narrow(dim, 0, at), rest], dim) if at else rest), prompts
@@ -28,6 +32,6 @@ def split(tensor: Tensor, count: int, at: int, dim: int = 1) -> tuple[Tensor, Te
 def parameter_names(forward: Any) -> tuple[str, ...]:
     """Names of a forward's positional parameters, without `self`."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(
-        name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds and name != "self"
-    )
+    parameters = inspect.signature(forward).parameters
+    positional = [name for name, parameter in parameters.items() if parameter.kind in kinds]
+    return tuple(name for name in positional if name != "self")

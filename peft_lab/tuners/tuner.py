@@ -1,4 +1,7 @@
-"""The shared tuner: peft's `BaseTuner` with targets by role, a base check and vectorised mixed batches."""
+"""Shared tuner of all methods, peft's `BaseTuner` with more checks.
+
+It adds targets by role, a check of the base and vectorised mixed batches.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from torch import Tensor, nn
 
 import peft_lab.backbones.module_roles as roles
 from peft_lab.adapter_files import base_fingerprint, module_matching
+from peft_lab.adapter_files.completeness import check_complete
 from peft_lab.backbones.frozen_norms import keep_statistics, release_statistics
+from peft_lab.backbones.heads import PEFT_HEADS
+from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_forward
@@ -23,18 +29,22 @@ from peft_lab.tuners.mixed_batch import BASE, mixed_batch
 
 _LOG = logging.getLogger("peft_lab")
 #: What peft puts into `modules_to_save` for text classification, whatever the model's head is called.
-_PEFT_HEADS = ["classifier", "score"]
+_PEFT_HEADS = list(PEFT_HEADS["SEQ_CLS"])
 
 
 class AdapterTuner(BaseTuner):
-    """Puts a method's layers into a model. `peft_lab.tuners.register` derives one subclass per method."""
+    """Tuner that puts a method's layers into a model.
+
+    `peft_lab.tuners.register` derives one subclass per method.
+    """
 
     info: ClassVar[MethodInfo]
     tuner_layer_cls: type[AdapterLayer]
     target_module_mapping = {}  # noqa: RUF012 - peft's own declaration; targets come from roles here
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Check name and base, put the adapter in, and remember which weights it is on."""
+        """Check name and base, add the adapter and record the base's fingerprints."""
+        # peft tells adapters apart by text in parameter names, in which such a name would be found by mistake.
         if adapter_name in self.prefix or adapter_name == BASE:
             raise ConfigError(
                 f'Adapter name "{adapter_name}" cannot be used: it is part of the parameter prefix "{self.prefix}" '
@@ -46,6 +56,7 @@ class AdapterTuner(BaseTuner):
         if config.row_inputs():
             wrap_forward(model, opens=True).declared[adapter_name] = config.row_inputs()
         layers = {k: m for k, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.configs}
+        # A loaded adapter keeps the record of the base that it was trained on.
         if config.fingerprints:
             config.recorded_fingerprints = config.fingerprints
             return
@@ -68,6 +79,7 @@ class AdapterTuner(BaseTuner):
             )
         else:
             peft_config.target_modules = roles.rename_targets(self.model, peft_config.target_modules)
+        # A new adapter also trains the model's task head, under the name that it has in this model.
         if not loaded and peft_config.modules_to_save in (None, _PEFT_HEADS):
             heads = _heads(self.model, peft_config.task_type)
             peft_config.modules_to_save = sorted({*heads, *(peft_config.modules_to_save or [])}) or None
@@ -76,12 +88,13 @@ class AdapterTuner(BaseTuner):
         return peft_config
 
     def _find_modules(self, config: Any) -> None:
-        """Bring a loaded config to the names that its modules have in this model."""
+        """Translate a loaded config to this model's module names."""
         recorded = config.fingerprints
-        found = module_matching.fit(self.model, recorded)
+        found = module_matching.match_modules(self.model, recorded)
         layer = self.tuner_layer_cls
         module_matching.check_fusable(found, self.info.name, layer.adapter_layer_names, layer.per_channel)
         config.found, config.fingerprints = found, found.records(self.model, recorded)
+        # The names of the file may not reach modules that are called otherwise here; a regex of the found ones does.
         if not found.missing and not all(check_target_module_exists(config, name) for name in found.modules):
             config.target_modules, config.exclude_modules = found.regex(), None
         heads = config.modules_to_save or []
@@ -97,9 +110,10 @@ class AdapterTuner(BaseTuner):
         largest = max((size for p in model.parameters() for size in p.shape), default=1)
         peft_config.check_sizes(largest)
         recorded = peft_config.fingerprints
+        # Weights on the meta device have no values to compare.
         found = {name: _find_fingerprint(model, name) for name in recorded}
         offloaded = {name for name, entry in found.items() if entry == {}}
-        bound = self.info.can("dtype_bound") and not getattr(peft_config, "save_bases", False)
+        bound = peft_config.dtype_bound and not getattr(peft_config, "save_bases", False)
         base_fingerprint.check({k: v for k, v in recorded.items() if k not in offloaded}, found, dtype_bound=bound)
 
     def _create_and_replace(
@@ -117,22 +131,25 @@ class AdapterTuner(BaseTuner):
             return
         if isinstance(target, BaseTunerLayer):
             raise ConfigError(f'Module "{current_key}" already carries {type(target).__name__}; remove that one first.')
+        # A wrapper's forward would never run there, so its adapter would change nothing.
         if isinstance(parent, nn.MultiheadAttention):
             raise ConfigError(f'Module "{current_key}" is read by nn.MultiheadAttention without being called.')
         layer = self.new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config)
+        # A second adapter is added inactive, as peft does, and must not be trained meanwhile.
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
-        """The layer that takes the place of a base module."""
+        """Make the layer that replaces a base module."""
         layer = self.tuner_layer_cls(target, path)
         layer.owners = self._owners()
         return layer
 
     def _owners(self) -> dict[Any, AdapterLayer]:
-        """The mapping of shared parameters that all layers of this method on the model have in common."""
+        """Owners of shared parameters, one mapping for all layers of this method."""
+        # In __dict__, because peft's tuner is a module that looks up missing attributes in the model.
         if "shared_owners" not in self.__dict__:
             layers = (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
             first = next(layers, None)
@@ -144,10 +161,11 @@ class AdapterTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        found, lost = getattr(config, "found", module_matching.Fit()), getattr(config, "lost_heads", [])
-        kept = {key: value for key, value in state_dict.items() if not module_matching.is_head(key, lost)}
+        found, lost = getattr(config, "found", module_matching.ModuleMatch()), getattr(config, "lost_heads", [])
+        kept = {key: value for key, value in state_dict.items() if not module_matching.is_saved_module(key, lost)}
         locate = partial(_locate, prefix=cls.prefix)
-        renamed = module_matching.adapt_state(kept, found, locate, cls.tuner_layer_cls.per_channel)
+        renamed = module_matching.convert_state(kept, found, locate, cls.tuner_layer_cls.per_channel)
+        # A file without fingerprints tells nothing of its modules; then families' usual renamings must do.
         if not found.modules:
             rename = roles.renamer(model)
             renamed = {_rename_key(rename, key, cls.prefix): value for key, value in renamed.items()}
@@ -207,7 +225,7 @@ class AdapterTuner(BaseTuner):
 
 
 class BlockTuner(AdapterTuner):
-    """A tuner whose layers wrap whole blocks instead of single operations."""
+    """Tuner whose layers wrap whole blocks instead of single operations."""
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # peft's own looks for the weight of the module; the layer has already put its parameters on the right device
@@ -215,7 +233,7 @@ class BlockTuner(AdapterTuner):
 
 
 def _heads(model: nn.Module, task_type: str | None) -> list[str]:
-    """Task heads by name, also where an earlier adapter has already wrapped them."""
+    """Task heads by name, also those wrapped by earlier adapters."""
     wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     found = roles.head_modules(model, task_type)
     return [next((w for w in wrapped if head == w or head.startswith(f"{w}.")), head) for head in found]
@@ -226,7 +244,10 @@ def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_na
 
 
 def _find_fingerprint(model: nn.Module, name: str) -> dict[str, Any] | None:
-    """Fingerprint of the base weight of a module by name; None if there is no such module, {} if it is on meta."""
+    """Fingerprint of a module's base weight by the module's name.
+
+    None if there is no such module or it has no weight, {} if the weight is on the meta device.
+    """
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -240,34 +261,35 @@ def _find_fingerprint(model: nn.Module, name: str) -> dict[str, Any] | None:
 
 
 def _locate(key: str, prefix: str) -> tuple[str, str] | None:
-    """The module that an entry of an adapter file belongs to, and the name of its parameter."""
+    """Split the key of an adapter file into module and parameter names."""
     head, mark, tail = key.rpartition(f".{prefix}")
-    return (head.removeprefix("base_model.model."), f"{prefix}{tail}") if mark else None
+    return (head.removeprefix(PEFT_PREFIX), f"{prefix}{tail}") if mark else None
 
 
 def _rename_key(rename: Callable[[str], str], key: str, prefix: str) -> str:
     head, mark, tail = key.rpartition(f".{prefix}")
     if not mark:
         return key
-    wrapper = "base_model.model." if head.startswith("base_model.model.") else ""
+    wrapper = PEFT_PREFIX if head.startswith(PEFT_PREFIX) else ""
     return wrapper + rename(head.removeprefix(wrapper)) + mark + tail
 
 
 def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Tensor]) -> None:
-    """An adapter file must hold exactly the adapter's parameters: peft itself only warns of what is missing."""
+    """Check that an adapter file holds exactly the adapter's parameters.
+
+    peft itself only warns of missing ones.
+
+    Raises:
+        ConfigError: an entry is missing, unknown, of another shape or dtype, or not finite.
+    """
     known = model.state_dict()
     ours = {k for k in known if f".{prefix}" in k and k.endswith(f".{adapter}")}
     heads = [f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     resized = _embeddings(model)
     embeddings = [f"{n}." for n, m in model.named_modules() if n and m in resized]
+    # Heads and embeddings that are saved whole are checked by peft; an adapter inside of them is ours again.
     given = {k for k in state if not k.startswith((*heads, *embeddings)) or f".{prefix}" in k}
-    missing, extra = sorted(ours - given), sorted(given - ours)
-    if missing or extra:
-        what = f'lacks "{missing[0]}"' if missing else f'has an unknown entry "{extra[0]}"'
-        raise ConfigError(
-            f"The adapter file {what} ({len(missing)} missing, {len(extra)} unknown entries); it was cut short or "
-            "belongs to another model."
-        )
+    check_complete(ours, given)
     for key in sorted(ours):
         if known[key].shape != state[key].shape:
             raise ConfigError(
@@ -276,7 +298,7 @@ def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Te
         if not known[key].is_floating_point() and known[key].dtype != state[key].dtype:
             raise ConfigError(f'Adapter entry "{key}" holds {state[key].dtype}, expected {known[key].dtype}.')
     for key, value in state.items():
-        # a table of indices, or the number of batches that a norm among the modules to save has seen
+        # Integers: a table of indices, or the number of batches that a norm among the modules to save has seen.
         whole = key in known and value.dtype == known[key].dtype and not value.is_floating_point()
         if not whole and not (value.is_floating_point() and bool(value.isfinite().all())):
             raise ConfigError(f'Adapter entry "{key}" holds values that are not finite numbers; train it again.')
@@ -288,7 +310,10 @@ def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Te
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
-    """Embedding layers, which peft itself adds to an adapter file when they were resized or adapted."""
+    """Embedding layers of a model.
+
+    peft itself adds them to an adapter file when they were resized or adapted.
+    """
     found = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         try:

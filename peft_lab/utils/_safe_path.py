@@ -1,6 +1,7 @@
-"""Imported first by processes of ours that Python starts with the working directory on the module path.
+"""Removal of the working directory from the module path.
 
-A script called `evaluate.py` is common, and would be imported in place of the library of that name.
+Python puts it there in `python -m` and in child processes, which import this module first. A script called
+`evaluate.py` is common, and would be imported in place of the library of that name.
 """
 
 from __future__ import annotations

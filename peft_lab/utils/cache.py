@@ -1,4 +1,4 @@
-"""Where peft-lab keeps what it can compute again: `$PEFT_LAB_CACHE`, else `peft_lab` beside the Hugging Face cache."""
+"""Cache folder of peft-lab, for files that it can compute again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 
 
 def cache_dir(*parts: str) -> Path:
-    """A folder below the cache root; it is not created. `PEFT_LAB_CACHE` moves the root."""
+    """Folder below the cache root; it is not created.
+
+    The root is `$PEFT_LAB_CACHE`, else `peft_lab` beside the Hugging Face cache.
+    """
     root = os.environ.get("PEFT_LAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "peft_lab"
     return Path(root).expanduser().joinpath(*parts)

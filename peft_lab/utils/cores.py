@@ -1,4 +1,4 @@
-"""Processor cores that this process may use."""
+"""Count of processor cores."""
 
 from __future__ import annotations
 
@@ -6,5 +6,7 @@ import os
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: a container or `taskset` may allow fewer than there are
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,4 +1,7 @@
-"""Names that begin with `${PEFT_LAB_DATA}`: data and backbones of one's own, the same on every machine."""
+"""Names that begin with `${PEFT_LAB_DATA}`.
+
+They name the user's own data and backbones in the same way on every machine.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ DATA_PREFIX = "${" + DATA_VARIABLE + "}"
 
 
 def below_data(name: str, what: str, error: type[PeftLabError] = ConfigError) -> Path:
-    """The absolute path that a name with a leading `${PEFT_LAB_DATA}` means; `what` says in errors who reads it.
+    """Absolute path of a name with a leading `${PEFT_LAB_DATA}`.
+
+    `what` says in errors who reads it.
 
     Raises:
         ConfigError: the variable is not set; or the error that is given.

@@ -1,4 +1,7 @@
-"""Images as `datasets` decodes them for training: upright as their EXIF data say, in RGB."""
+"""Images as `datasets` decodes them for training.
+
+They are turned upright by their EXIF data, and in RGB.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from peft_lab.errors import TaskError
 
 
 def open_image(value: Any) -> Any:
-    """An upright RGB image from the path of a file or from a PIL image.
+    """Open an upright RGB image from a file or a PIL image.
 
     Raises:
         TaskError: the file is no image, cannot be read, or has more pixels than Pillow takes for harmless.

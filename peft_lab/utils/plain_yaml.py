@@ -1,4 +1,7 @@
-"""The YAML of tasks, runs and studies: plain values only, and no key twice, for one of the two would say nothing."""
+"""YAML of tasks, runs and studies: plain values, and no key twice.
+
+One of two equal keys would have no effect.
+"""
 
 from __future__ import annotations
 

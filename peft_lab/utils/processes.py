@@ -1,4 +1,4 @@
-"""Processes for runs: forked from a server that has imported everything once, quiet, and with their parent's life."""
+"""Processes for runs, forked from a server that has imported everything once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 
 def forkserver(*preload: str) -> Any:
-    """The multiprocessing context for runs: a fork server with these modules imported, or `spawn` where there is none.
+    """Multiprocessing context for runs: a fork server, else `spawn`.
 
-    One run's peak memory says nothing about the run before it, and no run waits for the imports.
+    The server has imported the modules in `preload`. One run's peak memory says nothing about the run before it, and no
+    run waits for the imports.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -23,7 +24,7 @@ def forkserver(*preload: str) -> Any:
 
 
 def quiet() -> None:
-    """Leave out what the loading of well-known backbones and data has to say."""
+    """Silence warnings and progress bars of transformers and datasets."""
     import warnings
 
     import datasets
@@ -37,13 +38,13 @@ def quiet() -> None:
 
 
 def end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone, however that came about."""
+    """End this process when its parent is gone, even if killed."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
 
     def watch() -> None:
         parent.join()
-        os._exit(1)
+        os._exit(1)  # no clean-up: the main thread may be inside a long step
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Closed schemas on pydantic, and one sentence about the first thing that is wrong in a file."""
+"""Closed schemas on pydantic, with error messages of one sentence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ _TYPE_NAMES = {
 
 
 class Schema(BaseModel):
-    """Base of the schemas: an unknown key is an error, and no value is converted to another type."""
+    """Base of the schemas.
+
+    An unknown key is an error, and no value is converted to another type.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -42,7 +45,9 @@ S = TypeVar("S", bound=Schema)
 
 
 def check(schema: type[S], values: Any, what: str, error: type[PeftLabError]) -> S:
-    """Check a mapping against a schema and return the schema's object; `what` names the mapping in messages.
+    """Check a mapping against a schema and return the schema's object.
+
+    `what` names the mapping in messages.
 
     Raises:
         PeftLabError: of the given class, about the first thing that is wrong.
@@ -61,31 +66,36 @@ def unknown_key(key: str, known: Sequence[str], what: str) -> str:
 
 
 def describe(value: Any) -> str:
-    """Name a value's type in plain words, with the value if it is short enough to be shown."""
+    """Name a value's type in plain words, with the value itself."""
     name = _TYPE_NAMES.get(type(value), f"a value of type {type(value).__name__}")
     return name if isinstance(value, (list, dict, type(None))) else f"{name} ({str(value)[:60]!r})"
 
 
 def _sentence(failure: ValidationError, known: list[str], what: str) -> str:
-    """One sentence about the first error: unknown keys before missing ones before wrong values."""
+    """One sentence about the first error.
+
+    Unknown keys come before missing ones, and these before wrong values.
+    """
     errors: list[Any] = failure.errors(include_url=False)
     order = {"extra_forbidden": 0, "invalid_key": 0, "missing": 1}
     first = min(errors, key=lambda error: order.get(error["type"], 2))
-    kind, location, value = first["type"], first["loc"], first["input"]
+    error_type, location, value = first["type"], first["loc"], first["input"]
     key = ".".join(str(step) for step in location)
-    if kind in ("extra_forbidden", "invalid_key"):
-        return unknown_key(str(location[-1]), known, what)
-    if kind == "missing":
+    if error_type == "extra_forbidden":
+        return unknown_key(key, known, what)
+    if error_type == "invalid_key":  # YAML reads the keys on, 3 and null as no texts
+        return unknown_key(str(value), known, what)
+    if error_type == "missing":
         return f'the key "{key}" is missing in {what}.'
-    if kind == "value_error":  # raised by a validator of ours
+    if error_type == "value_error":  # raised by a validator of ours
         return str(first["ctx"]["error"])
-    if kind == "literal_error":
+    if error_type == "literal_error":
         choices = re.findall(r"'(.*?)'", first["ctx"]["expected"])
         near = did_you_mean(str(value), choices)
         return f'"{key}" in {what} must be one of {", ".join(choices)}, not "{value}".{near}'
     for bound, words in (("ge", "at least"), ("gt", "over"), ("le", "at most")):
         if bound in first.get("ctx", ()):
-            return f'"{key}" in {what} must be {words} {first["ctx"][bound]}, not {value}.'
+            return f'"{key}" in {what} must be {words} {first["ctx"][bound]:g}, not {value}.'
     return _wrong_type(key, first, what)
 
 

@@ -1,4 +1,7 @@
-"""Read facts out of Python source without importing it, so that listing and validating never pay for torch."""
+"""Facts read out of Python source without importing it.
+
+Listing and validating need no torch that way.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Field:
-    """A dataclass field as its source shows it: annotation as text, default if it is a literal, help text."""
+    """Dataclass field as its source shows it.
+
+    The annotation is text, and the default is known if it is a literal.
+    """
 
     name: str
     annotation: str
@@ -33,7 +39,10 @@ def _literal(node: ast.AST | None) -> Any:
 
 
 def module_call(path: Path, name: str) -> dict[str, Any] | None:
-    """Keyword arguments of the module-level `name = Something(key=literal, ...)`; None if there is no such line."""
+    """Keyword arguments of the module-level `name = Something(key=literal, ...)`.
+
+    None if there is no such line.
+    """
     for node in parse(path).body:
         if (
             isinstance(node, ast.Assign)
@@ -55,7 +64,7 @@ def base_names(node: ast.ClassDef) -> list[str]:
 
 
 def class_fields(node: ast.ClassDef) -> dict[str, Field]:
-    """The annotated fields in a class body, in order; inherited ones are not included."""
+    """Annotated fields in a class body, in order, without inherited ones."""
     fields = {}
     for line in node.body:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
@@ -75,7 +84,10 @@ def class_fields(node: ast.ClassDef) -> dict[str, Field]:
 
 
 def dataclass_fields(path: Path, class_name: str, elsewhere: dict[str, Path] | None = None) -> dict[str, Field]:
-    """Fields of a dataclass with those it inherits; `elsewhere` says in which file a base class stands."""
+    """Fields of a dataclass with those that it inherits.
+
+    `elsewhere` maps base classes to the files that they stand in.
+    """
     known = classes(path)
     if class_name not in known:
         return {}
@@ -87,3 +99,13 @@ def dataclass_fields(path: Path, class_name: str, elsewhere: dict[str, Path] | N
             fields.update(dataclass_fields(where, base, elsewhere))
     fields.update(class_fields(node))
     return fields
+
+
+def sets_attribute(path: Path, name: str) -> bool:
+    """Test whether a class of a file sets a class attribute."""
+    for node in classes(path).values():
+        for line in node.body:
+            targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return True
+    return False

@@ -7,7 +7,10 @@ import re
 
 
 def plain(label: str, limit: int = 28) -> str:
-    """A label on one line, shortened in its middle to `limit`, in which matplotlib finds no formula."""
+    """Shorten a label to one line of `limit` characters for a plot.
+
+    Its dollar signs are escaped, because matplotlib takes them for formulas.
+    """
     text = " ".join(label.split())
     if len(text) > limit:
         text = f"{text[: limit // 2]}…{text[-(limit - limit // 2 - 1) :]}"
@@ -15,5 +18,5 @@ def plain(label: str, limit: int = 28) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is: no HTML, links, emphasis or table bars of its own."""
+    """Escape text for Markdown: HTML, links, emphasis and table bars."""
     return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))

@@ -1,4 +1,4 @@
-"""What decides a result besides the options: versions of the packages, the device."""
+"""Versions of packages and name of the device, which decide a result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor architecture and the number of cores."""
+    """Name of the GPU, or processor architecture and number of cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {psutil.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""What every kind of task supplies, and what the classifying kinds share. A kind is one file of `peft_lab.tasks`.
+"""Interface of the kinds of task, and a base for classification.
 
 Torch, transformers and datasets are imported inside the methods, so that checking a task file needs none of them.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_lab.backbones.from_pretrained import load_checkpoint
+from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import ConfigError, TaskError
 from peft_lab.metrics import METRICS, load_metric
 from peft_lab.metrics.predictions import Predictions
@@ -26,7 +27,9 @@ Record = dict[str, Any]
 
 
 class Kind:
-    """Base of all kinds. A subclass sets `info`, its card, and implements the methods that raise here.
+    """Base of all kinds of task.
+
+    A subclass sets `info`, its card, and implements the methods that raise here.
 
     Attributes:
         info: the card.
@@ -42,18 +45,24 @@ class Kind:
         return self.info.name
 
     def check(self, task: Task) -> None:
-        """Raise `TaskError` if the values of a task do not fit together; the schema has been checked already."""
+        """Raise `TaskError` if the values of a task do not fit together.
 
-    def cast(self, rows: Dataset, task: Task) -> Dataset:
-        """Give the canonical columns their types; raises `TaskError` if they cannot have them."""
-        return rows
+        The schema has been checked already.
+        """
+
+    def cast(self, dataset: Dataset, task: Task) -> Dataset:
+        """Cast the canonical columns to their types.
+
+        Raises `TaskError` if they cannot have them.
+        """
+        return dataset
 
     def auto_class(self) -> Any:
-        """The transformers Auto class that loads a backbone with the head for this kind."""
+        """Auto class of transformers that loads a backbone with this kind's head."""
         raise NotImplementedError
 
     def load_processor(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> Any:
-        """The tokenizer or image processor of a backbone, set as the task wants it."""
+        """Tokenizer or image processor of a backbone, set as the task wants."""
         raise NotImplementedError
 
     def load_model(
@@ -63,25 +72,30 @@ class Kind:
         raise NotImplementedError
 
     def load_classifier(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> PreTrainedModel:
-        """The backbone with the head that it was trained with; raises `ConfigError` if it has none."""
+        """Backbone with the head that it was trained with.
+
+        Raises `ConfigError` if it has none.
+        """
         raise ConfigError(f'A method that keeps the head of an image classifier does not go with kind "{self.name}".')
 
     def check_processor(self, processor: Any, model: PreTrainedModel) -> None:
         """Raise `ConfigError` if the model cannot take what the processor makes."""
 
     def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:
-        """What a method may have to know of processor and labels, by the names of the config fields that hold it."""
+        """Config fields of a method that processor and labels decide."""
         return {}
 
-    def preprocess(self, rows: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
-        """Rows as `Trainer` takes them: columns are arguments of the model's forward, and `labels`.
+    def preprocess(self, dataset: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
+        """Data set as `Trainer` takes it.
+
+        Its columns are arguments of the model's forward, and `labels`.
 
         A column `prompt_ids` of numbers, which is there for methods that choose prompts by row, is left as it is.
         """
         raise NotImplementedError
 
     def data_collator(self, processor: Any, model: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """What joins preprocessed rows into a batch."""
+        """Function that joins preprocessed rows into a batch."""
         raise NotImplementedError
 
     def compute_metrics(self, task: Task, labels: Sequence[str] | None) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -89,37 +103,67 @@ class Kind:
         raise NotImplementedError
 
     def row_predictions(self, prediction: EvalPrediction) -> Predictions | None:
-        """Predictions for each row of an evaluation; None for a kind without values of single rows."""
+        """Predictions for each row of an evaluation; None without any."""
         return None
 
     def generation_scores(
-        self, model: Any, processor: Any, rows: Dataset, task: Task, batch_size: int = 16
+        self, model: Any, processor: Any, dataset: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, list[float]]:
-        """Metrics of the text that the model writes, a value for each row; empty for kinds that write none.
+        """Metrics of the written text, a value for each row.
+
+        Empty for kinds of task in which it writes none.
 
         `rows` are not preprocessed.
         """
         return {}
 
     def generation_metrics(
-        self, model: Any, processor: Any, rows: Dataset, task: Task, batch_size: int = 16
+        self, model: Any, processor: Any, dataset: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, float]:
         """Means of `generation_scores`."""
-        found = self.generation_scores(model, processor, rows, task, batch_size)
+        found = self.generation_scores(model, processor, dataset, task, batch_size)
         return {name: sum(values) / len(values) for name, values in found.items()}
 
     def predict(self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32) -> list[Any]:
         """Answers to raw inputs, in order."""
         raise NotImplementedError
 
+    def predict_with_prompts(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Sequence[Any],
+        task: Task,
+        batch_size: int,
+        ids: Sequence[int] | None,
+    ) -> list[Any]:
+        """Answers to raw inputs, in order, each with its own prompts.
+
+        Args:
+            model, processor, inputs, task, batch_size: as for `predict`.
+            ids: number of the prompts of each input; None if the method chooses none by row.
+        """
+        if ids is None:
+            return self.predict(model, processor, inputs, task, batch_size)
+        import torch
+
+        from peft_lab.tuners.forward_context import row_inputs
+
+        found: list[Any] = []
+        for start in range(0, len(inputs), batch_size):
+            chosen = slice(start, start + batch_size)
+            with row_inputs(**{PROMPT_IDS: torch.tensor(ids[chosen])}):
+                found += self.predict(model, processor, inputs[chosen], task, batch_size)
+        return found
+
 
 class ClassificationKind(Kind):
-    """Kinds with a head over label names: loading with the right head, metrics, predictions as label and score."""
+    """Base of the kinds with a head over label names."""
 
     def load_model(
         self, model_name_or_path: str, task: Task, labels: Sequence[str] | None, **hub_kwargs: Any
     ) -> PreTrainedModel:
-        """The backbone with a head of `len(labels)` outputs (one for regression) and its label map.
+        """Backbone with a head of `len(labels)` outputs (one for regression).
 
         Raises:
             TaskError: the checkpoint has weights of other shapes below the head, which would start at random.
@@ -136,6 +180,7 @@ class ClassificationKind(Kind):
             ignore_mismatched_sizes=True,
             **hub_kwargs,
         )
+        # a head of other shapes is meant to be replaced; any other weight of another shape means a wrong checkpoint
         body = f"{model.base_model_prefix}."
         for key in sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get("mismatched_keys", ())):
             if key.startswith(body):
@@ -148,6 +193,7 @@ class ClassificationKind(Kind):
     def compute_metrics(self, task: Task, labels: Sequence[str] | None) -> Callable[[EvalPrediction], dict[str, float]]:
         metrics = {name: load_metric(name) for name in task.metrics}
         takes_probabilities = {name for name in task.metrics if name in METRICS and METRICS[name].takes_probabilities}
+        # over all labels, because classes that are absent from an evaluation count too
         average = "binary" if labels is not None and len(labels) == 2 else "macro"
         options = {"f1": {"average": average, "labels": list(range(len(labels or ())))}}
 
@@ -171,6 +217,7 @@ class ClassificationKind(Kind):
         logits = prediction.predictions
         logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float32)
         references: Any = prediction.label_ids
+        # one output is a regression, because a task of classes has at least two
         if logits.shape[-1] == 1:
             return Predictions("regression", {"reference": references.reshape(-1), "prediction": logits.reshape(-1)})
         confidence = _probabilities(logits).max(-1)
@@ -178,7 +225,7 @@ class ClassificationKind(Kind):
         return Predictions("classification", columns)
 
     def records(self, logits: Any, model: Any) -> list[Record]:
-        """Logits (n, labels) as one record a row; a regression's score is the value itself."""
+        """Records of logits (n, labels); a regression's score is the value itself."""
         if model.config.problem_type == "regression":
             return [{"label": model.config.id2label[0], "score": value} for value in logits.squeeze(-1).tolist()]
         scores, indices = logits.float().softmax(-1).max(-1)
@@ -188,7 +235,10 @@ class ClassificationKind(Kind):
     def batches(
         self, model: Any, inputs: Sequence[Any], encode: Callable[[Sequence[Any]], Any], size: int
     ) -> list[Record]:
-        """Run the model over encoded batches in evaluation mode and return its records; the mode is put back."""
+        """Run the model over encoded batches and return its records.
+
+        It runs in evaluation mode, and its own mode is put back.
+        """
         import torch
 
         found: list[Record] = []
@@ -213,7 +263,10 @@ def _probabilities(logits: Any) -> Any:
 
 
 def plain_results(name: str, results: Mapping[str, Any]) -> dict[str, float]:
-    """A metric's results as plain numbers; raises `TaskError` for anything else, which no table could show."""
+    """Results of a metric as plain numbers.
+
+    Raises `TaskError` for anything else, because no table could show it.
+    """
     found = {}
     for key, value in results.items():
         try:
@@ -226,7 +279,10 @@ def plain_results(name: str, results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def length_limit(task: Task, default: int, tokenizer: Any, model: Any, reserve: int = 0) -> int:
-    """The number of tokens a row may have: the task's wish, cut to what tokenizer and model take less `reserve`."""
+    """Number of tokens that a row may have.
+
+    It is the task's, or the default, but at most what tokenizer and model take, less `reserve`.
+    """
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
     positions = getattr(text, "max_position_embeddings", None) or math.inf

@@ -1,11 +1,10 @@
-"""Instruction tuning of decoders: a prompt and an answer from a template, the loss on the answer only."""
+"""Instruction tuning of decoders, with the loss on the answer only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft_lab.data import prompt_column
 from peft_lab.data.prompt_template import Template, fields, fill
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import TaskError
@@ -91,20 +90,24 @@ class CausalLM(Kind):
         hub_kwargs.setdefault("dtype", KIND.default_dtype)
         return self.auto_class().from_pretrained(model_name_or_path, **hub_kwargs)
 
-    def preprocess(self, rows: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
-        """`input_ids`, `attention_mask` and `labels`, which are -100 on the prompt and the tokens after it else."""
+    def preprocess(self, dataset: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
+        """Data set of `input_ids`, `attention_mask` and `labels`.
+
+        `labels` are -100 on the prompt, and the answer's tokens after it.
+        """
         template, limit = _template(task), length_limit(task, MAX_LENGTH, processor, model)
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
             prompt, answer = template.render(row)
             if template.required:
                 template.demands(prompt)  # a row without any is found before the training and not after it
+            # tokenised apart, so that the answer's tokens do not depend on where the prompt ends
             start = prompt_ids(processor, prompt, template.chat)
             end = [*processor(answer, add_special_tokens=False)["input_ids"], processor.eos_token_id]
             return answer_only(start, end, limit, processor.bos_token_id)
 
-        read = [name for name in rows.column_names if name != PROMPT_IDS]
-        return rows.map(encode, remove_columns=read, desc="Tokenising")
+        read = [name for name in dataset.column_names if name != PROMPT_IDS]
+        return dataset.map(encode, remove_columns=read, desc="Tokenising")
 
     def data_collator(self, processor: Any, model: Any) -> Any:
         from transformers import DataCollatorForSeq2Seq
@@ -113,7 +116,10 @@ class CausalLM(Kind):
 
     @staticmethod
     def preprocess_logits_for_metrics(logits: Any, labels: Any) -> tuple[Any, Any]:
-        """Logits (n, t, vocabulary) -> predicted token and log-probability of the true one, both (n, t - 1)."""
+        """Predicted tokens and the true tokens' log-probabilities, both (n, t - 1).
+
+        `logits` have the shape (n, t, vocabulary).
+        """
         import torch
         from torch.nn import functional
 
@@ -160,18 +166,18 @@ class CausalLM(Kind):
         return Predictions(self.name, columns)
 
     def generation_scores(
-        self, model: Any, processor: Any, rows: Dataset, task: Task, batch_size: int = 16
+        self, model: Any, processor: Any, dataset: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, list[float]]:
         wanted, template = _written(task), _template(task)
         if not wanted:
             return {}
-        plain = list(rows)
+        plain = list(dataset)
         prompts = [fill(template.prompt, row) for row in plain]
         # rows may share a prompt, and with it what is written
         keys = [(prompt, row.get(PROMPT_IDS)) for prompt, row in zip(prompts, plain, strict=True)]
         once = dict(zip(keys, plain, strict=True))
-        ids = [number for _, number in once] if PROMPT_IDS in rows.column_names else None
-        answers = prompt_column.predict(self, model, processor, list(once.values()), task, batch_size, ids)
+        ids = [number for _, number in once] if PROMPT_IDS in dataset.column_names else None
+        answers = self.predict_with_prompts(model, processor, list(once.values()), task, batch_size, ids)
         texts = dict(zip(once, answers, strict=True))
         written = [texts[key] for key in keys]
         found: dict[str, list[float]] = {}
@@ -186,7 +192,10 @@ class CausalLM(Kind):
         return found
 
     def predict(self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32) -> list[str]:
-        """What the model writes, greedily: inputs are mappings of the template's columns, or texts if it has one."""
+        """Texts that the model writes, greedily.
+
+        Inputs are mappings of the template's columns, or texts if it has a single column.
+        """
         import torch
 
         template = _template(task)
@@ -198,6 +207,7 @@ class CausalLM(Kind):
         model.eval()
         try:
             for start in range(0, len(prompts), batch_size):
+                # padded on the left: the new tokens must follow the prompt's last one
                 batch = processor.pad(
                     {"input_ids": prompts[start : start + batch_size]}, padding_side="left", return_tensors="pt"
                 ).to(model.device)
@@ -213,17 +223,20 @@ class CausalLM(Kind):
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """The tokens that the answer follows, with the tokenizer's own beginning and without an end."""
+    """Token ids of a prompt, with a beginning and without an end."""
     if chat:
         turn = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt)["input_ids"]
+    # some tokenizers add an end token, after which a decoder would not go on writing
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def answer_only(start: list[int], end: list[int], limit: int, bos: int | None) -> dict[str, list[int]]:
-    """Join prompt and answer tokens; what is over `limit` is cut from the prompt's front, then from the answer's end.
+    """Join the tokens of prompt and answer.
+
+    Tokens over `limit` are cut from the prompt's front, then from the answer's end.
 
     Returns:
         `input_ids`, `attention_mask` and `labels` of one length; `labels` equal `input_ids` on the answer, else -100.
@@ -231,6 +244,7 @@ def answer_only(start: list[int], end: list[int], limit: int, bos: int | None) -
     end = end[:limit]
     room = limit - len(end)
     if len(start) > room:
+        # a decoder that was trained with a first token needs it, however long the prompt is
         keep_bos = room > 1 and start[0] == bos
         start = [start[0], *start[len(start) - room + 1 :]] if keep_bos else start[len(start) - room :]
     ids = start + end
@@ -242,7 +256,7 @@ def _written(task: Task) -> list[str]:
 
 
 def _of_each(name: str, pairs: Sequence[tuple[str, str]]) -> list[float]:
-    """A metric of ours on each pair of what was written and what should have been."""
+    """Metric of ours on each pair of (written, wanted) text."""
     metric = load_metric(name)
     return [metric.compute(predictions=[found], references=[wanted])[name] for found, wanted in pairs]
 

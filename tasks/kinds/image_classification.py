@@ -35,20 +35,23 @@ KIND = KindInfo(
 
 
 class ImageClassification(ClassificationKind):
-    """`image` -> `label`; AutoModelForImageClassification. Images are decoded and resized when they are used."""
+    """`image` -> `label`; AutoModelForImageClassification.
+
+    Images are decoded and resized when they are used.
+    """
 
     info = KIND
 
-    def cast(self, rows: Dataset, task: Task) -> Dataset:
+    def cast(self, dataset: Dataset, task: Task) -> Dataset:
         from datasets import Image, Value
 
-        feature = rows.features["image"]
+        feature = dataset.features["image"]
         if isinstance(feature, Value):
             raise TaskError(
                 f'Task "{task.name}": the column "{task.columns["image"]}" holds {feature.dtype}, not images; '
                 "use the builder imagefolder for image files."
             )
-        return rows.cast_column("image", Image(mode="RGB"))
+        return dataset.cast_column("image", Image(mode="RGB"))
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForImageClassification
@@ -56,7 +59,10 @@ class ImageClassification(ClassificationKind):
         return AutoModelForImageClassification
 
     def load_processor(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> Any:
-        """The backbone's image processor; `image_size` replaces its size if the backbone takes any size."""
+        """Image processor of a backbone.
+
+        `image_size` of the task replaces its size if the backbone takes any size.
+        """
         from transformers import AutoImageProcessor
 
         # one backend on every machine: torchvision resizes to slightly different pixels
@@ -100,16 +106,16 @@ class ImageClassification(ClassificationKind):
     def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:
         return super().adapter_settings(processor, labels) | _pixel_statistics(processor)
 
-    def preprocess(self, rows: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
+    def preprocess(self, dataset: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
         # both columns have names of the model's forward, so that Trainer leaves them in place for the transform
-        rows = rows.rename_columns({"image": "pixel_values", "label": "labels"})
+        dataset = dataset.rename_columns({"image": "pixel_values", "label": "labels"})
 
         def transform(batch: dict[str, list[Any]]) -> dict[str, Any]:
             if "pixel_values" in batch:
                 batch["pixel_values"] = processor(batch["pixel_values"], return_tensors="pt")["pixel_values"]
             return batch
 
-        return rows.with_transform(transform)
+        return dataset.with_transform(transform)
 
     def data_collator(self, processor: Any, model: Any) -> Any:
         from transformers import DefaultDataCollator
@@ -119,7 +125,7 @@ class ImageClassification(ClassificationKind):
     def predict(
         self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32
     ) -> list[Record]:
-        """Label and score of each input: the path of an image file, or a PIL image."""
+        """Label and score of each input, a path or a PIL image."""
 
         def encode(batch: Sequence[Any]) -> Any:
             return processor([open_image(value) for value in batch], return_tensors="pt")
@@ -128,7 +134,7 @@ class ImageClassification(ClassificationKind):
 
 
 def _pixel_statistics(processor: Any) -> dict[str, Any]:
-    """What a processor does to images, found by using it.
+    """Statistics of an image processor, found by using it.
 
     Mean and standard deviation by channel that it normalises by, in units of white, and the side of the images that it
     makes, where these are always the same square.
@@ -146,7 +152,10 @@ def _pixel_statistics(processor: Any) -> dict[str, Any]:
 
 
 def _try_size(model: PreTrainedModel, pixels: torch.Tensor) -> None:
-    """Show a model an image of a size that is not the one in its config; many take any."""
+    """Raise `ConfigError` if a model refuses images of another size.
+
+    Many take sizes that differ from the one in their config, so the model is tried.
+    """
     import torch
 
     try:
@@ -161,7 +170,10 @@ def _try_size(model: PreTrainedModel, pixels: torch.Tensor) -> None:
 
 
 def _has_fixed_grid(model_name_or_path: str, hub_kwargs: dict[str, Any]) -> bool:
-    """Whether the backbone refuses images of another size unless it is told to interpolate its positions."""
+    """Test whether a backbone has position embeddings for one image size.
+
+    It refuses others unless it is told to interpolate them.
+    """
     from transformers import AutoConfig, AutoModelForImageClassification
 
     config = AutoConfig.from_pretrained(model_name_or_path, **hub_kwargs)

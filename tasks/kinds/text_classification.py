@@ -1,4 +1,4 @@
-"""Text classification: one text or a pair of texts to one of several labels, or to a number (regression)."""
+"""Text classification and regression, of one text or a pair of texts."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class TextClassification(ClassificationKind):
 
     info = KIND
 
-    def cast(self, rows: Dataset, task: Task) -> Dataset:
+    def cast(self, dataset: Dataset, task: Task) -> Dataset:
         from datasets import Value
 
-        for name in {"text", "text_pair"} & set(rows.column_names):
-            rows = rows.cast_column(name, Value("string"))
-            missing = sum(value is None for value in rows[name][:])
+        for name in {"text", "text_pair"} & set(dataset.column_names):
+            dataset = dataset.cast_column(name, Value("string"))
+            missing = sum(value is None for value in dataset[name][:])
             if missing:
                 raise TaskError(f'Task "{task.name}": {missing} rows have no value in column "{task.columns[name]}".')
-        return rows
+        return dataset
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForSequenceClassification
@@ -70,15 +70,15 @@ class TextClassification(ClassificationKind):
             config.pad_token_id = end[0] if isinstance(end, list) else end
         return model
 
-    def preprocess(self, rows: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
+    def preprocess(self, dataset: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
         limit = length_limit(task, MAX_LENGTH, processor, model)
-        names = [name for name in ("text", "text_pair") if name in rows.column_names]
+        names = [name for name in ("text", "text_pair") if name in dataset.column_names]
 
         def tokenise(*texts: list[str]) -> dict[str, Any]:
             return dict(processor(*texts, truncation=True, max_length=limit))
 
-        rows = rows.map(tokenise, input_columns=names, batched=True, remove_columns=names, desc="Tokenising")
-        return rows.rename_column("label", "labels")
+        dataset = dataset.map(tokenise, input_columns=names, batched=True, remove_columns=names, desc="Tokenising")
+        return dataset.rename_column("label", "labels")
 
     def data_collator(self, processor: Any, model: Any) -> Any:
         from transformers import DataCollatorWithPadding
@@ -88,7 +88,10 @@ class TextClassification(ClassificationKind):
     def predict(
         self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32
     ) -> list[Record]:
-        """Label and score of each input: a text, a pair of texts, or a mapping with the keys `text`, `text_pair`."""
+        """Label and score of each input.
+
+        An input is a text, a pair of texts, or a mapping with the keys `text` and `text_pair`.
+        """
         limit = length_limit(task, MAX_LENGTH, processor, model)
         pairs = [_texts(value, pair="text_pair" in task.columns) for value in inputs]
 

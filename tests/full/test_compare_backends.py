@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 from support.compare_helpers import tiny_study
 
 from peft_lab.comparison import compare
+from peft_lab.comparison.run import accelerate_launch
 from peft_lab.comparison.run.backends import LocalBackend, ending, make_backend
 from peft_lab.errors import ConfigError
 
@@ -31,18 +33,25 @@ def test_a_launch_that_fails_says_where_to_look(tmp_path: Path) -> None:
     assert "no_such_flag" in (tmp_path / "out" / "runs" / f"{record.id}.log").read_text()
 
 
-def test_processes_that_outlived_their_run_are_waited_for(tmp_path: Path) -> None:
+def test_processes_that_outlived_their_run_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch that is still under way holds its lock, and a second one of the same run starts after it."""
-    import subprocess
-    import sys
+    waiting, order = threading.Event(), []
 
-    lock = tmp_path / "run.launch"
+    class AnnouncedLock(FileLock):
+        def acquire(self, *arguments: Any, **options: Any) -> Any:
+            waiting.set()
+            return super().acquire(*arguments, **options)
+
+    monkeypatch.setattr(accelerate_launch, "FileLock", AnnouncedLock)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda arguments: order.append("started"))
+    lock = str(tmp_path / "run.launch")
+    second = threading.Thread(target=accelerate_launch.main, args=([lock, "--cpu", "-m", "this"],))
     with FileLock(lock):
-        command = [sys.executable, "-m", "peft_lab.comparison.run.accelerate_launch", str(lock), "--cpu", "-m", "this"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=15)
-    assert "Beautiful is better" in process.communicate(timeout=120)[0]
+        second.start()
+        assert waiting.wait(timeout=120)
+        order.append("first ended")
+    second.join(timeout=120)
+    assert order == ["first ended", "started"]
 
 
 def test_runs_on_a_ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

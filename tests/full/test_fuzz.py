@@ -29,10 +29,12 @@ from support.backbones import TINY, tiny_inputs
 from support.properties import EVERY, KEEPS_HEAD, ON_BLOCKS, adapt, config, move, output, text_or_image
 from torch import nn
 
-from peft_lab.adapter_files import module_matching
 from peft_lab.errors import PeftLabError
-from peft_lab.loading.load_run import base_of, load_adapter, trained_task
+from peft_lab.loading.adapter_folder import AdapterFolder
+from peft_lab.loading.foreign_adapters import write_record
+from peft_lab.loading.load_adapter import load_adapter
 from peft_lab.runs import run_folder
+from peft_lab.runs.trained_task import trained_task
 
 CASES = int(os.environ.get("PEFT_LAB_FUZZ", "2000"))
 FUZZED = [*EVERY, *KEEPS_HEAD]
@@ -115,7 +117,7 @@ class _Case:
     def __init__(self, method: str, folder: Path) -> None:
         self.base, self.asked, model = _adapted(method)
         model.save_pretrained(folder)
-        module_matching.write_record(model, folder)
+        write_record(model, folder)
         (folder / "README.md").unlink(missing_ok=True)
         (folder / "labels.json").write_text('{"id2label": {"0": "a", "1": "b"}}')
         (folder / "metrics.json").write_text('{"run": {"task": "task.yaml", "model_name_or_path": "base"}}')
@@ -344,7 +346,7 @@ def _try(case: _Case, folder: Path) -> None:
     with suppress(PeftLabError):
         run_folder.read_labels(folder)
     with suppress(PeftLabError):
-        base_of(folder, run_folder.read_origin(folder), download=True)
+        AdapterFolder(folder, is_download=True).base_name()
     with suppress(PeftLabError):
         trained_task(folder, run_folder.read_origin(folder))
     try:

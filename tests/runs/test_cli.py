@@ -11,7 +11,7 @@ import yaml
 from support.tiny_runs import command, environment, flags, make_backbone, make_task, options, without_torch
 
 from peft_lab.errors import ConfigError
-from peft_lab.runs import run_config
+from peft_lab.runs import command_line, run_config
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_flags_override_the_file_and_method_args_are_merged_by_key(tmp_path):
         "task: t\nmodel_name_or_path: m\nmethod: lora\noutput_dir: o\nlearning_rate: 1e-3\nmax_steps: 5\n"
         "method_args: {r: 8, lora_alpha: 2.5e+1}\n"
     )
-    name, overrides = run_config.parse_arguments(
+    name, overrides = command_line.parse_arguments(
         [str(file), "--bf16", "--learning-rate=2e-3", "--method_args", "r=4", "use_dora=true", "--report_to", "a", "b"]
     )
     config = run_config.load_run(name, overrides)
@@ -148,7 +148,7 @@ def test_flags_override_the_file_and_method_args_are_merged_by_key(tmp_path):
 def test_a_boolean_flag_works_with_and_without_a_value(words, value, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("{}")
-    name, overrides = run_config.parse_arguments([*words, str(file)])
+    name, overrides = command_line.parse_arguments([*words, str(file)])
     assert name == str(file)
     assert run_config.convert("bf16", "bool", overrides["bf16"]) is value
 

@@ -25,10 +25,10 @@ from peft_lab.export.to_lora import convert
 from peft_lab.loading.load_run import load
 from peft_lab.training.evaluate import evaluate
 from peft_lab.training.run import train
-from peft_lab.tuners.registration import config_class
+from peft_lab.tuners.registration import config_class, has_trait
 
 X = {"input_ids": torch.tensor([[2, 4, 14, 3], [2, 17, 5, 3]]), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
-EXPORTING = [name for name in OWN if registry.method(name).can("lora_export")]
+EXPORTING = [name for name in OWN if has_trait(registry.method(name), "exports_lora")]
 OTHERS = [name for name in METHODS if name not in EXPORTING]
 
 

@@ -61,6 +61,7 @@ def test_the_output_folder_holds_all_that_is_promised(finished):
     assert metrics["metrics"]["validation"]["accuracy"] > 0.6  # chance is 0.33
     assert set(metrics["metrics"]["test"]) == {"loss", "accuracy"}
     assert metrics["method_config"]["peft_type"] == "LORA"
+    assert json.loads((folder / "metrics.json").read_text())["method_config"] == metrics["method_config"]
     assert all("secret-token" not in path.read_text() for path in folder.glob("*.[jmy]*"))
 
 
@@ -84,6 +85,8 @@ def test_train_says_what_is_missing(place):
 
 def test_evaluate_and_predict_give_what_training_measured(finished):
     assert evaluate(finished.output_dir)["accuracy"] == finished.metrics["metrics"]["test"]["accuracy"]
+    with pytest.raises(ConfigError, match=r'Unknown split "tset".* Did you mean "test"'):
+        evaluate(finished.output_dir, split="tset")
     found = evaluate(finished.output_dir, split="validation")
     assert found["loss"] == pytest.approx(finished.metrics["metrics"]["validation"]["loss"], abs=1e-5)
     answers = predict(finished.output_dir, ["the rain", "a song"])

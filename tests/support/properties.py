@@ -12,17 +12,17 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_lab import registry
-from peft_lab.tuners.registration import make_config
+from peft_lab.tuners.registration import has_trait, make_config
 from support.backbones import tiny_inputs
 from support.cover import Needs, cover, each_family
 
 _ALL = [name for name, info in registry.list_methods().items() if info.place not in ("peft", "baseline")]
 #: Those that keep the head of an image classifier: in none of the next lists.
-KEEPS_HEAD = [name for name in _ALL if registry.method(name).can("keeps_head")]
+KEEPS_HEAD = [name for name in _ALL if has_trait(registry.method(name), "uses_source_head")]
 #: Those that are for images alone: in `pairs`, `ON_BLOCKS` and `EVERY`, and in none of the other lists.
 IMAGES = [name for name in _ALL if registry.method(name).can("images") and name not in KEEPS_HEAD]
 #: Those that leave the head of an image classifier untrained.
-IMAGE_LOGITS = [name for name in IMAGES if registry.method(name).can("image_logits")]
+IMAGE_LOGITS = [name for name in IMAGES if has_trait(registry.method(name), "produces_logits")]
 #: Every other registered method with an adapter of its own; LoRA stands among them as the yardstick.
 METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD)]
 #: Those built on peft-lab's shared layers.
@@ -37,7 +37,7 @@ ON_BLOCKS = [*SEQUENCE, *RESIDUAL, *IMAGES]
 #: All of them, and those of peft-lab; `text_or_image` names a family of `backbones.TINY` that goes with each.
 EVERY, EVERY_OWN = [*METHODS, *IMAGES], [*OWN, *IMAGES]
 #: Those whose values come from the training data: in a test, from `fill`.
-UNTRAINED = [name for name in OWN if registry.method(name).can("untrained")]
+UNTRAINED = [name for name in OWN if has_trait(registry.method(name), "values_from_data")]
 TRAINED = [name for name in OWN if name not in UNTRAINED]
 #: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets.
 NO_SEQUENCE = ("convnext", "resnet", "efficientnet", "mobilenet_v2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft_lab import registry
 from peft_lab.errors import AdapterMismatchError, ConfigError, check_keys, did_you_mean
 from peft_lab.tuners.registration import config_class, make_config
-from peft_lab.utils import source_reader
+from peft_lab.utils import peft_source, source_reader
 
 OWN = [n for n, m in registry.list_methods().items() if m.module.startswith("peft_lab.") and m.config]
 
@@ -170,11 +171,56 @@ def test_source_reads_what_python_would():
     from peft import LoraConfig
 
     path = registry.method("lora").path
-    shown = source_reader.dataclass_fields(path, "LoraConfig", registry._peft_config_files())
+    shown = source_reader.dataclass_fields(path, "LoraConfig", peft_source.config_files())
     real = {f.name: f for f in dataclasses.fields(LoraConfig)}
     assert set(shown) == set(real)
     assert shown["r"].default == real["r"].default
     assert shown["r"].help == real["r"].metadata["help"]
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    """An empty cache folder, and tuners that are read anew at every call."""
+    monkeypatch.setenv("PEFT_LAB_CACHE", str(tmp_path))
+    peft_source.tuners.cache_clear()
+    yield tmp_path
+    peft_source.tuners.cache_clear()
+
+
+def test_tuners_of_peft_are_read_from_source_once(fresh_cache, monkeypatch):
+    found = peft_source.tuners()
+    assert {tuner.name for tuner in found.values()} >= {"lora", "ia3", "prefix_tuning"}
+    monkeypatch.setattr(peft_source, "_tuners_of", lambda file: pytest.fail("the cache is there"))
+    peft_source.tuners.cache_clear()
+    assert peft_source.tuners() == found
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 1}', '{"key": KEY, "tuners": [["lora"]]}', "\x00"])
+def test_a_broken_cache_is_written_anew(fresh_cache, content):
+    found = peft_source.tuners()
+    (file,) = fresh_cache.iterdir()
+    whole = json.loads(file.read_text())
+    file.write_text(content.replace("KEY", json.dumps(whole["key"])))
+    peft_source.tuners.cache_clear()
+    assert peft_source.tuners() == found
+    assert json.loads(file.read_text()) == whole
+
+
+def test_another_peft_is_read_anew(fresh_cache, monkeypatch):
+    found = peft_source.tuners()
+    (file,) = fresh_cache.iterdir()
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({"key": ["0.1", *whole["key"][1:]], "tuners": [["old", "old", "OldConfig"]]}))
+    peft_source.tuners.cache_clear()
+    assert peft_source.tuners() == found
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(fresh_cache, monkeypatch):
+    found = peft_source.tuners()
+    (fresh_cache / "file").write_text("")
+    monkeypatch.setenv("PEFT_LAB_CACHE", str(fresh_cache / "file" / "below"))
+    peft_source.tuners.cache_clear()
+    assert peft_source.tuners() == found
 
 
 def test_error_helpers():

@@ -1,10 +1,12 @@
-"""Scale and shift, written so that training keeps and computes no more than it must.
+"""Scale-and-shift kernels with minimal activation memory.
+
+Training keeps and computes no more than it must:
 
 ``scale_shift``       ``y * scale + shift`` that keeps its output, which the next op keeps anyway, instead of ``y``.
 ``recomputed``        ``norm(x) * scale + shift`` that keeps only the norm's own input.
 
-Both equal the plain expression, in value and in first derivatives, and fall back to it under ``torch.compile``,
-whose own partitioner chooses what to keep. Second derivatives are refused with an error rather than given wrongly.
+Both equal the plain expression, in value and in first derivatives, and fall back to it under ``torch.compile``, whose
+own partitioner chooses what to keep. Second derivatives are refused with an error rather than given wrongly.
 """
 
 from __future__ import annotations
@@ -44,11 +46,12 @@ def scale_shift(
     *,
     keep: Literal["output", "input"] = "output",
 ) -> Tensor:
-    """``y * scale + shift`` per channel, keeping one activation for backward: its own output.
+    """Compute ``y * scale + shift`` per channel.
 
-    The next op (GELU, attention, a norm, a convolution) keeps that output anyway: no extra memory in training. Backward
-    rebuilds what it needs of ``y`` from the output; where the scale is too near zero for that, or the shift too large
-    beside it, ``y`` is kept instead, so the gradient is right for every value of the scale, zero included.
+    One activation is kept for backward, its own output. The next op (GELU, attention, a norm, a convolution) keeps that
+    output anyway: no extra memory in training. Backward rebuilds what it needs of ``y`` from the output; where the
+    scale is too near zero for that, or the shift too large beside it, ``y`` is kept instead, so the gradient is right
+    for every value of the scale, zero included.
 
     Args:
         y: activations, channels at ``channel_dim``; any floating dtype, which is also the dtype of the result.
@@ -70,10 +73,12 @@ def scale_shift(
 
 
 def scale_shift_(y: Tensor, scale: Tensor, shift: Tensor, channel_dim: int = -1) -> Tensor:
-    """``scale_shift`` that may write its result over ``y``, where no gradient needs it: without a second large tensor.
+    """Compute ``scale_shift`` in place where no gradient needs ``y``.
 
-    Args and errors as for :func:`scale_shift`. The result is what is returned, whether in ``y`` or not.
+    This saves a second large tensor. Args and errors as for :func:`scale_shift`. The result is the returned tensor,
+    written over ``y`` or not.
     """
+    # A result of a wider dtype does not fit into y.
     grad = torch.is_grad_enabled() and (y.requires_grad or scale.requires_grad or shift.requires_grad)
     if grad or y.dtype != torch.promote_types(y.dtype, scale.dtype) or torch.compiler.is_compiling():
         return scale_shift(y, scale, shift, channel_dim)
@@ -83,6 +88,8 @@ def scale_shift_(y: Tensor, scale: Tensor, shift: Tensor, channel_dim: int = -1)
 
 
 class _ScaleShift(torch.autograd.Function):
+    """Scale and shift with a backward from its output or input."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor, channel_dim: int, keep_output: bool) -> Tensor:
         z = _affine(y, scale, shift, channel_dim)
@@ -94,12 +101,14 @@ class _ScaleShift(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # autograd's own message for a tensor changed in place does not name the way out.
         try:
             kept, scale, shift = ctx.saved_tensors
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
             raise RuntimeError(f"scale_shift: {_IN_PLACE}") from error
+        # No later norm needs the output as a part of its sum; products are summed in float32 or wider.
         ctx.kept = None
         wide = grad.to(sum_dtype(grad, scale))
         grad_y = grad_scale = grad_shift = None
@@ -117,10 +126,11 @@ class _ScaleShift(torch.autograd.Function):
 
 
 class _ScaleGuard:
-    """Says whether ``y`` can be rebuilt from ``y * scale + shift``, with one device synchronisation per forward pass.
+    """Cached test for rebuilding ``y`` from ``y * scale + shift``.
 
-    A scale that is asked about a second time means a new pass: then all scales of the pass before are checked together.
-    Nothing rests on version counters, which writes through ``.data`` (ZeRO, some optimisers) do not move.
+    It takes one device synchronisation per forward pass. A scale that is asked about a second time means a new pass:
+    then all scales of the pass before are checked together. Nothing rests on version counters, which writes through
+    ``.data`` (ZeRO, some optimisers) do not move.
     """
 
     def __init__(self) -> None:
@@ -138,7 +148,7 @@ class _ScaleGuard:
         return self.amplification(scale, shift) <= limit
 
     def amplification(self, scale: Tensor, shift: Tensor) -> float:
-        """The cached amplification of this scale, checked anew once per pass."""
+        """Cached amplification of a scale, computed anew once per pass."""
         with self._lock:
             entry = self._known.get(scale)
             if entry is None:
@@ -149,6 +159,8 @@ class _ScaleGuard:
             return entry[1]
 
     def _check_all(self) -> None:
+        """Compute the amplifications of all scales that the last pass asked for."""
+        # One transfer per device instead of one per scale.
         by_device: dict[torch.device, list[tuple[Tensor, list[Any]]]] = {}
         for scale, entry in list(self._known.items()):
             if entry[2]:
@@ -165,7 +177,10 @@ _scale_guard = _ScaleGuard()
 
 
 def _amplification(scale: Tensor, shift: Tensor) -> Tensor:
-    """Factor by which ``(z - shift) / scale`` enlarges the rounding of z, for inputs near 1; inf where a scale is 0."""
+    """Enlargement of the rounding error of z in ``(z - shift) / scale``.
+
+    It is for inputs near 1, and inf if a scale is 0.
+    """
     return ((1 + shift.detach().abs()) / scale.detach().abs()).amax().float()
 
 
@@ -204,13 +219,14 @@ def _affine(y: Tensor, scale: Tensor, shift: Tensor, channel_dim: int) -> Tensor
 
 
 def recomputed(module: nn.Module, x: Tensor, scale: Tensor, shift: Tensor, channel_dim: int = -1) -> Tensor:
-    """``module(x) * scale + shift`` for a norm, keeping only ``x``, which the norm itself keeps.
+    """Compute ``module(x) * scale + shift`` for a norm, keeping only ``x``.
 
-    LayerNorm, GroupNorm and BatchNorm (evaluation and training) take the scale and shift into their own affine step:
-    nothing is computed twice, and the result equals that of the merged norm bit for bit. Any other deterministic module
-    of one tensor (RMS norms, channels-first norms) runs again in backward, under the autocast state of the forward.
-    Where ``x`` is a residual sum of tensors that are kept anyway (the input of an earlier norm and the outputs of
-    ``scale_shift`` added to it since), not even ``x`` is kept: backward adds them up again, to the same bits.
+    The norm itself keeps ``x`` anyway. LayerNorm, GroupNorm and BatchNorm (evaluation and training) take the scale and
+    shift into their own affine step: nothing is computed twice, and the result equals that of the merged norm bit for
+    bit. Any other deterministic module of one tensor (RMS norms, channels-first norms) runs again in backward, under
+    the autocast state of the forward. Where ``x`` is a residual sum of tensors that are kept anyway (the input of an
+    earlier norm and the outputs of ``scale_shift`` added to it since), not even ``x`` is kept: backward adds them up
+    again, to the same bits.
 
     The plain expression, which keeps the norm's output as well, is used where hooks watch the module, where a norm that
     cannot be folded has parameters that require grad or running statistics to update, and under ``torch.compile``.
@@ -220,7 +236,7 @@ def recomputed(module: nn.Module, x: Tensor, scale: Tensor, shift: Tensor, chann
         x: its input, of any floating dtype.
         scale: ``(C,)`` or ``(B, C)``, as for :func:`scale_shift`.
         shift: shape of ``scale``.
-        channel_dim: where the channels of the norm's output are.
+        channel_dim: dimension of the channels in the norm's output.
 
     Raises:
         ValueError: scale and shift differ in shape, or do not match the norm's output.
@@ -232,6 +248,7 @@ def recomputed(module: nn.Module, x: Tensor, scale: Tensor, shift: Tensor, chann
         if foldable:
             return _folded(module, x, scale, shift)
         return scale_shift(module(x), scale, shift, channel_dim, keep="input")
+    # autograd's own backward keeps x and nothing else: as good as recomputing, unless x is a sum of kept tensors.
     parts = _residual_parts(x)
     if foldable and (len(parts) == 1 or isinstance(module, _NormBase)):
         return _folded(module, x, scale, shift)
@@ -244,14 +261,19 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _repeatable(module: nn.Module) -> bool:
+    """Test whether a module can run again without side effects."""
     updates_statistics = isinstance(module, _NormBase) and module.training
     return not (updates_statistics or _hooked(module) or any(p.requires_grad for p in module.parameters()))
 
 
 def _foldable(module: Any, x: Tensor, scale: Tensor, channel_dim: int) -> bool:
-    """Exact types only, since a subclass may do anything; offloaded modules (accelerate) change weights when called."""
+    """Test whether scale and shift fold into a norm's own affine step.
+
+    Exact types only, since a subclass may do anything; offloaded modules (accelerate) change weights when called.
+    """
     if type(module) not in _FOLDABLE_NORMS or hasattr(module, "_hf_hook") or _hooked(module):
         return False
+    # functional_call replaces only a bias that is there, and mixed dtypes or devices compute otherwise than the norm.
     weight = module.weight
     if isinstance(module, _NormBase) and module.bias is None:
         return False
@@ -275,6 +297,8 @@ def _folded(module: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class _Recomputed(torch.autograd.Function):
+    """Norm, scale and shift that run again in backward."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -286,6 +310,7 @@ class _Recomputed(torch.autograd.Function):
         foldable: bool,
         parts: tuple[Tensor, ...],
     ) -> Tensor:
+        # Backward runs outside of autocast, so the state of the forward is kept for the second run.
         device = x.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.module, ctx.channel_dim, ctx.foldable = module, channel_dim, foldable
@@ -300,18 +325,24 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale, shift, x, *added = ctx.saved_tensors
+        # From the left, as the residual stream was summed, so that the bits are the same.
         for part in added:
             x = x + part
         device, dtype, enabled = ctx.autocast
         needed = ctx.needs_input_grad[:3]
-        x, scale, shift = (t.detach().requires_grad_(need) for t, need in zip((x, scale, shift), needed, strict=True))
+        leaves = [t.detach().requires_grad_(need) for t, need in zip((x, scale, shift), needed, strict=True)]
+        x, scale, shift = leaves
         with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
             if ctx.foldable:
                 z = _folded(ctx.module, x, scale, shift)
             else:  # forward, not __call__: global hooks must see one call per step
                 z = _affine(ctx.module.forward(x), scale, shift, ctx.channel_dim)
-        grads = iter(torch.autograd.grad(z, [leaf for leaf in (x, scale, shift) if leaf.requires_grad], grad))
-        return *(next(grads) if need else None for need in needed), None, None, None, None
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(z, wanted, grad))
+        grads: list[Tensor | None] = []
+        for need in needed:
+            grads.append(next(found) if need else None)
+        return *grads, None, None, None, None
 
 
 _MAX_PARTS = 5  # each part is one more addition in backward
@@ -320,13 +351,18 @@ Recipe = tuple[Callable[[], "Tensor | None"], ...]
 
 
 def _residual_parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Tensors that the graph keeps anyway and that add up, from the left, to x; (x,) where none are known."""
+    """Kept tensors of the graph whose sum, from the left, is x.
+
+    (x,) if none are known.
+    """
     node: Any = x.grad_fn
     if node is None or not _saved_is_kept():
         return (x,)
     key = _recipe_key(x.output_nr)
     recipe: Recipe = node.metadata.get(key) or _residual_recipe(node)
-    parts = [part for part in (call() for call in recipe) if part is not None]
+    # A part may be gone (freed by its own backward): then x itself is the recipe, held weakly like all parts.
+    called = [call() for call in recipe]
+    parts = [part for part in called if part is not None]
     if not parts or len(parts) < len(recipe):
         recipe, parts = (TensorWeakRef(x),), [x]
     node.metadata[key] = recipe
@@ -334,7 +370,10 @@ def _residual_parts(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _residual_recipe(node: Any) -> Recipe:
-    """For a plain sum of a value with a recipe and an output of scale_shift: the recipe and that output."""
+    """Recipe of a residual sum that ends in an output of scale_shift.
+
+    It is the value's recipe and that output; () for any other node.
+    """
     if node.name() != "AddBackward0" or node._saved_alpha != 1 or len(node.next_functions) != 2:
         return ()
     one, other = node.next_functions
@@ -347,12 +386,15 @@ def _residual_recipe(node: Any) -> Recipe:
 
 
 def _recipe_key(output_nr: int) -> str:
-    """Where the metadata of a graph node says how that output of it is a sum of kept tensors."""
+    """Key of an output's recipe in the metadata of its graph node."""
     return f"peft_lab.recipe.{output_nr}"
 
 
 def _saved_is_kept() -> bool:
-    """False where hooks take saved tensors elsewhere (checkpointing, offloading), so that nothing is kept "anyway"."""
+    """Test whether autograd keeps saved tensors as they are.
+
+    Hooks of checkpointing or offloading take them elsewhere, so that no tensor is kept "anyway".
+    """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top is None:
         return False

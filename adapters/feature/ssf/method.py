@@ -1,7 +1,10 @@
-"""SSF (Lian et al. 2022, arXiv:2210.08823): scale and shift the features behind every op of a frozen backbone.
+"""SSF: scale and shift the deep features of a frozen backbone.
 
-y = scale * op(x) + shift per channel, folded exactly into the op's weight and bias at merge. Ops whose forward has no
-bias (RMSNorm) get a scale only: a shift there is a constant that the next linear op's own shift already expresses.
+Source: Lian et al. 2022, Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, arXiv:2210.08823.
+
+A scale and shift stand behind every op: y = scale * op(x) + shift per channel, folded exactly into the op's weight and
+bias at merge. Ops whose forward has no bias (RMSNorm) get a scale only: a shift there is a constant that the next
+linear op's own shift already expresses.
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ METHOD = MethodInfo(
 
 @dataclass
 class SSFConfig(AdapterConfig):
-    """Configuration of SSF. Trainable parameters: two per output channel of each adapted op.
+    """Configuration of SSF.
+
+    Trainable parameters: two per output channel of each adapted op.
 
     Raises:
         ConfigError: a negative `init_std`.
@@ -59,7 +64,7 @@ class SSFConfig(AdapterConfig):
 
 
 class SSFLayer(FeatureLayer):
-    """An op with a trainable scale and shift behind it, both float32 (channels,)."""
+    """Op with a trainable scale and shift behind it, both float32 (channels,)."""
 
     adapter_layer_names = ("ssf_scale", "ssf_shift")
     row_fields = MappingProxyType({"ssf_scale": 1.0, "ssf_shift": 0.0})
@@ -84,6 +89,7 @@ class SSFLayer(FeatureLayer):
         return scale_shift(out, *self._values(adapter), self.op.channel_dim)
 
     def transform_rows(self, rows: RowAdapters, out: Tensor) -> Tensor:
+        # Rows of the base or of another method's adapter get the scale and shift that change nothing.
         like = next(iter(self.ssf_scale.values()))
         one, zero = torch.ones_like(like), torch.zeros_like(like)
         index = rows.index(out.shape[0], out.device)
@@ -100,6 +106,7 @@ class SSFLayer(FeatureLayer):
     def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale, shift = self._values(adapter)
         scale = scale.detach().to(weight.dtype)
+        # A norm multiplies by (offset + weight), and that sum is scaled.
         if self.op.op_type == "norm":
             offset = norm_offset(self.base_layer)
             weight = (weight + offset) * scale - offset

@@ -1,8 +1,10 @@
-"""Heads whose source classes stand for the classes of another task: an injective map from targets to source classes.
+"""Label mapping for frozen heads: source classes stand for target classes.
+
+The map from target to source classes is injective.
 
 `MappedHead` wraps the head that an image classifier was trained with. An adapter's logits are those of the source
-classes it maps to, so the model's own loss, metrics and pipelines see the target classes; without the adapter the
-model is what it was, down to its label names. What the adapter does to the images is the method's own.
+classes it maps to, so the model's own loss, metrics and pipelines see the target classes; without the adapter the model
+is what it was, down to its label names. What the adapter does to the images is the method's own.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ MAPPINGS = {"random": False, "first": False, "frequency": True, "iterative": Tru
 
 
 def greedy_mapping(counts: np.ndarray) -> list[int]:
-    """A distinct source class for every target class, by how often images of the target are taken for the source.
+    """Map every target class to a distinct source class, greedily by counts.
 
-    The pair with the largest count is taken first, of equal ones that of the lowest source and then target class; both
-    are then out of the choice. A target class without images gets the lowest source class that is left.
+    A count says how often images of the target class are predicted as the source class. The pair with the largest count
+    is taken first, of equal ones that of the lowest source and then target class; both are then out of the choice. A
+    target class without images gets the lowest source class that is left.
 
     Args:
         counts: int (source classes, target classes), at least as many source classes as targets.
@@ -42,6 +45,7 @@ def greedy_mapping(counts: np.ndarray) -> list[int]:
     Returns:
         The source class of each target class.
     """
+    # Rows and columns that are out of the choice are set to -1, below every count.
     left = counts.astype(np.int64)
     mapping = [0] * left.shape[1]
     for _ in mapping:
@@ -53,7 +57,7 @@ def greedy_mapping(counts: np.ndarray) -> list[int]:
 
 @dataclass
 class MappedHeadConfig(AdapterConfig):
-    """Base of the configs of methods that keep the head of an image classifier.
+    """Base config of methods that keep an image classifier's head.
 
     Raises:
         ConfigError: an unknown mapping, labels that are not distinct, a sparsity out of range, or modules are chosen.
@@ -92,14 +96,15 @@ class MappedHeadConfig(AdapterConfig):
                 raise ConfigError(self.no_choice(name))
 
     def no_choice(self, name: str) -> str:
-        """Why a field that chooses modules is refused, as a message."""
+        """Error message for a field that chooses modules."""
         return f'Method "{self.info.name}" acts on the whole model and takes no {name}.'
 
 
 class MappedHead(AdapterLayer):
-    """A head with one row of logits per target class. The first head of a model holds what an adapter stores.
+    """Head with one logit per target class.
 
-    A method supplies `start` and `prompted`, which changes the images. The mapping is saved with its parameters.
+    The first head of a model holds an adapter's parameters and its mapping, which is saved with them. A method supplies
+    `start` and `prompted`, which changes the images.
 
     Attributes:
         first: the first head of the model, this one or (a distilled DeiT has two) another.
@@ -122,10 +127,11 @@ class MappedHead(AdapterLayer):
         raise NotImplementedError
 
     def prompted(self, adapter: str, images: Tensor) -> Tensor:
-        """The images (batch, channels, height, width) that the model sees, from those it was given."""
+        """Transform images (batch, channels, height, width) to the model's input."""
         raise NotImplementedError
 
     def initial_values(self, adapter: str, config: Any) -> dict[str, Tensor]:
+        # The images are changed once per call, whatever the number of heads.
         return self.start(adapter, config) if self.first[0] is self else {}
 
     def read_base(self, name: str) -> None:
@@ -133,9 +139,11 @@ class MappedHead(AdapterLayer):
             raise ConfigError(f'"{name}", a {type(self.base_layer).__name__}, is no linear head with a row per class.')
 
     def placed(self, model: Any, heads: list[MappedHead]) -> None:
-        """Tell a fresh layer which model it is in, and which heads are in it already."""
+        """Set the model of a new layer and the heads already in it."""
+        # In lists, so that torch does not take the model for a part of its own head.
         self.first = heads[:1] or [self]
         self.whole, self.settings = [model], model.config
+        # What the base was before the first adapter, for `leave` to give back.
         if not heads:
             self.own_labels = (dict(model.config.id2label), dict(model.config.label2id))
             self.pruning = Pruning(model, [model.get_submodule(path) for path in class_heads(model)])
@@ -143,17 +151,17 @@ class MappedHead(AdapterLayer):
 
     @property
     def source_classes(self) -> int:
-        """Number of classes that the base tells apart."""
+        """Number of classes of the base's head."""
         return self.base_weight.shape[0]
 
     @property
     def mappings(self) -> BufferDict:
-        """The mapping of each adapter, int64 (target classes,)."""
+        """Mapping of each adapter from target to source class, int64 (target classes,)."""
         return getattr(self, self.other_param_names[0])
 
     @property
     def current(self) -> str | None:
-        """The adapter that is on, None if none is."""
+        """Active adapter; None if none is active."""
         active = [name for name in self.active_adapters if name in self.configs]
         return active[0] if active and not self.disable_adapters else None
 
@@ -165,13 +173,16 @@ class MappedHead(AdapterLayer):
         super().update_layer(adapter, config)
 
     def _begin_mapping(self, adapter: str, config: MappedHeadConfig) -> None:
+        """Initialise a mapping with random or with the first source classes."""
         targets = len(config.labels or self.own_labels[0])
         order = torch.randperm if config.mapping == "random" else torch.arange
         self.mappings[adapter] = order(self.source_classes)[:targets].to(self.base_weight.device)
+        # The other ways start there too, until they have read the training data.
         if MAPPINGS[config.mapping]:
             self.unread.add(adapter)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        # Two adapters would need two images and two sets of labels at once.
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if len([name for name in names if name in self.configs]) > 1:
             raise ConfigError(f'Method "{self.info.name}" takes one adapter at a time, got {", ".join(names)}.')
@@ -188,7 +199,7 @@ class MappedHead(AdapterLayer):
         self._follow()
 
     def _follow(self) -> None:
-        """Bring the label names and the sparsity of the model in line with the adapter that is on."""
+        """Set the model's label names and sparsity to the active adapter's."""
         if self.first[0] is not self:
             return
         config = self.configs.get(self.current or "")
@@ -200,7 +211,7 @@ class MappedHead(AdapterLayer):
         self.settings.id2label, self.settings.label2id = dict(id2label), dict(label2id)
 
     def leave(self) -> None:
-        """Give the model back as it was, before the head is taken out."""
+        """Restore label names and dense weights before the head is removed."""
         self._disable_adapters = True
         self._follow()
 
@@ -215,6 +226,7 @@ class MappedHead(AdapterLayer):
             )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A loaded mapping has read its data.
         self.unread -= {n for n in self.unread if f"{prefix}{self.other_param_names[0]}.{n}" in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -227,11 +239,12 @@ class MappedHead(AdapterLayer):
     # Calls ------------------------------------------------------------------------------------------------------
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook of the whole model: change the images."""
+        """Pre-hook of the whole model that changes the images."""
         adapter = self.current
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         if adapter is None or kwargs.get("pixel_values") is None:
             return None
+        # The first step may come before the data are read; after it, training goes on with a mapping of no meaning.
         if self.training and not self.counting and adapter in self.unread and self._has_moved(adapter):
             raise ConfigError(
                 f'mapping="{self.configs[adapter].mapping}" reads the training data, and nobody has handed them over: '
@@ -242,12 +255,14 @@ class MappedHead(AdapterLayer):
         return (), kwargs
 
     def _has_moved(self, adapter: str) -> bool:
-        """Whether an optimizer has changed the adapter's parameters."""
+        """Test whether an optimizer has changed the adapter's parameters."""
+        # torch counts the changes of a tensor in place as its version.
         return any(getattr(self, name)[adapter]._version > 0 for name in self.adapter_layer_names)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Tensor:
         first = self.first[0]
         logits, adapter = self.base_layer(x, *args, **kwargs), first.current
+        # Counting reads the logits of the source classes themselves.
         if adapter is None or first.counting:
             return logits
         return logits[..., first.mappings[adapter].to(logits.device)]
@@ -257,7 +272,10 @@ class MappedHead(AdapterLayer):
     counting = False
 
     def read_data(self, batches: Iterable[Mapping[str, Tensor]], epoch: int) -> None:
-        """Choose the source classes by the base's predictions on the training images (`ReadTrainingData`)."""
+        """Choose the source classes by the base's predictions on training images.
+
+        `peft_lab.ReadTrainingData` calls this before each epoch.
+        """
         adapter = self.current
         if adapter is None or self.first[0] is not self:
             return
@@ -266,6 +284,7 @@ class MappedHead(AdapterLayer):
             return
         parameters = [getattr(self, name)[adapter] for name in self.adapter_layer_names]
         kept = [parameter.data for parameter in parameters]
+        # "frequency" counts without the prompt: parameters of zero for the time of the pass.
         if way == "frequency":
             for parameter in parameters:
                 parameter.data = torch.zeros_like(parameter)
@@ -279,13 +298,14 @@ class MappedHead(AdapterLayer):
 
     @torch.no_grad()
     def _count(self, adapter: str, batches: Iterable[Mapping[str, Tensor]]) -> np.ndarray:
-        """How many images of each target class are taken for each source class, (source classes, target classes)."""
+        """Count predictions by class, int64 (source classes, target classes)."""
+        # One bin per pair of classes, counted in one pass over a batch.
         targets = len(self.mappings[adapter])
         counts = torch.zeros(self.source_classes * targets, dtype=torch.int64)
         self.counting = True
         try:
             for batch in batches:
-                # a Trainer's autocast is around the whole adapter only
+                # A Trainer's autocast is around the whole adapter only.
                 images = batch["pixel_values"].to(self.base_weight.dtype)
                 labels = self._class_indices(batch.get("labels"), targets).to(images.device)
                 logits = self.whole[0](pixel_values=images).logits
@@ -295,7 +315,11 @@ class MappedHead(AdapterLayer):
         return counts.reshape(self.source_classes, targets).numpy()
 
     def _class_indices(self, labels: Any, targets: int) -> Tensor:
-        """The labels of a batch; raises `ConfigError` if they are not one class index for each row."""
+        """Labels of a batch as class indices (batch,), int64.
+
+        Raises:
+            ConfigError: they are not one class index for each row.
+        """
         if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype.is_floating_point:
             got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         elif labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < targets:
@@ -309,7 +333,10 @@ class MappedHead(AdapterLayer):
 
 
 class MappedHeadTuner(AdapterTuner):
-    """Puts a `MappedHead` in the place of each head that gives class logits, and leaves the heads untrained."""
+    """Tuner that replaces each head with class logits by a `MappedHead`.
+
+    The heads stay untrained.
+    """
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         loaded = peft_config.fingerprints is not None
@@ -333,6 +360,7 @@ class MappedHeadTuner(AdapterTuner):
                 )
             peft_config.target_modules = heads
             peft_config.modules_to_save = peft_config.modules_to_save or []
+        # The mapping is injective, so every target class needs a source class of its own.
         head: Any = self.model.get_submodule(heads[0])
         if len(peft_config.labels or ()) > head.weight.shape[0]:
             raise ConfigError(
@@ -349,12 +377,13 @@ class MappedHeadTuner(AdapterTuner):
         return layer
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        # One hook per model serves all adapters: it asks which one is active.
         first: Any = model.get_submodule(class_heads(model)[0])
         if first.before not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(first.before, with_kwargs=True)
 
     def unload(self) -> Any:
-        """The base model with its dense weights, its own label names and no hook."""
+        """Return the base model with its dense weights and label names."""
         hooks = self.model._forward_pre_hooks
         for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), MappedHead)]:
             hooks.pop(key).__self__.leave()
@@ -363,7 +392,7 @@ class MappedHeadTuner(AdapterTuner):
 
 
 def class_heads(model: nn.Module) -> list[str]:
-    """Paths of the linear maps that give an image classifier's logits, wrapped or not."""
+    """Paths of an image classifier's heads, wrapped or not."""
     wrapped = [name for name, module in model.named_modules() if isinstance(module, MappedHead)]
     return wrapped or module_roles.class_heads(model)
 

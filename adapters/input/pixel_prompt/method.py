@@ -1,7 +1,12 @@
-"""Pixel prompts (visual prompting, reprogramming): trainable pixels make a frozen image classifier solve another task.
+"""Pixel prompts (ILM-VP): visual prompting by trainable pixels.
 
-The pixels stand around the image or on it; the classifier keeps the head it was trained with, and source classes stand
-for the target classes (`peft_lab.adapters.input.pixel_prompt.mapped_head`). Programs:
+Source: Chen et al. 2023, Understanding and Improving Visual Prompting: A Label-Mapping Perspective, arXiv:2211.11635;
+Bahng et al. 2022, Exploring Visual Prompts for Adapting Large-Scale Models, arXiv:2203.17274. Written from the papers'
+equations.
+
+The pixels make a frozen image classifier solve another task (reprogramming). They stand around the image or on it; the
+classifier keeps the head it was trained with, and source classes stand for the target classes
+(`peft_lab.adapters.input.pixel_prompt.mapped_head`). Programs:
 
 - `frame` (ILM-VP): the image is shrunk and set into a frame of pixels sigmoid(p), in [0, 1] before normalisation;
 - `pad` (Bahng): p is added to the border of the normalised image;
@@ -9,10 +14,6 @@ for the target classes (`peft_lab.adapters.input.pixel_prompt.mapped_head`). Pro
 
 Images come as the model's image processor made them, normalised; resizing and normalising commute, so the frame is
 normalised by `image_mean` and `image_std` and the image is left as it is.
-
-Source: Chen et al. 2023, Understanding and Improving Visual Prompting: A Label-Mapping Perspective, arXiv:2211.11635;
-Bahng et al. 2022, Exploring Visual Prompts for Adapting Large-Scale Models, arXiv:2203.17274. Written from the papers'
-equations.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ METHOD = MethodInfo(
     place="input",
     config="PixelPromptConfig",
     roles=("head",),
-    capabilities=("images", "keeps_head"),
+    capabilities=("images",),
     learning_rate=1e-1,
     budget=(1.02, 1.02),
 )
@@ -50,14 +51,17 @@ _BORDERS = {"frame": 48, "pad": 30}
 
 @dataclass
 class PixelPromptConfig(MappedHeadConfig):
-    """Configuration of pixel prompts. Trainable: channels x the pixels of the border, or of the whole image.
+    """Configuration of pixel prompts.
 
-    For an image of side S and a border of width p that is 12 p (S - p) with three channels.
+    Trainable: channels x the pixels of the border, or of the whole image. For an image of side S and a border of width
+    p that is 12 p (S - p) with three channels.
 
     Raises:
         ConfigError: an unknown program or mapping, a size or a statistic out of range; the model is no image
             classifier with a trained linear head, or has fewer classes than the task.
     """
+
+    uses_source_head = True
 
     program: str = field(
         default="frame",
@@ -129,7 +133,13 @@ class PixelPromptConfig(MappedHeadConfig):
 
 @dataclass(frozen=True)
 class Canvas:
-    """Where the trainable pixels are: on a square image of side `size` around one of side `inner` (0: everywhere)."""
+    """Area of the trainable pixels on a square image.
+
+    Attributes:
+        channels: number of channels.
+        size: side of the image.
+        inner: side of the square in its middle that has no trainable pixels; 0 for none.
+    """
 
     channels: int
     size: int
@@ -137,7 +147,8 @@ class Canvas:
 
     @property
     def before(self) -> int:
-        """Width of the border to the left and above; to the right and below it may be one less."""
+        """Width of the border to the left and above."""
+        # The odd pixel of a border that cannot be halved goes here.
         return (self.size - self.inner + 1) // 2
 
     @property
@@ -151,31 +162,38 @@ class Canvas:
         return self.size**2 - self.inner**2
 
     def image(self, values: Tensor) -> Tensor:
-        """Trainable pixels (channels, pixels) at their places on an image (channels, size, size), else zero."""
+        """Place trainable pixels (channels, pixels) on an image (channels, size, size).
+
+        The image is zero elsewhere.
+        """
+        # Stored as the strip above, those to the left and right of the inner square, and the strip below.
         rows = (self.before * self.size, self.inner * (self.before + self.after), self.after * self.size)
-        top, sides, bottom = (
-            part.reshape(self.channels, -1, width)
-            for part, width in zip(values.split(rows, 1), (self.size, self.before + self.after, self.size), strict=True)
-        )
+        above, beside, below = values.split(rows, 1)
+        top = above.reshape(self.channels, -1, self.size)
+        sides = beside.reshape(self.channels, -1, self.before + self.after)
+        bottom = below.reshape(self.channels, -1, self.size)
         left, right = sides.split((self.before, self.after), 2)
         centre = values.new_zeros(self.channels, self.inner, self.inner)
         return torch.cat([top, torch.cat([left, centre, right], 2), bottom], 1)
 
     def frame(self, images: Tensor) -> Tensor:
-        """Images shrunk to the inner side, zero around."""
+        """Shrink images to the inner side and pad them with zeros."""
         return F.pad(resized(images, self.inner), (self.before, self.after, self.before, self.after))
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Images (batch, channels, height, width) at another side, in their dtype; those of the right side as they are."""
+    """Resize images (batch, channels, height, width) to a side, in their dtype.
+
+    Images of that side stay as they are.
+    """
     if images.shape[-2:] == (size, size):
         return images
-    # bilinear weights add up to 1, so that this commutes with normalisation, and antialiasing needs float32
+    # Bilinear weights add up to 1, so that this commutes with normalisation, and antialiasing needs float32.
     return F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True).to(images.dtype)
 
 
 class PixelPromptLayer(MappedHead):
-    """The head of an image classifier, with the trainable pixels of each adapter, (channels, pixels)."""
+    """Head of an image classifier with trainable pixels (channels, pixels)."""
 
     adapter_layer_names = ("pixel_prompt_program",)
     other_param_names = ("pixel_prompt_mapping",)
@@ -188,7 +206,7 @@ class PixelPromptLayer(MappedHead):
         return {"pixel_prompt_program": values}
 
     def canvas(self, config: PixelPromptConfig) -> Canvas:
-        """Where the pixels of an adapter are on this model's images.
+        """Canvas of an adapter's pixels on this model's images.
 
         Raises:
             ConfigError: images are not square, the sizes leave no image or no border, or a statistic is not one number
@@ -202,6 +220,7 @@ class PixelPromptLayer(MappedHead):
                 f'Method "{self.info.name}" prompts square images, and those of this backbone are '
                 f"{' x '.join(str(side) for side in own)} pixels; choose another backbone."
             )
+        # The border is given, or measured by the inner image, or the paper's at this size.
         size = config.image_size or sides.pop()
         if config.program == "full":
             inner = 0
@@ -223,16 +242,19 @@ class PixelPromptLayer(MappedHead):
     def prompted(self, adapter: str, images: Tensor) -> Tensor:
         config, values = self.configs[adapter], self.pixel_prompt_program[adapter]
         canvas = self.canvas(config)
+        # Pixels that are added to the image are in normalised units already.
         if config.program != "frame":
             images = resized(images, canvas.size)
             return images + canvas.image(values).to(images)
-        mean, std = (_column(given, canvas.channels, values) for given in (config.image_mean, config.image_std))
+        # Those of a frame are colours from 0 to 1, normalised as the image was.
+        mean = _column(config.image_mean, canvas.channels, values)
+        std = _column(config.image_std, canvas.channels, values)
         border = canvas.image((values.sigmoid() - mean) / std)
         return canvas.frame(images) + border.to(images)
 
 
 def _column(given: list[float] | None, channels: int, like: Tensor) -> Tensor:
-    """A statistic of the image processor as (channels, 1), 0.5 where none is given."""
+    """Statistic of the image processor as (channels, 1), by default 0.5."""
     return torch.tensor(given or [0.5] * channels, dtype=like.dtype, device=like.device)[:, None]
 
 

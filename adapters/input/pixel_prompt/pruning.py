@@ -1,4 +1,7 @@
-"""Magnitude pruning of a frozen base, for one adapter at a time and without loss: the dense weights come back."""
+"""Magnitude pruning of a frozen base, reversible.
+
+The base is pruned for one adapter at a time, and the dense weights come back.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from peft_lab.errors import ConfigError
 
 
 class Pruning:
-    """Global unstructured L1 pruning of the linear and convolution weights of a model, but for some modules.
+    """Global unstructured L1 pruning of linear and convolution weights.
 
     Layers whose weights are all zero count for nothing: a share of them would be no pruning. While the base is pruned
     its dense weights are kept aside, which takes the memory of the base once more. The pruned entries are found on the
@@ -29,18 +32,22 @@ class Pruning:
         self.sparsity = 0.0
 
     def set(self, sparsity: float) -> None:
-        """Make this share of the weights zero; 0 puts the dense base back, bit for bit.
+        """Set a share of the weights to zero.
+
+        A share of 0 restores the dense base bit for bit.
 
         Raises:
             ConfigError: the base has no weights of numbers to prune, or they are not loaded.
         """
         if sparsity == self.sparsity:
             return
+        # Back to the dense weights first: the masks of another sparsity are made from them.
         for module, dense in zip(self._modules, self._dense, strict=False):
             module.weight.data = dense.to(module.weight)
         self._dense, self.sparsity = [], 0.0
         if not sparsity:
             return
+        # Masks are kept, so that switching between adapters searches once per sparsity.
         if sparsity not in self._masks:
             self._masks[sparsity] = self._find(sparsity)
         self._dense = [module.weight.data for module in self._modules]
@@ -49,7 +56,7 @@ class Pruning:
         self.sparsity = sparsity
 
     def _find(self, sparsity: float) -> list[Tensor]:
-        """For each module a bool mask of its weight, False where it is pruned."""
+        """Masks of the weights by module, bool, False at pruned entries."""
         weights: list[Tensor] = [module.weight for module in self._modules]
         if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
             raise ConfigError(
@@ -59,12 +66,17 @@ class Pruning:
         if not copies:
             raise ConfigError(f"sparsity={sparsity}: the base has no linear or convolution weights to prune.")
         prune.global_unstructured([(copy, "weight") for copy in copies], prune.L1Unstructured, amount=sparsity)
-        masks = iter([copy.weight_mask.bool() for copy in copies])
-        return [next(masks) if bool(weight.any()) else torch.ones(weight.shape, dtype=torch.bool) for weight in weights]
+        found = iter(copies)
+        masks = []
+        for weight in weights:
+            # Weights that are all zero have no copy and stay as they are.
+            mask = next(found).weight_mask.bool() if bool(weight.any()) else torch.ones(weight.shape, dtype=torch.bool)
+            masks.append(mask)
+        return masks
 
 
 class _Copy(nn.Module):
-    """A weight on the CPU, for torch's pruning to work on."""
+    """Copy of a weight on the CPU for torch's pruning."""
 
     weight_mask: Tensor
 
@@ -73,5 +85,5 @@ class _Copy(nn.Module):
         self.weight = nn.Parameter(weight.detach().cpu().clone())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # not torch's own, which stores no values while peft loads with low_cpu_mem_usage
+        # Not torch's own, which stores no values while peft loads with low_cpu_mem_usage.
         self._parameters[name] = param

@@ -1,18 +1,18 @@
-"""BayesPrompt: prompts drawn from a distribution over the domain of the training data, not trained.
+"""BayesPrompt: prompts sampled from a distribution over the training data's domain.
 
-A Gaussian mixture is fitted to the mean token of each training row, and particles are drawn towards it by Stein
-variational gradient descent. In training each prompt of each row is the mean of a few particles, drawn anew for every
-forward; in evaluation it is the mean of all of them. Only the task head is trained.
+Source: Li et al. 2024, BayesPrompt, arXiv:2401.14166. Written from the equations.
+
+The prompts are not trained. A Gaussian mixture is fitted to the mean token of each training row, and Stein variational
+gradient descent moves particles towards it. In training each prompt of each row is the mean of a few particles, sampled
+anew for every forward; in evaluation it is the mean of all of them. Only the task head is trained.
 
 The particles come from the training data before the first step, by `peft_lab.ReadTrainingData` (which `peft_lab.train`
 adds by itself) or `peft_lab.domain_prompts`, and are saved with the adapter. Each prompt has particles of its own, so
 that prompts differ in evaluation too.
 
-This is `domain_draws` of stored prompts with nothing else beside it; other methods that store prompts take it too, and
-train what else they have. The authors' code trains the whole backbone with the prompts, and overwrites the
-embeddings of two words of a template.
-
-Source: Li et al. 2024, BayesPrompt, arXiv:2401.14166. Written from the equations.
+This is `domain_draws` of stored prompts alone; other methods that store prompts take it too, and train what else they
+have. The authors' code trains the whole backbone with the prompts, and overwrites the embeddings of two words of a
+template.
 """
 
 from __future__ import annotations
@@ -34,18 +34,22 @@ METHOD = MethodInfo(
     place="sequence",
     config="BayesPromptConfig",
     roles=("block",),
-    capabilities=("mixed_batch", "untrained"),
+    capabilities=("mixed_batch",),
     learning_rate=1e-2,
 )
 
 
 @dataclass
 class BayesPromptConfig(StaticConfig):
-    """Configuration of BayesPrompt. Trainable: nothing but the task head. Saved: prompts x particles x width.
+    """Configuration of BayesPrompt.
+
+    Trainable: the task head alone. Saved: prompts x particles x width.
 
     Raises:
         ConfigError: no prompts, no `domain_components` or no `domain_draws`.
     """
+
+    values_from_data = True
 
     deep = False
     num_prompts: int = field(default=4, metadata={"help": "Prompts in the sequence.", "other": 3})
@@ -68,13 +72,14 @@ class BayesPromptConfig(StaticConfig):
 
 
 class BayesPromptLayer(StoredPrompts):
-    """A block before which means of particles (prompts, particles, width) are written."""
+    """Block before which means of particles (prompts, particles, width) are written."""
 
     adapter_layer_names = ("bayes_prompt_particles",)
 
     def initial_values(self, adapter: str, config: BayesPromptConfig) -> dict[str, Tensor]:
         if self.depth not in config.prompted_block_indices(self.num_blocks):
             return {}
+        # One value per prompt, whose shape tells the number of particles that replace it.
         return {"bayes_prompt_particles": torch.zeros(config.num_prompts, self.width)}
 
 

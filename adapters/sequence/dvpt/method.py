@@ -1,12 +1,12 @@
-"""DVPT: prompts that mine each image's features through a shared bottleneck beside the MLPs.
-
-Prompts stand in front of the class token and pass through all blocks. Beside each MLP a gated bottleneck S reads the
-residual stream: x + MLP(x) + S(x). In the paper's form the prompts look, inside the bottleneck, at the features of the
-patches by cross-attention, and take what they find; the authors' code has the bottleneck alone. One bottleneck serves
-several blocks in a row. The stack returns class and patch tokens alone, so a head for dense prediction can use them;
-where the authors' code classifies, it reads the mean of class token and prompts (`readout`).
+"""DVPT: dynamic visual prompt tuning through a shared bottleneck beside the MLPs.
 
 Source: He et al. 2023, Dynamic Visual Prompt Tuning, arXiv:2307.09787. Written from the equations.
+
+Prompts stand in front of the class token and pass through all blocks. Beside each MLP a gated bottleneck S reads the
+residual stream: x + MLP(x) + S(x). In the paper's form the prompts take the features of the image's patches by
+cross-attention inside the bottleneck; the authors' code has the bottleneck alone. One bottleneck serves several blocks
+in a row. The stack returns class and patch tokens alone, so a head for dense prediction can use them; to classify, the
+authors' code reads the mean of class token and prompts (`readout`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ METHOD = MethodInfo(
 
 @dataclass
 class DVPTConfig(StaticConfig):
-    """Configuration of DVPT. Trainable for width d: 2 d r + r + d + 1 for each bottleneck of width r, and 2 p d.
+    """Configuration of DVPT.
+
+    Trainable for width d: 2 d r + r + d + 1 for each bottleneck of width r, and 2 p d for p prompts.
 
     `layers_to_transform` says which blocks have a bottleneck; prompts enter before the first of them.
 
@@ -81,7 +83,7 @@ class DVPTConfig(StaticConfig):
 
 @dataclass(frozen=True)
 class _PromptPlaces:
-    """Places of an adapter's prompts in the sequence of a block.
+    """Positions of an adapter's prompts in the sequence of a block.
 
     Attributes:
         at: number of tokens before the prompts.
@@ -95,7 +97,7 @@ class _PromptPlaces:
 
 
 class DVPTLayer(ResidualBranches, StoredPrompts):
-    """A block with a bottleneck beside its MLP; the blocks of a group share one."""
+    """Block with a bottleneck beside its MLP, shared within a group."""
 
     adapter_layer_names = (
         *("dvpt_prompts", "dvpt_positions"),
@@ -112,6 +114,7 @@ class DVPTLayer(ResidualBranches, StoredPrompts):
         }
 
     def share_key(self, config: DVPTConfig) -> Hashable:
+        # Groups are counted among the blocks that have a bottleneck.
         if not config.may_write(self.depth):
             return None
         order = sum(config.may_write(depth) for depth in range(self.depth))
@@ -136,6 +139,7 @@ class DVPTLayer(ResidualBranches, StoredPrompts):
         assert state.states is not None
         size = state.states.shape[1]
         places = {}
+        # The rows of one adapter have the same prompts, so the first of them tells how many.
         for name, index in self.adapters_with_rows(len(state.states), state.states.device):
             unused = 0
             if state.unused is not None and index is not None:
@@ -158,7 +162,10 @@ class DVPTLayer(ResidualBranches, StoredPrompts):
         return added.new_zeros(stream.shape).index_copy(1, kept.nonzero().flatten(), added)
 
     def _bottleneck(self, adapter: str, x: Tensor, places: _PromptPlaces) -> Tensor:
-        """Gated bottleneck S of a stream x (rows, sequence, width) with prompts at `places.at`."""
+        """Apply the gated bottleneck S to a stream.
+
+        `x` is (rows, sequence, width) with prompts at `places.at`.
+        """
         down, down_bias, up, up_bias, gate = (
             cast(Tensor, self.parameter(adapter, name)) for name in self.adapter_layer_names[2:]
         )
@@ -166,6 +173,7 @@ class DVPTLayer(ResidualBranches, StoredPrompts):
         if self.configs[adapter].variant == "author_code":
             z = _quick_gelu(linear(x, down, down_bias))
         else:
+            # Cross-attention at the width of the bottleneck: prompts are queries, patches are keys and values.
             tokens, prompts = split(linear(_quick_gelu(x), down, down_bias), places.count, places.at)
             patches = tokens[:, self.stack.prefix_tokens :]
             prompts = (prompts @ patches.mT / math.sqrt(self.width)).softmax(-1) @ patches
@@ -174,6 +182,7 @@ class DVPTLayer(ResidualBranches, StoredPrompts):
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
+    """GELU approximated by x sigmoid(1.702 x)."""
     return x * torch.sigmoid(1.702 * x)
 
 

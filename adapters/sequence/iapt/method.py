@@ -1,22 +1,22 @@
-"""IAPT: prompts made from the instruction by a small generator before the blocks of a frozen transformer.
+"""IAPT: instruction-aware prompt tuning by prompt generators before the blocks.
+
+Source: Zhu et al. 2024, IAPT, arXiv:2405.18203; Liu et al. 2022, Late Prompt Tuning, arXiv:2210.11292; Wu et al. 2022,
+IDPG, arXiv:2204.04497. Written from the papers' equations.
 
 Each generator projects the hidden states of the instruction down, pools them into a few vectors, applies a learned
 activation and projects up to prompts, which stand at the left of the sequence. They are made once, when the text is
 read, and live on in the KV cache. Other choices of pooling, activation and insertion make it LPT or IDPG: the presets.
 
 Two things the papers leave open. The projection up starts at zero: prompts of zero are keys and values of zero in front
-of a norm without bias, which disturb a decoder little, while small random ones destroy what it says (the perplexity of
+of a norm without bias, which disturb a decoder little, while small random ones destroy its output (the perplexity of
 SmolLM2-135M on E2E: 14 without prompts, 25 with those of zero, more than 10,000 with random ones). And hidden states
-are scaled to root mean square 1 before they are projected (`normalize`), for decoders have some a hundred times larger
-than others, and then no learning rate fits.
+are scaled to root mean square 1 before they are projected (`normalize`), because decoders have some a hundred times
+larger than others, and then no learning rate fits.
 
-The instruction is what `instruction_mask`, an argument of the model's forward, says it is; else the tokens before the
+The instruction is given by `instruction_mask`, an argument of the model's forward; else it is the tokens before the
 first that has a label (other than -100); else the whole text but its padding. `generate` without a KV cache reads the
-text anew for every token: give
-`peft_lab.row_inputs(instruction_mask=...)` around it, or the prompts also look at the answer so far.
-
-Source: Zhu et al. 2024, IAPT, arXiv:2405.18203; Liu et al. 2022, Late Prompt Tuning, arXiv:2210.11292; Wu et al. 2022,
-IDPG, arXiv:2204.04497. Written from the papers' equations.
+text anew for every token: give `peft_lab.row_inputs(instruction_mask=...)` around it, or the prompts also look at the
+answer so far.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ METHOD = MethodInfo(
     place="sequence",
     config="IAPTConfig",
     roles=("block",),
-    capabilities=("mixed_batch", "learned_activation"),
+    capabilities=("mixed_batch",),
     learning_rate=3e-4,
     budget=(1.25, 1.35),
     presets={
@@ -79,7 +79,9 @@ DENOMINATOR = (0.0, 0.32460293186935474, 0.0, 0.036633744384289235, 0.0)
 
 @dataclass
 class IAPTConfig(SequenceConfig):
-    """Configuration of IAPT. Trainable for L blocks of width d: L (2 d m + m l + 12) with l prompts, bottleneck m.
+    """Configuration of IAPT.
+
+    Trainable for L blocks of width d: L (2 d m + m l + 12) with l prompts, bottleneck m.
 
     `layers_to_transform` says before which blocks prompts are made; in between they pass through the blocks.
 
@@ -122,7 +124,7 @@ class IAPTConfig(SequenceConfig):
 
 
 class IAPTLayer(SequenceLayer):
-    """A block with a prompt generator before it."""
+    """Block with a prompt generator before it."""
 
     adapter_layer_names = (
         *("iapt_down", "iapt_up", "iapt_down_bias", "iapt_up_bias"),
@@ -157,10 +159,11 @@ class IAPTLayer(SequenceLayer):
         return values
 
     def _projection_start(self, name: str, config: IAPTConfig) -> dict[str, Tensor]:
-        """Start values of the projection down, or of the projection up, which starts at zero."""
+        """Start values of the projection "down", or "up", which starts at zero."""
         if name == "down":
             weight = nn.init.kaiming_uniform_(torch.empty(config.bottleneck, self.width), math.sqrt(5))
         else:
+            # One pooled token makes all prompts at once, so this projection is wider.
             one_for_all = config.pool in ("first", "last")
             weight = torch.zeros(self.width * (config.num_prompts if one_for_all else 1), config.bottleneck)
         values = {f"iapt_{name}": weight}
@@ -195,17 +198,22 @@ class IAPTLayer(SequenceLayer):
         return made.reshape(len(tokens), config.num_prompts, self.width)
 
     def _pooled(self, adapter: str, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Vectors (batch, prompts or 1, bottleneck) from those of the instruction in x (batch, tokens, bottleneck)."""
+        """Pool the instruction's vectors to (batch, prompts or 1, bottleneck).
+
+        `x` is (batch, tokens, bottleneck), `mask` bool (batch, tokens).
+        """
         config = self.configs[adapter]
         mask = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
         if config.pool == "self_attention":
             scores = x @ self.iapt_queries[adapter].float().T
             scores = scores.masked_fill(~mask[..., None], torch.finfo(scores.dtype).min)
             return scores.softmax(1).transpose(1, 2) @ x
+        # Index of each token within the instruction, and the instruction's length.
         rank, count = mask.cumsum(1) - 1, mask.sum(1, keepdim=True)
         if config.pool in ("first", "last"):
             chosen = mask & (rank == (0 if config.pool == "first" else count - 1))
             return (x * chosen[..., None]).sum(1, keepdim=True)
+        # Equal parts of the instruction; rounded outwards, so that they overlap where it is shorter than the prompts.
         part = torch.arange(config.num_prompts, device=x.device)
         begin, end = part * count // config.num_prompts, -((part + 1) * -count // config.num_prompts)
         member = mask[..., None] & (rank[..., None] >= begin[:, None]) & (rank[..., None] < end[:, None])
@@ -216,7 +224,11 @@ class IAPTLayer(SequenceLayer):
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """P(x) / (1 + |Q(x)|) for coefficients from the lowest degree on; Q has no constant term."""
+    """Rational activation P(x) / (1 + |Q(x)|).
+
+    Coefficients are given from the lowest degree on; Q has no constant term.
+    """
+    # Horner's rule, from the highest degree down.
     top = torch.zeros_like(x)
     for coefficient in numerator.flip(0):
         top = top * x + coefficient

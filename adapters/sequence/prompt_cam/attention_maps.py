@@ -1,8 +1,8 @@
-"""Attention maps of class prompts: where each head of the last block looks for a class, and which heads it needs.
+"""Attention maps of class prompts in the last block, head by head.
 
-For methods with one slot per class (`image_logits`). Queries and keys of the last block are read where they are made,
+For methods with one prompt per class (`image_logits`). Queries and keys of the last block are read where they are made,
 so any kind of attention kernel will do. A head is taken from a class by setting the class prompt's query to zero there:
-it then looks everywhere alike. What other prompts and tokens see stays the same.
+its attention is then uniform. The attention of other prompts and tokens stays the same.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _HEAD_INCHES, _DPI, _INK, _ACCENT, _FAINT = 1.15, 160, "#1d2733", "#c8551b", "#d
 
 
 class LastBlock:
-    """The last block of a model with class prompts, as one batch of images runs through it.
+    """Last block of a class-prompt model, run on one batch.
 
     The model is put into evaluation mode.
 
     Attributes:
         logits: (batch, classes).
-        attention: weights from each class prompt to each patch (batch, classes, heads, rows, columns); what goes to
-            prompts, class and register tokens is left out.
+        attention: weights from each class prompt to each patch (batch, classes, heads, rows, columns); weights to
+            prompts, class and register tokens are left out.
 
     Raises:
         ConfigError: the model has no class prompts, its attention is more than a product of queries and keys, or its
@@ -64,6 +64,7 @@ class LastBlock:
         self.adapter = next(name for name in self.layer.active_adapters if name in self.layer.configs)
         block: Any = self.layer.base_layer
         self._queries, self._keys = (_projection(block, name) for name in ("q_proj", "k_proj"))
+        # Read where they are made: kernels such as sdpa return no attention weights.
         seen: dict[str, Any] = {}
         handles = [
             block.register_forward_pre_hook(lambda m, a, k: seen.update(args=a, kwargs=k), with_kwargs=True),
@@ -75,6 +76,7 @@ class LastBlock:
         finally:
             for handle in handles:
                 handle.remove()
+        # The block's own arguments, prompts included, let `without` run it again by itself.
         self._args, self._kwargs = seen["args"], seen["kwargs"]
         if self.layer._biases or self._kwargs.get("position_embeddings") is not None:
             raise ConfigError(
@@ -89,6 +91,10 @@ class LastBlock:
         return int(self.layer.stack.settings.num_attention_heads)
 
     def _maps(self, q: Tensor, k: Tensor, pixels: Tensor) -> Tensor:
+        """Attention weights on the grid of patches.
+
+        Queries and keys are (batch, sequence, dim).
+        """
         q, k = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k))
         classes = self.layer.stack.classes
         own = q.narrow(2, self.at, classes)
@@ -107,7 +113,7 @@ class LastBlock:
 
     @torch.no_grad()
     def without(self, row: int, target: int, heads: Tensor) -> Tensor:
-        """Probability (n,) of class `target` for one image of the batch where its prompt has lost some heads.
+        """Probability (n,) of class `target` for an image without some heads.
 
         Args:
             row: index of the image.
@@ -116,6 +122,7 @@ class LastBlock:
         """
 
         def blur(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            # A query of zero attends to all keys alike.
             blurred = out.clone()
             query = blurred[:, self.at + target].unflatten(-1, (self.heads, -1))
             blurred[:, self.at + target] = query.masked_fill(heads[..., None], 0).flatten(-2)
@@ -133,7 +140,9 @@ class LastBlock:
         return self.layer.logits(self.adapter, prompts).float().softmax(-1)[:, target]
 
     def needed_heads(self, row: int, target: int, keep: int | None = None) -> list[int]:
-        """Heads that a class needs in one image: greedily, the head whose loss costs least probability goes first.
+        """Heads that a class needs in one image, by greedy removal.
+
+        The head whose loss costs least probability goes first.
 
         Args:
             row: index of the image.
@@ -148,6 +157,7 @@ class LastBlock:
             raise ConfigError(f"{keep} heads cannot be kept: the last block has {self.heads}.")
         lost = torch.zeros(self.heads, dtype=torch.bool, device=self.logits.device)
         while int((~lost).sum()) > keep:
+            # One row per head that could go next, all in one batch.
             candidates = (~lost).nonzero().flatten()
             trials = lost.repeat(len(candidates), 1)
             trials[torch.arange(len(candidates)), candidates] = True
@@ -156,7 +166,8 @@ class LastBlock:
 
 
 def _scoring_layer(model: nn.Module) -> Any:
-    layers = [m for m in model.modules() if isinstance(m, SequenceLayer) and m.info.can("image_logits")]
+    """Last block's layer of the active adapter with class prompts."""
+    layers = [m for m in model.modules() if isinstance(m, SequenceLayer) and m.config_cls.produces_logits]
     last = [m for m in layers if m.depth == m.num_blocks - 1 and {*m.active_adapters} & {*m.configs}]
     if not last or last[0].disable_adapters:
         raise ConfigError(f"{type(model).__name__} has no active adapter with a prompt for each class.")
@@ -164,6 +175,7 @@ def _scoring_layer(model: nn.Module) -> Any:
 
 
 def _projection(block: nn.Module, name: str) -> nn.Module:
+    """Module of a block by the last part of its path."""
     found = [module for path, module in block.named_modules() if path.rpartition(".")[2] == name]
     if len(found) != 1:
         raise ConfigError(f"{type(block).__name__} has {len(found)} modules named {name}; attention maps need one.")
@@ -175,14 +187,14 @@ def _projection(block: nn.Module, name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Panel:
-    """One row of the picture: an image and what one class sees of it.
+    """Row of the picture: an image and one class's attention maps.
 
     Attributes:
         pixels: the image as the model gets it, (height, width, 3) from 0 to 1.
         title: class and probability.
         maps: (heads, rows, columns).
         needed: heads that the class needs.
-        first: whether the image is to be shown in this row.
+        first: True if the image is shown in full in this row.
     """
 
     pixels: Any
@@ -200,7 +212,9 @@ def panels(
     rivals: int = 2,
     keep: int | None = None,
 ) -> list[Panel]:
-    """The rows of a picture: for each image the predicted class and its rivals, or the classes that are named.
+    """Make the rows of a picture, one for each image and class.
+
+    The classes are the named ones, or the predicted one and its rivals.
 
     Args:
         model: with an adapter of a method with class prompts.
@@ -223,7 +237,8 @@ def panels(
     for row, logits in enumerate(block.logits):
         probabilities = logits.softmax(-1)
         likely = probabilities.argsort(descending=True)[: 1 + rivals].tolist()
-        for number, target in enumerate([names.index(name) for name in classes] if classes else likely):
+        targets = [names.index(name) for name in classes] if classes else likely
+        for number, target in enumerate(targets):
             mark = "  predicted" if target == likely[0] else ""
             found.append(
                 Panel(
@@ -238,10 +253,16 @@ def panels(
 
 
 def named_classes(model: Any, given: Sequence[str]) -> list[str]:
-    """Names of classes from texts that are one name, which may hold commas, or several with commas between them."""
+    """Parse texts into names of classes.
+
+    A text is one name, which may hold commas, or several names with commas between them.
+    """
     known = _class_names(model)
-    parts = [[text] if text in known else text.split(",") for text in given]
-    return [name.strip() for names in parts for name in names]
+    found = []
+    for text in given:
+        names = [text] if text in known else text.split(",")
+        found += [name.strip() for name in names]
+    return found
 
 
 def _class_names(model: Any) -> list[str]:
@@ -249,15 +270,18 @@ def _class_names(model: Any) -> list[str]:
 
 
 def _shown(pixels: Tensor, processor: Any) -> Any:
-    """Pixels (3, height, width) of the processor as an image again."""
+    """Convert the processor's pixels (3, height, width) back to an image."""
     if getattr(processor, "do_normalize", False):
-        mean, std = (torch.tensor(getattr(processor, name))[:, None, None] for name in ("image_mean", "image_std"))
+        mean = torch.tensor(processor.image_mean)[:, None, None]
+        std = torch.tensor(processor.image_std)[:, None, None]
         pixels = pixels.cpu() * std + mean
     return pixels.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
 
 
 def draw(rows: Sequence[Panel]) -> Figure:
-    """A figure with one line for each panel: the image, then the map of each head over it.
+    """Draw a figure with a line per panel.
+
+    A line has the image, then a map for each head.
 
     Heads that the class needs are framed. Each map is scaled from 0 to its own highest value, which stands below it as
     a multiple of an even share among the patches; where that is below one, the map is faint.
@@ -293,7 +317,7 @@ def _draw_map(axes: Axes, panel: Panel, head: int) -> None:
     heat = panel.maps[head]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     highest = heat.max() * heat.size
-    # the image shows where little is looked at; a head that looks at no patch at all leaves hardly a trace
+    # The image shows through where attention is low; a head that attends to no patch leaves hardly a trace.
     strength = (0.25 + 0.6 * heat / heat.max()) * min(1.0, highest)
     axes.imshow(heat, cmap="inferno", vmin=0, alpha=strength, interpolation="bilinear", extent=extent)
     axes.set_xlabel(f"{highest:.1f}x", size=7, color=_INK)
@@ -313,6 +337,7 @@ def write(
     Raises:
         ConfigError: more images than a picture can hold, or what `panels` refuses.
     """
+    # Checked before the model runs, because matplotlib fails at the end of all work.
     lines = len(options.get("classes") or ()) or min(1 + options.get("rivals", 2), model.config.num_labels)
     most = int((_MOST_PIXELS / _DPI - 0.6) / (_HEAD_INCHES + 0.28)) // lines
     if len(images) > most:

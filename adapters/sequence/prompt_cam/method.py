@@ -1,11 +1,12 @@
-"""Prompt-CAM: one prompt per class, whose output scores the class and whose attention shows what the class looks at.
-
-The prompts stand in front of the class token. Deep, each block has its own; shallow, those of the first block pass
-through all. What the last block makes of them goes through the final norm and one scoring vector, the same for all
-classes: that gives the logits, and the model's own head is neither used nor trained. `attention_maps.py` beside
-this file draws the attention.
+"""Prompt-CAM: class prompts that score the classes and explain them by attention.
 
 Source: Chowdhury et al. 2025, Prompt-CAM, arXiv:2501.09333. Written from the paper's equations.
+
+There is one prompt per class: its output scores the class, and its attention shows the patches that the class depends
+on. The prompts stand in front of the class token. Deep, each block has its own; shallow, those of the first block pass
+through all. What the last block makes of them goes through the final norm and one scoring vector, the same for all
+classes: that gives the logits, and the model's own head is neither used nor trained. `attention_maps.py` beside this
+file draws the attention.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ METHOD = MethodInfo(
     place="sequence",
     config="PromptCAMConfig",
     roles=("block",),
-    capabilities=("mixed_batch", "images", "image_logits"),
+    capabilities=("mixed_batch", "images"),
     learning_rate=1e-2,
     budget=(1.4, 1.5),
 )
@@ -37,14 +38,17 @@ METHOD = MethodInfo(
 
 @dataclass
 class PromptCAMConfig(StaticConfig):
-    """Configuration of Prompt-CAM. Trainable: classes x width for each block that writes prompts, and width + 1.
+    """Configuration of Prompt-CAM.
 
-    The number of classes is the model's `config.num_labels`.
+    Trainable: classes x width for each block that writes prompts, and width + 1. The number of classes is the model's
+    `config.num_labels`.
 
     Raises:
-        ConfigError: a dropout out of range; prompts that are drawn; the model is no image classifier; its head in
+        ConfigError: a dropout out of range; prompts that are sampled; the model is no image classifier; its head in
             `modules_to_save`.
     """
+
+    produces_logits = True
 
     deep: bool = field(default=True, metadata={"help": "New prompts before every block.", "other": False})
     dropout: float = field(
@@ -63,7 +67,10 @@ class PromptCAMConfig(StaticConfig):
 
 
 class PromptCAMLayer(StoredPrompts):
-    """A block before which class prompts (classes, width) are written; the last one also holds the scoring vector."""
+    """Block before which class prompts (classes, width) are written.
+
+    The last block also holds the scoring vector (1, width) and its bias.
+    """
 
     adapter_layer_names = ("prompt_cam_prompts", "prompt_cam_weight", "prompt_cam_bias")
     in_windows = False  # a class prompt looks at the whole image

@@ -1,16 +1,17 @@
-"""Prompt tuning and P-tuning v2: trainable tokens in front of a text, at the input or anew before every block.
-
-Prompts are slots of the sequence and take no position: the text keeps the positions it has without them. So they are
-right where peft's own prompt tuning is not: in batches padded at the left (peft gives text the positions of the
-padding), with `generate(inputs_embeds=...)`, with `use_cache=False`, under gradient checkpointing, and where the rows
-of a batch have different adapters (peft ignores `adapter_names`).
-
-With `prefix_projection` a small MLP makes them from embeddings, and is trained and saved along: for the embeddings e
-(tokens, width), the prompts before block i are U_i tanh(W e + b) + c_i, with e, W and b the same for all blocks.
+"""Prompt tuning and P-tuning v2: trainable tokens in front of a text.
 
 Source: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691; per block, Liu
 et al. 2021, P-Tuning v2, arXiv:2110.07602; the MLP, Li and Liang 2021, Prefix-Tuning, arXiv:2101.00190. Written from
 the papers.
+
+They are put in at the input, or new ones before every block. Prompts are tokens of the sequence and take no position:
+the text keeps the positions it has without them. So they are right where peft's own prompt tuning is not: in batches
+padded at the left (peft gives text the positions of the padding), with `generate(inputs_embeds=...)`, with
+`use_cache=False`, under gradient checkpointing, and where the rows of a batch have different adapters (peft ignores
+`adapter_names`).
+
+With `prefix_projection` a small MLP makes them from embeddings, and is trained and saved along: for the embeddings e
+(tokens, width), the prompts before block i are U_i tanh(W e + b) + c_i, with e, W and b the same for all blocks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ METHOD = MethodInfo(
 
 @dataclass
 class SoftPromptConfig(StaticConfig):
-    """Configuration of soft prompts. Trainable: `num_virtual_tokens` x width for each block that writes prompts.
+    """Configuration of soft prompts.
+
+    Trainable: `num_virtual_tokens` x width for each block that writes prompts.
 
     With `prefix_projection`, for n tokens, width d, m hidden units and L such blocks: n d + m (d + 1) + L d (m + 1).
 
@@ -98,13 +101,14 @@ class SoftPromptConfig(StaticConfig):
     )
 
     def __post_init__(self) -> None:
+        # Only a file gives a type; loading a tokenizer that a downloaded file names would run its choice of code.
         if self.tokenizer_name_or_path is not None and self.peft_type is not None:
             raise ConfigError("An adapter file must not name a tokenizer; remove tokenizer_name_or_path from it.")
         super().__post_init__()
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """As for all methods; a file that does not say its type is still known for a file."""
+        """Read an adapter_config.json; `__post_init__` knows a file by its type."""
         return {"peft_type": cls.peft_method_type, **super().from_json_file(path_json_file, **kwargs)}
 
     def check(self) -> None:
@@ -122,6 +126,7 @@ class SoftPromptConfig(StaticConfig):
                 "say where prompts start; leave one out."
             )
         self._check_projection()
+        # The ids are saved in place of the text, so that loading needs no tokenizer.
         if tokenizer is not None:
             from transformers import AutoTokenizer
 
@@ -131,6 +136,7 @@ class SoftPromptConfig(StaticConfig):
             raise ConfigError("prompt_tuning_init_text has no tokens.")
 
     def _check_projection(self) -> None:
+        """Check the fields of the MLP and their conflicts with other starts."""
         hidden = self.encoder_hidden_size
         if hidden is not None and not self.prefix_projection:
             raise ConfigError(f"encoder_hidden_size={hidden} has no effect without prefix_projection=True; give both.")
@@ -145,7 +151,7 @@ class SoftPromptConfig(StaticConfig):
 
 
 class SoftPromptLayer(StoredPrompts):
-    """A block before which prompts (tokens, width) are written.
+    """Block before which prompts (tokens, width) are written.
 
     With an MLP, the blocks share the embeddings (tokens, width) and the MLP's first layer, and each one has its own
     part of the second.
@@ -183,10 +189,12 @@ class SoftPromptLayer(StoredPrompts):
         }
 
     def _hidden_units(self, config: SoftPromptConfig) -> int:
+        """Hidden units of the MLP, by default the first prompted block's width."""
         first = config.prompted_block_indices(self.num_blocks)[0]
         return config.encoder_hidden_size or self.stack.widths[first]
 
     def values(self, adapter: str, rows: int | None = None) -> Tensor | None:
+        # With an MLP the stored values are the embeddings, which one block stores for all.
         config = self.configs[adapter]
         if config.prefix_projection and self.share_key(config):
             return self.parameter(adapter, "soft_prompt_tokens")
@@ -203,16 +211,20 @@ class SoftPromptLayer(StoredPrompts):
 
 
 def _as_torch_starts(shape: tuple[int, ...], inputs: int) -> Tensor:
-    """Start values of a linear layer with so many inputs, as torch draws them."""
+    """Start values of a linear layer by torch's rule for its inputs."""
     bound = 1 / math.sqrt(inputs)
     return torch.empty(shape).uniform_(-bound, bound)
 
 
 class SoftPromptTuner(StaticTuner):
-    """Starts prompts at the hidden states that the backbone itself makes of a text, before the block they are for."""
+    """Tuner that can initialise prompts from a text.
+
+    They start at the backbone's hidden states of the text before the block that they are for.
+    """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put the adapter in, and forget its start values."""
+        """Add the adapter and discard its start values."""
+        # They are tensors, which the config must not save.
         config: Any = self.peft_config[adapter_name]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -220,6 +232,7 @@ class SoftPromptTuner(StaticTuner):
             config.__dict__.pop("starts", None)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        # A loaded adapter brings its prompts along, so no text is run for it.
         fresh = peft_config.fingerprints is None and not peft_config.inference_mode
         prepared = super()._prepare_adapter_config(peft_config, model_config)
         if fresh and peft_config.prompt_tuning_init != "RANDOM":
@@ -227,6 +240,7 @@ class SoftPromptTuner(StaticTuner):
         return prepared
 
     def _states(self, config: SoftPromptConfig) -> dict[int, Tensor]:
+        """Start values of prompts by block index, from a text or random tokens."""
         path, blocks = chosen_stack(self.model, config.stack)
         stack: Any = self.model.get_submodule(path)
         vocabulary = getattr(stack.config, "vocab_size", None)
@@ -240,6 +254,7 @@ class SoftPromptTuner(StaticTuner):
             given = torch.tensor(config.prompt_tuning_init_text)
             if int(given.min()) < 0 or int(given.max()) >= vocabulary:
                 raise ConfigError(f"prompt_tuning_init_text has token ids outside of the vocabulary of {vocabulary}.")
+            # Repeated or cut to the number of prompts.
             ids = given.repeat(math.ceil(len(ids) / len(given)))[: len(ids)]
         return states_before(self.model, stack, blocks, ids)
 

@@ -1,4 +1,7 @@
-"""Start values of prompts from a text: what a frozen backbone itself makes of its tokens, before each of its blocks."""
+"""Initialisation of prompts from a text.
+
+The start values are the hidden states of the text's tokens in the frozen backbone, before each of its blocks.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from peft_lab.tuners.sequence.layer import SequenceLayer
 
 @torch.no_grad()
 def states_before(model: nn.Module, stack: nn.Module, blocks: Sequence[str], ids: Tensor) -> dict[int, Tensor]:
-    """Hidden states (tokens, width) in fp32 that a stack gives to each of its blocks, by the block's index.
+    """Hidden states (tokens, width) before each block of a stack, float32.
 
-    Adapters that are on the model already are switched off for it, and dropout too.
+    They are by the block's index. Adapters that are on the model already are switched off for it, and dropout too.
 
     Args:
-        model: what the paths of `blocks` start from.
+        model: the module from which the paths of `blocks` start.
         stack: its encoder or decoder, whose main input is `input_ids`.
         blocks: paths of the blocks, in order.
         ids: token ids (tokens,).
@@ -32,9 +35,11 @@ def states_before(model: nn.Module, stack: nn.Module, blocks: Sequence[str], ids
 
         return hook
 
+    # Hooks rather than output_hidden_states, which some stacks do not have or collect behind a norm.
     modules = [model.get_submodule(block) for block in blocks]
     handles = [m.register_forward_pre_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
     layers = [m for m in model.modules() if isinstance(m, SequenceLayer)]
+    # The model is left as it was, whichever adapters were on and in whichever mode.
     switched, training = [layer.disable_adapters for layer in layers], stack.training
     try:
         stack.eval()

@@ -1,4 +1,6 @@
-"""Spectral deltas, written so that training keeps and computes no more than it must.
+"""Kernels for spectral deltas with minimal memory and FLOPs.
+
+Training keeps and computes no more than it must:
 
 ``spectral_linear``   ``x Wᵀ + b + ((x Vhᵀ) * delta) Uᵀ`` by the cheapest of three plans.
 ``spectral_conv2d``   the same for a convolution; ``spectral_delta`` for a Linear, without the base.
@@ -35,7 +37,9 @@ def spectral_flops(
     train: bool,
     input_grad: bool,
 ) -> int:
-    """FLOPs of a plan beyond those of the frozen layer (2NMK forward, 2NMK input gradient), for N tokens, M in, K out.
+    """FLOPs of a plan beyond those of the frozen layer.
+
+    The frozen layer takes 2NMK in forward and 2NMK for the input gradient, for N tokens, M in, K out.
 
     ============  =====================================  ==========================================================
     plan          forward                                backward
@@ -75,12 +79,14 @@ def spectral_plan(
     input_grad: bool = True,
     plain: bool = False,
 ) -> Plan:
-    """The plan with the fewest FLOPs (see :func:`spectral_flops`); of equals the one that keeps least.
+    """Plan with the fewest FLOPs (see :func:`spectral_flops`).
 
-    ``plain`` leaves out the projected plan, which needs a backward of its own.
+    Of equals it is the one that keeps least. ``plain`` leaves out the projected plan, which needs a backward of its
+    own.
 
     Kept for backward: factored N r; projected N r, and the M K of W' where that is less; materialised N M + M K.
     """
+    # In the order of what they keep, so that min() takes the first of equals.
     plans: tuple[Plan, ...] = ("factored", "materialised")
     if fusable and train and not plain:
         plans = ("factored", "projected", "materialised")
@@ -91,10 +97,13 @@ def spectral_plan(
 
 
 def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
-    """``x Wᵀ + b + ((x Vhᵀ) * delta) Uᵀ`` with frozen W, U and Vh, by the cheapest plan for the shapes.
+    """Linear layer with a spectral delta, by the cheapest plan.
 
-    With delta = 0 the result equals ``F.linear(x, weight, bias)`` exactly, whatever the plan. Nothing is added to a
-    weight of half precision, nor under autocast: small deltas would round away; base and delta are computed apart.
+    It computes ``x Wᵀ + b + ((x Vhᵀ) * delta) Uᵀ``.
+
+    W, U and Vh are frozen. With delta = 0 the result equals ``F.linear(x, weight, bias)`` exactly, whatever the plan.
+    Nothing is added to a weight of half precision, nor under autocast: small deltas would round away; base and delta
+    are computed apart.
 
     Args:
         x: ``(..., in)``.
@@ -115,10 +124,11 @@ def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, d
 
 
 def spectral_conv2d(x: Tensor, conv: nn.Conv2d, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
-    """``conv(x)`` with ``U diag(delta) Vh`` added to its weight, seen as the matrix ``(out, in * height * width)``.
+    """Compute ``conv(x)`` with ``U diag(delta) Vh`` added to its weight.
 
-    Factored (a convolution to r channels and a 1x1 one) or through ``W'``, by the count of ``spectral_linear`` with the
-    positions of the output as tokens. Delta = 0 gives the bits of ``conv(x)``, and half precision is kept apart.
+    The weight is seen as the matrix ``(out, in * height * width)``. Factored (a convolution to r channels and a 1x1
+    one) or through ``W'``, by the count of ``spectral_linear`` with the positions of the output as tokens. Delta = 0
+    gives the bits of ``conv(x)``, and half precision is kept apart.
 
     Args:
         x: ``(B, C, H, W)``.
@@ -132,9 +142,9 @@ def spectral_conv2d(x: Tensor, conv: nn.Conv2d, u: Tensor, delta: Tensor, vh: Te
         raise ValueError(f"spectral_conv2d needs a convolution without groups, not one of {conv.groups}.")
     weight = conv.weight
     if weight.is_contiguous() and _fusable(x, weight.flatten(1), u, delta, vh):
-        positions = x.shape[0] * math.prod(
-            -(-side // step) for side, step in zip(x.shape[2:], conv.stride, strict=True)
-        )
+        # Rounded up, which counts the positions of the output well enough for a choice of plan.
+        sides = [-(-side // step) for side, step in zip(x.shape[2:], conv.stride, strict=True)]
+        positions = x.shape[0] * math.prod(sides)
         if _plan_for(positions, x, u, delta, vh, fusable=True, plain=True) == "materialised":
             composed = _compose(weight.flatten(1), u, delta, vh).view_as(weight)
             return conv._conv_forward(x, composed, conv.bias)
@@ -144,9 +154,10 @@ def spectral_conv2d(x: Tensor, conv: nn.Conv2d, u: Tensor, delta: Tensor, vh: Te
 
 
 def spectral_delta(x: Tensor, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
-    """``((x Vhᵀ) * delta) Uᵀ``: the delta alone, for a base that is no plain Linear. Shapes as for ``spectral_linear``.
+    """Compute the delta ``((x Vhᵀ) * delta) Uᵀ`` alone.
 
-    Computed in the dtype of x (or of autocast); products with delta in the wider of the two dtypes.
+    For a base that is no plain Linear. Shapes as for ``spectral_linear``. Computed in the dtype of x (or of autocast);
+    products with delta in the wider of the two dtypes.
     """
     if delta.ndim != 1 or _plan_for(_rows(x), x, u, delta, vh, fusable=False) == "factored":
         return _factored(x, u, delta, vh)
@@ -154,7 +165,10 @@ def spectral_delta(x: Tensor, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
 
 
 def _fusable(x: Tensor, weight: Tensor, u: Tensor, delta: Tensor, vh: Tensor) -> bool:
-    """Whether U diag(delta) Vh may be added to W: nothing rounds away, W is frozen, and the sum can have W's layout."""
+    """Test whether U diag(delta) Vh may be added to W.
+
+    It may if none of it rounds away, W is frozen, and the sum can have W's layout.
+    """
     if weight.requires_grad or delta.ndim != 1 or torch.is_autocast_enabled(x.device.type):
         return False
     if not (weight.dtype == x.dtype == delta.dtype == u.dtype == vh.dtype and weight.dtype in WIDE_DTYPES):
@@ -175,15 +189,21 @@ def _rows(x: Tensor) -> int:
 
 
 def _keeps_weight(tokens: int, in_features: int, out_features: int, rank: int) -> bool:
-    """Whether the projected plan keeps W' for backward: where it is no larger than the projection kept beside it."""
+    """Test whether the projected plan keeps W' for backward.
+
+    It does if W' is no larger than the projection kept beside it.
+    """
     return in_features * out_features <= tokens * rank
 
 
 def _factored(x: Tensor, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
+    """Factored plan: project down, scale, project up."""
+    # One delta per row of the batch is broadcast over the dimensions in between.
     if delta.ndim == 2:
         delta = delta.view(delta.shape[0], *[1] * (x.ndim - 2), delta.shape[1])
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    # Without casts autograd keeps the bases themselves, so a backward of our own would save nothing.
     if u.dtype == vh.dtype == dtype or torch.compiler.is_compiling():
         projected = F.linear(x, vh.to(x.dtype))
         return F.linear((projected * delta).to(x.dtype), u.to(x.dtype))
@@ -191,7 +211,10 @@ def _factored(x: Tensor, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
 
 
 class _FactoredDelta(torch.autograd.Function):
-    """The factored plan where the bases are wider than the activations: their casts are made again, not kept."""
+    """Factored plan for bases in a wider dtype than the activations.
+
+    Backward makes the casts of the bases again instead of keeping them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, u: Tensor, delta: Tensor, vh: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,14 +238,20 @@ class _FactoredDelta(torch.autograd.Function):
 
 
 def _compose(weight: Tensor, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
-    """W + U diag(delta) Vh in W's own memory layout, so that a matrix product rounds as with W itself."""
+    """Compute W + U diag(delta) Vh in W's own memory layout.
+
+    So a matrix product rounds as with W itself.
+    """
     if weight.is_contiguous():
         return torch.addmm(weight, u * delta, vh)
     return torch.addmm(weight.t(), vh.t() * delta, u.t()).t()
 
 
 class _ProjectedLinear(torch.autograd.Function):
-    """Forward through W', which costs nothing per token; delta's gradient from the two projections on the subspace."""
+    """Projected plan: forward through W', gradient of delta from two projections.
+
+    W' costs no FLOPs per token; the projections are those of input and output gradient on the subspace.
+    """
 
     @staticmethod
     def forward(
@@ -239,6 +268,7 @@ class _ProjectedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         projected, weight, u, delta, vh = ctx.saved_tensors
         grad_x = grad_bias = grad_delta = None
+        # W' is composed again where keeping it would have taken more memory than the projection.
         if ctx.needs_input_grad[0]:
             grad_x = grad @ (weight if ctx.composed else _compose(weight, u, delta, vh))
         if ctx.needs_input_grad[2]:

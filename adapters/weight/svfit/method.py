@@ -1,4 +1,7 @@
-"""SVFit (Sun et al. 2024, arXiv:2409.05926): train only singular values of the pretrained weights.
+"""SVFit: train only singular values of the pretrained weights.
+
+Source: Sun et al. 2024, SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values,
+arXiv:2409.05926.
 
 With the singular value decomposition W = U diag(sigma) Vh of a frozen weight, SVFit trains the leading r singular
 values and nothing else. Here in additive form, y = W x + U_r diag(delta) Vh_r x with delta = 0 at the start, so that
@@ -41,10 +44,8 @@ METHOD = MethodInfo(
         "conv2d",
         "embedding",
         "merge",
-        "lora_export",
         "mixed_batch",
         "identity_start",
-        "dtype_bound",
     ),
     learning_rate=2e-2,
     budget=(1.22, 1.25),
@@ -53,11 +54,16 @@ METHOD = MethodInfo(
 
 @dataclass
 class SVFitConfig(AdapterConfig):
-    """Configuration of SVFit. Trainable parameters: the sum of the ranks of the adapted modules.
+    """Configuration of SVFit.
+
+    Trainable parameters: the sum of the ranks of the adapted modules.
 
     Raises:
         ConfigError: a rank that is no positive integer, "full" or "energy:<share>".
     """
+
+    dtype_bound = True
+    exports_lora = True
 
     rank: int | str = field(
         default="full",
@@ -83,10 +89,10 @@ class SVFitConfig(AdapterConfig):
 
 
 class SVFitLayer(WeightLayer):
-    """A frozen weight with trainable singular values.
+    """Frozen weight with trainable singular values.
 
-    `svfit_delta[adapter]` is float32 (r,). The bases u (out, r), s (r,), vh (r, in) are float32 and frozen; adapters
-    on the same weight share them, and only with `save_bases` they are part of the state dict.
+    `svfit_delta[adapter]` is float32 (r,). The bases u (out, r), s (r,), vh (r, in) are float32 and frozen; adapters on
+    the same weight share them, and only with `save_bases` they are part of the state dict.
     """
 
     adapter_layer_names = ("svfit_delta",)
@@ -100,6 +106,7 @@ class SVFitLayer(WeightLayer):
         self._shared: svd.Bases | None = None
 
     def initial_values(self, adapter: str, config: SVFitConfig) -> dict[str, Tensor]:
+        # Only an adapter that saves its bases has some of its own; the others share those of the largest rank.
         bases = self._bases_of_weight(config.rank)
         if config.save_bases:
             self.svfit_u[adapter], self.svfit_s[adapter], self.svfit_vh[adapter] = bases.u, bases.s, bases.vh
@@ -115,14 +122,14 @@ class SVFitLayer(WeightLayer):
         return {"svfit_delta": torch.zeros(bases.rank)}
 
     def bases(self, adapter: str) -> svd.Bases:
-        """The frozen factors that an adapter's values stand between."""
+        """Frozen singular bases of an adapter, at its rank."""
         if adapter in self.svfit_u:
             return svd.Bases(self.svfit_u[adapter], self.svfit_s[adapter], self.svfit_vh[adapter])
         assert self._shared is not None
         return self._shared.head(self.svfit_delta[adapter].numel())
 
     def delta(self, adapter: str) -> Tensor:
-        """The change of the singular values (r,)."""
+        """Change of the singular values (r,)."""
         value = self.svfit_delta[adapter]
         relative = self.configs[adapter].parametrization == "relative"
         return value * self.bases(adapter).s.to(value.dtype) if relative else value
@@ -139,6 +146,7 @@ class SVFitLayer(WeightLayer):
         return self._project(x, self.bases(adapter), self.delta(adapter))
 
     def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        # The kernels take one adapter on these ops; several adapters and embeddings take the general form.
         base, kind = self.base_layer, self.op.op_type
         plain_conv = kind == "conv2d" and base.groups == 1
         if len(adapters) > 1 or not (plain_conv or kind in ("linear", "conv1d")):
@@ -187,19 +195,28 @@ class SVFitLayer(WeightLayer):
         return self._project(x, self._shared.head(delta.shape[1]), delta)
 
     def _per_row(self, x: Tensor, rows: RowAdapters) -> Tensor | None:
-        """Each row's change of the singular values (batch, r), zero without an adapter; None if bases differ."""
+        """Change of singular values by row (batch, r), zero without an adapter.
+
+        None if the bases of the adapters differ.
+        """
         present = [name for name in rows.names if name in self.configs]
         if not present or any(name in self.svfit_u for name in present):
             return None
         deltas = {name: self.delta(name) for name in present}
         rank = max(delta.numel() for delta in deltas.values())
         zero = self.svfit_delta[present[0]].new_zeros(rank)
-        padded = [deltas.get(name, zero) for name in rows.names]
-        padded = [F.pad(d, (0, rank - d.numel())) if d.numel() < rank else d for d in padded]
+        # Shared bases lead with the same triplets, so a smaller rank is a larger one with zeros at its end.
+        padded = []
+        for name in rows.names:
+            delta = deltas.get(name, zero)
+            padded.append(F.pad(delta, (0, rank - delta.numel())))
         return torch.stack(padded)[rows.index(x.shape[0], x.device)]
 
     def _project(self, x: Tensor, bases: svd.Bases, delta: Tensor) -> Tensor:
-        """U diag(delta) Vh x for this kind of op; `delta` is (r,) or one row per row of x, (batch, r)."""
+        """Compute U diag(delta) Vh x for this kind of op.
+
+        `delta` is (r,), or (batch, r) with one row per row of x.
+        """
         base, kind = self.base_layer, self.op.op_type
         u, vh = bases.u.to(delta.dtype), bases.vh.to(delta.dtype)
         if kind == "conv2d" and base.groups > 1:
@@ -217,7 +234,10 @@ class SVFitLayer(WeightLayer):
         return F.linear(F.linear(x, vh) * spread, u)
 
     def _grouped(self, x: Tensor, u: Tensor, vh: Tensor, delta: Tensor) -> Tensor:
-        """Grouped convolutions mix no channels across groups, so the delta is applied as a weight."""
+        """Apply the delta as a weight, for grouped convolutions.
+
+        These mix no channels across groups, so there is no factored form.
+        """
         base = self.base_layer
         x = x.to(delta.dtype)
         if delta.dim() == 1:
@@ -226,11 +246,13 @@ class SVFitLayer(WeightLayer):
         return conv2d_rows(base, x, weight)
 
     def _bases_of_weight(self, rank: int | str) -> svd.Bases:
+        """Singular bases of the unmerged base weight, up to a rank."""
         weight = self._unmerged[0] if self._unmerged else self.base_layer.weight
         if weight.is_meta:
             raise RuntimeError("SVFit needs the base weights to build its bases; load the backbone before the adapter.")
         wanted = svd.parse_rank(rank)
         side = min(self.op.matrix(weight).shape)
+        # Shared bases of at least this rank hold the wanted ones; a share of energy needs the whole spectrum.
         if self._shared is not None and not isinstance(wanted, float) and (wanted or side) <= self._shared.rank:
             return self._shared.head(min(wanted or side, side))
         return svd.bases(self.op.matrix(weight), rank, key=self.fingerprint()["sha256"])

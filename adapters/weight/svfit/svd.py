@@ -1,7 +1,8 @@
-"""Singular bases of frozen weights: exact or converged randomized SVD, rank by energy, a cache on disk.
+"""Singular bases of frozen weights, cached on disk.
 
-Used by every method that works in the singular bases of a weight. The factors are always float32, since LAPACK has
-neither bfloat16 nor float16, and signs are made canonical (the largest entry of each right vector is positive).
+They come from an exact or a converged randomized SVD, with a rank by number or by energy. Used by every method that
+works in the singular bases of a weight. The factors are always float32, since LAPACK has neither bfloat16 nor float16,
+and signs are made canonical (the largest entry of each right vector is positive).
 """
 
 from __future__ import annotations
@@ -53,18 +54,22 @@ class Bases:
 
     @property
     def rank(self) -> int:
+        """Number of singular values."""
         return self.s.numel()
 
     def head(self, rank: int) -> Bases:
-        """The leading `rank` triplets, as views."""
+        """Leading `rank` triplets, as views."""
         return self if rank == self.rank else Bases(self.u[:, :rank], self.s[:rank], self.vh[:rank])
 
     def to(self, device: torch.device) -> Bases:
+        """Move the factors to a device."""
         return Bases(self.u.to(device), self.s.to(device), self.vh.to(device))
 
 
 def parse_rank(rank: int | str) -> int | float | None:
-    """Read a rank specification: a positive int, "full" (None) or "energy:0.99" (the share of the sum of sigma²).
+    """Parse a rank: a positive int, "full" or "energy:0.99".
+
+    "full" gives None, and "energy:" a float, the share of the sum of sigma².
 
     Raises:
         ConfigError: anything else.
@@ -80,10 +85,10 @@ def parse_rank(rank: int | str) -> int | float | None:
 
 
 def bases(matrix: Tensor, rank: int | str, key: str | None = None) -> Bases:
-    """Leading singular triplets of a matrix (out, in) of any float dtype, on the matrix's device.
+    """Leading singular triplets of a matrix (out, in), on the matrix's device.
 
     Args:
-        matrix: the frozen weight as (out, in).
+        matrix: the frozen weight as (out, in), of any float dtype.
         rank: see `parse_rank`; an int is capped at min(out, in).
         key: hash of the weight; with it the result is kept on disk and found again by the next load.
     """
@@ -98,13 +103,17 @@ def bases(matrix: Tensor, rank: int | str, key: str | None = None) -> Bases:
 
 
 def degenerate(s: Tensor) -> int:
-    """How many neighbouring pairs of singular values (r,) are too close for their vectors to be determined."""
+    """Number of neighbouring pairs of singular values (r,) that are degenerate.
+
+    They are too close for their vectors to be determined.
+    """
     if s.numel() < 2:
         return 0
     return int(((s[:-1] - s[1:]).abs() <= _DEGENERATE_GAP * s[0].clamp_min(1e-30)).sum())
 
 
 def _decompose(matrix: Tensor, wanted: int | float | None) -> Bases:
+    # A randomized SVD pays only for a small part of a large matrix, and the energy is known of the whole alone.
     side = min(matrix.shape)
     rank = side if wanted is None or isinstance(wanted, float) else min(wanted, side)
     if side > EXACT_SIDE and rank < _RANDOMIZED_SHARE * side:
@@ -119,33 +128,44 @@ def _decompose(matrix: Tensor, wanted: int | float | None) -> Bases:
 
 
 def energy_rank(s: Tensor, share: float) -> int:
-    """Smallest rank whose leading singular values (r,) hold `share` of the sum of squares."""
+    """Smallest rank that holds a share of the sum of squares.
+
+    `s` are singular values (r,), descending.
+    """
     energy = s.double().square().cumsum(0)
     if energy[-1] == 0:
         return 1
+    # A tolerance of rounding, so that a share of 1 is reached.
     reached = (energy >= share * energy[-1] * (1 - 1e-12)).nonzero()
     return int(reached[0, 0]) + 1
 
 
 def _canonical(u: Tensor, s: Tensor, vh: Tensor) -> Bases:
+    """Bases with signs such that each right vector's largest entry is positive."""
+    # A pair of vectors is determined up to its sign, and libraries choose differently.
     largest = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)
     sign = torch.where(largest < 0, -1.0, 1.0).to(vh)
     return Bases((u * sign).contiguous(), s.contiguous(), (vh * sign[:, None]).contiguous())
 
 
 def _randomized(matrix: Tensor, rank: int) -> Bases | None:
-    """Subspace iteration from a fixed random start until values and vectors stand still; None if they do not."""
+    """Randomized SVD by subspace iteration from a fixed random start.
+
+    Iterates until values and vectors have converged; None if they do not.
+    """
     width = min(rank + _OVERSAMPLING, min(matrix.shape))
     generator = torch.Generator(device="cpu").manual_seed(0)
     start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
     q, _ = torch.linalg.qr(matrix @ start)
     before: Bases | None = None
     for _ in range(_MAX_ITERATIONS):
+        # Orthonormal after each product, or all columns would turn to the leading vector.
         v, _ = torch.linalg.qr(matrix.T @ q)
         q, _ = torch.linalg.qr(matrix @ v)
         small_u, s, vh = torch.linalg.svd(q.T @ matrix, full_matrices=False)
         now = _canonical(q @ small_u[:, :rank], s[:rank], vh[:rank])
         if before is not None:
+            # Every vector must have converged, so the worst one counts.
             moved = 1 - (before.vh * now.vh).sum(1).abs().min()
             stretched = ((before.s - now.s).abs() / now.s[0]).max()
             if moved < _CONVERGED**2 * 100 and stretched < _CONVERGED:
@@ -180,6 +200,7 @@ def _read(path: Path, matrix: Tensor) -> Bases | None:
 
 def _write(path: Path, found: Bases) -> None:
     state = {"u": found.u, "s": found.s, "vh": found.vh}
+    # Written beside and moved into place, so that a process that reads meanwhile never sees half a file.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

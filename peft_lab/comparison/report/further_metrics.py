@@ -1,72 +1,83 @@
-"""A task's metrics on the test rows besides the one that arms are ranked by: shown, neither ranked nor tested."""
+"""Test metrics besides the main one, by which arms are not ranked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from peft_lab.comparison.records.results import Record
 from peft_lab.comparison.report.sentences import interval_text, join, metric_title
-from peft_lab.comparison.report.tables import MISSING, Column, Entry, Table, further_names
-from peft_lab.comparison.stats.statistics import Arm, Cell, Estimate, score_of
+from peft_lab.comparison.report.tables import MISSING, Column, Entry, Group, Table, further_names
+from peft_lab.comparison.stats.estimates import Estimate
+from peft_lab.comparison.stats.statistics import ArmResult, CellResult, ReadPredictions, mean_score
 from peft_lab.metrics import greater_is_better
-from peft_lab.metrics.predictions import Predictions
 
 TITLE = "Further metrics"
 
 
 @dataclass(frozen=True)
-class Further:
-    """The table of a cell, and what has to be said of it."""
+class FurtherMetrics:
+    """Table of the further metrics, with the words that go before it."""
 
     words: str
     table: Table
     title: str = TITLE
 
 
-def further(cell: Cell, items: Callable[[Record], Predictions] | None = None) -> Further | None:
-    """The further metrics of a cell, the arms in the order of its headline; None if the task has one metric.
+def further_metrics_table(cell: CellResult, predictions: ReadPredictions | None = None) -> FurtherMetrics | None:
+    """Build the table of the further metrics.
+
+    The arms are in the order of the headline.
 
     Args:
-        cell: one task and backbone.
-        items: gives the items of a run, as for `rank_arms`.
+        cell: results on one task and backbone.
+        predictions: as for `rank_arms`.
+
+    Returns:
+        None if the task has one metric only.
     """
     names = further_names(cell)
     if not names:
         return None
-    scores = {(arm.label, name): _score(arm, name, items) for arm in cell.arms for name in names}
     columns = [Column("arm", numeric=False)]
     for name in names:
         better = "higher" if greater_is_better(name) else "lower"
         help_ = "mean over seeds on the test rows, with the 95 % interval"
         columns.append(Column(f"{metric_title(name)} ({better} is better)", help=help_))
-    rows = []
+    rows, over_seeds_alone = [], set()
     for arm in cell.arms:
         group = (cell.task, cell.backbone, arm.label)
-        entries = [_entry(arm, *scores[arm.label, name], group) for name in names]
-        rows.append((Entry(arm.label, arm.label, group), *entries))
-    bases = {name: {scores[arm.label, name][0].basis for arm in cell.arms} for name in names}
-    alone = [name for name, found in bases.items() if "seeds" in found]
+        entries = [Entry(arm.label, arm.label, group)]
+        for name in names:
+            score, seeds = _score(arm, name, predictions)
+            entries.append(_entry(arm, score, seeds, group))
+            if score.basis == "seeds":
+                over_seeds_alone.add(name)
+        rows.append(tuple(entries))
     words = (
         f"Means over seeds of the same runs on the same test rows, with 95 % intervals. The arms are in the order of "
         f"their mean {metric_title(cell.metric)}; they are neither ranked by these metrics nor tested on them."
     )
-    if alone:
-        titles = join([metric_title(name) for name in alone])
+    if over_seeds_alone:
+        titles = join([metric_title(name) for name in names if name in over_seeds_alone])
         words += f" Intervals of {titles} are over seeds alone where the runs left no rows to resample."
-    return Further(words, Table(f"{TITLE}: {cell.task}, {cell.backbone}", tuple(columns), tuple(rows)))
+    return FurtherMetrics(words, Table(f"{TITLE}: {cell.task}, {cell.backbone}", tuple(columns), tuple(rows)))
 
 
-def _score(arm: Arm, metric: str, items: Callable[[Record], Predictions] | None) -> tuple[Estimate, int]:
-    """The estimate and the number of seeds that it is over: a metric may be missing or infinite in some runs."""
-    scores = [(record, record.score(metric=metric)) for record in arm.records]
-    runs = {record.seed: record for record, score in scores if score is not None and np.isfinite(score)}
-    return score_of(runs, metric, items)[0], len(runs)
+def _score(arm: ArmResult, metric: str, predictions: ReadPredictions | None) -> tuple[Estimate, int]:
+    """Estimate and its number of seeds.
+
+    A metric may be missing or infinite in some runs.
+    """
+    runs = {}
+    for record in arm.records:
+        score = record.score(metric=metric)
+        if score is not None and np.isfinite(score):
+            runs[record.seed] = record
+    return mean_score(runs, metric, predictions)[0], len(runs)
 
 
-def _entry(arm: Arm, score: Estimate, seeds: int, group: tuple[str, str, str]) -> Entry:
+def _entry(arm: ArmResult, score: Estimate, seeds: int, group: Group) -> Entry:
     if not seeds:
         return MISSING
     lacking = "" if seeds == len(arm.records) else f", {seeds} of {len(arm.records)} seeds"

@@ -1,4 +1,4 @@
-"""The figures of a report, drawn with matplotlib: intervals, Pareto fronts, learning rates, learning curves.
+"""Figures drawn with matplotlib: intervals, Pareto fronts, learning rates, learning curves.
 
 Every figure is 4 inches wide with text of 8 to 9 points, so that it stays readable at the width of a phone.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from peft_lab.comparison.report.sentences import metric_title
 from peft_lab.comparison.stats.pareto import pareto_front
-from peft_lab.comparison.stats.statistics import Cell
+from peft_lab.comparison.stats.statistics import CellResult
 from peft_lab.utils.text import plain
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Curve = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Scheme:
+class ColourScheme:
     """Colours of a light or a dark page."""
 
     paper: str
@@ -38,11 +38,11 @@ class Scheme:
     arms: tuple[str, ...]
 
 
-LIGHT = Scheme(
+LIGHT = ColourScheme(
     *("#ffffff", "#1d2733", "#9aa5b1", "#1f5fa8"),
     ("#1f5fa8", "#c8551b", "#2b8552", "#a92b74", "#86690a", "#654ba3", "#0d8486", "#bb3a2c", "#566573", "#7c5238"),
 )
-DARK = Scheme(
+DARK = ColourScheme(
     *("#14191f", "#e4e9ee", "#6b7783", "#7ab3ef"),
     ("#7ab3ef", "#f39c6b", "#6fcf97", "#ee8cc4", "#d9bd4a", "#b5a2e8", "#5fd0d2", "#f08a80", "#aab7c4", "#c9a27e"),
 )
@@ -52,7 +52,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart: label, points, and the index of one to be ringed (None: none)."""
+    """Line of a chart; `ringed` is the index of a ringed point."""
 
     label: str
     x: Sequence[float]
@@ -60,21 +60,29 @@ class Line:
     ringed: int | None = None
 
 
-def render(draw: Callable[[Scheme], Figure], scheme: Scheme) -> bytes:
-    """A figure as PNG of 256 colours on the scheme's paper, which is a third of the size of one with all colours."""
+def render(draw: Callable[[ColourScheme], Figure], scheme: ColourScheme) -> bytes:
+    """Render a figure as PNG.
+
+    It has 256 colours, which makes it a third of the size of one with all.
+    """
     from PIL import Image
 
+    # a report holds dozens of figures, twice each, in one file
     drawn, buffer = io.BytesIO(), io.BytesIO()
     draw(scheme).savefig(drawn, format="png", dpi=DPI, facecolor=scheme.paper)
     Image.open(drawn).convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def forest(cell: Cell, scheme: Scheme) -> Figure:
-    """Means with their intervals, best on top; arms that are separated from the best are drawn faint."""
+def forest(cell: CellResult, scheme: ColourScheme) -> Figure:
+    """Draw means with their intervals, best on top.
+
+    Arms that differ significantly from the best are faint.
+    """
     figure, axes = _axes(scheme, 0.75 + 0.27 * len(cell.arms))
     for place, arm in enumerate(reversed(cell.arms)):
-        near = arm.versus_top is None or arm.label in cell.indistinguishable
+        # faint is what the test separates, not what merely has a lower mean
+        near = arm.versus_best is None or arm.label in cell.indistinguishable
         colour = scheme.accent if near else scheme.faint
         if arm.score.low is not None and arm.score.high is not None:
             axes.plot([arm.score.low, arm.score.high], [place, place], color=colour, lw=2, solid_capstyle="butt")
@@ -88,22 +96,26 @@ def forest(cell: Cell, scheme: Scheme) -> Figure:
     return figure
 
 
-def pareto(cell: Cell, cost: Mapping[str, float], title: str, scheme: Scheme) -> Figure:
-    """Score against a cost of which less is better; the front is joined by a line and its labels are bold.
+def pareto(cell: CellResult, cost: Mapping[str, float], title: str, scheme: ColourScheme) -> Figure:
+    """Draw score against cost.
+
+    The Pareto front is joined by a line, its labels are bold.
 
     Args:
         cell: the arms with their scores.
-        cost: label of an arm -> cost; arms without one are left out.
+        cost: label of an arm -> cost, of which less is better; arms without one are left out.
         title: words for the axis.
     """
     arms = [arm for arm in cell.arms if arm.label in cost]
     points = [(cost[arm.label], arm.score.value) for arm in arms]
     front = pareto_front(points, (False, cell.higher_is_better))
     figure, axes = _axes(scheme, 3.1)
+    # costs that span more than a factor of 20 crowd at one end of a linear axis
     if min(x for x, _ in points) > 0 and max(x for x, _ in points) > 20 * min(x for x, _ in points):
         axes.set_xscale("log")
     else:
         axes.locator_params(axis="x", nbins=6)
+    # the front is a staircase: between two arms the cheaper one's score is what can be had
     staircase = sorted(point for point, on in zip(points, front, strict=True) if on)
     axes.step(*zip(*staircase, strict=True), where="post", color=scheme.accent, lw=1.2, alpha=0.6)
     for arm, (x, y), on in zip(arms, points, front, strict=True):
@@ -120,11 +132,12 @@ def pareto(cell: Cell, cost: Mapping[str, float], title: str, scheme: Scheme) ->
 
 
 def chart(
-    lines: Sequence[Line], order: Sequence[str], labels: tuple[str, str], scheme: Scheme, log_x: bool = False
+    lines: Sequence[Line], order: Sequence[str], labels: tuple[str, str], scheme: ColourScheme, log_x: bool = False
 ) -> Figure:
-    """Lines over one axis with a legend below; an arm has the same colour and marker in all charts of a report.
+    """Draw lines over one axis with a legend below.
 
-    The y axis is logarithmic where one line, such as the perplexity of a diverging run, would flatten all others.
+    An arm has the same colour and marker in all charts of a report. The y axis is logarithmic where one line, such as
+    the perplexity of a diverging run, would flatten all others.
 
     Args:
         lines: what to draw.
@@ -136,6 +149,7 @@ def chart(
     figure, axes = _axes(scheme, 2.6 + 0.19 * rows)
     for line in lines:
         index = order.index(line.label)
+        # colours repeat after ten arms, with another line style
         colour = scheme.arms[index % len(scheme.arms)]
         style = _STYLES[index // len(scheme.arms) % len(_STYLES)]
         marker = _MARKERS[index % len(_MARKERS)] if log_x or len(line.x) < 4 else None
@@ -144,8 +158,8 @@ def chart(
             axes.plot(line.x[line.ringed], line.y[line.ringed], "o", ms=10, mfc="none", mec=colour, mew=1.3)
     if log_x:
         axes.set_xscale("log")
-        _tick_at(axes, sorted({x for line in lines for x in line.x}))
-    heights = [y for line in lines for y in line.y]
+        _tick_at(axes, np.unique(np.concatenate([line.x for line in lines])).tolist())
+    heights = np.concatenate([line.y for line in lines])
     if min(heights) > 0 and max(heights) > 20 * np.median(heights):
         axes.set_yscale("log")
     axes.set_xlabel(labels[0])
@@ -163,7 +177,10 @@ def chart(
 
 
 def _tick_at(axes: Axes, values: Sequence[float]) -> None:
-    """Ticks of a logarithmic x axis at the values themselves, but for those too near to the last one."""
+    """Set the ticks of a logarithmic x axis at the values.
+
+    Values too near to the last tick are left out.
+    """
     gap, ticks = 0.15 * np.log(values[-1] / values[0]), list(values[:1])
     for value in values[1:]:
         if np.log(value / ticks[-1]) >= gap:
@@ -173,11 +190,12 @@ def _tick_at(axes: Axes, values: Sequence[float]) -> None:
 
 
 def place_labels(
-    axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str], bold: Sequence[bool], scheme: Scheme
+    axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str], bold: Sequence[bool], scheme: ColourScheme
 ) -> list[Annotation]:
-    """Write labels beside points so that none covers another or a point; distant ones get a thin leader line.
+    """Write labels beside points so that none covers another or a point.
 
-    Places are tried in rings of growing radius; a label that fits nowhere inside the axes stands at the last place.
+    Distant labels get a thin leader line. Places are tried in rings of growing radius; a label that fits nowhere inside
+    the axes stands at the last place.
     """
     from matplotlib.patheffects import withStroke
 
@@ -187,9 +205,11 @@ def place_labels(
     figure.draw_without_rendering()  # from here on the layout is fixed and sizes in pixels are known
     figure.set_layout_engine("none")
     pixels = axes.transData.transform(np.asarray(points, dtype=float))
+    # the points themselves must stay visible
     taken = [_box(x, y, 14, 14) for x, y in pixels]
     scale = figure.dpi / 72
     placed = []
+    # from the top down, so that the places do not depend on the order of the arms
     for index in sorted(range(len(labels)), key=lambda i: -pixels[i][1]):
         x, y = pixels[index]
         text = axes.annotate(
@@ -222,7 +242,10 @@ _Box = tuple[float, float, float, float]
 def _free_place(
     point: tuple[float, float], size: tuple[float, float], taken: Sequence[_Box], inside: Any
 ) -> tuple[float, float]:
-    """The offset in pixels, from a point to the middle of a label, nearest to it where the label covers nothing."""
+    """Find the nearest offset, in pixels, at which a label covers nothing.
+
+    The offset is from the point to the middle of the label.
+    """
     dx = dy = 0.0
     for gap in range(9, 260, 9):
         for angle in np.deg2rad((0, 180, 90, 270, 45, 315, 135, 225, 22, 338, 158, 202)):
@@ -230,7 +253,8 @@ def _free_place(
             dy = float(np.sin(angle)) * (gap + size[1] / 2)
             x0, y0, x1, y1 = _box(point[0] + dx, point[1] + dy, *size)
             within = x0 >= inside[0] and y0 >= inside[1] and x1 <= inside[2] and y1 <= inside[3]
-            if within and not any(x0 < b[2] and x1 > b[0] and y0 < b[3] and y1 > b[1] for b in taken):
+            covers = any(x0 < box[2] and x1 > box[0] and y0 < box[3] and y1 > box[1] for box in taken)
+            if within and not covers:
                 return dx, dy
     return dx, dy
 
@@ -239,8 +263,8 @@ def _box(x: float, y: float, width: float, height: float) -> _Box:
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
-def _axes(scheme: Scheme, height: float) -> tuple[Figure, Axes]:
-    """A figure with one plot area, in the scheme's colours."""
+def _axes(scheme: ColourScheme, height: float) -> tuple[Figure, Axes]:
+    """Make a figure with one plot area, in the scheme's colours."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor=scheme.paper)

@@ -1,27 +1,29 @@
-"""The report of a comparison: report.html, report.md, results.csv and plots/, from results.jsonl alone."""
+"""Report of a comparison: report.html, report.md, results.csv and plots/, made from results.jsonl."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from peft_lab.comparison.records.results import Record, overlapping, read_items, read_results, search_budgets
+from peft_lab.comparison.records.results import read_predictions, read_results
+from peft_lab.comparison.records.run import Record
+from peft_lab.comparison.records.run_frame import results_csv
+from peft_lab.comparison.records.search_budget import overlapping, search_budgets
 from peft_lab.comparison.report import figures, tables
-from peft_lab.comparison.report.further_metrics import Further, further
+from peft_lab.comparison.report.further_metrics import FurtherMetrics, further_metrics_table
 from peft_lab.comparison.report.public_copy import copy_records, without_paths
 from peft_lab.comparison.report.run_standing import write_standings
-from peft_lab.comparison.report.sentences import join, metric_title, words
+from peft_lab.comparison.report.sentences import describe, join, metric_title
 from peft_lab.comparison.stats.over_tasks import over_tasks
 from peft_lab.comparison.stats.pareto import front_of_all
-from peft_lab.comparison.stats.statistics import Cell, rank_arms
-from peft_lab.metrics.predictions import Predictions
+from peft_lab.comparison.stats.statistics import CellResult, ReadPredictions, rank_arms
 from peft_lab.runs.run_config import dump_yaml
 from peft_lab.utils.text import markdown_text
 
@@ -49,20 +51,23 @@ METHOD = (
 
 @dataclass
 class Section:
-    """What the report says of one task and backbone."""
+    """Section on one task and backbone, or on all tasks."""
 
     anchor: str
     title: str
     words: str
     table: tables.Table | None
     front: str = ""
-    further: Further | None = None
-    pictures: list[figures.Picture] = field(default_factory=list)
+    further_metrics: FurtherMetrics | None = None
+    pictures: list[figures.EmbeddedFigure] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RunGroup:
-    """The runs of one arm on one task and backbone, with the anchor that numbers link to."""
+    """Runs of one arm on one task and backbone.
+
+    Numbers link to the anchor.
+    """
 
     anchor: str
     task: str
@@ -73,7 +78,12 @@ class RunGroup:
 
 @dataclass(frozen=True)
 class RunLine:
-    """One run in the list of runs; `link` is its folder as a relative address, "" if it left none."""
+    """Line in the list of runs.
+
+    Attributes:
+        link: folder of the run as a relative address, "" if it left none.
+        files: names of the files in it that the page links to.
+    """
 
     record: Record
     score: str
@@ -85,7 +95,7 @@ class RunLine:
 
 @dataclass
 class Report:
-    """Everything that the page and the Markdown file show."""
+    """Contents of the page and of the Markdown file."""
 
     title: str
     summary: str
@@ -102,9 +112,10 @@ class Report:
 
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write report.html (one file that needs no network), report.md, results.csv and plots/*.png of a comparison.
+    """Write report.html, report.md, results.csv and plots/*.png of a comparison.
 
-    Each final run's folder gets its standing.json, from which its model card states the mean over seeds.
+    The page is one file that needs no network. Each final run's folder gets its standing.json, from which its model
+    card states the mean over seeds.
 
     Runs that failed or are missing are named in it. Without matplotlib there are no plots, and the report says so.
 
@@ -124,7 +135,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     if out is not None:
         copy_records(folder, place, records)
     report = build(folder, records, place)
-    (place / CSV).write_text(tables.results_csv(records), encoding="utf-8")
+    (place / CSV).write_text(results_csv(records), encoding="utf-8")
     (place / MARKDOWN).write_text(as_markdown(report), encoding="utf-8")
     page = place / HTML
     page.write_text(as_html(report), encoding="utf-8")
@@ -134,15 +145,24 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def build(folder: Path, records: Sequence[Record], out: Path | None = None) -> Report:
-    """Work out what the report of a comparison's folder says, and draw its plots there or into another folder."""
+    """Build the report of a comparison and draw its plots.
+
+    Args:
+        folder: the comparison's folder, with the predictions of its runs.
+        records: the records that are reported.
+        out: folder for the plots, `folder` by default.
+    """
+    # predictions lie beside the runs, plots beside the page
     place = out or folder
-    items = partial(read_items, folder)
-    cells = rank_arms(records, items)
+    predictions = partial(read_predictions, folder)
+    cells = rank_arms(records, predictions)
+    # matplotlib is an optional dependency
     plots = importlib.util.find_spec("matplotlib") is not None
     order = figures.colour_order(cells, records)
     anchors = _anchors(cells)
     sections = [
-        _section(place, anchor, cell, records, items, order, plots) for anchor, cell in zip(anchors, cells, strict=True)
+        _section(place, anchor, cell, records, predictions, order, plots)
+        for anchor, cell in zip(anchors, cells, strict=True)
     ]
     mean = over_tasks(cells)
     lines = [_line(folder, record, linked=place == folder) for record in records]
@@ -164,8 +184,8 @@ def build(folder: Path, records: Sequence[Record], out: Path | None = None) -> R
 NO_PLOTS = "There are no plots: matplotlib is not installed (pip install 'peft-lab[plots]')."
 
 
-def _anchors(cells: Sequence[Cell]) -> list[str]:
-    """A name for each cell that can stand in an address and a file name; numbered where two would be the same."""
+def _anchors(cells: Sequence[CellResult]) -> list[str]:
+    """Unique names of the cells for addresses and file names."""
     found: list[str] = []
     for cell in cells:
         name = slug(f"{cell.task}-{cell.backbone}")
@@ -176,37 +196,44 @@ def _anchors(cells: Sequence[Cell]) -> list[str]:
 def _section(
     folder: Path,
     anchor: str,
-    cell: Cell,
+    cell: CellResult,
     records: Sequence[Record],
-    items: Callable[[Record], Predictions],
+    predictions: ReadPredictions,
     order: Sequence[str],
     plots: bool,
 ) -> Section:
     costs = tables.costs(records)
+    # one front over all costs at once; the figures show one cost each
     labels, heads = front_of_all(cell, costs)
     front = ""
     if len(cell.arms) > 1 and labels:
         axes = join([metric_title(cell.metric), *heads])
         front = f"Pareto front of the means, over {axes} at once: {join(labels)}."
     title = f"{cell.task}, {cell.backbone}"
-    section = Section(anchor, title, words(cell), tables.headline(cell), front, further(cell, items))
+    section = Section(
+        anchor, title, describe(cell), tables.headline(cell), front, further_metrics_table(cell, predictions)
+    )
     if plots:
         mine = [record for record in records if (record.task, record.backbone) == (cell.task, cell.backbone)]
-        for plan in figures.of_cell(cell, mine, order, costs):
+        for plan in figures.cell_figures(cell, mine, order, costs):
             section.pictures.append(figures.draw(plan, folder / PLOTS, anchor))
     return section
 
 
-def _overall(folder: Path, mean: Cell, cells: Sequence[Cell], plots: bool) -> Section:
-    text = words(mean)
-    left_out = [cell.task for cell in cells if not all(cell.arm(arm.label) for arm in mean.arms)]
+def _overall(folder: Path, mean: CellResult, cells: Sequence[CellResult], plots: bool) -> Section:
+    text = describe(mean)
+    averaged = {arm.label for arm in mean.arms}
+    left_out = []
+    for cell in cells:
+        if not averaged.issubset(arm.label for arm in cell.arms):
+            left_out.append(cell.task)
     if "," in mean.metric:
         text += f" The tasks have different metrics ({metric_title(mean.metric)})."
     if left_out:
         text += f" {join(left_out)} counts in neither mean nor rank."
     section = Section("all-tasks", "All tasks", text, tables.overall(mean, cells))
     if plots:
-        plan = figures.Plan("intervals", f"{figures.INTERVALS}.", partial(figures.plots.forest, mean))
+        plan = figures.FigureSpec("intervals", f"{figures.INTERVALS}.", partial(figures.plots.forest, mean))
         section.pictures.append(figures.draw(plan, folder / PLOTS, "all-tasks"))
     return section
 
@@ -228,7 +255,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _warnings(records: Sequence[Record], cells: Sequence[Cell]) -> list[str]:
+def _warnings(records: Sequence[Record], cells: Sequence[CellResult]) -> list[str]:
     found = []
     if not cells:
         found.append("No final run has ended yet: there is no score on test rows to report.")
@@ -238,9 +265,9 @@ def _warnings(records: Sequence[Record], cells: Sequence[Cell]) -> list[str]:
         found.append(
             f"Fewer than {FEW_SEEDS} seeds on {names}: intervals are wide or leave out the seed, and tests are rough."
         )
-    partial_cells = [cell for cell in cells if any(arm.missing for arm in cell.arms) or cell.without_score]
-    if partial_cells:
-        names = join([cell.task for cell in partial_cells])
+    incomplete = [cell.task for cell in cells if not cell.is_complete]
+    if incomplete:
+        names = join(incomplete)
         found.append(f"Not every arm has every seed on {names}; the arms concerned are named there.")
     small = _few_validation_rows(records)
     if small:
@@ -263,58 +290,69 @@ def _few_validation_rows(records: Iterable[Record]) -> dict[str, int]:
 
 
 def _budget(records: Sequence[Record]) -> str:
+    # runs beyond an edge are every arm's right, so they do not make budgets unequal
     spent = search_budgets(record for record in records if not record.beyond)
     if not spent:
         return "Nothing was searched: every arm ran with the learning rate it was given."
-    unequal = []
-    for task, backbone in dict.fromkeys((one.task, one.backbone) for one in spent):
-        mine = [one for one in spent if (one.task, one.backbone) == (task, backbone)]
-        if len({(one.trials, one.runs) for one in mine}) > 1:
-            unequal.append(f"{task}, {backbone}")
+    sizes: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    for budget in spent:
+        sizes.setdefault((budget.task, budget.backbone), set()).add((budget.trials, budget.runs))
+    unequal = [f"{task}, {backbone}" for (task, backbone), found in sizes.items() if len(found) > 1]
     if unequal:
         return (
             f"The tuning budgets differ between the arms on {'; '.join(unequal)}: see the table before comparing them."
         )
-    found = "On each task, every arm was tuned with the same number of candidates and runs."
+    words = "On each task, every arm was tuned with the same number of candidates and runs."
     if any(record.beyond for record in records):
-        found += (
+        words += (
             " Where the best learning rate was the lowest or the highest of them, the search went on beyond it, "
             "by the same rule for every arm; the table counts these candidates."
         )
-    return found
+    return words
 
 
 def _groups(lines: Sequence[RunLine]) -> list[RunGroup]:
     found: dict[tuple[str, str, str], list[RunLine]] = {}
     for line in lines:
         found.setdefault((line.record.task, line.record.backbone, line.record.arm), []).append(line)
-    return [
-        RunGroup(f"runs-{number}", *key, tuple(sorted(runs, key=lambda run: (run.record.stage, run.record.seed))))
-        for number, (key, runs) in enumerate(found.items(), 1)
-    ]
+    groups = []
+    for number, (key, runs) in enumerate(found.items(), 1):
+        runs.sort(key=lambda run: (run.record.stage, run.record.seed))
+        groups.append(RunGroup(f"runs-{number}", *key, tuple(runs)))
+    return groups
 
 
 def _line(folder: Path, record: Record, linked: bool) -> RunLine:
-    scores = [record.score(split) if record.ok else None for split in ("test", "validation")]
-    shown = ["-" if score is None else f"{score:.4f}" for score in scores]
+    score, validation = _score_text(record, "test"), _score_text(record, "validation")
+    # a record names its folder, and a hostile one might name any
     inside = linked and bool(record.folder) and (folder / record.folder).resolve().is_relative_to(folder.resolve())
     files = ("metrics.json", "run.yaml", "error.txt") if inside else ()
     present = tuple(name for name in files if (folder / record.folder / name).is_file())
     # "./" and quoting: whatever the record names, the link stays a relative path
     link = f"./{quote(record.folder)}" if inside else ""
-    return RunLine(record, shown[0], shown[1], dump_yaml(record.options) if record.options else "", link, present)
+    return RunLine(record, score, validation, dump_yaml(record.options) if record.options else "", link, present)
+
+
+def _score_text(record: Record, split: str) -> str:
+    score = record.score(split) if record.ok else None
+    return "-" if score is None else f"{score:.4f}"
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """What the runs were made with; several values where runs differ."""
+    """Versions, device and further facts of the runs.
+
+    There are several values where runs differ.
+    """
     versions: dict[str, dict[str, None]] = {}
     for record in records:
-        for name, version in {**record.environment.get("versions", {}), **record.metrics.get("versions", {})}.items():
+        # a launched run's own processes know their versions best
+        used = {**record.environment.get("versions", {}), **record.metrics.get("versions", {})}
+        for name, version in used.items():
             versions.setdefault(str(name), {})[str(version)] = None
     facts = [("versions", ", ".join(f"{name} {'/'.join(found)}" for name, found in versions.items()))]
     for name in ("device", "threads", "platform", "commit"):
-        found = dict.fromkeys(str(record.environment[name]) for record in records if record.environment.get(name))
-        facts.append((name, "; ".join(found)))
+        values = [record.environment.get(name) for record in records]
+        facts.append((name, "; ".join(dict.fromkeys(str(value) for value in values if value))))
     seeds = sorted({record.seed for record in records if record.stage == "final"})
     facts.append(("seeds of the final runs", ", ".join(map(str, seeds))))
     return [(name, value) for name, value in facts if value]
@@ -337,16 +375,20 @@ def _data(records: Iterable[Record]) -> tables.Table | None:
 
 
 def slug(text: str) -> str:
-    """A text as part of a file name or an anchor."""
+    """Text as part of a file name or an anchor."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
 
 
 def as_html(report: Report) -> str:
-    """The page; everything that comes from records is escaped."""
+    """Render the page; everything that comes from records is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        # undefined names must not pass as empty text
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     anchors = {(group.task, group.backbone, group.arm): group.anchor for group in report.groups}
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
@@ -354,7 +396,7 @@ def as_html(report: Report) -> str:
 
 
 def as_markdown(report: Report) -> str:
-    """The same words and tables as Markdown."""
+    """Render the same words and tables as Markdown."""
     text = markdown_text
     parts = [f"# {text(report.title)}", text(report.summary)]
     if report.warnings:
@@ -363,8 +405,8 @@ def as_markdown(report: Report) -> str:
         parts += [f"## {text(section.title)}", text(section.words)]
         parts += [tables.markdown(section.table)] if section.table else []
         parts += [text(section.front)] if section.front else []
-        if section.further:
-            more = section.further
+        if section.further_metrics:
+            more = section.further_metrics
             parts += [f"### {more.title}", text(more.words), tables.markdown(more.table)]
     parts += ["## Tuning", text(report.budget)]
     parts += [tables.markdown(report.tuning)] if report.tuning else []

@@ -1,10 +1,11 @@
-"""What the numbers of a comparison say, in sentences."""
+"""Results of a comparison in sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_lab.comparison.stats.statistics import ALL_TASKS, LEVEL, Arm, Cell, Estimate
+from peft_lab.comparison.stats.estimates import LEVEL, Estimate
+from peft_lab.comparison.stats.statistics import ALL_TASKS, ArmResult, CellResult
 
 _TITLES = {
     "ece": "calibration error",
@@ -16,15 +17,20 @@ _TITLES = {
 }
 
 
-def words(cell: Cell) -> str:
-    """Sentences on a cell. An arm is called better only where the test against it separates."""
+def describe(cell: CellResult) -> str:
+    """Describe the results on one task and backbone.
+
+    An arm is called better only if the test against it is significant.
+    """
     if not cell.arms:
         return f"No run on {cell.task} with {cell.backbone} gave a score. " + _failures(cell)
     top = cell.arms[0]
-    best = f"{top.label} has the {'highest' if cell.higher_is_better else 'lowest'} mean "
-    best += f"{'over tasks' if cell.task == ALL_TASKS else metric_title(cell.metric)}, {interval_text(top.score)}"
+    extreme = "highest" if cell.higher_is_better else "lowest"
+    of_what = "over tasks" if cell.task == ALL_TASKS else metric_title(cell.metric)
+    best = f"{top.label} has the {extreme} mean {of_what}, {interval_text(top.score)}"
     if len(cell.arms) == 1:
         text = f"{top.label} is the only arm with a score, {interval_text(top.score)}."
+    # one seed: no statement about the method, only about this run
     elif top.score.basis in ("rows", "none"):
         text = f"{best}, with one seed. Another seed may turn the order, so no arm is called better than another."
     else:
@@ -38,24 +44,26 @@ def words(cell: Cell) -> str:
     return " ".join(filter(None, (text, _failures(cell))))
 
 
-def _against_others(cell: Cell) -> str:
+def _against_others(cell: CellResult) -> str:
+    """Clauses on the tests of the best arm against the others."""
     others = cell.arms[1:]
+    # each other arm is worse, untested, or not distinguishable
     worse = [arm.label for arm in others if arm.label not in cell.indistinguishable]
-    untested = [arm.label for arm in others if arm.versus_top is None or arm.versus_top.p is None]
+    untested = [arm.label for arm in others if arm.versus_best is None or arm.versus_best.p is None]
     same = [arm.label for arm in others if arm.label not in (*worse, *untested)]
     at_level = "at the 5 % level (Holm)"
     if not worse and same:
-        text = f"it is not distinguishable from {_any_of(same, cell)} {at_level}."
+        text = f"it is not distinguishable from {_all_others('any', same, cell)} {at_level}."
     elif not same and worse:
-        text = f"it is better than {_all_of(worse, cell)} {at_level}."
+        text = f"it is better than {_all_others('each', worse, cell)} {at_level}."
     elif same:
         text = f"it is not distinguishable from {join(same)} {at_level}, and better than {join(worse)}."
     else:
         text = "it could be tested against no other arm."
-    alone = [arm.label for arm in others if arm.label in same and _apart_alone(arm)]
+    alone = [arm.label for arm in others if arm.label in same and _significant_alone(arm)]
     if alone:
         text += (
-            f" Looked at alone, without the correction for all {len(cell.comparisons)} comparisons, {join(alone)} "
+            f" Looked at alone, without the correction for all {len(cell.pair_tests)} comparisons, {join(alone)} "
             "would be told from it; more seeds could settle that."
         )
     if untested:
@@ -63,50 +71,55 @@ def _against_others(cell: Cell) -> str:
     return text
 
 
-def _apart_alone(arm: Arm) -> bool:
-    """Whether the arm would be told from the best if this were the only comparison."""
-    return arm.versus_top is not None and arm.versus_top.p is not None and arm.versus_top.p < LEVEL
+def _significant_alone(arm: ArmResult) -> bool:
+    """Test whether the unadjusted test against the best arm is significant."""
+    return arm.versus_best is not None and arm.versus_best.p is not None and arm.versus_best.p < LEVEL
 
 
-def _any_of(labels: list[str], cell: Cell) -> str:
-    whole = len(labels) == len(cell.arms) - 1
-    return f"any of the other {len(labels)} arms" if whole and len(labels) > 2 else join(labels)
+def _all_others(every: str, labels: list[str], cell: CellResult) -> str:
+    """Join labels, or count them if they are all other arms."""
+    if len(labels) == len(cell.arms) - 1 and len(labels) > 2:
+        return f"{every} of the other {len(labels)} arms"
+    return join(labels)
 
 
-def _all_of(labels: list[str], cell: Cell) -> str:
-    whole = len(labels) == len(cell.arms) - 1
-    return f"each of the other {len(labels)} arms" if whole and len(labels) > 2 else join(labels)
-
-
-def _failures(cell: Cell) -> str:
+def _failures(cell: CellResult) -> str:
+    """Sentences on missing seeds and arms without a score."""
     sentences = []
     for arm in cell.arms:
         if arm.missing:
             plural = "s" if len(arm.missing) > 1 else ""
             sentences.append(f"{arm.label} lacks seed{plural} {join([str(seed) for seed in arm.missing])}.")
     for label, runs in cell.without_score.items():
-        failed = "its run failed" if len(runs) == 1 else f"all its {len(runs)} runs failed"
-        sentences.append(f"{label} has no score: {failed if runs else 'it has no final run'}.")
+        reason = f"all its {len(runs)} runs failed" if runs else "it has no final run"
+        if len(runs) == 1:
+            reason = "its run failed"
+        sentences.append(f"{label} has no score: {reason}.")
     return " ".join(sentences)
 
 
 def join(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Join names: `a`, `a and b`, `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def metric_title(name: str) -> str:
-    """A metric's name, or several joined by ", ", as written in a sentence."""
+    """Name of a metric in a sentence.
+
+    Several, joined by ", ", are joined again by commas and "and".
+    """
     return join([_TITLES.get(part, part.replace("_", " ")) for part in name.split(", ")])
 
 
 def number(value: float) -> str:
-    """A score: three decimals, or four digits from 10 on."""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    """Format a score: three decimals, or four digits from 10 on."""
+    if abs(value) < 10:
+        return f"{value:.3f}"
+    return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def interval_text(score: Estimate) -> str:
-    """`0.953 [0.940, 0.966]`, or the mean alone where there is no interval."""
+    """Format a mean with its interval: `0.953 [0.940, 0.966]`."""
     if score.low is None or score.high is None:
         return f"{number(score.value)} (no interval)"
     return f"{number(score.value)} [{number(score.low)}, {number(score.high)}]"

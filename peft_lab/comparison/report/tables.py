@@ -1,27 +1,35 @@
-"""The tables of a report, as plain values that the HTML page, the Markdown file and the CSV file write out."""
+"""Tables of a report as plain values, for HTML and Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from peft_lab.comparison.records.measured import SHOWN, measured
-from peft_lab.comparison.records.results import MEASURES, Record, overlapping, search_budgets
+from peft_lab.comparison.records.measure_table import MEASURES, mean_measure
+from peft_lab.comparison.records.run import Record
+from peft_lab.comparison.records.run_frame import run_frame
+from peft_lab.comparison.records.search_budget import overlapping, search_budgets
 from peft_lab.comparison.report.sentences import interval_text, metric_title, number
 from peft_lab.comparison.stats.bootstrap import bootstrap_interval
 from peft_lab.comparison.stats.over_tasks import average_ranks
-from peft_lab.comparison.stats.statistics import Arm, Cell
+from peft_lab.comparison.stats.statistics import ArmResult, CellResult
 from peft_lab.utils.text import markdown_text
+
+#: Runs behind a number: task, backbone, arm.
+Group = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its head, whether it holds numbers, and a longer word for what it holds."""
+    """Column of a table.
+
+    Attributes:
+        title: its head.
+        numeric: True if it is aligned and sorted as numbers.
+        help: longer words for the head.
+    """
 
     title: str
     numeric: bool = True
@@ -30,24 +38,24 @@ class Column:
 
 @dataclass(frozen=True)
 class Entry:
-    """One field of a table.
+    """Field of a table.
 
     Attributes:
-        text: what is shown.
-        sort: what rows are sorted by; None sorts last.
-        group: the runs behind it, (task, backbone, arm).
-        strong: shown in bold.
+        text: the displayed text.
+        sort: sort key of the field; None sorts last.
+        group: the runs behind it.
+        strong: True if it is bold.
     """
 
     text: str
     sort: float | str | None = None
-    group: tuple[str, str, str] | None = None
+    group: Group | None = None
     strong: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a caption."""
+    """Table with a caption."""
 
     caption: str
     columns: tuple[Column, ...]
@@ -58,17 +66,19 @@ MISSING = Entry("-")
 
 
 def costs(records: Iterable[Record]) -> tuple[str, ...]:
-    """The measures against which scores are drawn: FLOPs in place of times where runs shared the machine."""
+    """Measures that scores are drawn against.
+
+    FLOPs stand in place of times if runs shared the machine.
+    """
     time = "step_flops" if overlapping(records) else "step_seconds"
     return ("trainable_parameters", "peak_memory_bytes", time, "adapter_bytes")
 
 
-def headline(cell: Cell) -> Table:
-    """The arms of a cell: score with interval, distance to the best, costs, and what else was measured."""
+def headline(cell: CellResult) -> Table:
+    """Table of the arms: scores, intervals, distance to the best, measures."""
     # a measure that the task has as a metric too stands among those, with its interval
     metrics = {cell.metric, *further_names(cell)}
-    shown = [name for name in SHOWN if any(measured(arm.records, name) is not None for arm in cell.arms)]
-    shown = [name for name in shown if name not in metrics]
+    shown = [name for name in MEASURES if name not in metrics and _is_shown(name, cell)]
     columns = [
         Column("arm", numeric=False),
         Column(metric_title(cell.metric), help="mean over seeds on the test rows, with the 95 % interval"),
@@ -79,17 +89,16 @@ def headline(cell: Cell) -> Table:
         ),
         Column("p (Holm)", help="probability of such a difference between equal arms, adjusted for all pairs"),
         Column("seeds"),
-        *(Column(SHOWN[name][0], help=MEASURES[name].title) for name in shown),
+        *(Column(MEASURES[name].head, help=MEASURES[name].title) for name in shown),
         Column("learning rate", help="chosen on the validation rows"),
     ]
     rows = []
     for arm in cell.arms:
         group = (cell.task, cell.backbone, arm.label)
-        first = Entry(arm.label, arm.label, group, strong=arm.versus_top is None)
-        rates = sorted({record.learning_rate for record in arm.records})
-        rate = Entry(", ".join(f"{rate:g}" for rate in rates), rates[0], group)
+        first = Entry(arm.label, arm.label, group, strong=arm.versus_best is None)
         measures = [_measure(arm, name, group) for name in shown]
-        rows.append((first, *_score_entries(cell, arm, group), *measures, rate))
+        rates = sorted({record.learning_rate for record in arm.records})
+        rows.append((first, *_score_entries(cell, arm, group), *measures, Entry(_listed(rates), rates[0], group)))
     for label, runs in cell.without_score.items():
         group = (cell.task, cell.backbone, label)
         failed = Entry(f"failed ({len(runs)} of {len(runs)} runs)" if runs else "no final run", None, group)
@@ -97,40 +106,53 @@ def headline(cell: Cell) -> Table:
     return Table(f"{cell.task}, {cell.backbone}", tuple(columns), tuple(rows))
 
 
-def further_names(cell: Cell) -> list[str]:
-    """The task's metrics on the test rows besides the one that arms are ranked by."""
-    return list(dict.fromkeys(name for arm in cell.arms for record in arm.records for name in record.further_metrics))
+def further_names(cell: CellResult) -> list[str]:
+    """Names of the test metrics besides the main one."""
+    names: dict[str, None] = {}
+    for arm in cell.arms:
+        for record in arm.records:
+            names |= dict.fromkeys(record.further_metrics)
+    return list(names)
 
 
-def _score_entries(cell: Cell, arm: Arm, group: tuple[str, str, str]) -> tuple[Entry, ...]:
-    score = Entry(interval_text(arm.score), arm.score.value, group, strong=arm.versus_top is None)
+def _is_shown(name: str, cell: CellResult) -> bool:
+    """Test whether a measure has a head and a value."""
+    return bool(MEASURES[name].head) and any(mean_measure(arm.records, name) is not None for arm in cell.arms)
+
+
+def _listed(rates: Iterable[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
+def _score_entries(cell: CellResult, arm: ArmResult, group: Group) -> tuple[Entry, ...]:
+    """Score, bootstrap interval, distance to the best, p-value and number of seeds."""
+    score = Entry(interval_text(arm.score), arm.score.value, group, strong=arm.versus_best is None)
     ends = bootstrap_interval(list(arm.values.values()))
-    plain = Entry(f"[{number(ends[0])}, {number(ends[1])}]", ends[0], group) if ends else MISSING
-    if arm.versus_top is None:
-        versus = (Entry("best mean", 0.0), Entry("-"))
-    else:
-        difference, p = arm.versus_top.difference, arm.versus_top.p_adjusted
-        sign = 1 if cell.higher_is_better else -1
-        gap = difference if sign > 0 else difference.negated()
-        shown = interval_text(gap) if np.isfinite(gap.value) else "-"
-        p_text = "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-        versus = (Entry(shown, gap.value, group), Entry(p_text, p, group))
+    bootstrap = Entry(f"[{number(ends[0])}, {number(ends[1])}]", ends[0], group) if ends else MISSING
     count = len(arm.by_seed)
-    seeds = f"{count} of {count + len(arm.missing)}" if arm.missing else str(count)
-    return score, plain, *versus, Entry(seeds, count, group)
+    seeds = Entry(f"{count} of {count + len(arm.missing)}" if arm.missing else str(count), count, group)
+    if arm.versus_best is None:
+        return score, bootstrap, Entry("best mean", 0.0), Entry("-"), seeds
+    difference, p = arm.versus_best.difference, arm.versus_best.p_adjusted
+    # the distance is positive for a worse arm, whichever way the metric goes
+    gap = difference if cell.higher_is_better else difference.negated()
+    distance = Entry(interval_text(gap) if np.isfinite(gap.value) else "-", gap.value, group)
+    return score, bootstrap, distance, Entry(_p_text(p), p, group), seeds
 
 
-def _measure(arm: Arm, name: str, group: tuple[str, str, str]) -> Entry:
-    value = measured(arm.records, name)
-    if value is None:
-        return MISSING
-    _, unit, decimals = SHOWN[name]
-    small = 0 < abs(value / unit) < 0.5 / 10**decimals
-    return Entry(f"{value / unit:.2g}" if small else f"{value / unit:,.{decimals}f}", value, group)
+def _p_text(p: float | None) -> str:
+    if p is None:
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def overall(mean: Cell, cells: Sequence[Cell]) -> Table:
-    """The arms over all tasks: mean score with interval, average rank, and the score on each task."""
+def _measure(arm: ArmResult, name: str, group: Group) -> Entry:
+    value = mean_measure(arm.records, name)
+    return MISSING if value is None else Entry(MEASURES[name].text(value), value, group)
+
+
+def overall(mean: CellResult, cells: Sequence[CellResult]) -> Table:
+    """Table over all tasks: mean scores, average ranks, scores on each."""
     ranks = average_ranks(cells)
     columns = [
         Column("arm", numeric=False),
@@ -140,7 +162,7 @@ def overall(mean: Cell, cells: Sequence[Cell]) -> Table:
     ]
     rows = []
     for arm in mean.arms:
-        strong = arm.versus_top is None
+        strong = arm.versus_best is None
         entries = [Entry(arm.label, arm.label, strong=strong)]
         entries.append(Entry(interval_text(arm.score), arm.score.value, strong=strong))
         rank = ranks.get(arm.label)
@@ -154,76 +176,44 @@ def overall(mean: Cell, cells: Sequence[Cell]) -> Table:
 
 
 def tuning(records: Sequence[Record]) -> Table | None:
-    """What the search of each arm cost and chose; None if nothing was searched."""
-    spent = search_budgets(records)
-    beyond = any(one.beyond for one in spent)
-    columns = (
-        *(Column(title, numeric=False) for title in ("task", "backbone", "arm")),
-        *(Column("candidates"), *([Column("beyond an edge")] if beyond else [])),
-        *(Column("runs"), Column("training steps")),
-        Column("learning rate chosen"),
-        Column("learning rates tried", numeric=False),
-    )
+    """Table of the arms' searches; None if there was none."""
+    budgets = search_budgets(records)
+    if not budgets:
+        return None
+    # the column is left out where it would be all zeros
+    any_beyond = any(budget.beyond for budget in budgets)
+    columns = [Column(title, numeric=False) for title in ("task", "backbone", "arm")]
+    columns += [Column("candidates"), *([Column("beyond an edge")] if any_beyond else [])]
+    columns += [Column("runs"), Column("training steps"), Column("learning rate chosen")]
+    columns.append(Column("learning rates tried", numeric=False))
+    rates = run_frame(records).groupby(["task", "backbone", "arm", "stage"])["learning_rate"].unique()
     rows = []
-    for one in spent:
-        group = (one.task, one.backbone, one.arm)
-        mine = [record for record in records if (record.task, record.backbone, record.arm) == group]
-        tried = sorted({record.learning_rate for record in mine if record.stage == "search"})
-        chosen = sorted({record.learning_rate for record in mine if record.stage == "final"})
-        edge = " (edge)" if len(tried) > 2 and any(rate in (tried[0], tried[-1]) for rate in chosen) else ""
-        picked = Entry(", ".join(f"{rate:g}" for rate in chosen) + edge, chosen[0], group) if chosen else MISSING
-        counts = (one.trials, *([one.beyond] if beyond else []), one.runs, one.steps)
-        rows.append(
-            (
-                *(Entry(name, name) for name in (one.task, one.backbone)),
-                Entry(one.arm, one.arm, group),
-                *(Entry(f"{count:,}", count, group) for count in counts),
-                picked,
-                Entry(", ".join(f"{rate:g}" for rate in tried), tried[0] if tried else None, group),
-            )
-        )
-    return Table("What the search of each arm cost and chose", columns, tuple(rows)) if rows else None
+    for budget in budgets:
+        group = (budget.task, budget.backbone, budget.arm)
+        tried = sorted(rates[(*group, "search")])
+        chosen = sorted(rates.get((*group, "final"), ()))
+        # of two rates each is an edge, so the mark would say nothing
+        at_edge = len(tried) > 2 and not {tried[0], tried[-1]}.isdisjoint(chosen)
+        picked = Entry(_listed(chosen) + (" (edge)" if at_edge else ""), chosen[0], group) if chosen else MISSING
+        numbers = [budget.trials, *([budget.beyond] if any_beyond else []), budget.runs, budget.steps]
+        entries = [Entry(budget.task, budget.task), Entry(budget.backbone, budget.backbone)]
+        entries.append(Entry(budget.arm, budget.arm, group))
+        entries += [Entry(f"{count:,}", count, group) for count in numbers]
+        rows.append((*entries, picked, Entry(_listed(tried), tried[0], group)))
+    return Table("What the search of each arm cost and chose", tuple(columns), tuple(rows))
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown."""
+    """Table in Markdown."""
     head = "| " + " | ".join(markdown_text(column.title) for column in table.columns) + " |"
-    rule = "|" + "|".join(" -: " if column.numeric else " - " for column in table.columns) + "|"
-    lines = []
+    rule = "|"
+    for column in table.columns:
+        rule += " -: |" if column.numeric else " - |"
+    lines = [head, rule]
     for row in table.rows:
-        texts = [markdown_text(entry.text) for entry in row]
-        bold = [f"**{text}**" if entry.strong else text for entry, text in zip(row, texts, strict=True)]
-        lines.append("| " + " | ".join(bold) + " |")
-    return "\n".join([head, rule, *lines])
-
-
-def results_csv(records: Sequence[Record]) -> str:
-    """All runs with their scores and measures, one line each."""
-    scores = _columns({f"{split}_{name}" for split, name, _ in _scores(record)} for record in records)
-    measures = _columns(record.measures for record in records)
-    tuned = _columns(record.tuned for record in records)
-    fixed = ("id", "study", "stage", "arm", "method", "task", "backbone", "seed", "learning_rate", "round", "status")
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*fixed, *(f"tuned_{name}" for name in tuned), *scores, *measures, "folder", "error"])
-    for record in records:
-        found = {f"{split}_{name}": value for split, name, value in _scores(record)}
-        values = [getattr(record, name) for name in fixed]
-        values += [record.tuned.get(name, "") for name in tuned] + [found.get(name, "") for name in scores]
-        values += [record.measures.get(name, "") for name in measures] + [record.folder, record.error]
-        writer.writerow([_csv_text(value) for value in values])
-    return buffer.getvalue()
-
-
-def _scores(record: Record) -> list[tuple[str, str, Any]]:
-    splits: Mapping[str, Mapping[str, Any]] = record.metrics.get("metrics", {})
-    return [(split, name, value) for split, values in splits.items() for name, value in values.items()]
-
-
-def _columns(names: Iterable[Iterable[str]]) -> list[str]:
-    return sorted({name for group in names for name in group})
-
-
-def _csv_text(value: Any) -> Any:
-    """A value that a spreadsheet does not take for a formula."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+        texts = []
+        for entry in row:
+            text = markdown_text(entry.text)
+            texts.append(f"**{text}**" if entry.strong else text)
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(lines)

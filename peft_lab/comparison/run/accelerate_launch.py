@@ -1,4 +1,4 @@
-"""A run of several processes: `accelerate launch ... -m peft_lab train RUN.yaml`, for models that one GPU cannot hold.
+"""Run of several processes by `accelerate launch`, for large models.
 
 The processes may outlive the one that started them if that is killed. They hold a lock of their own, so a comparison
 that is started again waits for them instead of training the same run a second time.
@@ -33,15 +33,13 @@ def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], plac
     """
     file = place.with_name(f"{place.name}.yaml")
     file.write_text(dump_yaml(options), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "peft_lab.comparison.run.accelerate_launch",
-        str(place.with_name(f"{place.name}.launch")),
-    ]
+    lock = place.with_name(f"{place.name}.launch")
+    # the lock is held by the launched process itself, which may outlive this one
+    command = [sys.executable, "-m", "peft_lab.comparison.run.accelerate_launch", str(lock)]
     flags = {"main_process_port": _free_port(), **launcher["accelerate"]}
     command += [*_flags(flags), "-m", "peft_lab", "train", str(file)]
     ended = subprocess.run(command, check=False)
+    # a launch that left no metrics has failed too
     if ended.returncode or not (place / run_folder.METRICS).is_file():
         raise PeftLabError(
             f"accelerate launch ended with exit code {ended.returncode}; its output is in {place.name}.log."
@@ -50,7 +48,7 @@ def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], plac
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:
-    """A mapping as flags: true gives the bare flag, false none."""
+    """Mapping as flags: true gives the bare flag, false none."""
     found = []
     for name, value in values.items():
         if value is not False:
@@ -59,14 +57,17 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def _free_port() -> int:
-    """A port for the processes of one run; several runs may be under way on one machine."""
+    """Find a free port, because several runs may share a machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run `accelerate launch FLAGS...` while holding a lock; the arguments are LOCK FLAGS..."""
+    """Run `accelerate launch` while holding a lock.
+
+    The arguments are the lock's file and the flags.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     with FileLock(arguments[0]):

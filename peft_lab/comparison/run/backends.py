@@ -1,4 +1,4 @@
-"""Where runs are carried out. A backend turns jobs into futures; `LocalBackend` gives each a process of its own."""
+"""Backends of a comparison, which turn jobs into futures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 from peft_lab.comparison.run.worker import Job, execute
@@ -18,27 +19,30 @@ BACKENDS = ("local", "ray")
 
 
 class RunEndedError(RuntimeError):
-    """The process of a run ended without having recorded a result."""
+    """Error of a run whose process ended without having recorded a result."""
 
 
 class Backend(Protocol):
-    """What the runner needs.
+    """Interface of a backend.
 
     Attributes:
-        workers: how many jobs are carried out at once.
+        workers: number of jobs that are carried out at once.
     """
 
     workers: int
 
     def submit(self, job: Job) -> Future[None]:
-        """Carry out a job; the future ends with an error if its process did not live to record a result."""
+        """Carry out a job.
+
+        The future ends with an error if the job's process died before it recorded a result.
+        """
 
     def close(self) -> None:
         """End what is still running."""
 
 
 def make_backend(name: str, workers: int | None = None, address: str | None = None) -> Backend:
-    """A backend by name.
+    """Make a backend by name.
 
     Args:
         name: "local" or "ray".
@@ -62,8 +66,9 @@ def make_backend(name: str, workers: int | None = None, address: str | None = No
 
 
 class LocalBackend:
-    """Each run in a new process, forked from a server that has imported everything once.
+    """Backend of this machine, with a new process for each run.
 
+    The server has imported everything once.
     With GPUs, each process sees one of them. Else the cores are shared out: `cores // workers` threads each, or as many
     as OMP_NUM_THREADS says.
     """
@@ -73,7 +78,9 @@ class LocalBackend:
         self._context = forkserver("peft_lab.training.run", "evaluate", "sklearn.metrics")
         devices, cores = gpus(), usable_cores()
         self.workers = workers or len(devices) or max(1, cores // 2)
+        # threads beyond the cores would slow all runs
         self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // self.workers))
+        # as many slots as workers; more workers than GPUs share them in turn
         self._slots: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         for index in range(self.workers):
             self._slots.put(devices[index % len(devices)] if devices else None)
@@ -89,7 +96,8 @@ class LocalBackend:
         if self._closed:
             raise RunEndedError("The comparison was ended.")
         device = self._slots.get()
-        process = self._context.Process(target=execute, args=({**job, "threads": self._threads, "device": device},))
+        job = replace(job, threads=self._threads, device=device)
+        process = self._context.Process(target=execute, args=(job,))
         try:
             process.start()
             self._processes.add(process)
@@ -97,19 +105,21 @@ class LocalBackend:
         finally:
             self._processes.discard(process)
             self._slots.put(device)
+        # a run that fails records that itself and exits with 0
         if process.exitcode:
             raise RunEndedError(ending(process.exitcode))
 
     def close(self) -> None:
         """End what is still running."""
         self._closed = True
+        # killed, not asked to end: a run can be made again at any time
         for process in list(self._processes):
             process.kill()
         self._threads_pool.shutdown(wait=True, cancel_futures=True)
 
 
 def ending(exitcode: int) -> str:
-    """What the exit code of a run's process says."""
+    """Describe the exit code of a run's process."""
     if exitcode >= 0:
         return f"The run's process left with exit code {exitcode}; its log says more."
     name = signal.Signals(-exitcode).name
@@ -118,17 +128,18 @@ def ending(exitcode: int) -> str:
 
 
 def gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """List the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     # asked of the driver, not of CUDA: a process that has touched CUDA cannot be forked from
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     if not torch.cuda.is_available():
         return []
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
+    visible = list(filter(None, names))
     return visible or [str(index) for index in range(torch.cuda.device_count())]
 
 
 def is_import_of_main() -> bool:
-    """Whether this is a child process that is importing the script which started it."""
+    """Test whether this is a child process importing the user's script."""
     return bool(getattr(multiprocessing.current_process(), "_inheriting", False))

@@ -1,4 +1,4 @@
-"""What is measured of a run besides its metrics; the names are those of `results.MEASURES`.
+"""Measures of a run besides its metrics, named as in `MEASURES`.
 
 Of every run: trainable_parameters; adapter_parameters, the same without the task head; adapter_bytes, the file of the
 adapter or the whole model of full fine-tuning; step_seconds, the median time of a training step of this process without
@@ -45,11 +45,18 @@ if TYPE_CHECKING:
     from peft_lab.loading.load_run import Loaded
 
 CONTROL_ROWS = 1000
-COST_BATCHES = 4  # as many batches of rows are prepared to draw from them the one whose cost is counted
+#: Batches of rows that are prepared to draw from them the one whose cost is counted.
+COST_BATCHES = 4
 
 
 def measure(run: Run, place: Path, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Everything that can be measured of a finished run in the folder `place`."""
+    """Measure all that can be measured of a finished run.
+
+    Args:
+        run: the run.
+        place: its folder.
+        metrics: content of its metrics.json.
+    """
     found = _of_training(metrics)
     if run.stage != "final":
         return found
@@ -66,7 +73,7 @@ def measure(run: Run, place: Path, metrics: Mapping[str, Any]) -> dict[str, floa
 
 
 def curves(place: Path) -> dict[str, list[list[float]]]:
-    """Loss and evaluations over the steps of training, from Trainer's log."""
+    """Read loss and evaluations over the steps of training from Trainer's log."""
     path = place / run_folder.HISTORY
     if not path.is_file():
         return {}
@@ -96,7 +103,7 @@ def _calibration(items: Predictions) -> dict[str, float]:
 
 
 def calibration_error(items: Predictions, bins: int = BINS) -> float:
-    """Expected calibration error of a classifier's items, from bins of equal width."""
+    """Expected calibration error of a classifier's predictions, from bins of equal width."""
     confidence, correct = items.columns["confidence"], items.correct
     assert correct is not None, "classification items are right or wrong"
     return expected_calibration_error(confidence, correct, bins)
@@ -123,6 +130,7 @@ def _control(place: Path, control: str, batch_size: int) -> dict[str, float]:
 
     loaded, task = load(place), load_task(control)
     splits = load_splits(task, test="test" in task.splits or task.test_fraction > 0)
+    # bounded, because both the base and the adapted model see these rows
     train, scored = subset(splits.train, CONTROL_ROWS), subset(splits.test or splits.validation, CONTROL_ROWS)
     by_loss = loaded.task.problem_type != "regression" and "label" not in loaded.task.columns
 
@@ -143,7 +151,10 @@ def _control(place: Path, control: str, batch_size: int) -> dict[str, float]:
 
 @contextmanager
 def _base_of(loaded: Loaded) -> Iterator[Any]:
-    """The base model of what was trained: the adapter switched off, or for full fine-tuning the base loaded again."""
+    """Base model of a run.
+
+    Its adapter is switched off; of full fine-tuning, the base is loaded again.
+    """
     from peft import PeftModel
 
     from peft_lab.loading.load_run import load_base
@@ -203,7 +214,7 @@ def _centroid_accuracy(loaded: Loaded, model: Any, task: Task, train: Dataset, s
 
 
 def _features(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -> tuple[Tensor, Tensor]:
-    """What enters the task head for each row, (n, features), and the rows' classes, (n,)."""
+    """Inputs of the task head, (n, features), and classes, (n,)."""
     import torch
 
     from peft_lab.backbones import module_roles
@@ -219,6 +230,7 @@ def _features(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) 
         with torch.no_grad():
             for batch in _batches(loaded, model, task, rows, size):
                 labels.append(batch.pop("labels").cpu())
+                # a backbone may call its head more than once; the first call counts
                 seen.clear()
                 model(**batch)
                 features.append(_pooled(seen[0].float(), batch.get("attention_mask")).cpu())
@@ -228,7 +240,7 @@ def _features(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) 
 
 
 def _pooled(features: Tensor, mask: Tensor | None) -> Tensor:
-    """(n, features) from features of any number of positions: their mean, padding left out."""
+    """Mean of features over positions without padding, (n, features)."""
     if features.ndim == 3 and mask is not None and mask.shape == features.shape[:2]:
         weights = mask.unsqueeze(-1).to(features.dtype)
         return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
@@ -238,7 +250,7 @@ def _pooled(features: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
-    """FLOPs of a training step (forward and backward) on one batch of train rows, and the activations kept for it."""
+    """FLOPs and kept activations, in bytes, of a training step."""
     from peft_lab.backbones.frozen_norms import set_frozen_norms
     from peft_lab.training.run import prepare
     from peft_lab.training.step_cost import count_flops, kept_activations, training_step

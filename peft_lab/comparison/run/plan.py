@@ -1,4 +1,4 @@
-"""Which runs a comparison consists of: the search of each arm on each cell, round by round, then its final runs."""
+"""Runs of a comparison: searches, round by round, then final runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from peft_lab import registry
-from peft_lab.comparison.records.results import Record
-from peft_lab.comparison.records.run import Run
+from peft_lab.comparison.records.run import Record, Run
 from peft_lab.comparison.study.study import Arm, Cell, Search, Study
 from peft_lab.data.task_registry import load_task
 from peft_lab.errors import ConfigError
@@ -29,7 +28,7 @@ RATE_FACTOR = math.sqrt(10)
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one trial of a search tries."""
+    """Learning rate and tuned arguments of one trial of a search."""
 
     learning_rate: float
     tuned: Mapping[str, Any] = field(default_factory=dict)
@@ -37,12 +36,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What an arm's search came to on a cell.
+    """Result of an arm's search on a cell.
 
     Attributes:
         candidate: the best one; None if no candidate ended with a result.
-        edge: "lowest" or "highest" if the chosen learning rate is that of all that were tried, so that a better one
-            may lie beyond; else "".
+        edge: "lowest" or "highest" if the chosen learning rate is the lowest or highest that was tried, because a
+            better one may lie beyond; else "".
         tried: learning rate, tuned values and mean validation score of each candidate in its last round.
     """
 
@@ -55,21 +54,30 @@ class Choice:
 
 
 def rate_grid(center: float, count: int) -> tuple[float, ...]:
-    """`count` learning rates around `center`, a factor of 3.2 apart; of an even number one more lies above."""
-    return tuple(float(f"{center * RATE_FACTOR**step:.2g}") for step in range(-((count - 1) // 2), count // 2 + 1))
+    """`count` learning rates around `center`, a factor of 3.2 apart.
+
+    Of an even number, one more lies above than below.
+    """
+    steps = range(-((count - 1) // 2), count // 2 + 1)
+    return tuple(float(f"{center * RATE_FACTOR**step:.2g}") for step in steps)
 
 
 def candidates(study: Study, arm: Arm, cell: Cell) -> list[Candidate]:
-    """The trials of an arm's search, equally many for every arm; the default values are always among them."""
+    """Trials of an arm's search, equally many for every arm.
+
+    The default values are always among them.
+    """
     center, given = registry.method(arm.method).learning_rate, study.learning_rates(cell, arm)
+    # without a search the first given rate is taken, else the method's default
     if study.search.strategy == "none":
         return [Candidate(next(iter(given), center))]
     rates = given or rate_grid(center, study.search.trials)
     tuned = [dict(zip(arm.tune, values, strict=True)) for values in itertools.product(*arm.tune.values())]
-    every = [Candidate(rate, values) for rate in rates for values in tuned]
+    every = [Candidate(rate, values) for rate, values in itertools.product(rates, tuned)]
     default = Candidate(min(rates, key=lambda rate: abs(math.log(rate / center))), tuned[0])
     if len(every) <= study.search.trials:
         return every
+    # drawn by names, so that the same study always tries the same candidates
     others = [candidate for candidate in every if candidate != default]
     random.Random(f"{study.name}/{arm.label}").shuffle(others)
     chosen = [default, *others[: study.search.trials - 1]]
@@ -77,79 +85,152 @@ def candidates(study: Study, arm: Arm, cell: Cell) -> list[Candidate]:
 
 
 def rounds(search: Search) -> list[tuple[int, float]]:
-    """For each round of a search the number of candidates in it, and the part of a full training that each gets."""
+    """Candidates and fraction of a full training, by round."""
     counts = [search.trials]
+    # the last round trains in full, each one before it 1/factor of that
     while search.strategy == "halving" and counts[-1] // search.factor >= 2:
         counts.append(counts[-1] // search.factor)
     return [(count, search.factor ** (index + 1 - len(counts))) for index, count in enumerate(counts)]
 
 
 def count_runs(study: Study) -> int:
-    """How many runs a study takes if none of them fails and no search goes on beyond its candidates."""
+    """Count the runs of a study, without those beyond an edge.
+
+    It is the number if no run fails.
+    """
     search = sum(count for count, _ in rounds(study.search)) * study.search.seeds if study.search.trials > 1 else 0
     return len(study.cells) * len(study.arms) * (search + len(study.seeds))
 
 
 def count_beyond(study: Study) -> int:
-    """How many runs a study takes at most beyond those of `count_runs`."""
+    """Count the runs that searches may add beyond an edge."""
     return len(study.cells) * len(study.arms) * study.search.extend * study.search.seeds
 
 
 def arm_runs(
     study: Study, cell: Cell, arm: Arm, sized: Mapping[str, Any] | None = None
 ) -> Generator[list[Run], Sequence[Record], Choice]:
-    """The runs of an arm on a cell, wave by wave; send the records of each wave to get the next.
+    """Yield the runs of an arm on a cell, wave by wave.
 
     Args:
-        study, cell, arm: what is compared.
-        sized: the arguments that make the arm as large as the study wants it.
+        study: the study.
+        cell: one of its cells.
+        arm: one of its arms.
+        sized: arguments that give the arm the study's number of trainable parameters.
+
+    Yields:
+        The runs of a wave; send their records to get the next.
+
+    Returns:
+        The result of the search.
     """
-    arguments = {**arm.args, **(sized or {})}
+    settings = _Settings(study, cell, arm, {**arm.args, **(sized or {})})
     trials = candidates(study, arm, cell)
     found: dict[int, list[Record]] = {}
     if len(trials) == 1:
         chosen, edge = trials[0], ""
     else:
-        best, found = yield from _search(study, cell, arm, arguments, trials)
+        best, found = yield from _search(settings, trials)
         if math.isnan(mean_score(found[best])):
             return Choice(arm.label, cell.task, cell.backbone, None, tried=_tried(trials, found))
         chosen = trials[best]
         edge = _edge(chosen, trials)
-    yield [
-        _run(study, cell, arm, arguments, chosen, seed, "final", 0, 1.0, cost=index == 0)
-        for index, seed in enumerate(study.seeds)
-    ]
+    # the cost of a step does not depend on the seed, so one run counts it
+    yield [settings.final_run(chosen, seed, cost=seed == study.seeds[0]) for seed in study.seeds]
     return Choice(arm.label, cell.task, cell.backbone, chosen, edge, _tried(trials, found) if found else ())
 
 
-def _search(
-    study: Study, cell: Cell, arm: Arm, arguments: Mapping[str, Any], trials: list[Candidate]
-) -> Generator[list[Run], Sequence[Record], tuple[int, dict[int, list[Record]]]]:
-    """The waves of a search; returns the best trial and the records of each one's last round.
+@dataclass(frozen=True)
+class _Settings:
+    """Arm on a cell, with the arguments of all its runs."""
 
-    `trials` gets what was tried beyond its learning rates.
+    study: Study
+    cell: Cell
+    arm: Arm
+    arguments: Mapping[str, Any]
+
+    def search_run(self, trial: Candidate, index: int, number: int = 0, fraction: float = 1.0) -> Run:
+        """Build a run of the search.
+
+        Args:
+            trial: the candidate.
+            index: number of the run among those of the candidate.
+            number: number of the round.
+            fraction: fraction of a full training.
+        """
+        options = self._options(trial, SEARCH_SEED + index)
+        options = {**shortened(options, fraction, self.study.search_steps(self.cell)), "do_predict": False}
+        return self._run("search", trial, options, round=number)
+
+    def final_run(self, trial: Candidate, seed: int, cost: bool) -> Run:
+        """Build a run that is scored on the test rows."""
+        tasks = {"shifted": self.cell.shifted, "control": self.cell.control}
+        return self._run("final", trial, self._options(trial, seed), cost=cost, **tasks)
+
+    def size_run(self, trial: Candidate) -> Run:
+        """Build the run whose options decide the size of the arm."""
+        return self._run("size", trial, self._options(trial, 0))
+
+    def _options(self, trial: Candidate, seed: int) -> dict[str, Any]:
+        arguments = {**self.arguments, **trial.tuned}
+        options = self.study.options(self.cell, self.arm)
+        return {**options, "method_args": arguments, "learning_rate": trial.learning_rate, "seed": seed}
+
+    def _run(self, stage: str, trial: Candidate, options: Mapping[str, Any], **further: Any) -> Run:
+        measured_on = {name: further[name] for name in ("shifted", "control") if name in further}
+        return Run(
+            id=run_id(options, stage, self.study.launcher, **measured_on),
+            study=self.study.name,
+            stage=stage,
+            arm=self.arm.label,
+            method=self.arm.method,
+            task=self.cell.task,
+            backbone=self.cell.backbone,
+            seed=options["seed"],
+            learning_rate=trial.learning_rate,
+            status="planned",
+            method_args=options["method_args"],
+            tuned=dict(trial.tuned),
+            options=options,
+            launcher=self.study.launcher,
+            **further,
+        )
+
+
+def _search(
+    settings: _Settings, trials: list[Candidate]
+) -> Generator[list[Run], Sequence[Record], tuple[int, dict[int, list[Record]]]]:
+    """Yield the waves of a search.
+
+    Args:
+        settings: what is searched.
+        trials: the candidates; those tried beyond the learning rates are appended.
+
+    Returns:
+        Index of the best trial, and the records of each one's last round by its index.
     """
+    search = settings.study.search
     order, found = list(range(len(trials))), dict[int, list[Record]]()
-    for number, (count, part) in enumerate(rounds(study.search)):
+    for number, (count, fraction) in enumerate(rounds(search)):
         order = order[:count]
-        records = yield [
-            _run(study, cell, arm, arguments, trials[i], SEARCH_SEED + s, "search", number, part)
-            for i in order
-            for s in range(study.search.seeds)
-        ]
-        found |= {i: [r for r in records if _is_of(r, trials[i])] for i in order}
-        order.sort(key=lambda i: _rank(found[i]))
-    for _ in range(study.search.extend):
+        wave = []
+        for index in order:
+            wave += [settings.search_run(trials[index], repeat, number, fraction) for repeat in range(search.seeds)]
+        records = yield wave
+        for index in order:
+            found[index] = [record for record in records if _is_of(record, trials[index])]
+        # the best go on to the next round
+        order.sort(key=lambda index: _rank(found[index]))
+    for _ in range(search.extend):
         further = _beyond(trials[order[0]], trials)
+        # a best candidate that failed or diverged says nothing of what lies beyond it
         if further is None or math.isnan(mean_score(found[order[0]])):
             break
         trials.append(further)
-        records = yield [
-            replace(_run(study, cell, arm, arguments, further, SEARCH_SEED + s, "search", number, 1.0), beyond=True)
-            for s in range(study.search.seeds)
-        ]
+        runs = [settings.search_run(further, repeat, number) for repeat in range(search.seeds)]
+        records = yield [replace(run, beyond=True) for run in runs]
         found[len(trials) - 1] = list(records)
-        order = sorted([*order, len(trials) - 1], key=lambda i: _rank(found[i]))
+        order = sorted([*order, len(trials) - 1], key=lambda index: _rank(found[index]))
     return order[0], found
 
 
@@ -158,18 +239,26 @@ def _is_of(record: Record, trial: Candidate) -> bool:
 
 
 def mean_score(records: Iterable[Record]) -> float:
-    """Mean of the main metric on the validation rows; nan if a run failed or diverged, or there is none."""
-    found = [record.score("validation") if record.ok else None for record in records]
-    values = [math.nan if value is None else value for value in found]
+    """Mean of the main metric on the validation rows.
+
+    It is nan if a run failed or diverged, or if there is none.
+    """
+    values = []
+    for record in records:
+        score = record.score("validation") if record.ok else None
+        values.append(math.nan if score is None else score)
     return sum(values) / len(values) if values else math.nan
 
 
 def _rank(records: Sequence[Record]) -> tuple[float, float]:
-    """Sorts the best first: by the main metric, then by the loss, both on the validation rows; nan comes last."""
+    """Sort key: main metric, then loss, on the validation rows.
+
+    The best comes first, nan last.
+    """
     score = mean_score(records)
     if math.isnan(score):
         return math.inf, math.inf
-    losses = [float(r.metrics["metrics"]["validation"].get("loss", math.inf)) for r in records]
+    losses = [float(record.scores["validation"].get("loss", math.inf)) for record in records]
     loss = sum(losses) / len(losses)
     return -score if records[0].greater_is_better else score, math.inf if math.isnan(loss) else loss
 
@@ -186,68 +275,45 @@ def _edge(chosen: Candidate, trials: Sequence[Candidate]) -> str:
 
 
 def _beyond(best: Candidate, trials: Sequence[Candidate]) -> Candidate | None:
-    """The best candidate with a learning rate one step further out; None if its own does not lie at an edge."""
-    if not (edge := _edge(best, trials)):
+    """Best candidate with a learning rate one step beyond the edge.
+
+    Returns None if its rate is not at an edge.
+    """
+    edge = _edge(best, trials)
+    if not edge:
         return None
     rates = sorted({trial.learning_rate for trial in trials}, reverse=edge == "lowest")
+    # the step is that between the last two rates, rounded as the grid is
     rate = float(f"{rates[-1] ** 2 / rates[-2]:.2g}")
     return None if rate in rates else replace(best, learning_rate=rate)
 
 
-def _run(
-    study: Study,
-    cell: Cell,
-    arm: Arm,
-    arguments: Mapping[str, Any],
-    trial: Candidate,
-    seed: int,
-    stage: str,
-    number: int,
-    part: float,
-    cost: bool = False,
-) -> Run:
-    args = {**arguments, **trial.tuned}
-    options = {**study.options(cell, arm), "method_args": args, "learning_rate": trial.learning_rate, "seed": seed}
-    if stage == "search":
-        options = {**shortened(options, part, study.search_steps(cell)), "do_predict": False}
-    further: dict[str, Any] = {"shifted": cell.shifted, "control": cell.control} if stage == "final" else {}
-    return Run(
-        id=run_id(options, stage, study.launcher, **further),
-        study=study.name,
-        stage=stage,
-        arm=arm.label,
-        method=arm.method,
-        task=cell.task,
-        backbone=cell.backbone,
-        seed=seed,
-        learning_rate=trial.learning_rate,
-        method_args=args,
-        tuned=dict(trial.tuned),
-        round=number,
-        options=options,
-        cost=cost,
-        launcher=study.launcher,
-        **further,
-    )
-
-
 def search_run(study: Study, cell: Cell, arm: Arm, trial: Candidate) -> Run:
-    """The first run of a trial in a full search."""
-    return _run(study, cell, arm, arm.args, trial, SEARCH_SEED, "search", 0, 1.0)
+    """Build the first run of a trial in a full search."""
+    return _Settings(study, cell, arm, arm.args).search_run(trial, 0)
 
 
 def size_run(study: Study, cell: Cell, arm: Arm, name: str, limit: int) -> Run:
-    """The run that stands for the question how large an arm's argument `name` may be on a cell's backbone."""
-    run = _run(study, cell, arm, arm.args, candidates(study, arm, cell)[0], 0, "size", 0, 1.0)
-    return replace(run, id=hashlib.blake2b(f"{run.id} {name} {limit}".encode(), digest_size=8).hexdigest())
+    """Build the run from which an arm's size is found.
+
+    Args:
+        study: the study.
+        cell: the cell with the backbone.
+        arm: the arm.
+        name: the argument that sets the size.
+        limit: the number of trainable parameters.
+    """
+    trial = candidates(study, arm, cell)[0]
+    run = _Settings(study, cell, arm, arm.args).size_run(trial)
+    return replace(run, id=_digest(f"{run.id} {name} {limit}"))
 
 
-def shortened(options: Mapping[str, Any], part: float, max_steps: int | None = None) -> dict[str, Any]:
-    """The options of a run with a part of the training, counted in whatever its length is given in.
+def shortened(options: Mapping[str, Any], fraction: float, max_steps: int | None = None) -> dict[str, Any]:
+    """Options of a run with a fraction of the training.
 
     Args:
         options: options of a full run.
-        part: the part of it.
+        fraction: fraction of its training.
         max_steps: steps of a full run, if they are not those of `options`.
     """
     found = dict(options)
@@ -255,37 +321,57 @@ def shortened(options: Mapping[str, Any], part: float, max_steps: int | None = N
         found["max_steps"] = max_steps
         found.pop("max_seconds", None)
     if found.get("max_steps", -1) > 0:
-        found["max_steps"] = max(1, round(found["max_steps"] * part))
+        found["max_steps"] = max(1, round(found["max_steps"] * fraction))
     if "max_seconds" in found:
-        found["max_seconds"] *= part
+        found["max_seconds"] *= fraction
     elif found.get("max_steps", -1) <= 0:
-        found["num_train_epochs"] = found.get("num_train_epochs", 3.0) * part
+        found["num_train_epochs"] = found.get("num_train_epochs", 3.0) * fraction
     return found
 
 
 def run_id(options: Mapping[str, Any], stage: str, launcher: Mapping[str, Any], **further: str) -> str:
-    """Hash of all that decides a run's result: its options, the content of its task, what is measured of it."""
+    """Hash of all that decides a run's result.
+
+    Args:
+        options: options of the run.
+        stage: its stage.
+        launcher: flags of `accelerate launch`.
+        further: further tasks that are measured, by "shifted" and "control".
+    """
     identity = RunConfig.from_mapping({**options, "output_dir": "-"}).identity()
     named = {key: _task_content(name) for key, name in further.items() if name}
     content = [identity, _task_content(str(options["task"])), stage, launcher, named]
-    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    return _digest(json.dumps(content, sort_keys=True, default=str))
 
 
-#: What a task file says to people, and what does not reach its runs by itself.
-_TELLS_ONLY = ("title", "description", "licence", "citation", "homepage", "shifted", "control")
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+#: Keys of a task file that do not change the result of a run.
+_IGNORED_IN_ID = ("title", "description", "licence", "citation", "homepage", "shifted", "control")
 
 
 @lru_cache(maxsize=256)
 def _task_content(source: str) -> str:
     task = load_task(source)
-    # without the values that are a field's default, so that a key that is new in tasks changes no old run
-    values = task.model_dump(exclude_defaults=True, exclude=set(_TELLS_ONLY))
+    # without the values that are a field's default, so that a key that is new in tasks changes no id of an older run
+    values = task.model_dump(exclude_defaults=True, exclude=set(_IGNORED_IN_ID))
     return json.dumps([values, str(task.folder) if task.where == "files" else ""], sort_keys=True, default=str)
 
 
 def check_distinct(runs: Iterable[Run], seen: dict[str, Run]) -> None:
-    """Raise `ConfigError` if two arms come to the same run, which would be counted twice; `seen` is added to."""
+    """Check that no two arms have the same run.
+
+    Args:
+        runs: runs that are new.
+        seen: id -> run of those before, to which the new ones are added.
+
+    Raises:
+        ConfigError: two arms have the same run.
+    """
     for run in runs:
+        # the same run of the same arm is no conflict
         other = seen.setdefault(run.id, run)
         if (other.arm, other.task) != (run.arm, run.task):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Shows how far a comparison is: a live bar on a terminal, one plain line for each run elsewhere."""
+"""Progress of a comparison: a live bar, or lines without a terminal."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-from peft_lab.comparison.records.results import Record
+from peft_lab.comparison.records.run import Record
 
 
 class Progress:
-    """Runs done, running and failed, and when all will be done.
+    """Display of runs done, running and failed, and the expected end.
 
     Args:
         name: the study's.
@@ -42,7 +42,7 @@ class Progress:
             self._bar.stop()
 
     def done(self, record: Record, fresh: bool) -> None:
-        """Count a run that has ended; `fresh` if it was made just now, not found in the results."""
+        """Count an ended run; `fresh` if it was made just now."""
         self._done += 1
         self._failed += not record.ok
         if fresh:
@@ -52,12 +52,12 @@ class Progress:
         self._show()
 
     def more(self, count: int) -> None:
-        """Expect that many runs more than were known of."""
+        """Expect that many more runs."""
         self._total += count
         self._bar.update(self._task, total=self._total)
 
     def running(self, count: int) -> None:
-        """Say how many runs are under way."""
+        """Show how many runs are under way."""
         if count != self._running:
             self._running = count
             self._show()
@@ -67,6 +67,7 @@ class Progress:
         if self._failed:
             state += f", [red]{self._failed} failed[/]"
         if self._seconds:
+            # runs that were found in the results took no time now, so only fresh ones count
             left = statistics.mean(self._seconds) * (self._total - self._done) / self._workers
             end = datetime.now().astimezone() + timedelta(seconds=left)
             state += f", done at {end:%H:%M}" if left < 86400 else f", done on {end:%d %b}"
@@ -74,7 +75,7 @@ class Progress:
 
 
 def seconds(record: Record) -> float:
-    """How long a run took, from start to record."""
+    """Duration of a run in seconds, from start to record."""
     started, finished = (datetime.fromisoformat(text) for text in (record.started, record.finished))
     return (finished - started).total_seconds()
 

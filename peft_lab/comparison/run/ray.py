@@ -1,4 +1,6 @@
-"""Runs on a Ray cluster: Ray places them, restarts nothing, and gives each a process and, if there are any, a GPU.
+"""Runs on a Ray cluster.
+
+Ray places them, restarts none, and gives each a process and, if there are any, a GPU.
 
 The folder of the comparison must be the same file system on all machines, and peft-lab installed on each.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from peft_lab.comparison.run.worker import Job, execute
@@ -15,7 +18,10 @@ from peft_lab.utils.cores import usable_cores
 
 
 def _execute(job: Job) -> None:
-    """Carry out a job in a process of Ray, which puts the driver's working directory on the module path."""
+    """Carry out a job in a process of Ray.
+
+    Ray puts the driver's working directory on the module path, from which it is taken off again.
+    """
     import peft_lab.utils._safe_path  # noqa: F401
 
     execute(job)
@@ -65,14 +71,14 @@ class RayBackend:
     def submit(self, job: Job) -> Future[None]:
         """Carry out a job somewhere in the cluster."""
         threads = int(os.environ.get("OMP_NUM_THREADS") or self._threads)
-        reference = self._execute.remote({**job, "threads": threads})
+        reference = self._execute.remote(replace(job, threads=threads))
         future: Future[None] = reference.future()
         self._references[future] = reference
         future.add_done_callback(lambda done: self._references.pop(done, None))
         return future
 
     def close(self) -> None:
-        """End what is still running, and the cluster if it was started here."""
+        """End all runs, and the cluster if it was started here."""
         for reference in list(self._references.values()):
             self._ray.cancel(reference, force=True)
         if self._started:

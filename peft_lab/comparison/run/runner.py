@@ -1,7 +1,11 @@
-"""Carries out a comparison: any process may be killed at any time, and the same command goes on from there."""
+"""Runner of a comparison.
+
+Any process may be killed at any time; the same command goes on from there.
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -17,17 +21,16 @@ from peft_lab.comparison.records.results import (
     RUNS,
     STUDY,
     Journal,
-    Record,
     append_record,
     repair,
-    search_budgets,
 )
-from peft_lab.comparison.records.run import Run
+from peft_lab.comparison.records.run import Record, Run
+from peft_lab.comparison.records.search_budget import search_budgets
 from peft_lab.comparison.run import plan
 from peft_lab.comparison.run.backends import Backend, is_import_of_main, make_backend
 from peft_lab.comparison.run.plan import Choice
 from peft_lab.comparison.run.progress import Progress
-from peft_lab.comparison.run.worker import Job, lock_file, now, one_line, record_of
+from peft_lab.comparison.run.worker import Job, counts, lock_file, now, one_line, record_of
 from peft_lab.comparison.study import parameter_budget
 from peft_lab.comparison.study.schema import load_study
 from peft_lab.comparison.study.study import Arm, Cell, Study
@@ -40,13 +43,13 @@ POLL = 0.5
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison came to.
+    """Result of a comparison.
 
     Attributes:
         folder: its folder, with results.jsonl, the runs and the report.
         study: the study.
         records: of all its runs.
-        choices: what each arm's search came to on each cell.
+        choices: result of each arm's search on each cell.
         unfinished: number of runs that were not made because the time was over.
         report: the report's page; None if none was written.
     """
@@ -60,7 +63,7 @@ class Comparison:
 
     @property
     def failed(self) -> list[Record]:
-        """The runs that failed."""
+        """Records of the runs that failed."""
         return [record for record in self.records if not record.ok]
 
 
@@ -75,10 +78,12 @@ def compare(
     deadline: float | None = None,
     report: bool = True,
 ) -> Comparison:
-    """Compare methods as a study says: search on the validation rows, then final runs that see the test rows once.
+    """Compare methods by a study: a search, then final runs.
 
-    The same call goes on with a comparison that was interrupted. A script that calls this must do so below
-    `if __name__ == "__main__":`, for its runs are processes of their own.
+    The search sees the validation rows.
+
+    The final runs see the test rows once. The same call goes on with a comparison that was interrupted. A script must
+    call this below `if __name__ == "__main__":`, because its runs are processes of their own.
 
     Args:
         study: a study, its mapping, or its YAML file.
@@ -93,6 +98,7 @@ def compare(
     Raises:
         ConfigError, TaskError: the study is not what it should be; a failing run raises nothing.
     """
+    # a child imports the user's script; without this it would start the comparison again
     if is_import_of_main():
         raise ConfigError('A script that compares must do so below `if __name__ == "__main__":`.')
     study = load_study(study)
@@ -116,23 +122,23 @@ def carry_out(
     waves: Sequence[Generator[list[Run], Sequence[Record], Choice]],
     deadline: float | None = None,
 ) -> list[Record]:
-    """Carry out runs beside those of the study, such as those that only tell how long others take.
+    """Carry out runs beside those of the study, such as pilot runs.
 
     Args:
         study: the study in whose folder they are recorded.
         folder: that folder.
         backend: where they run.
-        waves: generators of runs, as `plan.arm_runs` is one.
+        waves: generators of runs, like `plan.arm_runs`.
         deadline: as for `compare`.
     """
     _open(folder, study)
     runner = _Runner(study, folder, backend, "", deadline)
-    runner.execute([_Group(each) for each in waves])
+    runner.execute([_ArmRuns(each) for each in waves])
     return runner.records()
 
 
 def _open(folder: Path, study: Study) -> None:
-    """Make the folder ready; it must be empty or hold a comparison of that name, which may have grown."""
+    """Prepare the folder: empty, or with a comparison of that name."""
     if folder.is_file():
         raise ConfigError(f'output_dir "{folder}" is a file; name a folder.')
     if folder.is_dir() and any(folder.iterdir()) and not (folder / STUDY).is_file():
@@ -145,6 +151,7 @@ def _open(folder: Path, study: Study) -> None:
             )
     (folder / RUNS).mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{COMPARISON}.lock"):
+        # another process may read the study at any time
         partial = folder / f"{STUDY}.partial"
         partial.write_text(dump_yaml(study.to_dict()), encoding="utf-8")
         partial.replace(folder / STUDY)
@@ -157,8 +164,8 @@ def _report(folder: Path) -> Path:
     return write_report(folder)
 
 
-class _Group:
-    """The runs of one arm on one cell: waves that follow from one another's results."""
+class _ArmRuns:
+    """Runs of one arm on one cell, in waves."""
 
     def __init__(self, waves: Generator[list[Run], Sequence[Record], Choice]) -> None:
         self._waves = waves
@@ -166,7 +173,10 @@ class _Group:
         self.choice: Choice | None = None
 
     def advance(self, records: Sequence[Record]) -> None:
-        """Give the records of the wave; the next wave stands in `wave`, or the outcome in `choice`."""
+        """Take the records of the wave.
+
+        Afterwards `wave` is the next one, or `choice` is the result.
+        """
         try:
             self.wave = self._waves.send(records)
         except StopIteration as stop:
@@ -174,7 +184,7 @@ class _Group:
 
 
 class _Runner:
-    """The loop: what is known from results.jsonl decides what is submitted next."""
+    """Loop that submits runs by what results.jsonl holds."""
 
     def __init__(self, study: Study, folder: Path, backend: Backend, since: str, deadline: float | None) -> None:
         self.study, self.folder, self.backend = study, folder, backend
@@ -188,19 +198,23 @@ class _Runner:
         self.unfinished = 0
 
     def records(self) -> list[Record]:
-        """The records of the runs that this comparison consists of."""
+        """Records of the runs of this comparison."""
         return [record for record in self.journal.records.values() if record.id in self.planned]
 
-    def groups(self) -> list[_Group]:
-        """The runs of every arm on every cell."""
-        sized = self._sizes()
-        return [
-            _Group(plan.arm_runs(self.study, cell, arm, sized.get((cell.task, cell.backbone, arm.label))))
-            for cell, arm in self._pairs()
-        ]
+    def groups(self) -> list[_ArmRuns]:
+        """Runs of every arm on every cell."""
+        sizes = self._sizes()
+        groups = []
+        for cell, arm in self._pairs():
+            sized = sizes.get((cell.task, cell.backbone, arm.label))
+            groups.append(_ArmRuns(plan.arm_runs(self.study, cell, arm, sized)))
+        return groups
 
-    def execute(self, groups: Sequence[_Group], total: int = 0) -> None:
-        """Make all runs, `total` if that is known beforehand, unless the time ends before."""
+    def execute(self, groups: Sequence[_ArmRuns], total: int = 0) -> None:
+        """Make all runs, or those that the deadline leaves time for.
+
+        `total` is their number if it is known.
+        """
         for group in groups:
             plan.check_distinct(group.wave, self.planned)
         with Progress(self.study.name, total or len(self.planned), self.backend.workers) as self.progress:
@@ -210,28 +224,30 @@ class _Runner:
                 if any(group.choice is None for group in groups):
                     self._wait()
         self.journal.read()  # records that were renamed
-        self.unfinished = sum(1 for group in groups for run in group.wave if not self._record(run))
+        planned = itertools.chain.from_iterable(group.wave for group in groups)
+        self.unfinished = sum(self._record(run) is None for run in planned)
         self.choices = [group.choice for group in groups if group.choice is not None]
         self._write()
 
     def _pairs(self) -> list[tuple[Cell, Arm]]:
-        return [(cell, arm) for cell in self.study.cells for arm in self.study.arms]
+        return list(itertools.product(self.study.cells, self.study.arms))
 
     def _over(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def _record(self, run: Run) -> Record | None:
-        """The run's record, unless it is of a failure that is to be tried again."""
+        """Record of the run; None if it is to be made."""
         found = self.journal.records.get(run.id)
-        return found if found is not None and (found.ok or not self.since or found.finished >= self.since) else None
+        return found if counts(found, self.since) else None
 
-    def _advance(self, groups: Sequence[_Group]) -> list[Run]:
-        """Take in new records; returns the runs that have none."""
+    def _advance(self, groups: Sequence[_ArmRuns]) -> list[Run]:
+        """Read new records, advance groups; returns runs without a record."""
         self.journal.read()
         waiting = []
         for group in groups:
             while group.wave:
-                found = [record for run in group.wave if (record := self._record(run)) is not None]
+                records = [self._record(run) for run in group.wave]
+                found = [record for record in records if record is not None]
                 self._show(found)
                 if len(found) < len(group.wave):
                     break
@@ -245,34 +261,36 @@ class _Runner:
         return waiting
 
     def _show(self, records: Sequence[Record]) -> None:
-        """Tell of the records that have not been told of."""
+        """Show the records that have not been shown yet."""
         for record in records:
             if record.id not in self.shown:
                 self.shown.add(record.id)
                 self.progress.done(record, fresh=record.id in self.started)
 
     def _relabelled(self, run: Run, record: Record) -> Record:
-        """The record under the names that the study has now, and as part of the given candidates or beyond them."""
+        """Record with the names and the mark of today's study."""
         renamed = replace(record, study=run.study, arm=run.arm, task=run.task, beyond=run.beyond)
         if renamed != record:
             append_record(self.folder, renamed)
         return renamed
 
     def _submit(self, waiting: Sequence[Run]) -> None:
-        """Fill the workers with runs that no process is at."""
+        """Fill the workers with runs that no process works on."""
         under_way = {run.id for run in self.running.values()}
         for run in waiting:
             if len(self.running) >= self.backend.workers or self._over():
                 break
+            # another process of the same comparison may be at it
             if run.id in under_way or not _is_free(lock_file(self.folder, run.id)):
                 continue
-            job: Job = {"do": "run", "folder": str(self.folder), "run": asdict(run), "since": self.since}
+            job = Job("run", str(self.folder), run, self.since)
             self.started[run.id] = now()
             self.running[self.backend.submit(job)] = run
         self.progress.running(len(self.running))
 
     def _wait(self) -> None:
-        """Wait until a run ends, or until it is time to look what other processes have done."""
+        """Wait until a run ends, at most `POLL` seconds."""
+        # all that is left is run by other processes
         if not self.running:
             time.sleep(POLL)
             return
@@ -281,13 +299,14 @@ class _Runner:
             run, error = self.running.pop(future), future.exception()
             if error is None:
                 continue
+            # the process died without a word, unless another one has recorded the run meanwhile
             self.journal.read()
             if self._record(run) is None and not self._over():
                 values = {"status": "failed", "error": one_line(error)}
                 append_record(self.folder, record_of(run, self.started[run.id], **values))
 
     def _sizes(self) -> dict[tuple[str, str, str], dict[str, int]]:
-        """The argument of each arm on each cell that makes it as large as the study wants it.
+        """Arguments that give arms the study's number of parameters, by cell.
 
         Raises:
             ConfigError: an arm cannot be sized.
@@ -300,31 +319,38 @@ class _Runner:
             name = parameter_budget.size_field(arm.method, {**arm.args, **arm.tune}, arm.size)
             run = plan.size_run(self.study, cell, arm, name, limit)
             file = parameter_budget.size_file(self.folder, run.id)
+            # sizes are kept, so a comparison that goes on does not search for them again
             if not file.is_file():
-                job: Job = {"do": "size", "folder": str(self.folder), "run": asdict(run), "field": name, "limit": limit}
+                job = Job("size", str(self.folder), run, size_argument=name, limit=limit)
                 self.backend.submit(job).result()
             found[cell.task, cell.backbone, arm.label] = parameter_budget.read_size(file)
         return found
 
     def _write(self) -> None:
-        """comparison.json: which runs belong to the comparison, what was chosen, and what each search cost."""
-        spent = search_budgets(self.records())
-        shared = search_budgets(record for record in self.records() if not record.beyond)
+        """Write comparison.json: runs of the comparison, choices, and search budgets."""
+        budgets = search_budgets(self.records())
         values = {
             "runs": list(self.planned),
             "choices": [asdict(choice) for choice in self.choices],
-            "budgets": [asdict(item) for item in spent],
-            "equal_budgets": all(
-                len({(item.trials, item.steps) for item in shared if (item.task, item.backbone) == cell}) <= 1
-                for cell in {(item.task, item.backbone) for item in shared}
-            ),
+            "budgets": [asdict(budget) for budget in budgets],
+            "equal_budgets": self._equal_budgets(),
         }
         with FileLock(self.folder / f"{COMPARISON}.lock"):
             write_json(self.folder / COMPARISON, values)
 
+    def _equal_budgets(self) -> bool:
+        """Test whether all arms of each cell had equal searches.
+
+        Runs beyond an edge are left out.
+        """
+        by_cell: dict[tuple[str, str], set[tuple[int, int]]] = {}
+        for budget in search_budgets(record for record in self.records() if not record.beyond):
+            by_cell.setdefault((budget.task, budget.backbone), set()).add((budget.trials, budget.steps))
+        return all(len(budgets) == 1 for budgets in by_cell.values())
+
 
 def _is_free(file: Path) -> bool:
-    """Whether no process holds a run's lock."""
+    """Test whether no process holds a run's lock."""
     try:
         with FileLock(file, timeout=0):
             return True

@@ -1,4 +1,7 @@
-"""What the process of a run does: train, measure, record. It is the run's own process, so that nothing outlives it."""
+"""Process of one run: trains, measures and records.
+
+Each run has a process of its own, so that its memory ends with it.
+"""
 
 from __future__ import annotations
 
@@ -9,105 +12,116 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from peft_lab.comparison.records.results import RUNS, Journal, Record, append_record
-from peft_lab.comparison.records.run import Run
+from peft_lab.comparison.records.results import RUNS, Journal, append_record
+from peft_lab.comparison.records.run import Record, Run
 from peft_lab.errors import PeftLabError
 from peft_lab.runs import run_folder
 
 ERROR = "error.txt"
-#: What is kept of a search's run: its adapter will not be used.
+#: Files that are kept of a search's run. Its adapter will not be used.
 _KEPT = (run_folder.RUN, run_folder.METRICS, run_folder.HISTORY, run_folder.TASK)
 
 
-class Job(TypedDict, total=False):
-    """What a backend hands to `execute`: plain values only.
+@dataclass(frozen=True)
+class Job:
+    """Order to the process of a run.
 
     Attributes:
-        do: "run", or "size" to find the argument that gives an arm its size.
+        task: "run", or "size" to find the argument value that gives an arm its number of trainable parameters.
         folder: absolute path of the comparison's folder, the same on every machine that takes part.
-        run: the fields of a `Run`.
-        since: a failed run recorded before this time is tried again.
+        run: the run.
+        since: a failed run recorded before this time is made again.
         threads: threads of the process; None leaves torch's own choice.
         device: value of CUDA_VISIBLE_DEVICES, None to leave it as it is.
-        field, limit: for "size": the argument and the number of trainable parameters.
-        log: for "run": whether what is printed goes to the run's log file.
+        size_argument: for "size", the argument of the method.
+        limit: for "size", the number of trainable parameters.
     """
 
-    do: str
+    task: str
     folder: str
-    run: dict[str, Any]
-    since: str
-    threads: int | None
-    device: str | None
-    field: str
-    limit: int
-    log: bool
+    run: Run
+    since: str = ""
+    threads: int | None = None
+    device: str | None = None
+    size_argument: str = ""
+    limit: int = 0
 
 
 def execute(job: Job) -> None:
-    """Carry out a job; its result is on the disk when this returns.
+    """Carry out a job and write its result to the disk.
 
-    A run that another process is at, or has recorded already, is left to it.
+    A run that another process has locked, or has recorded already, is left to it.
     """
     from peft_lab.utils.processes import end_with_parent, quiet
 
     end_with_parent()
-    if job.get("device") is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(job["device"])
-    folder, run = Path(job["folder"]), Run(**job["run"])
+    if job.device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = job.device
+    folder, run = Path(job.folder), job.run
     lock = FileLock(lock_file(folder, run.id))
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return
-    with lock, _logged(folder / RUNS / f"{run.id}.log", job.get("log", True)):
+    with lock, _logged(folder / RUNS / f"{run.id}.log"):
         quiet()
-        if job.get("threads"):
+        if job.threads:
             import torch
 
-            torch.set_num_threads(int(job["threads"] or 1))
-        if job["do"] == "size":
+            torch.set_num_threads(job.threads)
+        if job.task == "size":
             from peft_lab.comparison.study.parameter_budget import find_size
 
-            find_size(folder, run, job["field"], job["limit"])
-        elif not is_recorded(folder, run.id, job.get("since", "")):
-            _record(folder, run)
+            find_size(folder, run, job.size_argument, job.limit)
+        elif not is_recorded(folder, run.id, job.since):
+            _make_and_record(folder, run)
 
 
-def lock_file(folder: Path, identity: str) -> Path:
-    """The file whose lock the process of a run holds; the system releases it however the process ends."""
-    return folder / RUNS / f"{identity}.lock"
+def lock_file(folder: Path, run_id: str) -> Path:
+    """File whose lock the process of a run holds.
+
+    The system releases it however the process ends.
+    """
+    return folder / RUNS / f"{run_id}.lock"
 
 
-def is_recorded(folder: Path, identity: str, since: str = "") -> bool:
-    """Whether a run has a record; one of a failure counts only from the time `since` on."""
+def is_recorded(folder: Path, run_id: str, since: str = "") -> bool:
+    """Test whether a run has a record that stands."""
     journal = Journal(folder)
     journal.read()
-    found = journal.records.get(identity)
-    return found is not None and (found.ok or not since or found.finished >= since)
+    return counts(journal.records.get(run_id), since)
+
+
+def counts(record: Record | None, since: str) -> bool:
+    """Test whether a record stands: its run is not repeated.
+
+    Args:
+        record: the record, None if the run has none.
+        since: failures recorded before this time are to be tried again; "" for none.
+    """
+    return record is not None and (record.ok or not since or record.finished >= since)
 
 
 def now() -> str:
-    """The time as records have it."""
+    """UTC time in the format of records, ISO 8601 with milliseconds."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 @contextlib.contextmanager
-def _logged(file: Path, wanted: bool) -> Iterator[None]:
-    """Send what this process and its children print to a file."""
-    if not wanted:
-        yield
-        return
+def _logged(file: Path) -> Iterator[None]:
+    """Send the output of this process and its children to a file."""
     with file.open("a", encoding="utf-8") as log:
         sys.stdout.flush()
         sys.stderr.flush()
+        # file descriptors, not sys.stdout: libraries in C and child processes write to these
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         yield
@@ -115,50 +129,37 @@ def _logged(file: Path, wanted: bool) -> Iterator[None]:
         sys.stderr.flush()
 
 
-def _record(folder: Path, run: Run) -> None:
-    """Make the run and record how it ended; an error of the run is a result too."""
+def _make_and_record(folder: Path, run: Run) -> None:
+    """Make the run and record its end, an error too."""
     place, started = folder / RUNS / run.id, now()
     (place / ERROR).unlink(missing_ok=True)
-    found: dict[str, Any] = {"status": "ok"}
     try:
-        found |= perform(run, place)
-    except Exception as error:  # whatever ends one run, the others go on
+        outcome: dict[str, Any] = {"status": "ok", **perform(run, place)}
+    except Exception as error:  # one run that fails must not end the others
         place.mkdir(parents=True, exist_ok=True)
         (place / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
         traceback.print_exc()
-        found = {"status": "failed", "error": one_line(error)}
-    append_record(folder, record_of(run, started, **found, environment=environment()))
-    if found["status"] == "ok":
+        outcome = {"status": "failed", "error": one_line(error)}
+    append_record(folder, record_of(run, started, **outcome, environment=environment()))
+    if outcome["status"] == "ok":
         _prune(place, run.stage)
 
 
-def record_of(run: Run, started: str, **values: Any) -> Record:
-    """The record of a run that ends now."""
+def record_of(run: Run, started: str, **outcome: Any) -> Record:
+    """Build the record of a run that ends now.
+
+    Args:
+        run: the run.
+        started: time of its start.
+        outcome: `status`, and what else is known of its end.
+    """
+    # a token must not reach a file that is made to be shared
     options = {name: value for name, value in run.options.items() if name != "hub_token"}
-    return Record(
-        id=run.id,
-        study=run.study,
-        stage=run.stage,
-        arm=run.arm,
-        method=run.method,
-        method_args=dict(run.method_args),
-        task=run.task,
-        backbone=run.backbone,
-        seed=run.seed,
-        learning_rate=run.learning_rate,
-        tuned=dict(run.tuned),
-        round=run.round,
-        beyond=run.beyond,
-        options=options,
-        started=started,
-        finished=now(),
-        folder=f"{RUNS}/{run.id}",
-        **values,
-    )
+    return Record.of(run, options=options, started=started, finished=now(), folder=f"{RUNS}/{run.id}", **outcome)
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line, with its type if it is not one of ours."""
+    """Error in one line, with its type unless it is peft-lab's."""
     text = " ".join(str(error).split())[:500]
     return text if isinstance(error, PeftLabError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
@@ -180,38 +181,47 @@ def perform(run: Run, place: Path) -> dict[str, Any]:
 
 
 def _prune(place: Path, stage: str) -> None:
-    """Remove what is not needed of a recorded run: checkpoints, and of a search's run all but its figures."""
+    """Remove the checkpoints of a recorded run.
+
+    Of a search's run the adapter is removed too.
+    """
     for path in place.iterdir():
         if path.name.startswith("checkpoint-") or (stage == "search" and path.name not in _KEPT):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def environment() -> dict[str, Any]:
-    """What decides a result besides the options: versions, device, threads, platform, commit of a checkout."""
+    """Versions, device, threads, platform and commit of this process."""
     import torch
 
     from peft_lab.utils.versions import device_name, versions
 
-    found: Mapping[str, Any] = {
+    return {
         "versions": versions(),
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "commit": commit(),
     }
-    return dict(found)
 
 
 def commit() -> str:
-    """The git commit of the checkout that peft_lab runs from, with "+changes" if files differ; "" if installed."""
-    root = Path(__file__).resolve().parents[2]
+    """Git commit of the checkout that peft_lab runs from.
+
+    "+changes" is added if files differ from the commit. The result is "" if peft_lab is installed or git is missing.
+    """
+    root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return ""
     try:
-        head, status = (
-            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
+        head = _git(root, "rev-parse", "HEAD")
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return head + ("+changes" if status else "")
+    return head + ("+changes" if changes else "")
+
+
+def _git(root: Path, *words: str) -> str:
+    """Output of a git command in the checkout."""
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

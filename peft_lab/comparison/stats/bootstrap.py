@@ -1,4 +1,4 @@
-"""The plain bootstrap over seeds and test rows, shown beside the intervals that the findings rest on."""
+"""Percentile bootstrap over seeds and test rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ _RESAMPLES = 2000
 
 
 def bootstrap_interval(values: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """95 % percentile interval of a score, seeds and test rows resampled apart from each other.
+    """95 % percentile interval of a score.
+
+    Seeds and test rows are resampled independently.
 
     Args:
-        values: for each seed the rows' values, arrays (rows,), as `jackknife_values` gives; their mean is the score.
+        values: for each seed the values per row, float arrays (rows,), whose mean is the score.
 
     Returns:
-        None with fewer than two seeds or rows. With 3 seeds the interval is too narrow (`tests/test_statistics.py`).
+        None with fewer than two seeds or rows. With 3 seeds the interval is too narrow, as tests simulate.
     """
     if len(values) < 2 or len(values[0]) < 2:
         return None
@@ -26,6 +28,7 @@ def bootstrap_interval(values: Sequence[np.ndarray]) -> tuple[float, float] | No
     def mean(seeds: np.ndarray, rows: np.ndarray) -> float:
         return float(table[seeds][:, rows].mean())
 
+    # equal values would only cost time
     if np.ptp(table) == 0:
         return float(table[0, 0]), float(table[0, 0])
     samples = tuple(np.arange(size) for size in table.shape)

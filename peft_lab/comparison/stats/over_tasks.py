@@ -1,29 +1,21 @@
-"""The arms over all tasks of a comparison: mean score with its interval, and average rank."""
+"""Results over all tasks: mean scores and average ranks."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from scipy.stats import rankdata
 
-from peft_lab.comparison.stats.statistics import (
-    ALL_TASKS,
-    Arm,
-    Cell,
-    Comparison,
-    Estimate,
-    Part,
-    assemble,
-    p_value,
-    with_interval,
-)
+from peft_lab.comparison.stats.estimates import Estimate, VarianceComponent, p_value, with_interval
+from peft_lab.comparison.stats.statistics import ALL_TASKS, ArmResult, CellResult, PairTest, cell_result
 from peft_lab.metrics.per_row import BOUNDS
 
 
-def over_tasks(cells: Sequence[Cell]) -> Cell | None:
-    """The mean over cells as a cell of its own, of the arms that have a score in each of them.
+def over_tasks(cells: Sequence[CellResult]) -> CellResult | None:
+    """Mean over cells of the arms with a score in each.
 
     The tasks are those that were run, not a draw from others: seeds and test rows vary, tasks do not. Cells with a
     metric that shares no scale with others (perplexity) are left out.
@@ -31,78 +23,117 @@ def over_tasks(cells: Sequence[Cell]) -> Cell | None:
     Returns:
         None if fewer than two cells can be averaged, or fewer than two arms are in all of them.
     """
+    # a perplexity would outweigh all shares
     cells = [cell for cell in cells if cell.arms and has_scale(cell)]
-    labels = [label for label in arm_labels(cells) if all(cell.arm(label) for cell in cells)]
-    if len(cells) < 2 or len(labels) < 2:
+    by_label = _arms_in_all(cells)
+    if len(cells) < 2 or len(by_label) < 2:
         return None
-    arms = []
+    tasks = [cell.task for cell in cells]
     least, greatest = np.mean([BOUNDS[cell.metric] for cell in cells], axis=0).tolist()
-    for label in labels:
-        found = [arm for cell in cells if (arm := cell.arm(label)) is not None]
-        score = mean_of([cell.task for cell in cells], [arm.score for arm in found], (least, greatest))
-        arms.append(Arm(label, score, {}, tuple(record for arm in found for record in arm.records)))
-    comparisons = [_compare(first, second, cells) for first, second in itertools.combinations(labels, 2)]
+    arms = []
+    for label, found in by_label.items():
+        score = mean_of(tasks, [arm.score for arm in found], (least, greatest))
+        records = itertools.chain.from_iterable(arm.records for arm in found)
+        arms.append(ArmResult(label, score, {}, tuple(records)))
+    pair_tests = [_test_pair(first, second, cells) for first, second in itertools.combinations(by_label, 2)]
     metrics = sorted({cell.metric for cell in cells})
     backbones = sorted({cell.backbone for cell in cells})
-    return assemble(ALL_TASKS, ", ".join(backbones), ", ".join(metrics), arms, comparisons)
+    return cell_result(ALL_TASKS, ", ".join(backbones), ", ".join(metrics), arms, pair_tests)
 
 
-def has_scale(cell: Cell) -> bool:
-    """Whether 1 is the best value of the cell's metric, so that a mean with other such metrics has a meaning."""
+def has_scale(cell: CellResult) -> bool:
+    """Test whether 1 is the best value of the cell's metric.
+
+    Only then has a mean with other such metrics a meaning.
+    """
     return cell.higher_is_better and BOUNDS.get(cell.metric, (0.0, np.inf))[1] == 1.0
 
 
-def arm_labels(cells: Sequence[Cell]) -> list[str]:
-    """All arms of the cells, in order of their first appearance, those without a score included."""
-    return list(
-        dict.fromkeys(label for cell in cells for label in (*(a.label for a in cell.arms), *cell.without_score))
-    )
+def arm_labels(cells: Sequence[CellResult]) -> list[str]:
+    """Labels of all arms, in the order of their first appearance."""
+    labels: dict[str, None] = {}
+    for cell in cells:
+        labels |= dict.fromkeys(arm.label for arm in cell.arms)
+        labels |= dict.fromkeys(cell.without_score)
+    return list(labels)
 
 
-def average_ranks(cells: Sequence[Cell]) -> dict[str, float]:
-    """The mean rank over cells (1 is best) of the arms that have a score in each of them, ranked among themselves."""
+def _arms_in_all(cells: Sequence[CellResult]) -> dict[str, list[ArmResult]]:
+    """Results by label of the arms with a score in each cell."""
+    common: dict[str, list[ArmResult]] = {}
+    for label in arm_labels(cells):
+        results = [cell.arm(label) for cell in cells]
+        found = [arm for arm in results if arm is not None]
+        if len(found) == len(cells):
+            common[label] = found
+    return common
+
+
+def average_ranks(cells: Sequence[CellResult]) -> dict[str, float]:
+    """Mean rank, 1 is best, of arms scored in each cell.
+
+    The arms are ranked among themselves.
+    """
     cells = [cell for cell in cells if cell.arms]
-    labels = [label for label in arm_labels(cells) if all(cell.arm(label) for cell in cells)]
-    if not labels:
+    by_label = _arms_in_all(cells)
+    if not by_label:
         return {}
     ranks = []
-    for cell in cells:
-        scores = [arm.score.value for label in labels if (arm := cell.arm(label)) is not None]
-        ranks.append(rankdata([-score if cell.higher_is_better else score for score in scores]))
-    return dict(zip(labels, np.mean(ranks, axis=0).tolist(), strict=True))
+    for position, cell in enumerate(cells):
+        # rank 1 is the smallest value, so scores of which more is better are negated
+        scores = np.array([found[position].score.value for found in by_label.values()])
+        ranks.append(rankdata(-scores if cell.higher_is_better else scores))
+    return dict(zip(by_label, np.mean(ranks, axis=0).tolist(), strict=True))
 
 
 def mean_of(tasks: Sequence[str], scores: Sequence[Estimate], bounds: tuple[float, float] | None = None) -> Estimate:
-    """The mean of estimates on several tasks, with its interval, cut at `bounds`.
+    """Mean of estimates on several tasks, with its interval, cut at `bounds`.
 
     Seeds count as drawn anew for each task; the rows of one task, seen by several backbones, as the same ones. There is
     no interval if one of the estimates has none, and none over seeds if one of them has none over seeds.
     """
     count = len(scores)
     mean = float(np.mean([score.value for score in scores]))
-    sources = set.intersection(*({part.source for part in score.parts} for score in scores))
-    parts = []
+    seeds: list[VarianceComponent] = []
+    rows: list[tuple[str, VarianceComponent]] = []
+    sources = {"seeds", "rows"}
+    for task, score in zip(tasks, scores, strict=True):
+        # a source that one task lacks cannot be accounted for in the mean
+        sources &= {component.source for component in score.components}
+        for component in score.components:
+            if component.source == "seeds":
+                seeds.append(component)
+            else:
+                rows.append((task, component))
+    components = []
     if "seeds" in sources:
-        seeds = [part for score in scores for part in score.parts if part.source == "seeds"]
-        parts.append(_joined(seeds, sum(part.variance for part in seeds), count, "seeds"))
+        variance = sum(component.variance for component in seeds)
+        components.append(_mean_component(seeds, variance, count, "seeds"))
     if "rows" in sources:
-        rows = [(task, part) for task, score in zip(tasks, scores, strict=True) for part in score.parts]
-        rows = [(task, part) for task, part in rows if part.source == "rows"]
-        by_task = [sum(part.variance**0.5 for name, part in rows if name == task) ** 2 for task in dict.fromkeys(tasks)]
-        parts.append(_joined([part for _, part in rows], sum(by_task), count, "rows"))
-    return with_interval(mean, parts, bounds)
+        # backbones saw the same rows of a task: their errors are taken as fully correlated, so deviations add up
+        deviations: dict[str, float] = {}
+        for task, component in rows:
+            deviations[task] = deviations.get(task, 0.0) + component.variance**0.5
+        variance = sum(deviation**2 for deviation in deviations.values())
+        components.append(_mean_component([component for _, component in rows], variance, count, "rows"))
+    return with_interval(mean, components, bounds)
 
 
-def _joined(parts: Sequence[Part], variance: float, count: int, source: str) -> Part:
-    """The part of a mean over `count` tasks; degrees of freedom after Satterthwaite."""
-    total = sum(part.variance for part in parts)
-    squares = sum(part.variance**2 / part.df for part in parts)
-    df = total**2 / squares if squares > 0 else sum(part.df for part in parts)
-    return Part(variance / count**2, df, "seeds" if source == "seeds" else "rows")
+def _mean_component(
+    components: Sequence[VarianceComponent], variance: float, count: int, source: Literal["seeds", "rows"]
+) -> VarianceComponent:
+    """Variance component of a mean over `count` tasks.
+
+    The degrees of freedom are Satterthwaite's.
+    """
+    total = sum(component.variance for component in components)
+    squares = sum(component.variance**2 / component.df for component in components)
+    df = total**2 / squares if squares > 0 else sum(component.df for component in components)
+    return VarianceComponent(variance / count**2, df, source)
 
 
-def _compare(first: str, second: str, cells: Sequence[Cell]) -> Comparison:
+def _test_pair(first: str, second: str, cells: Sequence[CellResult]) -> PairTest:
     difference = mean_of([cell.task for cell in cells], [cell.difference(first, second) for cell in cells])
-    tested = any(part.source == "seeds" for part in difference.parts)
-    p = p_value(difference.value, difference.parts) if tested else None
-    return Comparison(first, second, difference, 0, p)
+    tested = any(component.source == "seeds" for component in difference.components)
+    p = p_value(difference.value, difference.components) if tested else None
+    return PairTest(first, second, difference, 0, p)

@@ -1,4 +1,4 @@
-"""Pareto fronts: which arms no other beats in score and costs at once."""
+"""Pareto fronts of the arms in score and costs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peft_lab.comparison.records.measured import measure_head, measured
-from peft_lab.comparison.stats.statistics import Cell
+from peft_lab.comparison.records.measure_table import MEASURES, mean_measure
+from peft_lab.comparison.stats.statistics import CellResult
 
 
 def pareto_front(points: Sequence[Sequence[float]], higher_is_better: Sequence[bool]) -> list[bool]:
-    """Which points no other point beats: none is at least as good in every coordinate and better in one.
+    """Test for each point whether it is on the Pareto front.
+
+    A point is on it if no other is at least as good in every coordinate and better in one.
 
     A point with an unknown (nan) coordinate is not on the front and beats nobody.
     """
     values = np.asarray(points, dtype=float).reshape(-1, len(higher_is_better))
+    # from here on, more is better in every coordinate
     values = np.where(higher_is_better, values, -values)
     known = np.isfinite(values).all(1)
     candidates = values[known]
@@ -23,12 +26,21 @@ def pareto_front(points: Sequence[Sequence[float]], higher_is_better: Sequence[b
     return [bool(there and not worse) for there, worse in zip(known, beaten, strict=True)]
 
 
-def front_of_all(cell: Cell, costs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arms that no other beats in score and all costs at once, and the heads of the costs that were measured."""
-    names = [name for name in costs if all(measured(arm.records, name) is not None for arm in cell.arms)]
-    if not cell.arms or not names:
+def front_of_all(cell: CellResult, costs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arms on the front over score and all costs, and these costs.
+
+    Returns labels of arms and heads of measures.
+    """
+    coordinates = [[arm.score.value for arm in cell.arms]]
+    heads = []
+    for name in costs:
+        means = [mean_measure(arm.records, name) for arm in cell.arms]
+        known = [mean for mean in means if mean is not None]
+        # a cost that one arm lacks would take that arm off the front, so the cost is left out
+        if means and len(known) == len(means):
+            coordinates.append(known)
+            heads.append(MEASURES[name].head)
+    if not heads:
         return [], []
-    points = [(arm.score.value, *(measured(arm.records, name) or 0.0 for name in names)) for arm in cell.arms]
-    on = pareto_front(points, (cell.higher_is_better, *[False] * len(names)))
-    labels = [arm.label for arm, there in zip(cell.arms, on, strict=True) if there]
-    return labels, [measure_head(name) for name in names]
+    on = pareto_front(np.transpose(coordinates).tolist(), (cell.higher_is_better, *[False] * len(heads)))
+    return [arm.label for arm, there in zip(cell.arms, on, strict=True) if there], heads

@@ -1,4 +1,4 @@
-"""The argument that sets a method's size, and its value for a given number of trainable parameters."""
+"""Value of a method's size argument for a number of parameters."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from peft_lab.errors import ConfigError
 if TYPE_CHECKING:
     from peft_lab.comparison.records.run import Run
 
-#: Usual names of the argument that the number of trainable parameters grows with, the most telling first.
+#: Usual names of the argument that the number of trainable parameters grows with, the commonest first.
 SIZE_FIELDS = (
     *("rank", "r", "bottleneck", "bottleneck_size", "hidden_dim", "num_prompts", "num_tokens", "num_virtual_tokens"),
     *("n_frequency", "adapter_len", "num_vectors", "d"),
 )
-#: No argument of this kind makes sense beyond it; a larger one would be refused by every backbone.
+#: Largest value that is tried. No backbone has a larger dimension.
 LARGEST = 1 << 16
 
 
 def size_field(method: str, args: Mapping[str, Any], asked: str = "") -> str:
-    """The argument that sets the size of an arm.
+    """Find the argument that sets the size of an arm.
 
     Args:
         method: the method.
@@ -38,7 +38,8 @@ def size_field(method: str, args: Mapping[str, Any], asked: str = "") -> str:
         ConfigError: the method has no such argument, or it is fixed.
     """
     fields = registry.config_fields(method)
-    names = [asked] if asked else [name for name in SIZE_FIELDS if name in fields and "int" in fields[name].annotation]
+    usual = [name for name in SIZE_FIELDS if name in fields and "int" in fields[name].annotation]
+    names = [asked] if asked else usual
     free = [name for name in names if name not in args]
     if not names:
         raise ConfigError(
@@ -51,13 +52,13 @@ def size_field(method: str, args: Mapping[str, Any], asked: str = "") -> str:
 
 
 def fit(count: Callable[[int], int], limit: int, what: str) -> tuple[int, int]:
-    """The largest value whose count is within `limit`, and that count.
+    """Find the largest value whose count is within `limit`, and that count.
 
     Args:
         count: value -> number of trainable parameters, which must not fall; it raises `ConfigError` for a value that
             the method refuses as too large.
         limit: most trainable parameters.
-        what: names the arm in errors.
+        what: name of the arm in errors.
 
     Raises:
         ConfigError: even the smallest value has more parameters, the number does not depend on the value, or even the
@@ -74,8 +75,10 @@ def fit(count: Callable[[int], int], limit: int, what: str) -> tuple[int, int]:
             return None
         return found if found <= limit else None
 
+    # double the value until it is too large, then bisect
     low, best, high = 1, smallest, 2
     while high <= LARGEST and (found := fits(high)) is not None:
+        # some arguments have no effect, for example on a backbone without such layers
         if high >= 8 and found == smallest:
             raise ConfigError(f"{what} cannot be sized: its number of trainable parameters stays {smallest:,}.")
         low, best, high = high, found, 2 * high
@@ -86,13 +89,17 @@ def fit(count: Callable[[int], int], limit: int, what: str) -> tuple[int, int]:
             high = middle
         else:
             low, best = middle, found
+    # such an arm would not be compared at equal size
     if best < limit / 2:
         raise ConfigError(f"{what} has {best:,} trainable parameters at its largest, not even half of {limit:,}.")
     return low, best
 
 
 def find_size(folder: Path, run: Run, name: str, limit: int) -> None:
-    """Find the size of an arm on a backbone and write it to `size_file`: value and parameters, or the error."""
+    """Find the size of an arm on a backbone.
+
+    The value, or the error, is written to `size_file`.
+    """
     what = f'Arm "{run.arm}" on {run.backbone}'
     try:
         value, parameters = fit(_counter(run, name), limit, what)
@@ -103,12 +110,16 @@ def find_size(folder: Path, run: Run, name: str, limit: int) -> None:
 
 
 def size_file(folder: Path, identity: str) -> Path:
-    """Where the size of an arm is written."""
+    """File of the size of an arm."""
     return folder / RUNS / f"{identity}.size.json"
 
 
 def read_size(file: Path) -> dict[str, int]:
-    """The argument and its value that `find_size` found; raises `ConfigError` if it found that there is none."""
+    """Read the argument and value that `find_size` found.
+
+    Raises:
+        ConfigError: there is no such value.
+    """
     found = json.loads(file.read_text(encoding="utf-8"))
     if "error" in found:
         raise ConfigError(found["error"])
@@ -116,17 +127,18 @@ def read_size(file: Path) -> dict[str, int]:
 
 
 def _counter(run: Run, name: str) -> Callable[[int], int]:
-    """Value of the argument -> trainable parameters of the arm on a copy of its backbone."""
+    """Make the function from the argument's value to the arm's trainable parameters."""
     from peft_lab.data.splits import load_splits
     from peft_lab.data.task_registry import kind, load_task
     from peft_lab.loading.load_run import adapt, count_parameters, load_base
+    from peft_lab.tuners.registration import has_trait
 
     task, options = load_task(str(run.options["task"])), run.options
     rule = kind(task.kind)
     info, splits = registry.method(run.method), load_splits(task)
     labels = splits.labels
     revision, dtype = options.get("model_revision"), options.get("dtype")
-    processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, info.can("keeps_head"))
+    processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, has_trait(info, "uses_source_head"))
     settings = rule.adapter_settings(processor, labels) | prompt_column.settings(splits.prompt_values)
 
     def count(value: int) -> int:

@@ -1,4 +1,4 @@
-"""What a comparison is made of: one YAML file with a closed schema. Imports nothing heavy.
+"""Closed schema of a study file. Imports nothing heavy.
 
 name: coffee
 tasks:                # a name or a YAML path, or a mapping with its backbone(s) and run options of its own
@@ -68,7 +68,9 @@ DEFAULT_MAX_STEPS = 200
 
 
 def load_study(source: Study | Mapping[str, Any] | str | Path) -> Study:
-    """A checked study from a mapping or a YAML file; relative task paths start from the file's folder.
+    """Load a checked study from a mapping or a YAML file.
+
+    Relative task paths start from the file's folder.
 
     Raises:
         ConfigError, TaskError: an unknown key, a wrong value, or a combination that makes no sense.
@@ -82,12 +84,14 @@ def load_study(source: Study | Mapping[str, Any] | str | Path) -> Study:
 
 
 def is_study(values: Mapping[str, Any]) -> bool:
-    """Whether the mapping of a YAML file is a study, not a task or a run."""
+    """Test whether the mapping of a YAML file is a study."""
     return "methods" in values or "tasks" in values
 
 
 def default_study(task: str, backbone: str, max_steps: int | None = None, name: str | None = None) -> Study:
-    """The comparison that a task and a backbone alone ask for: six methods, three seeds, and three learning rates each.
+    """Study for a task and a backbone alone.
+
+    It has six methods, three seeds, and three learning rates each.
 
     Where the best one is the lowest or the highest, up to two more are tried beyond it.
     """
@@ -105,7 +109,10 @@ _KEYS = ("name", "tasks", "model_name_or_path", "methods", "seeds", "search", "l
 
 
 def from_mapping(values: Mapping[str, Any], where: str, folder: Path) -> Study:
-    """Build a study and check it as far as is possible without torch; `folder` anchors relative task paths."""
+    """Build a study and check it without torch.
+
+    `folder` anchors relative task paths.
+    """
     check_keys(values, (*_KEYS, "launcher"), where)
     for key in ("name", "tasks", "methods"):
         if not values.get(key):
@@ -158,14 +165,17 @@ def _cells(entry: Any, backbones: list[Any], measures: Mapping[str, Any], folder
 
 
 def _task_source(name: str, folder: Path) -> str:
-    """A task's name as it is, or the absolute path of its file."""
+    """Name of a task, or the absolute path of its file."""
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return str((folder / Path(name).expanduser()).absolute())
     return name
 
 
 def _check_further(label: str, task: Task, shifted: str, control: str) -> None:
-    """The other tasks must exist, be of the same kind, and have the labels or rows that the measures need."""
+    """Check that the further tasks exist and suit the measures.
+
+    They must be of the same kind and have the labels or rows that are needed.
+    """
     for key, source in (("shifted", shifted), ("control", control)):
         if not source:
             continue
@@ -284,7 +294,7 @@ def _launcher(value: Any) -> dict[str, Any]:
 
 
 def _check(study: Study) -> None:
-    """What can only be seen with all parts together."""
+    """Check the parts of a study against each other."""
     if not study.cells or not study.arms:
         raise ConfigError("A study needs at least one task and one method.")
     _unique([f"{cell.task} on {cell.backbone}" for cell in study.cells], "task", 'a "name"')
@@ -309,7 +319,7 @@ def _check(study: Study) -> None:
 
 
 def _check_trials(study: Study, arm: Arm, learning_rates: Sequence[float], what: str) -> None:
-    """Every arm must fill the trials of the search, and none may have more of them."""
+    """Check that an arm has exactly the trials of the search."""
     trials = study.search.trials
     if study.search.strategy == "none":
         if arm.tune or len(learning_rates) > 1:

@@ -1,4 +1,7 @@
-"""What a study consists of: its arms, its tasks on backbones, its search, its limits. Imports nothing heavy."""
+"""Parts of a study: arms, cells, search and limits.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One competitor: a method with its arguments.
+    """Arm of a comparison: a method with its arguments.
 
     Attributes:
         label: its name in tables; the method's name with the values of a grid, if it has no name of its own.
@@ -42,7 +45,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """One task on one backbone: inside it the arms are compared.
+    """Task on a backbone, on which the arms are compared.
 
     Attributes:
         task: the task's label in this study.
@@ -65,7 +68,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Search:
-    """How each arm gets its learning rate, and what it tunes besides: equally many trials for every arm.
+    """Search of learning rates and tuned arguments.
+
+    Every arm has equally many trials.
 
     Attributes:
         strategy: "grid" trains each candidate in full; "halving" starts with all of them and a part of the steps, and
@@ -88,7 +93,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Limits:
-    """What is equal for all arms: steps or seconds of training, and the number of trainable parameters.
+    """Limits of all arms: steps or seconds of training, and trainable parameters.
 
     Attributes:
         max_steps: training steps of every run (a task's own `max_steps` goes before it).
@@ -104,7 +109,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison: every arm on every cell, with a search on the validation rows and final runs on the test rows."""
+    """Plan of a comparison: every arm on every cell.
+
+    The search is on the validation rows, the final runs are scored on the test rows.
+    """
 
     name: str
     cells: tuple[Cell, ...]
@@ -116,12 +124,17 @@ class Study:
     launcher: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self, cell: Cell, arm: Arm) -> dict[str, Any]:
-        """The options that all runs of an arm on a cell share; learning rate, seed and output folder are left out."""
-        limits = {"max_steps": self.limits.max_steps, "max_seconds": self.limits.seconds}
-        found = {**DEFAULTS, **self.training, **{k: v for k, v in limits.items() if v is not None}, **cell.options}
+        """Options of all runs of an arm on a cell.
+
+        Learning rate, seed and output folder are left out.
+        """
+        limits = _filled(max_steps=self.limits.max_steps, max_seconds=self.limits.seconds)
+        found = {**DEFAULTS, **self.training, **limits, **cell.options}
         if arm.method == "head":  # the rate of all that it trains is the one that is searched
             found.pop("head_learning_rate", None)
+        # a part of the steps, unless their number is unknown beforehand
         found.setdefault("logging_steps", 10 if "max_seconds" in found else 0.05)
+        # checkpoints are not needed where the last state is the result
         if not {"early_stopping_patience", "load_best_model_at_end"} & found.keys():
             found.setdefault("save_strategy", "no")
         return {
@@ -134,12 +147,19 @@ class Study:
         }
 
     def learning_rates(self, cell: Cell, arm: Arm) -> tuple[float, ...]:
-        """The learning rates that the study gives an arm on a cell; none, and they lie around the method's default."""
+        """Learning rates that the study gives an arm on a cell.
+
+        Without any, they are chosen around the method's default.
+        """
         return cell.learning_rates.get(arm.label, arm.learning_rates)
 
     def search_steps(self, cell: Cell) -> int | None:
-        """Steps of a full training in the search on a cell; None if they are those of its final runs."""
+        """Steps of a full training in the search on a cell.
+
+        Returns None if they are those of its final runs.
+        """
         steps, limit, own = self.search.max_steps, self.limits.max_steps, cell.options.get("max_steps")
+        # the search gets the same fraction on a task with a length of its own
         return max(1, round(steps * own / limit)) if steps and limit and own else steps
 
     def _search(self) -> dict[str, Any]:
@@ -148,20 +168,14 @@ class Study:
         return {name: value for name, value in _filled(**vars(self.search)).items() if (name, value) != ("extend", 0)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_mapping` reads back: paths are absolute, grids are written out as arms."""
-        cells = [
-            {"task": c.source, "name": c.task, "model_name_or_path": c.backbone, **c.options, **_further(c)}
-            for c in self.cells
-        ]
-        arms = [
-            _filled(method=a.method, name=a.label, args=_single(a), tune={k: list(v) for k, v in a.tune.items()})
-            | _filled(learning_rates=list(a.learning_rates), size=a.size, training=dict(a.training))
-            for a in self.arms
-        ]
+        """Plain values that `from_mapping` reads back.
+
+        Paths are absolute, grids are written out as arms.
+        """
         return {
             "name": self.name,
-            "tasks": cells,
-            "methods": arms,
+            "tasks": [_cell_values(cell) for cell in self.cells],
+            "methods": [_arm_values(arm) for arm in self.arms],
             "seeds": list(self.seeds),
             "search": self._search(),
             **_filled(limits=_filled(**vars(self.limits)), training=dict(self.training), launcher=dict(self.launcher)),
@@ -169,7 +183,10 @@ class Study:
 
 
 def is_grid(method: str, name: str, value: Any) -> bool:
-    """Whether a value of `args` is a list of values; of an argument that is itself a list, only a list of lists is."""
+    """Test whether a value of `args` is a list of alternatives.
+
+    Of an argument that is itself a list, only a list of lists is.
+    """
     if not isinstance(value, list):
         return False
     field_ = registry.config_fields(method).get(name)
@@ -178,14 +195,31 @@ def is_grid(method: str, name: str, value: Any) -> bool:
 
 
 def _single(arm: Arm) -> dict[str, Any]:
-    """An arm's arguments so that none of them is read as a grid."""
-    return {k: [v] if isinstance(v, list) and is_grid(arm.method, k, v) else v for k, v in arm.args.items()}
+    """Arguments of an arm, none of them readable as a grid."""
+    single = dict(arm.args)
+    for name, value in arm.args.items():
+        if is_grid(arm.method, name, value):
+            single[name] = [value]
+    return single
 
 
 def _filled(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value not in (None, "", [], {}, ())}
 
 
-def _further(cell: Cell) -> dict[str, Any]:
+def _cell_values(cell: Cell) -> dict[str, Any]:
     rates = {arm: list(values) for arm, values in cell.learning_rates.items()}
-    return _filled(shifted=cell.shifted, control=cell.control, learning_rates=rates)
+    named = {"task": cell.source, "name": cell.task, "model_name_or_path": cell.backbone}
+    return {**named, **cell.options, **_filled(shifted=cell.shifted, control=cell.control, learning_rates=rates)}
+
+
+def _arm_values(arm: Arm) -> dict[str, Any]:
+    return _filled(
+        method=arm.method,
+        name=arm.label,
+        args=_single(arm),
+        tune={name: list(values) for name, values in arm.tune.items()},
+        learning_rates=list(arm.learning_rates),
+        size=arm.size,
+        training=dict(arm.training),
+    )

@@ -110,15 +110,14 @@ class AlternatingActivation(TrainerCallback):
         """Save the steps of the activations and the moments of their optimizer."""
         if not state.is_world_process_zero or self._optimizer is None:
             return
-        kept = {
-            f"{index}.{name}": value
-            for index, parameter in enumerate(self._parameters)
-            for name, value in self._optimizer.state[parameter].items()
-        }
+        moments = {}
+        for index, parameter in enumerate(self._parameters):
+            for name, value in self._optimizer.state[parameter].items():
+                moments[f"{index}.{name}"] = value
         # a killed run leaves no half-written file under the final name
         path = _kept(args, state)
         partial = path.with_suffix(".partial")
-        save_file({**kept, "steps": torch.tensor(self._steps)}, partial)
+        save_file({**moments, "steps": torch.tensor(self._steps)}, partial)
         partial.replace(path)
 
     def _restore(self, path: Path) -> None:
@@ -140,12 +139,10 @@ class AlternatingActivation(TrainerCallback):
 
 def activation_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Trainable parameters of the learned activations of a model."""
-    found = [
-        parameter
-        for module in model.modules()
-        for name in getattr(type(module), "activation_names", ())
-        for parameter in getattr(module, name).values()
-    ]
+    found: list[nn.Parameter] = []
+    for module in model.modules():
+        for name in getattr(type(module), "activation_names", ()):
+            found += getattr(module, name).values()
     return [parameter for parameter in found if parameter.requires_grad]
 
 

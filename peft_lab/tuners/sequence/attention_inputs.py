@@ -1,4 +1,4 @@
-"""Arguments of a block extended for prompts in its sequence: masks, rotary positions and biases."""
+"""Masks, rotary positions and biases extended for prompts in the sequence."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from peft_lab.tuners.tokens import insert
 
 
 def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal: bool, unused: Tensor | None) -> Any:
-    """The attention mask of a prefill with `count` prompts put in at position `at`.
+    """Extend a prefill's attention mask by `count` prompts at position `at`.
 
     Args:
         mask: as the stack made it for the tokens alone: None, bool or additive (batch or 1, heads or 1, queries or 1,
             keys), or (batch, keys) for flash attention.
         tokens: hidden states (batch, n, dim) without prompts.
-        causal: whether the block is causal; a prompt then sees the prompts before it only, and no token.
+        causal: True if the block is causal; a prompt then sees the prompts before it only, and no token.
         unused: bool (batch, count), prompts that a row does not have; None if every row has all.
 
     Raises:
@@ -33,6 +33,7 @@ def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal
             f"Prompts in the sequence do not go with a mask of type {type(mask).__name__}; load the backbone with "
             'attn_implementation="sdpa" or "eager".'
         )
+    # Flash attention takes (batch, keys) and makes the causal part by itself.
     if mask.ndim == 2:
         seen = mask.new_ones(mask.shape[0], count) if unused is None else (~unused).to(mask.dtype)
         return insert(mask, seen, at)
@@ -41,12 +42,15 @@ def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal
     visible, hidden = _levels(mask)
     if unused is not None:
         mask = mask.expand(unused.shape[0], *mask.shape[1:])
+    # New columns: the tokens see every prompt that their row has.
     batch, heads, queries, keys = mask.shape
     columns = mask.new_full((batch, heads, queries, count), visible)
     if unused is not None:
         columns = columns.masked_fill(unused[:, None, None, :], hidden)
+    # One row that holds for all queries needs no rows for the prompts.
     if queries == 1 and tokens.shape[1] > 1:
         return insert(mask, columns, at, 3)
+    # New rows: the prompts among themselves, then the tokens, which only a block that is not causal shows them.
     between = mask.new_full((batch, heads, count, count), visible)
     if causal:
         future = torch.ones(count, count, dtype=torch.bool, device=mask.device).triu(1)
@@ -63,14 +67,16 @@ def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal
 
 
 def align_keys(mask: Any, keys: int, tokens: Tensor, unused: Tensor | None) -> Any:
-    """The mask of a decoding step for a layer that holds `keys` entries, the prompts at the left of them.
+    """Align a decoding step's mask with a layer's `keys` cache entries.
 
-    The stack sizes one mask for all layers, by the first one, which may hold fewer or more prompts than this one.
+    The prompts are at the left of them. The stack sizes one mask for all layers, by the first one, which may hold fewer
+    or more prompts than this one.
     """
     if mask is None:
         if unused is None or not unused.any():
             return None
         mask = _open_mask(tokens, keys, causal=True)
+    # Tokens are at the right in every layer, so the difference is made up at the left.
     visible, hidden = _levels(mask)
     missing = keys - mask.shape[-1]
     if missing > 0:
@@ -85,10 +91,12 @@ def align_keys(mask: Any, keys: int, tokens: Tensor, unused: Tensor | None) -> A
 
 
 def extend_rotary(embeddings: Any, tokens: int, count: int, at: int) -> Any:
-    """Rotary positions with the prompts at position 0; others (patches alone) as they are.
+    """Extend rotary positions by prompts at position 0.
 
-    They are cosines and sines (batch or 1, tokens, dim), or complex numbers of that shape.
+    Positions of patches alone, without class tokens, stay as they are. They are cosines and sines (batch or 1, tokens,
+    dim), or complex numbers of that shape.
     """
+    # Position 0 is the rotation by no angle: cosine 1, sine 0, or the complex number 1.
     if isinstance(embeddings, Tensor) and embeddings.is_complex() and embeddings.shape[-2] == tokens:
         ones = embeddings.narrow(-2, 0, 1).abs().to(embeddings.dtype)
         return insert(embeddings, ones.expand(*ones.shape[:-2], count, -1), at, embeddings.ndim - 2)
@@ -104,7 +112,10 @@ def extend_rotary(embeddings: Any, tokens: int, count: int, at: int) -> Any:
 
 
 def extend_bias(bias: Tensor | None, tokens: int, count: int, at: int) -> Tensor | None:
-    """A relative position bias (..., tokens, tokens) with zeros for the prompts; a longer one stays as it is."""
+    """Extend a relative position bias (..., tokens, tokens) by zeros for prompts.
+
+    A longer one stays as it is.
+    """
     if bias is None or bias.shape[-1] != tokens:
         return bias
     bias = insert(bias, bias.new_zeros(*bias.shape[:-1], count), at, bias.ndim - 1)
@@ -112,7 +123,10 @@ def extend_bias(bias: Tensor | None, tokens: int, count: int, at: int) -> Tensor
 
 
 def _open_mask(tokens: Tensor, keys: int, causal: bool) -> Tensor:
-    """An additive mask (1, 1, tokens, keys), which every kind of attention but flash takes, that hides the future."""
+    """Additive mask (1, 1, tokens, keys) that hides the future if `causal`.
+
+    Every kind of attention but flash takes such a mask.
+    """
     mask = tokens.new_zeros(tokens.shape[1], keys)
     if causal:
         future = torch.ones_like(mask, dtype=torch.bool).triu(1 + keys - tokens.shape[1])
@@ -121,5 +135,8 @@ def _open_mask(tokens: Tensor, keys: int, causal: bool) -> Tensor:
 
 
 def _levels(mask: Tensor) -> tuple[float, float]:
-    """What stands for visible and for hidden: an additive mask is of floating point, any other says which are seen."""
+    """Values of a mask for visible and for hidden.
+
+    A mask of floating point is additive; any other is true for visible.
+    """
     return (0.0, torch.finfo(mask.dtype).min) if mask.dtype.is_floating_point else (1, 0)

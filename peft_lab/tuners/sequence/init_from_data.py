@@ -1,9 +1,10 @@
-"""Prompts from where the training data lie: particles of a mixture fitted to the mean token of each row.
+"""Initialisation of prompts from training data, by particles of a mixture.
 
-The tokens are the hidden states that enter the block which writes the prompts, as the frozen backbone makes them: the
-space that the prompts themselves are in. Padding counts for nothing, and neither do the class and register tokens of a
-vision transformer. (The authors' code takes word embeddings, before positions and norms, and averages over the padded
-length.) The backbone runs up to that block only, once for each row.
+The mixture is fitted to the mean token of each row. The tokens are the hidden states that enter the block which writes
+the prompts, as the frozen backbone makes them: the space that the prompts themselves are in. Padding counts for
+nothing, and neither do the class and register tokens of a vision transformer. (The authors' code takes word embeddings,
+before positions and norms, and averages over the padded length.) The backbone runs up to that block only, once for each
+row.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from peft_lab.tuners.sequence.particles import Points, particles
 from peft_lab.tuners.sequence.prompt_state import PromptState
 from peft_lab.tuners.sequence.stored_prompts import StoredPrompts
 
-#: Most rows that a mixture is fitted to, drawn evenly from all that are read.
+#: Most rows that a mixture is fitted to, sampled uniformly from all that are read.
 MAX_ROWS = 10_000
 
 
 def domain_prompts(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int = 0) -> None:
-    """Give the active adapter's prompts the values that it takes from training data (`domain_components`).
+    """Initialise the active adapter's prompts from training data.
+
+    For adapters with `domain_components`.
 
     With `peft_lab.train`, or a `Trainer` with the callback `ReadTrainingData`, this happens by itself before the first
     step. Prompts of other blocks than the first one that writes some keep what they have.
@@ -39,13 +42,10 @@ def domain_prompts(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
         ConfigError: not exactly one active adapter takes values from data, or the data have fewer than two different
             rows.
     """
-    found = [
-        (layer, adapter)
-        for layer in model.modules()
-        if isinstance(layer, StoredPrompts) and not layer.disable_adapters
-        for adapter in layer.active_adapters
-        if layer.initialises_from_data(adapter)
-    ]
+    found: list[tuple[StoredPrompts, str]] = []
+    for layer in model.modules():
+        if isinstance(layer, StoredPrompts) and not layer.disable_adapters:
+            found += [(layer, adapter) for adapter in layer.active_adapters if layer.initialises_from_data(adapter)]
     if len(found) != 1:
         raise ConfigError(
             f"Domain prompts are for one active adapter with domain_components at a time; this model has {len(found)}."
@@ -53,6 +53,7 @@ def domain_prompts(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
     ((layer, adapter),) = found
     config, target = layer.configs[adapter], layer.stored_values[adapter]
     rows = _sample(_pooled(model, layer, batches), seed)
+    # Stored particles are (prompts, particles, width); without draws a prompt starts at the mean of its particles.
     prompts = target.shape[: -2 if layer.draws_particles(adapter) else -1]
     each = config.domain_share(prompts.numel())
     points = particles(rows, prompts.numel() * each, config.domain_components, config.domain_dimensions, seed)
@@ -63,7 +64,7 @@ def domain_prompts(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
 
 
 class _Reached(Exception):
-    """Ends a forward at the block where it has shown what is wanted of it."""
+    """Signal that ends a forward at the block whose input was read."""
 
 
 def _pooled(model: nn.Module, layer: StoredPrompts, batches: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:
@@ -71,6 +72,7 @@ def _pooled(model: nn.Module, layer: StoredPrompts, batches: Iterable[Mapping[st
     found: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Class and register tokens, and padding, are not part of the mean.
         state = PromptState.current()
         tokens = (args[0] if args else kwargs["hidden_states"])[:, layer.stack.prefix_tokens :].float()
         mask = None if state is None else state.mask
@@ -79,6 +81,7 @@ def _pooled(model: nn.Module, layer: StoredPrompts, batches: Iterable[Mapping[st
         else:
             weights = mask.to(tokens)[..., None]
             found.append(((tokens * weights).sum(1) / weights.sum(1))[mask.any(1)])
+        # The blocks behind are not needed, so the forward ends here.
         raise _Reached
 
     handle = layer.register_forward_pre_hook(look, with_kwargs=True)
@@ -98,12 +101,16 @@ def _pooled(model: nn.Module, layer: StoredPrompts, batches: Iterable[Mapping[st
 
 
 def _sample(batches: Iterable[Tensor], seed: int) -> Points:
-    """All rows (n, width), or `MAX_ROWS` of them drawn evenly."""
+    """Sample `MAX_ROWS` rows (n, width) uniformly; all, if there are no more."""
+    # Reservoir sampling, because the number of rows is not known before the last batch.
     random = np.random.default_rng(seed)
     kept: list[Tensor] = []
-    for index, row in enumerate(row for batch in batches for row in batch.cpu()):
-        if index < MAX_ROWS:
-            kept.append(row.clone())  # not a view that keeps its batch
-        elif (place := int(random.integers(index + 1))) < MAX_ROWS:
-            kept[place] = row.clone()
+    seen = 0
+    for batch in batches:
+        for row in batch.cpu():
+            if seen < MAX_ROWS:
+                kept.append(row.clone())  # not a view that keeps its batch
+            elif (place := int(random.integers(seen + 1))) < MAX_ROWS:
+                kept[place] = row.clone()
+            seen += 1
     return torch.stack(kept).double().numpy() if kept else np.zeros((0, 1))

@@ -1,14 +1,14 @@
-"""Prompt tokens in the sequence of a frozen backbone: each wrapped block puts them in, runs, and takes them out again.
+"""Prompt tokens in the sequence of a frozen backbone.
 
-Between the blocks only the text or image tokens travel; what a block made of the prompts is kept in the `PromptState`
-and goes into the next block, unless that one writes prompts of its own. So the pooler, the final norm, the head and
-whoever reads hidden states see the tokens alone. The prompts have no position: learned position tables do not see them,
-and under rotary positions they stand at position 0, so text keeps the positions it has without them. Masks, rotary
-positions and biases, which the stack makes for the tokens alone, are extended on the way into each block
-(`attention_inputs`).
+Each wrapped block inserts the prompts, runs, and takes them out again. Between the blocks only the text or image tokens
+travel; what a block made of the prompts is kept in the `PromptState` and goes into the next block, unless that one
+writes prompts of its own. So the pooler, the final norm, the head and every reader of hidden states see the tokens
+alone. The prompts have no position: learned position tables do not see them, and under rotary positions they stand at
+position 0, so text keeps the positions it has without them. Masks, rotary positions and biases, which the stack makes
+for the tokens alone, are extended on the way into each block (`attention_inputs`).
 
 With a KV cache the prompts are written at prefill and stay in the cache; a step of decoding only counts them. Blocks
-that attend within windows are the matter of `window_attention`.
+that attend within windows are treated in `window_attention`.
 """
 
 from __future__ import annotations
@@ -43,14 +43,12 @@ _NO_INSTRUCTION = (
     'Method "{}" trains without labels or instruction_mask in the call, so its prompts see the answers too; label '
     "smoothing and a loss function of one's own take the labels out of it: then pass instruction_mask."
 )
-#: Arguments of blocks that hold a bias for each pair of positions.
-_BIASES = ("position_bias", "relative_pos")
-#: Families whose blocks make rotary positions for themselves.
-_OWN_ROTARY = ("gptj", "codegen")
 
 
 class SequenceLayer(AdapterLayer):
-    """A block of a stack that takes prompt tokens. A method supplies `initial_values` and `prompts`.
+    """Block of a stack that takes prompt tokens.
+
+    A method supplies `initial_values` and `prompts`.
 
     Attributes:
         depth: index of the block in its stack.
@@ -91,10 +89,11 @@ class SequenceLayer(AdapterLayer):
             module.register_forward_hook(_extend_own_bias, with_kwargs=True)
 
     def instruction(self, tokens: Tensor, state: PromptState) -> Tensor | None:
-        """The tokens that a prompt may depend on, bool (batch, tokens); None for all.
+        """Mask of the instruction tokens, bool (batch, tokens); None for all.
 
-        They are neither padding nor answer: as `instruction_mask` gives them, else, where a model continues a text,
-        those before the first label of the row. A further turn behind an answer has seen it and does not count.
+        A prompt may depend on these tokens alone. They are neither padding nor answer: as `instruction_mask` gives
+        them, else, where a model continues a text, those before the first label of the row. A further turn behind an
+        answer has seen it and does not count.
 
         Raises:
             ConfigError: a row has no such token, or `instruction_mask` is not of the batch's shape.
@@ -104,6 +103,7 @@ class SequenceLayer(AdapterLayer):
             raise ConfigError(
                 f"instruction_mask has shape {list(given.shape)}, expected {list(tokens.shape[:2])} as the tokens have."
             )
+        # Where labels are tokens of the text, those before the first one are the instruction.
         continued = self.stack.causal and state.continues_text
         if given is None and continued and labels is not None and labels.shape == tokens.shape[:2]:
             given = (labels != -100).cumsum(1) == 0
@@ -122,9 +122,9 @@ class SequenceLayer(AdapterLayer):
     # What a method supplies -------------------------------------------------------------------------------------
 
     def prompts(self, adapter: str, tokens: Tensor, state: PromptState) -> Tensor | None:
-        """The prompts written before this block (batch, prompts, dim) for hidden states (batch, tokens, dim).
+        """Prompts (batch, prompts, dim) written before this block.
 
-        None leaves the prompts as the block before made them.
+        `tokens` are the hidden states (batch, tokens, dim). None leaves the prompts as the block before made them.
         """
         raise NotImplementedError
 
@@ -133,14 +133,15 @@ class SequenceLayer(AdapterLayer):
         return 0
 
     def logits(self, adapter: str, prompts: Tensor) -> Tensor:
-        """Class logits (batch, classes) from what the last block made of the prompts (batch, prompts, dim).
+        """Class logits (batch, classes) from the last block's prompts.
 
-        For a method that declares `image_logits`; the model's own loss gets them in place of the head's.
+        `prompts` are the hidden states (batch, prompts, dim) at the prompts. For a method that sets `produces_logits`;
+        the model's own loss gets them in place of the head's.
         """
         raise NotImplementedError
 
     def prepare_block(self, active: Sequence[str], rows: RowAdapters | None, state: PromptState, at: int) -> None:
-        """Hand on to hooks inside the block what the method has put there; prompts stand at `at`."""
+        """Prepare the method's hooks inside the block; prompts stand at `at`."""
 
     # What is the same for all -----------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ class SequenceLayer(AdapterLayer):
         return sorted(self.configs)
 
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        """The block on tokens with prompts; what it returns has the tokens alone."""
+        """Run the block with prompts and return the tokens' output."""
         active, rows = self._adapters(adapter_names)
         if not active and rows is None:
             return self.base_layer(*args, **kwargs)
@@ -163,9 +164,11 @@ class SequenceLayer(AdapterLayer):
         tokens = kwargs.pop("hidden_states" if "hidden_states" in kwargs else self._names[0])
         state.depth += 1
         state.batch = len(tokens)
+        # A decoding step finds the prompts in the cache and writes none.
         if not state.prefill:
             return self._run(tokens, positional, self._decode(state, tokens, kwargs))
         self._write(active, rows, tokens, state)
+        # No block so far has written prompts: the block runs as it is, and the cache records that.
         if state.states is None:
             self._enter_cache(state, _cache_of(kwargs), 0)
             return self._run(tokens, positional, kwargs)
@@ -178,14 +181,17 @@ class SequenceLayer(AdapterLayer):
         return type(out)((kept, *out[1:])) if isinstance(out, tuple | list) else kept
 
     def _adapters(self, adapter_names: Any) -> tuple[list[str], RowAdapters | None]:
-        """The active adapters that this block has, and the adapters of the rows in a mixed batch."""
+        """Active adapters of this block, and those by row if mixed."""
         if self.disable_adapters:
             return [], None
         rows = current_row_adapters() if adapter_names is None else RowAdapters.of(adapter_names)
         return [name for name in self.active_adapters if name in self.configs], rows
 
     def _run(self, hidden: Tensor, positional: Sequence[str], kwargs: dict[str, Any]) -> Any:
-        """The block itself. What came by position goes on so: checkpointing cuts the graph at those arguments alone."""
+        """Run the block itself.
+
+        Arguments given by position are passed on by position, because checkpointing cuts the graph at them alone.
+        """
         by_name = {name: value for name, value in kwargs.items() if name not in positional}
         with explained(self.stack.settings.model_type):
             return self.base_layer(hidden, *(kwargs[name] for name in positional[1:]), **by_name)
@@ -200,7 +206,7 @@ class SequenceLayer(AdapterLayer):
         state: PromptState,
         at: int,
     ) -> Any:
-        """The output of the block for tokens with the prompts of `state` at position `at`."""
+        """Run the block with the prompts of `state` at position `at`."""
         assert state.states is not None
         if self._windowed:
             prompts = window_attention.Prompts(state.states.shape[1], at, state.unused)
@@ -211,7 +217,7 @@ class SequenceLayer(AdapterLayer):
         return self._run(insert(tokens, state.states, at), positional, kwargs)
 
     def normed(self, role: str, hidden: Tensor) -> Tensor:
-        """Hidden states behind one of the stack's norms; as they are if the backbone has none there."""
+        """Apply a norm of the stack; identity if there is none."""
         norms = self.stack.norms
         return getattr(*norms[role])(hidden) if role in norms else hidden
 
@@ -219,6 +225,7 @@ class SequenceLayer(AdapterLayer):
 
     def _write(self, active: list[str], rows: RowAdapters | None, tokens: Tensor, state: PromptState) -> None:
         """Write the prompts of this block into the state."""
+        # Patches were merged between the stages, so prompts of the stage before have another width.
         if self.downsample is not None and state.states is not None:
             state.states = window_attention.merge(getattr(*self.downsample), state.states)
         if rows is not None:
@@ -246,6 +253,7 @@ class SequenceLayer(AdapterLayer):
                     written[name], indices[name] = new.to(tokens.dtype), index
         if not written:
             return
+        # Adapters differ in their number of prompts: all rows get the largest one, padded at the left.
         count = max(new.shape[1] for new in written.values())
         states = tokens.new_zeros(batch, count, dim)
         counts = torch.zeros(batch, dtype=torch.long, device=tokens.device)
@@ -258,9 +266,10 @@ class SequenceLayer(AdapterLayer):
 
     @staticmethod
     def _merge_rows(state: PromptState, states: Tensor, counts: Tensor, writes: Tensor) -> None:
-        """Put new prompts (batch, prompts, dim) where a row writes, and keep the others.
+        """Merge new prompts (batch, prompts, dim) into a mixed batch's state.
 
-        Prompts stand at the right of those that a row does not have.
+        A row that writes gets the new ones, the others keep theirs. Prompts stand at the right of those that a row does
+        not have.
 
         Args:
             state: the state to write to.
@@ -281,6 +290,7 @@ class SequenceLayer(AdapterLayer):
         state.states, state.unused = states, unused if bool(unused.any()) else None
 
     def _position(self, names: Sequence[str]) -> int:
+        """Position of the prompts, common to all adapters of a batch."""
         found = {self.position(name) for name in names if name in self.configs}
         if len(found) > 1:
             raise ConfigError(f"Adapters {', '.join(names)} put their prompts at different places: not in one batch.")
@@ -289,18 +299,21 @@ class SequenceLayer(AdapterLayer):
     # Leaving the stack ------------------------------------------------------------------------------------------
 
     def _leave_stack(self, active: list[str], rows: RowAdapters | None, state: PromptState) -> None:
-        """Hand on to the head what it reads of the prompts of the last block."""
+        """Share the last block's prompts, or their logits, with the head."""
         assert state.states is not None
         readout = self._readout(active, rows, state)
         if readout is not None:
             state.context.shared[READOUT] = readout
-        if self.info.can("image_logits"):
+        if self.config_cls.produces_logits:
             state.context.shared[HEAD_LOGITS] = self._head_logits(active, rows, state.states)
 
     def _head_logits(
         self, active: list[str], rows: RowAdapters | None, prompts: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Class logits (batch, classes) from the prompts, and the rows that have them; None for all."""
+        """Class logits (batch, classes) from the prompts, and their rows.
+
+        Rows are bool (batch,); None for all.
+        """
         if rows is None:
             return self.logits(active[0], prompts), None
         out = prompts.new_zeros(len(prompts), self.stack.classes, dtype=torch.float32)
@@ -313,7 +326,10 @@ class SequenceLayer(AdapterLayer):
         return out, scored
 
     def _readout(self, active: list[str], rows: RowAdapters | None, state: PromptState) -> tuple[Tensor, Tensor] | None:
-        """The prompts that the head reads with the class token, and those that count, bool (batch, prompts)."""
+        """Prompts for the head's readout, and a mask of used ones.
+
+        Used ones are bool (batch, prompts); None if no adapter reads prompts.
+        """
         names = [name for name in (active if rows is None else rows.names) if name in self.configs]
         reading = [name for name in names if self.configs[name].reads_out()]
         if not reading or state.states is None:
@@ -328,7 +344,7 @@ class SequenceLayer(AdapterLayer):
     # The block's arguments --------------------------------------------------------------------------------------
 
     def _prefill(self, state: PromptState, tokens: Tensor, kwargs: dict[str, Any], at: int) -> dict[str, Any]:
-        """The block's arguments beside the hidden states, for tokens with prompts."""
+        """Arguments of the block beside the hidden states, for tokens with prompts."""
         assert state.states is not None
         count, length = state.states.shape[1], tokens.shape[1]
         state.length, state.position = length, at
@@ -342,14 +358,15 @@ class SequenceLayer(AdapterLayer):
             kwargs["attention_mask"] = extend_mask(mask, tokens, count, at, self.stack.causal, state.unused)
         if "position_embeddings" in kwargs:
             kwargs["position_embeddings"] = extend_rotary(kwargs["position_embeddings"], length, count, at)
-        for name in _BIASES:
+        for name in self.stack.position_biases:
             if kwargs.get(name) is not None:
                 kwargs[name] = extend_bias(kwargs[name], length, count, at)
         if kwargs.get("position_ids") is not None:
             ids = kwargs["position_ids"]
             # Blocks that make no rotary positions read the ids only to find packed sequences.
-            own = self.stack.settings.model_type in _OWN_ROTARY
-            kwargs["position_ids"] = insert(ids, ids.new_zeros(len(ids), count), at) if own else None
+            own_rotary = self.stack.rotary_in_block
+            kwargs["position_ids"] = insert(ids, ids.new_zeros(len(ids), count), at) if own_rotary else None
+        # A bias that the block makes for itself is extended by `_extend_own_bias`, which reads the position here.
         for module in self._biases:
             module.prompts_at = at
         self._enter_cache(state, _cache_of(kwargs), count)
@@ -367,7 +384,7 @@ class SequenceLayer(AdapterLayer):
             state.cache.unused[self.depth] = state.unused
 
     def _decode(self, state: PromptState, tokens: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The block's arguments beside the hidden states, for a step on a cache that holds the prompts."""
+        """Arguments of the block beside the hidden states, for a decoding step."""
         cache = _cache_of(kwargs)
         if state.cache is None:
             raise ConfigError("The KV cache was not filled with these prompts; let generate() make a cache of its own.")
@@ -379,7 +396,10 @@ class SequenceLayer(AdapterLayer):
         return kwargs
 
     def _check_window(self, prompts: CachedPrompts, cache: Any, new: int) -> None:
-        """Refuse a step for which a sliding window cannot hold all that came before it, prompts first."""
+        """Refuse a step whose sliding window does not hold all earlier entries.
+
+        The prompts, which come first, would leave the window.
+        """
         window, count = getattr(self.stack.settings, "sliding_window", None), prompts.count.get(self.depth, 0)
         if count and window and cache.is_sliding[self.depth] and cache.get_seq_length(self.depth) + new > window:
             raise ConfigError(
@@ -389,12 +409,15 @@ class SequenceLayer(AdapterLayer):
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Any:
-    """The cache of self-attention that a block was given, by the name of its family."""
+    """Cache of self-attention in a block's arguments, whatever its name there."""
     return self_attention_cache(kwargs.get("past_key_values", kwargs.get("layer_past")))
 
 
 def _extend_own_bias(module: nn.Module, args: Any, kwargs: dict[str, Any], bias: Tensor) -> Tensor:
-    """Hook of a bias that a block makes for itself, for its tokens (BEiT): the rest of `dim_size` are prompts."""
+    """Hook that extends a bias which the block makes for itself (BEiT).
+
+    The bias is for the tokens; the rest of `dim_size` are prompts.
+    """
     tokens = bias.shape[-1]
     count, at = kwargs.get("dim_size", tokens) - tokens, cast(int, module.prompts_at)
     return cast(Tensor, extend_bias(bias, tokens, count, at)) if count > 0 else bias

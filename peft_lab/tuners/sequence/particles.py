@@ -1,7 +1,7 @@
-"""Particles of a Gaussian mixture that is fitted to points: Stein variational gradient descent. Knows no model.
+"""Particles of a Gaussian mixture, by Stein variational gradient descent.
 
-Source: Li et al. 2024, BayesPrompt, arXiv:2401.14166, written from its equations. The score goes by log-sum-exp: the
-plain quotient of densities underflows to a score of zero at a few hundred dimensions.
+Source: Li et al. 2024, BayesPrompt, arXiv:2401.14166, written from its equations. The score is computed by log-sum-exp:
+the plain quotient of densities underflows to a score of zero at a few hundred dimensions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _ROUNDS = 200
 
 @dataclass(frozen=True)
 class Mixture:
-    """Gaussians of full covariance within a subspace, with one variance in all directions outside of it.
+    """Gaussian mixture with full covariances within a subspace.
+
+    Outside of the subspace all directions have one variance.
 
     Attributes:
         weights: (components,).
@@ -88,6 +90,7 @@ def fit(
     if different < 2:
         raise ConfigError(f"A mixture needs at least 2 different points, got {different}.")
     size = min(*points.shape, dimensions or DIMENSIONS)
+    # The points outside of the subspace share one variance, the mean square of what the projection leaves.
     axes = PCA(size, random_state=seed).fit(points)
     inside = axes.transform(points)
     outside = points - axes.inverse_transform(inside)
@@ -101,7 +104,9 @@ def fit(
 
 
 def svgd(start: Points, score: Callable[[Points], Points], steps: int = 1000, rate: float = 0.01) -> Points:
-    """Move points (count, width) by Stein variational gradient descent until they stand for a density.
+    """Move points (count, width) by Stein variational gradient descent.
+
+    They end as particles of a density.
 
     The kernel is Gaussian with the median bandwidth, the step that of Adagrad with a decay of 0.9.
 
@@ -112,9 +117,11 @@ def svgd(start: Points, score: Callable[[Points], Points], steps: int = 1000, ra
     points, history = np.array(start, dtype=np.float64), np.zeros(np.shape(start))
     count = len(points)
     for step in range(steps):
+        # Median heuristic; the smallest positive number stands in where all points are equal.
         squares = _squares(points)
         width = max(0.5 * float(np.median(squares)) / np.log(count + 1), np.finfo(np.float64).tiny)
         kernel = np.exp(-squares / (2 * width))
+        # The gradient of the kernel drives the points apart, the score draws them to the density.
         apart = points * kernel.sum(1, keepdims=True) - kernel @ points
         move = (kernel @ score(points) + apart / width) / count
         history = 0.9 * history + 0.1 * move**2 if step else move**2
@@ -123,7 +130,8 @@ def svgd(start: Points, score: Callable[[Points], Points], steps: int = 1000, ra
 
 
 def _squares(points: Points) -> Points:
-    """Squared distances of all pairs of points; exactly 0 from a point to itself."""
+    """Squared distances of all pairs of points, exactly 0 on the diagonal."""
+    # Centred first, because the expanded square loses digits far from the origin.
     points = points - points.mean(0)
     norms = (points**2).sum(1)
     squares = np.maximum(norms[:, None] + norms - 2 * points @ points.T, 0.0)
@@ -132,7 +140,7 @@ def _squares(points: Points) -> Points:
 
 
 def particles(points: Points, count: int, components: int, dimensions: int | None = None, seed: int = 0) -> Points:
-    """Particles (count, width) that stand for the mixture fitted to points (n, width).
+    """Fit a mixture to points (n, width); return particles (count, width).
 
     They start at different points; where there are more particles than points, the further ones start beside a point,
     at a distance of the regularising variance. Centre and scale are taken out first (one number for all directions, the
@@ -146,6 +154,7 @@ def particles(points: Points, count: int, components: int, dimensions: int | Non
     centre, scale = points.mean(0), np.sqrt(points.var(0).mean())
     points = (points - centre) / (scale or 1.0)
     mixture = fit(points, components, dimensions, seed=seed)
+    # Whole rounds through the points in random order, until there are enough starts.
     order = np.concatenate([random.permutation(len(points)) for _ in range(-(-count // len(points)))])[:count]
     start = points[order]
     start[len(points) :] += np.sqrt(REGULARISATION) * random.standard_normal(start[len(points) :].shape)

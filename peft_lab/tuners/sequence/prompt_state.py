@@ -1,4 +1,7 @@
-"""State of the prompt tokens in one forward call of a stack of blocks: made around the stack, read by its blocks."""
+"""State of prompt tokens in one forward call of a stack.
+
+It is made around the stack and read by its blocks.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,19 @@ from peft_lab.tuners.tokens import parameter_names, split
 _PROMPTS = "prompts"
 #: Keys by which the stack hands class logits and prompts on to the head behind it.
 HEAD_LOGITS, READOUT = "head_logits", "readout"
-#: Attribute of a KV cache that holds its `CachedPrompts`. It lies on the cache because a copy of the cache takes it
-#: along, and because `torch.compile` fails on a table of caches from which one dies meanwhile.
+#: Attribute of a KV cache that holds its `CachedPrompts`. It is stored on the cache, because a copy of the cache takes
+#: it along, and because `torch.compile` fails on a table of caches from which one dies meanwhile.
 CACHED_PROMPTS = "peft_lab_prompts"
 
 
 @dataclass
 class CachedPrompts:
-    """Prompt tokens in a KV cache: their number by block, and those a row does not use, bool (batch, prompts)."""
+    """Prompt tokens in a KV cache.
+
+    Attributes:
+        count: number of prompts by index of the block.
+        unused: bool (batch, prompts) by index of the block, the prompts that a row does not have.
+    """
 
     count: dict[int, int] = field(default_factory=dict)
     unused: dict[int, Tensor] = field(default_factory=dict)
@@ -35,7 +43,7 @@ class CachedPrompts:
 
 @dataclass
 class PromptState:
-    """State of the prompt tokens in one forward call of one stack of blocks.
+    """State of prompt tokens in one forward call of one stack.
 
     Attributes:
         context: the forward call that it belongs to.
@@ -66,12 +74,12 @@ class PromptState:
 
     @staticmethod
     def current() -> PromptState | None:
-        """The state of the stack that runs, if any."""
+        """State of the running stack; None outside of a stack."""
         context = ForwardContext.current()
         return None if context is None else context.shared.get(_PROMPTS)
 
     def for_rows(self, rows: Tensor) -> PromptState:
-        """The state that some rows of the batch see."""
+        """State for some rows of the batch."""
         mask = None if self.mask is None else self.mask[rows]
         return replace(self, mask=mask, rows=rows, states=None, unused=None)
 
@@ -82,7 +90,8 @@ class PromptState:
 
     @property
     def labels(self) -> Tensor | None:
-        """Labels of the call for the rows of this state; None if there are none or they are not one row each."""
+        """Labels of the call for this state's rows; None without labels."""
+        # Labels that are not one per row of the batch cannot be chosen by row.
         labels = self.context.arguments.get("labels")
         if not isinstance(labels, Tensor) or self.rows is None or len(labels) != self.batch:
             return labels
@@ -90,27 +99,31 @@ class PromptState:
 
     @property
     def continues_text(self) -> bool:
-        """True if the called model writes text behind its input, so that labels are a part of the text."""
+        """True if the called model continues its input text."""
         return can_continue(self.context.model)
 
 
 def can_continue(model: Any) -> bool:
-    """Test whether a model writes text behind its input, so that its labels are tokens."""
+    """Test whether a model continues its input text.
+
+    Its labels are then tokens.
+    """
     return not isinstance(model, PreTrainedModel) or model.can_generate()
 
 
 def run_with_prompts(stack: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-    """Run a stack of blocks that may hold prompts: the code around its forward.
+    """Run a stack of blocks that may hold prompts.
 
-    It makes the `PromptState`, counts cached prompts into mask and positions, and takes the prompts out of recorded
-    hidden states and attentions.
+    This code stands around the stack's forward. It makes the `PromptState`, counts cached prompts into mask and
+    positions, and takes the prompts out of recorded hidden states and attentions.
 
     Raises:
-        ConfigError: the head behind the stack is to read prompts, and the stack was called alone.
+        ConfigError: the head behind the stack reads prompts, and the stack was called alone.
     """
     context = ForwardContext.current()
     assert context is not None, "the wrapper of the stack has opened one"
     state = _begin(type(stack).forward, context, kwargs)
+    # The stacks of one model (encoder and decoder, text and vision) share a context, each with its own state.
     outer = context.shared.get(_PROMPTS)
     context.shared[_PROMPTS] = state
     try:
@@ -119,6 +132,7 @@ def run_with_prompts(stack: nn.Module, forward: Callable[..., Any], kwargs: dict
         context.shared[_PROMPTS] = outer
     if READOUT in context.shared and context.model is stack:
         raise ConfigError("Prompts are read behind the stack of blocks; call the whole model.")
+    # Tensors recorded inside of the blocks hold the prompts; callers expect those of the tokens alone.
     for name, dims in (("hidden_states", (1,)), ("attentions", (2, 3))):
         recorded = getattr(output, name, None)
         if isinstance(recorded, tuple) and state.prefill and state.length:
@@ -127,11 +141,12 @@ def run_with_prompts(stack: nn.Module, forward: Callable[..., Any], kwargs: dict
 
 
 def _begin(own_forward: Any, context: ForwardContext, kwargs: dict[str, Any]) -> PromptState:
-    """Make the state of a call, and count the prompts that a cache holds into mask and positions."""
+    """Make a call's state and account for prompts in the cache."""
     names = parameter_names(own_forward)
     cache, mask = self_attention_cache(kwargs.get("past_key_values")), kwargs.get("attention_mask")
     state = PromptState(context, mask=mask.bool() if mask is not None and mask.ndim == 2 else None)
     past = int(cache.get_seq_length()) if cache is not None else 0
+    # A reason is kept, not raised: a stack without prompts in this call must run.
     if getattr(cache, "is_compileable", False):
         state.refused = "Prompts in the sequence need a cache that grows; leave out cache_implementation='static'."
     elif past:
@@ -145,7 +160,7 @@ def _begin(own_forward: Any, context: ForwardContext, kwargs: dict[str, Any]) ->
 
 
 def _tokens_alone(part: Tensor, state: PromptState, dims: tuple[int, ...]) -> Tensor:
-    """A recorded tensor without the prompts that it may hold along some dimensions."""
+    """Remove the prompts from a recorded tensor along some dimensions."""
     for dim in dims:
         count = part.shape[dim] - state.length
         if count > 0:
@@ -154,9 +169,10 @@ def _tokens_alone(part: Tensor, state: PromptState, dims: tuple[int, ...]) -> Te
 
 
 def replace_logits(head: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Post-hook of a classification head: put the logits of the prompts there, so that the model's own loss sees them.
+    """Post-hook of a classification head that replaces its logits by the prompts'.
 
-    The context holds logits (batch, classes) and the rows that have them, bool (batch,), None for all.
+    So the model's own loss gets them. The context holds logits (batch, classes) and the rows that have them, bool
+    (batch,), None for all.
     """
     context = ForwardContext.current()
     found = None if context is None else context.shared.get(HEAD_LOGITS)
@@ -167,9 +183,10 @@ def replace_logits(head: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 def read_out(norm: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Post-hook of the norm behind the blocks: put the mean of class token and prompts in the place of the class token.
+    """Post-hook of the final norm that averages class token and prompts.
 
-    The context holds the prompts (batch, prompts, dim) of the last block and those that count, bool (batch, prompts).
+    The mean replaces the class token. The context holds the prompts (batch, prompts, dim) of the last block and those
+    that count, bool (batch, prompts).
 
     Args:
         norm: the norm.
@@ -191,7 +208,10 @@ def read_out(norm: nn.Module, args: Any, output: Tensor) -> Tensor:
 def _count_cached(
     prompts: CachedPrompts, cache: Cache, past: int, kwargs: dict[str, Any], names: tuple[str, ...]
 ) -> str:
-    """Count cached prompts into mask and positions; return the reason why that cannot be, if so."""
+    """Account for cached prompts in mask and positions.
+
+    Returns the reason if that is impossible, else "".
+    """
     counts = {prompts.count.get(depth, 0) for depth in range(len(cache.layers))}
     if any(cache.is_sliding) and len(counts) > 1:
         return "Prompts in some blocks only do not go with a cache of sliding windows; pass use_cache=False."
@@ -206,6 +226,7 @@ def _count_cached(
     measured = prompts.count.get(find_first_full_attention_index(cache), 0)
     if measured and mask is not None and mask.ndim == 2:
         kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], measured), mask], 1)
+    # The stack would count the cached prompts as positions, and prompts take none.
     if kwargs.get("position_ids") is None and "position_ids" in names:
         start = past - prompts.count.get(0, 0)
         kwargs["position_ids"] = torch.arange(start, start + given.shape[1], device=given.device)[None]
@@ -213,9 +234,10 @@ def _count_cached(
 
 
 def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:
-    """Test whether a row begins anew somewhere within its tokens."""
+    """Test whether a row holds several sequences, each with positions from 0."""
     if position_ids is None or position_ids.ndim != 2:
         return False
+    # Positions that go back within the text start another sequence; at padding they mean nothing.
     anew = position_ids.diff(dim=1) < 0
     if mask is not None and mask.shape == position_ids.shape:
         anew = anew & mask[:, 1:] & mask[:, :-1]
@@ -223,5 +245,5 @@ def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:
 
 
 def self_attention_cache(cache: Any) -> Any:
-    """The cache of self-attention."""
+    """Cache of self-attention, also of an encoder-decoder's cache."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

@@ -1,27 +1,28 @@
-"""Stacks of transformer blocks in a model, and the facts of a stack that its blocks need."""
+"""Stacks of transformer blocks in a model, and their facts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.family_table import FAMILIES
+from peft_lab.backbones.prompt_support import PREFERRED_STACKS, PROMPT_SUPPORT
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.sequence import window_attention
 from peft_lab.tuners.sequence.prompt_state import can_continue
 
-#: Stack that gets the prompts where a model has several, the first that is there.
-_PREFERRED = ("vision", "encoder")
-#: Names of the tokens that an embedding of patches puts before the patches.
-_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+#: Names of the tokens before the patches, and of the biases for pairs of positions, in any family.
+_PREFIX_TOKENS = sorted({name for family in FAMILIES.values() for name in family.prefix_tokens})
+_POSITION_BIASES = sorted({name for family in FAMILIES.values() for name in family.position_biases})
 
 
 @dataclass(frozen=True)
 class StackInfo:
-    """Facts of one stack of blocks, the same for all of its blocks.
+    """Facts of one stack, the same for all of its blocks.
 
     Attributes:
         settings: config of the stack.
@@ -32,6 +33,8 @@ class StackInfo:
             norm may be wrapped later.
         classes: number of labels of the model.
         prefix_tokens: class and register tokens of a vision transformer, which stand before the patches; 0 for text.
+        position_biases: arguments of a block that hold a bias for each pair of positions.
+        rotary_in_block: True if each block makes rotary positions from `position_ids` by itself.
     """
 
     settings: Any
@@ -41,6 +44,8 @@ class StackInfo:
     norms: dict[str, tuple[nn.Module, str]]
     classes: int
     prefix_tokens: int
+    position_biases: tuple[str, ...]
+    rotary_in_block: bool
 
 
 def stack_info(model: nn.Module, path: str, blocks: list[str]) -> StackInfo:
@@ -51,31 +56,44 @@ def stack_info(model: nn.Module, path: str, blocks: list[str]) -> StackInfo:
     for module in modules:
         windowed = window_attention.has_windows(module)
         widths.append(window_attention.width(module) if windowed else stack.config.hidden_size)
-    declared = [[m.is_causal for m in module.modules() if hasattr(m, "is_causal")] for module in modules]
+    # Attention of transformers declares `is_causal`; where no block does, a block's attention is unknown.
+    declared = [_causal_flags(module) for module in modules]
     some_declared = any(declared)
+    model_type = stack.config.model_type
+    family = FAMILIES.get(model_type)
     return StackInfo(
         settings=stack.config,
         widths=tuple(widths),
         attends=tuple(bool(flags) or not some_declared for flags in declared),
-        causal=any(any(flags) for flags in declared) if some_declared else _reads_from_the_left(model, stack),
+        causal=any(map(any, declared)) if some_declared else _reads_from_the_left(model, stack),
         norms=norms_around(model, path),
         classes=getattr(getattr(model, "config", None), "num_labels", 0),
         prefix_tokens=prefix_tokens(model, path),
+        position_biases=tuple(_POSITION_BIASES) if family is None else family.position_biases,
+        rotary_in_block=PROMPT_SUPPORT[model_type].rotary_in_block if model_type in PROMPT_SUPPORT else False,
     )
 
 
+def _causal_flags(block: nn.Module) -> list[bool]:
+    return [module.is_causal for module in block.modules() if hasattr(module, "is_causal")]
+
+
 def _reads_from_the_left(model: Any, stack: Any) -> bool:
-    """Guess for a stack whose attention does not say whether it is causal."""
+    """Guess whether a stack is causal if its attention declares none."""
     is_text = stack.main_input_name == "input_ids" and not model.config.is_encoder_decoder
     return is_text and can_continue(model)
 
 
 def norms_around(model: nn.Module, stack: str) -> dict[str, tuple[nn.Module, str]]:
-    """Norms around the blocks of a stack, which stand in it or, as DINOv2's, in a module around it."""
+    """Norms around the blocks of a stack, by role.
+
+    They are in the stack or, as DINOv2's, in a module around it. Each is a module and a name in it.
+    """
     found = {}
     for role in ("norm.stem", "norm.final"):
         homes = [name.rpartition(".") for name in module_roles.modules_by_role(model, role)]
         around = [(home, name) for home, _, name in homes if f"{stack}.".startswith(f"{home}.") or not home]
+        # The innermost module around the blocks holds their norm.
         if around:
             home, name = max(around, key=lambda found: len(found[0]))
             found[role] = (model.get_submodule(home), name)
@@ -83,7 +101,10 @@ def norms_around(model: nn.Module, stack: str) -> dict[str, tuple[nn.Module, str
 
 
 def stacks_of(model: nn.Module) -> dict[str, list[str]]:
-    """Paths of the blocks of each stack, by the path of the stack: the innermost model around them."""
+    """Paths of each stack's blocks, by the path of the stack.
+
+    A stack is the innermost `PreTrainedModel` around its blocks.
+    """
     found: dict[str, list[str]] = {}
     for block in module_roles.modules_by_role(model, "block"):
         parts = block.split(".")
@@ -94,7 +115,7 @@ def stacks_of(model: nn.Module) -> dict[str, list[str]]:
 
 
 def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
-    """Path of the stack that gets the prompts, and of its blocks.
+    """Path of the prompted stack, and paths of its blocks.
 
     Raises:
         ConfigError: the model has no blocks, or no stack of that name.
@@ -108,21 +129,26 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
             shown = ", ".join(path or "the model itself" for path in stacks)
             raise ConfigError(f'stack="{name}" is none of {shown}.{did_you_mean(name, stacks)}')
         return found, stacks[found]
-    preferred = (path for word in _PREFERRED for path in stacks if word in path.lower())
+    # Without a choice the stack that is named like a vision tower or an encoder comes first.
+    preferred = (path for word in PREFERRED_STACKS for path in stacks if word in path.lower())
     path = next(preferred, next(iter(stacks)))
     return path, stacks[path]
 
 
 def prefix_tokens(model: nn.Module, path: str) -> int:
-    """Number of tokens that the embedding of a vision stack puts before the patches; 0 for text."""
-    if getattr(cast(Any, model.get_submodule(path)).config, "patch_size", None) is None:
+    """Number of tokens before a vision stack's patches; 0 for text."""
+    stack: Any = model.get_submodule(path)
+    if getattr(stack.config, "patch_size", None) is None:
         return 0
+    # The embedding is in the stack or in a module around it: outwards until one has patches.
     parts = path.split(".") if path else []
     for depth in range(len(parts), -1, -1):
         around = model.get_submodule(".".join(parts[:depth]))
         if any("patch" in name for name, _ in around.named_modules()):
             found = {n.rpartition(".")[2]: p for n, p in around.named_parameters() if "embed" in n}
-            return sum(found[name].numel() // found[name].shape[-1] for name in _PREFIX if name in found)
+            family = FAMILIES.get(stack.config.model_type)
+            names = _PREFIX_TOKENS if family is None else family.prefix_tokens
+            return sum(found[name].numel() // found[name].shape[-1] for name in names if name in found)
     return 0
 
 

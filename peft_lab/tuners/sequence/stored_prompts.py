@@ -1,10 +1,12 @@
-"""Learned prompts: stored values, the same for every row, or made from stored values by a projection or a choice.
+"""Stored prompts, learned or initialised from training data.
+
+The stored values are the prompts, the same for every row, or a projection or a choice makes prompts from them.
 
 With `domain_components` the first block's prompts come from the training data (BayesPrompt): they start at means of
 particles, or with `domain_draws` are such means for good. Then a prompt is in training the mean of a few of its
-particles, drawn anew for every row and forward, and in evaluation the mean of all; the particles are saved and not
-trained. The draws are of torch's generator, as dropout's are: a run that is repeated or resumed, and a forward that
-checkpointing repeats, draw the same.
+particles, sampled anew for every row and forward, and in evaluation the mean of all; the particles are saved and not
+trained. Samples come from torch's generator, as dropout's do: a run that is repeated or resumed, and a forward that
+checkpointing repeats, sample the same.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from peft_lab.tuners.sequence.layer import SequenceLayer
 from peft_lab.tuners.sequence.prompt_state import PromptState
 from peft_lab.tuners.sequence.tuner import SequenceConfig
 
-#: Particles that prompts start from, shared out among them; particles of each prompt that is drawn.
+#: Particles that prompts start from, shared out among them; particles of each prompt that is sampled from them.
 PARTICLES, PARTICLES_DRAWN = 64, 16
 _NOT_READ = (
     'Training begins without domain_components={} of method "{}" having read any data, so the prompts keep their usual '
@@ -39,7 +41,9 @@ _NOTHING_TO_DRAW = (
 
 @dataclass
 class StaticConfig(SequenceConfig):
-    """Base of the configs of prompts that stand at the input (`deep=False`) or anew before every block.
+    """Base of the configs of stored prompts.
+
+    They are at the input (`deep=False`), or new ones before every block.
 
     Raises:
         ConfigError: one of these numbers below 1 or without `domain_components`, or more draws than particles.
@@ -86,7 +90,7 @@ class StaticConfig(SequenceConfig):
             )
 
     def domain_share(self, prompts: int) -> int:
-        """Particles of each of so many prompts."""
+        """Number of particles of each of `prompts` prompts."""
         usual = max(PARTICLES // prompts, 1) if self.domain_draws is None else PARTICLES_DRAWN
         return self.domain_particles or usual
 
@@ -97,13 +101,13 @@ class StaticConfig(SequenceConfig):
 
 
 class StoredPrompts(SequenceLayer):
-    """A block before which learned prompts are written. A method supplies `initial_values`, perhaps `make_prompts`.
+    """Block before which stored prompts are written.
 
-    The first of `adapter_layer_names` holds the stored values (prompts, width), or their particles (prompts, particles,
-    width).
+    A method supplies `initial_values`, perhaps `make_prompts`. The first of `adapter_layer_names` holds the stored
+    values (prompts, width), or their particles (prompts, particles, width).
 
     Attributes:
-        awaiting_data: adapters whose first values here are to come from the training data, until these are read.
+        awaiting_data: adapters whose initial values here come from the training data, until these are read.
     """
 
     awaiting_data: set[str]
@@ -117,14 +121,17 @@ class StoredPrompts(SequenceLayer):
     # What a method supplies -------------------------------------------------------------------------------------
 
     def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
-        """Prompts (prompts, width) or (batch, prompts, width) from stored values of the same shape."""
+        """Make prompts from stored values.
+
+        Both are (prompts, width) or (batch, prompts, width).
+        """
         return values
 
     # What is the same for all -----------------------------------------------------------------------------------
 
     @property
     def stored_values(self) -> nn.ParameterDict:
-        """The stored values of each adapter."""
+        """Stored values of each adapter."""
         found: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
         return found
 
@@ -135,27 +142,32 @@ class StoredPrompts(SequenceLayer):
         return self.make_prompts(adapter, values, state).expand(len(tokens), -1, -1)
 
     def values(self, adapter: str, rows: int | None = None) -> Tensor | None:
-        """The stored values (..., width) of an adapter; None if it has none here.
+        """Stored values (..., width) of an adapter; None without any here.
 
-        In training, prompts that are drawn from particles are (rows, ..., width) if `rows` is given.
+        In training, prompts that are sampled from particles are (rows, ..., width) if `rows` is given.
 
         Raises:
-            ConfigError: prompts are drawn from particles, and there are none yet.
+            ConfigError: prompts are sampled from particles, and there are none yet.
         """
         found = self.stored_values.get(adapter)
         if found is None or not self.draws_particles(adapter):
             return found
+        # Particles are zero until the training data or an adapter file gives them.
         if not bool(found.any()):
             raise ConfigError(_NOTHING_TO_DRAW.format(self.info.name))
         if rows is None or not self.training:
             return found.mean(-2)
+        # The largest of random numbers are a sample without replacement, for all rows and prompts at once.
         draws = self.configs[adapter].domain_draws
         chosen = torch.rand(rows, *found.shape[:-1], device=found.device).topk(draws).indices
         weights = found.new_zeros(chosen.shape[:-1] + found.shape[-2:-1]).scatter(-1, chosen, 1 / draws)
         return torch.einsum("r...p,...pd->r...d", weights, found)
 
     def _write_rows(self, rows: RowAdapters, tokens: Tensor, state: PromptState) -> None:
-        """Prompts of all rows in one gather from those of the adapters, whatever their numbers."""
+        """Write the prompts of all rows by one gather.
+
+        Adapters may have different numbers of prompts.
+        """
         if not self.same_for_all_rows:
             super()._write_rows(rows, tokens, state)
             return
@@ -166,6 +178,7 @@ class StoredPrompts(SequenceLayer):
                 found[name] = self.make_prompts(name, values, state).to(tokens.dtype)
         if not found:
             return
+        # One table entry per name, empty for adapters without prompts here, by which the rows are indexed.
         empty = tokens.new_zeros(0, tokens.shape[-1])
         parts = [found.get(name, empty) for name in rows.names]
         table = pad_sequence(parts, batch_first=True, padding_side="left")
@@ -175,7 +188,8 @@ class StoredPrompts(SequenceLayer):
         self._merge_rows(state, table[index], counts[index], writes[index])
 
     def uniform(self, count: int, width: int) -> Tensor:
-        """Start values (count, width), uniform as Xavier's rule draws them for a projection of patches."""
+        """Start values (count, width) by Xavier's rule for patch projections."""
+        # Without patches the fan-in is the width of the hidden states.
         patch = getattr(self.stack.settings, "patch_size", None)
         pixels = self.width
         if patch:
@@ -186,22 +200,24 @@ class StoredPrompts(SequenceLayer):
     # First values from the training data ------------------------------------------------------------------------
 
     def initialises_from_data(self, adapter: str) -> bool:
-        """Test whether an adapter's prompts before this block take their first values from the training data."""
+        """Test whether an adapter's prompts here are initialised from training data."""
         config = self.configs.get(adapter)
         if config is None or config.domain_components is None:
             return False
         return config.prompted_block_indices(self.num_blocks)[:1] == [self.depth]
 
     def draws_particles(self, adapter: str) -> bool:
-        """Test whether an adapter's prompts before this block are means of particles."""
+        """Test whether an adapter's prompts here are means of stored particles."""
         return self.initialises_from_data(adapter) and self.configs[adapter].domain_draws is not None
 
     def update_layer(self, adapter: str, config: Any) -> None:
         super().update_layer(adapter, config)
         if not self.initialises_from_data(adapter):
             return
+        # A loaded adapter brings its values along.
         if config.fingerprints is None:
             self.awaiting_data.add(adapter)
+        # Particles take the place of the trained values; frozen ones are named to peft, or it would train them.
         if config.domain_draws is not None:
             shape = self.stored_values[adapter].shape
             count = config.domain_share(shape[:-1].numel())
@@ -214,7 +230,7 @@ class StoredPrompts(SequenceLayer):
         super().delete_adapter(adapter_name)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # Values that were trained before are no start: a checkpoint, or an adapter that is trained on.
+        # A checkpoint, or an adapter that is trained on, brings trained values, which the data must not overwrite.
         stored = self.adapter_layer_names[0]
         self.awaiting_data -= {name for name in self.awaiting_data if f"{prefix}{stored}.{name}" in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -225,8 +241,11 @@ class StoredPrompts(SequenceLayer):
         super()._write(active, rows, tokens, state)
 
     def warn_data_not_read(self, adapter: str) -> None:
-        """Warn that training begins and the data were not read: from now on the values that are there stand."""
+        """Warn that training begins before the data were read.
+
+        From now on the present values stand.
+        """
         if self.draws_particles(adapter):
-            return  # missing particles are refused, and those that are there need no data
+            return  # missing particles are refused, and present ones need no data
         self.awaiting_data.discard(adapter)
         warnings.warn(_NOT_READ.format(self.configs[adapter].domain_components, self.info.name), stacklevel=2)

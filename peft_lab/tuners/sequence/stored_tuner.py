@@ -1,4 +1,4 @@
-"""The tuner of methods that store prompts: reads the training data for prompts that take their values from them."""
+"""Tuner of stored prompts, which can initialise them from training data."""
 
 from __future__ import annotations
 
@@ -13,13 +13,23 @@ from peft_lab.tuners.sequence.tuner import SequenceTuner
 
 
 class StaticTuner(SequenceTuner):
-    """Puts `StoredPrompts` around the blocks of a stack, and reads the training data for prompts that wait for them."""
+    """Tuner that wraps the blocks of a stack in `StoredPrompts`.
+
+    It reads the training data for prompts that are initialised from them.
+    """
 
     def read_data(self, batches: Iterable[Mapping[str, Any]], epoch: int) -> None:
-        """Read the training data before the first epoch (`peft_lab.ReadTrainingData`), if prompts wait for them."""
-        layers = [module for module in self.model.modules() if isinstance(module, StoredPrompts)]
-        if epoch == 0 and any(not layer.awaiting_data.isdisjoint(layer.active_adapters) for layer in layers):
-            domain_prompts(self.model, batches)
+        """Initialise waiting prompts from the training data before the first epoch.
+
+        `peft_lab.ReadTrainingData` calls this.
+        """
+        if epoch > 0:
+            return
+        # A pass over the data is costly, so it is made for an active adapter alone.
+        for module in self.model.modules():
+            if isinstance(module, StoredPrompts) and not module.awaiting_data.isdisjoint(module.active_adapters):
+                domain_prompts(self.model, batches)
+                return
 
 
 def register_static(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None:

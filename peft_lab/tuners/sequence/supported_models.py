@@ -1,4 +1,4 @@
-"""Which transformers have room for prompts in their sequence, and what is said of those that have none."""
+"""Model types that support prompt tokens, and errors for the others."""
 
 from __future__ import annotations
 
@@ -11,57 +11,46 @@ import torch
 from torch import nn
 
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.prompt_support import ALIBI, PROMPT_SUPPORT
 from peft_lab.errors import ConfigError
 
 logger = logging.getLogger("peft_lab")
 
-_ALIBI = "biases its attention by distance (ALiBi)"
-_OWN_LENGTH = "makes masks or positions for the text alone in each block"
-_IN_PIECES = "attends within pieces of the text"
-#: What leaves no room, by `model_type`.
-NO_ROOM = {
-    **dict.fromkeys(("bloom", "mpt"), _ALIBI),
-    **dict.fromkeys(("falcon_h1", "roformer", "xlm", "xlnet"), _OWN_LENGTH),
-    **dict.fromkeys(("led", "longformer", "longt5"), _IN_PIECES),
-    "fnet": "mixes tokens without attention",
-    "funnel": "merges tokens between its blocks",
-}
-#: What tests put prompts into beside the families of the role table.
-ALSO_TRIED = (
-    *("codegen", "ctrl", "falcon", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "lfm2", "llama4_text", "openai-gpt"),
-    *("qwen3_next", "xglm"),
-)
-
 
 def check_supported(model: nn.Module, stack: Any) -> None:
-    """Refuse a stack that has no room for prompts, and say of one that no test has.
+    """Refuse a stack without prompt support; warn of an untested one.
 
     Raises:
         ConfigError: prompts would do nothing there, or harm.
     """
-    kind = stack.config.model_type
-    why = NO_ROOM.get(kind, _ALIBI if getattr(stack.config, "alibi", False) else None)
-    if why is not None:
+    model_type = stack.config.model_type
+    known = PROMPT_SUPPORT.get(model_type)
+    # ALiBi is a setting of some families, so the table of model types cannot tell.
+    obstacle = known.obstacle if known is not None else ""
+    if not obstacle and getattr(stack.config, "alibi", False):
+        obstacle = ALIBI
+    if obstacle:
         raise ConfigError(
-            f'{type(model).__name__} has no room for prompts in its sequence: model type "{kind}" {why}. Take a method '
-            "that adapts its weights."
+            f'{type(model).__name__} has no room for prompts in its sequence: model type "{model_type}" {obstacle}. '
+            "Take a method that adapts its weights."
         )
-    if not tried(kind):
+    if not is_tested(model_type):
         logger.warning(
             'Prompts in the sequence have not been tried with model type "%s": see that they change what it says, and '
             "that generate() with and without use_cache agree.",
-            kind,
+            model_type,
         )
 
 
-def tried(kind: str) -> bool:
-    """Whether tests put prompts into models of this `model_type`."""
-    return kind in ALSO_TRIED or module_roles.family(kind) is not None
+def is_tested(model_type: str) -> bool:
+    """Test whether the test suite covers prompts in models of this type."""
+    known = PROMPT_SUPPORT.get(model_type)
+    return module_roles.family(model_type) is not None or (known is not None and known.tested and not known.obstacle)
 
 
 @contextmanager
-def explained(kind: str) -> Iterator[None]:
-    """What goes wrong in a block with prompts of a `model_type` that was never tried, as a `ConfigError`.
+def explained(model_type: str) -> Iterator[None]:
+    """Turn a block's errors into `ConfigError` for untested model types.
 
     Raises:
         ConfigError: instead of the block's own error, which stands in it.
@@ -69,9 +58,10 @@ def explained(kind: str) -> Iterator[None]:
     try:
         yield
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
-        if tried(kind) or isinstance(error, torch.OutOfMemoryError):
+        # In a tested type the error is a bug, and lack of memory says nothing of prompts: both go on as they are.
+        if is_tested(model_type) or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ConfigError(
-            f'Prompts in the sequence have not been tried with model type "{kind}", and its blocks fail with them '
-            f"({type(error).__name__}: {error}). Take a method that adapts its weights."
+            f'Prompts in the sequence have not been tried with model type "{model_type}", and its blocks fail '
+            f"with them ({type(error).__name__}: {error}). Take a method that adapts its weights."
         ) from error

@@ -1,4 +1,7 @@
-"""The tuner of methods that act on the sequence: wraps every block of one stack, and the forward of the stack."""
+"""Tuner of sequence methods, which wraps the blocks of one stack.
+
+The forward of the stack is wrapped too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 from torch import nn
 
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.family_table import FAMILIES
+from peft_lab.backbones.prompt_support import PROMPT_SUPPORT
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.config import AdapterConfig
@@ -28,8 +33,6 @@ from peft_lab.tuners.tuner import BlockTuner
 _HOOKS = (read_out, replace_logits, *window_attention.HOOKS)
 #: Arguments of `generate` with which text is read in pieces, or with drafts of what is to be written.
 _NO_WHOLE_TEXT = ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens")
-#: Models with a class token whose head reads the patches alone.
-_PATCH_HEADS = ("CLIPForImageClassification", "MetaClip2ForImageClassification")
 
 
 @dataclass
@@ -50,23 +53,26 @@ class SequenceConfig(AdapterConfig):
             raise ConfigError(self.no_choice("exclude_modules"))
 
     def no_choice(self, name: str) -> str:
-        """Reason why a field that chooses modules is refused, as a message."""
+        """Error message for a field that chooses modules."""
         return (
             f'Method "{self.info.name}" adapts whole blocks and takes no {name}; choose blocks by layers_to_transform.'
         )
 
     def reads_out(self) -> bool:
-        """True if the head reads the mean of the prompts and the class token in the place of that token."""
+        """Test whether the head reads the mean of prompts and class token."""
         return False
 
     def may_write(self, depth: int) -> bool:
-        """Test whether prompts may be written before the block of this index."""
+        """Test whether prompts may be written before the block of an index."""
         layers = self.layers_to_transform
         return layers is None or depth in ([layers] if isinstance(layers, int) else layers)
 
 
 class SequenceTuner(BlockTuner):
-    """Puts `SequenceLayer`s around all blocks of a stack: those that get no prompts hand them on."""
+    """Tuner that wraps all blocks of a stack in `SequenceLayer`s.
+
+    Blocks that get no prompts of their own hand on those of the block before.
+    """
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         loaded = peft_config.fingerprints is not None
@@ -82,6 +88,7 @@ class SequenceTuner(BlockTuner):
         for layer in [layers] if isinstance(layers, int) else layers or ():
             if not 0 <= layer < len(blocks):
                 raise ConfigError(f"layers_to_transform holds {layer}; the stack has blocks 0 to {len(blocks) - 1}.")
+        # All blocks are wrapped, so a choice of targets is refused unless it names just these.
         if not loaded:
             given = peft_config.target_modules
             if given is not None and (
@@ -89,21 +96,27 @@ class SequenceTuner(BlockTuner):
             ):
                 raise ConfigError(peft_config.no_choice("target_modules"))
             peft_config.target_modules = blocks
-        if self.info.can("image_logits"):
+        if peft_config.produces_logits:
             self._leave_head(peft_config, loaded)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _check_readout(self, path: str) -> None:
-        """There must be a class token with a norm behind the blocks, and a head that reads it."""
-        none = not prefix_tokens(self.model, path) or type(self.model).__name__ in _PATCH_HEADS
-        if none or "norm.final" not in norms_around(self.model, path):
+        """Check that the head reads a class token behind a final norm.
+
+        Raises:
+            ConfigError: there is no class token, no final norm, or a head that reads the patches.
+        """
+        model_type = self.model.get_submodule(path).config.model_type
+        known = FAMILIES.get(model_type) or PROMPT_SUPPORT.get(model_type)
+        reads_patches = known is not None and type(self.model).__name__ in known.patch_heads
+        if not prefix_tokens(self.model, path) or reads_patches or "norm.final" not in norms_around(self.model, path):
             raise ConfigError(
                 f"{type(self.model).__name__} reads no class token behind a final norm, so it cannot read prompts in "
                 "its place."
             )
 
     def _leave_head(self, config: Any, loaded: bool) -> None:
-        """Keep the head untrained where the prompts give the logits in its place."""
+        """Keep the head untrained if the prompts give the logits."""
         heads = module_roles.class_heads(self.model)
         if not heads:
             raise ConfigError(
@@ -127,15 +140,17 @@ class SequenceTuner(BlockTuner):
         blocks, layer.stack = self._stack_of(path)
         layer.depth = blocks.index(path)
         layer.downsample = None
+        # The first block of a later stage merges the prompts that come from the stage before.
         before = window_attention.stage_of(blocks[layer.depth - 1]) if layer.depth else ""
         if isinstance(layer, ResidualBranches):
             layer.hook_sub_layers(self.model, path)
         if window_attention.has_windows(layer) and before and before != window_attention.stage_of(path):
-            layer.downsample = (self.model.get_submodule(before), "downsample")
+            layer.downsample = window_attention.downsample_of(self.model.get_submodule(before))
         return layer
 
     def _stack_of(self, block: str) -> tuple[list[str], StackInfo]:
-        """Paths of the blocks of the stack that a block is in, and the facts of that stack, collected once."""
+        """Paths of all blocks in a block's stack, and its facts."""
+        # Collected once for all blocks, in __dict__ because the tuner looks up missing attributes in the model.
         known: dict[str, tuple[list[str], StackInfo]] = self.__dict__.setdefault("stack_of_block", {})
         if block not in known:
             path, blocks = next((path, blocks) for path, blocks in stacks_of(self.model).items() if block in blocks)
@@ -148,21 +163,24 @@ class SequenceTuner(BlockTuner):
         for block in blocks:
             if window_attention.has_windows(model.get_submodule(block)):
                 window_attention.hook_stage(model.get_submodule(window_attention.stage_of(block)))
+        # The model's wrapper opens the context of a call, the stack's makes the state of the prompts in it.
         wrap_forward(model, opens=True)
         stack = wrap_forward(model.get_submodule(path), opens=not path)
         stack.around = run_with_prompts
         stack.declared[adapter_name] = config.row_inputs()
+        # Hooks are registered once, however many adapters use them.
         if config.reads_out():
             norm = getattr(*norms_around(model, path)["norm.final"])
             if read_out not in norm._forward_hooks.values():
                 norm.register_forward_hook(read_out)
-        for head_path in module_roles.class_heads(model) if self.info.can("image_logits") else ():
+        for head_path in module_roles.class_heads(model) if config.produces_logits else ():
             head = model.get_submodule(head_path)
             if replace_logits not in head._forward_hooks.values():
                 head.register_forward_hook(replace_logits)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Settings of generate that would let the prompts be made from a part of the text are refused.
         settings = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
         given = [n for n in _NO_WHOLE_TEXT if kwargs.get(n) is not None or getattr(settings, n, None) is not None]
         if given and any(isinstance(m, SequenceLayer) and not m.disable_adapters for m in self.modules()):
@@ -171,7 +189,7 @@ class SequenceTuner(BlockTuner):
             yield
 
     def unload(self) -> Any:
-        """The base model without wrapped blocks and without hooks."""
+        """Return the base model without wrapped blocks and without hooks."""
         model = super().unload()
         remove_stream_hooks(model)
         for module in model.modules():
@@ -187,5 +205,5 @@ def register_sequence(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None
 
 
 def _of_layer(hook: Any) -> bool:
-    """Test whether a hook was put there by the layer of a block."""
+    """Test whether a hook is a method of a block's layer."""
     return isinstance(getattr(hook, "__self__", None), SequenceLayer)

@@ -21,12 +21,13 @@ from support.tiny_runs import make_backbone, make_task, options
 from torch import nn
 
 from peft_lab import registry, to_lora
-from peft_lab.adapter_files import module_matching
 from peft_lab.backbones.family_table import FAMILIES
 from peft_lab.backbones.module_roles import head_modules
 from peft_lab.errors import AdapterMismatchError, ConfigError
 from peft_lab.export.merge import merge
-from peft_lab.loading.load_run import adapt, load, load_adapter
+from peft_lab.loading.foreign_adapters import write_record
+from peft_lab.loading.load_adapter import load_adapter
+from peft_lab.loading.load_run import adapt, load
 from peft_lab.training.run import train
 
 WITH_HEAD = [name for name in MODELS if head_modules(tiny(name))]
@@ -46,7 +47,7 @@ def probe(base: nn.Module, task_type: str | None = None) -> PeftModel:
 
 def save(model: PeftModel, folder: Path) -> Path:
     model.save_pretrained(folder)
-    module_matching.write_record(model, folder)
+    write_record(model, folder)
     return folder
 
 

@@ -37,7 +37,7 @@ def _run(place, out, **changes):
 def test_the_capability_is_true(method):
     """Declared where there is an activation that learns, and nowhere else."""
     model = adapt(method, TINY[text_or_image(method)]())
-    assert bool(activation_parameters(model)) == registry.method(method).can("learned_activation")
+    assert bool(activation_parameters(model)) == registry.learns_activation(registry.method(method))
 
 
 def test_held_out_rows_train_the_activation_alone(place, tmp_path):

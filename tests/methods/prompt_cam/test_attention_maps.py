@@ -268,7 +268,7 @@ def test_images_stand_upright_as_in_training(folder, tmp_path, monkeypatch):
         ("adapter", "no.png", [], 'There is no image file ".*no.png"'),
         ("adapter", "0.png", ["--output", "maps.jpg"], 'maps.jpg" must be a .png file'),
         ("adapter", "0.png", ["--output", "none/maps.png"], "in a folder that exists"),
-        ("other", "0.png", [], "holds vpt, which has no prompt for each class; methods that have: prompt_cam"),
+        ("other", "0.png", [], "holds vpt, which has no prompt for each class; prompt_cam has"),
         ("adapter", "task.yaml", [], 'task.yaml" cannot be read as an image'),
         ("adapter", "bomb.png", [], 'bomb.png" cannot be read as an image: Image size .400000000 pixels'),
         ("adapter", "0.png", ["--output", "folder.png"], 'folder.png" must be a .png file'),

@@ -35,12 +35,14 @@ from support.properties import (
 from torch import Tensor, nn
 
 from peft_lab import registry
-from peft_lab.adapter_files import module_matching
+from peft_lab.adapter_files.base_fingerprint import read_record
 from peft_lab.backbones.family import Family
 from peft_lab.backbones.family_table import FAMILIES
 from peft_lab.backbones.module_roles import head_modules, module_locations, modules_by_role, target_regex
 from peft_lab.errors import AdapterMismatchError, ConfigError
-from peft_lab.loading.load_run import load_adapter
+from peft_lab.loading.adapter_folder import AdapterFolder
+from peft_lab.loading.foreign_adapters import adapt_folder, write_record
+from peft_lab.loading.load_adapter import load_adapter
 
 ALL = [*EVERY, "ia3"]
 ON_PROJECTIONS = [name for name in ALL if name not in ON_BLOCKS]
@@ -59,7 +61,7 @@ def _adapted(method: str, model: nn.Module, **fields: Any) -> Any:
 
 def _save(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
-    module_matching.write_record(model, folder)
+    write_record(model, folder)
     return folder
 
 
@@ -115,7 +117,7 @@ def test_adapter_of_an_old_vit_loads(method: str, recorded: bool, tmp_path: Path
     if method in EVERY_OWN:
         assert torch.equal(output(PeftModel.from_pretrained(copy.deepcopy(base), folder), inputs), wanted)
     else:
-        renamed = module_matching.adapt_folder(folder, base, tmp_path / "here")
+        renamed = adapt_folder(AdapterFolder(folder), base, tmp_path / "here").path
         assert torch.equal(output(PeftModel.from_pretrained(copy.deepcopy(base), renamed), inputs), wanted)
 
 
@@ -401,7 +403,7 @@ def test_second_adapter_and_training_on(tmp_path: Path) -> None:
 def test_untouched_folders_are_not_rewritten(tmp_path: Path) -> None:
     base = tiny("bert")
     folder = _save(_adapted("lora", base), tmp_path / "a")
-    assert module_matching.adapt_folder(folder, base, tmp_path / "b") == folder
+    assert adapt_folder(AdapterFolder(folder), base, tmp_path / "b").path == folder
     assert not (tmp_path / "b").exists()
 
 
@@ -411,7 +413,7 @@ def test_every_saved_adapter_says_where_its_modules_stand(tmp_path: Path) -> Non
         folder = _save(_adapted(method, base), tmp_path / method)
         values = json.loads((folder / "adapter_config.json").read_text())
         own = registry.method(method).module.startswith("peft_lab.")
-        recorded = values["fingerprints"] if own else module_matching.read_record(folder)
+        recorded = values["fingerprints"] if own else read_record(folder)
         assert recorded
         assert all(re.fullmatch(r"[a-z.]+", e["role"]) and e["nth"] >= 0 for e in recorded.values())
 

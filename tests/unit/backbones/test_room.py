@@ -15,9 +15,9 @@ from support.properties import adapt, move
 from torch import Tensor, nn
 
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.prompt_support import PROMPT_SUPPORT
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.sequence.layer import SequenceLayer
-from peft_lab.tuners.sequence.supported_models import ALSO_TRIED, NO_ROOM
 
 _GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _HEADS = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
@@ -90,9 +90,11 @@ def _labels(ids: Tensor, instruction: int) -> Tensor:
 
 
 def test_every_family_is_named_once():
-    assert set(ALSO_TRIED) == set(OTHERS)
+    tested = {name for name, support in PROMPT_SUPPORT.items() if support.tested and not support.obstacle}
+    assert tested == set(OTHERS)
     assert not any(map(module_roles.family, OTHERS))
-    assert {*NO_ROOM, "falcon"} == {*REFUSED, "falcon_h1"}, "one with a recurrence beside attention is refused unseen"
+    refused = {name for name, support in PROMPT_SUPPORT.items() if support.obstacle}
+    assert {*refused, "falcon"} == {*REFUSED, "falcon_h1"}, "one with a recurrence beside attention is refused unseen"
 
 
 @others

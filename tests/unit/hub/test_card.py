@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from support.tiny_runs import make_backbone, make_task, options
 
 from peft_lab import registry
-from peft_lab.backbones.pypi_weights import hub_id, public_name, reachable_name, resolve_model
+from peft_lab.backbones.pypi_weights import public_name, reachable_name, resolve_model
 from peft_lab.data.task_registry import load_task
 from peft_lab.hub.evaluation_results import eval_entries
 from peft_lab.hub.model_card import Base, base_of, card_text, write_card
@@ -154,11 +154,10 @@ def test_names_of_backbones_that_others_can_load(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     assert public_name(str(tmp_path / "model")) is None
     assert public_name("./model") is None
-    assert public_name("org/base") == hub_id("org/base") == "org/base"
+    assert public_name("org/base") == "org/base"
     assert public_name("gpt2") == "gpt2"
-    assert hub_id("minilm") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert public_name("minilm") == "sentence-transformers/all-MiniLM-L6-v2"
     assert public_name("efficientnet-lite0") == "efficientnet-lite0"
-    assert hub_id("efficientnet-lite0") is None
     assert public_name(str(tmp_path / "models--org--base" / "snapshots" / "abc")) == "org/base"
     monkeypatch.setenv("PEFT_LAB_CACHE", str(tmp_path))
     assert public_name(str(tmp_path / "backbones" / "smollm2-135m-0.1.2-v1")) == "smollm2-135m"

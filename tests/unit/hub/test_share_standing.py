@@ -15,10 +15,10 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from support.compare_helpers import record
 from support.tiny_runs import make_backbone, make_task, options
 
-from peft_lab.comparison.records.results import RESULTS, read_items, read_results
+from peft_lab.comparison.records.results import RESULTS, read_predictions, read_results
 from peft_lab.comparison.report.report import write_report
 from peft_lab.comparison.report.run_standing import write_standing_in
-from peft_lab.comparison.stats.statistics import Arm, rank_arms
+from peft_lab.comparison.stats.statistics import ArmResult, rank_arms
 from peft_lab.errors import ConfigError
 from peft_lab.hub.public_copy import stage
 from peft_lab.runs.standing import STANDING, read_standing
@@ -48,8 +48,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arm_of(study: Path) -> Arm:
-    arm = rank_arms(read_results(study), partial(read_items, study))[0].arm("pair")
+def arm_of(study: Path) -> ArmResult:
+    arm = rank_arms(read_results(study), partial(read_predictions, study))[0].arm("pair")
     assert arm is not None
     assert arm.score.basis == "seeds and rows"
     return arm

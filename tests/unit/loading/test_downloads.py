@@ -8,8 +8,9 @@ import pytest
 
 from peft_lab.data.task_registry import data_files
 from peft_lab.errors import PeftLabError
-from peft_lab.loading.load_run import base_of, trained_task
+from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.runs.run_folder import is_download, read_labels
+from peft_lab.runs.trained_task import trained_task
 
 
 @pytest.fixture
@@ -26,16 +27,17 @@ def test_download_names_no_base_of_this_machine(snapshot, name):
     (snapshot / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
     assert is_download(snapshot)
     with pytest.raises(PeftLabError, match="model_name_or_path"):
-        base_of(snapshot, {}, download=True)
+        AdapterFolder(snapshot, is_download=True).base_name()
 
 
 def test_download_names_a_base_on_the_hub(snapshot, monkeypatch, tmp_path):
     for name in ("google/vit-base-patch16-224", "gpt2"):
-        assert base_of(snapshot, {"model_name_or_path": name}, download=True) == name
+        (snapshot / "metrics.json").write_text(json.dumps({"run": {"model_name_or_path": name}}))
+        assert AdapterFolder(snapshot, is_download=True).base_name() == name
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()  # a name on the Hub must not turn into a folder that lies here
     with pytest.raises(PeftLabError, match="model_name_or_path"):
-        base_of(snapshot, {"model_name_or_path": "gpt2"}, download=True)
+        AdapterFolder(snapshot, is_download=True).base_name()
 
 
 TASK = """

@@ -18,7 +18,6 @@ from peft_lab.tuners import AdapterConfig, FeatureLayer, MethodInfo, WeightLayer
     [
         (WeightLayer, "merge", "delta_weight"),
         (WeightLayer, "mixed_batch", "delta_weight"),
-        (WeightLayer, "lora_export", "delta_weight"),
         (FeatureLayer, "mixed_batch", "transform"),
         (FeatureLayer, "merge", "folded"),
     ],

@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 from support.compare_helpers import record
 
-from peft_lab.comparison.records.results import RESULTS, Record, overlapping, read_results
+from peft_lab.comparison.records.results import RESULTS, read_results
+from peft_lab.comparison.records.run import Record
+from peft_lab.comparison.records.run_frame import results_csv
+from peft_lab.comparison.records.search_budget import overlapping
 from peft_lab.comparison.report import plots, tables
-from peft_lab.comparison.report.further_metrics import further
+from peft_lab.comparison.report.further_metrics import further_metrics_table
 from peft_lab.comparison.report.public_copy import without_paths
 from peft_lab.comparison.report.report import as_html, as_markdown, build, slug, write_report
 from peft_lab.comparison.report.sentences import interval_text
 from peft_lab.comparison.stats.pareto import front_of_all
-from peft_lab.comparison.stats.statistics import rank_arms, score_of
+from peft_lab.comparison.stats.statistics import mean_score, rank_arms
 from peft_lab.errors import ConfigError
 from peft_lab.metrics.per_row import jackknife_values
 from peft_lab.metrics.predictions import Predictions, write_predictions
@@ -185,7 +188,7 @@ def test_hostile_strings_stay_text(tmp_path: Path, plain: None) -> None:
     text = as_markdown(report)
     assert "<script" not in text
     assert "[a](" not in text
-    assert "'=1+1" in tables.results_csv(runs)
+    assert "'=1+1" in results_csv(runs)
 
 
 def test_figures_of_hostile_names_are_drawn(tmp_path: Path) -> None:
@@ -259,26 +262,26 @@ def test_further_metrics_stand_in_a_table_of_their_own(tmp_path: Path, plain: No
             write_predictions(tmp_path / runs[-1].folder, items)
     report = build(tmp_path, runs)
     section = report.sections[0]
-    assert [column.title for column in section.further.table.columns] == [
+    assert [column.title for column in section.further_metrics.table.columns] == [
         "arm",
         "F1 (higher is better)",
         "calibration error (lower is better)",
         "bleu (higher is better)",
     ]
-    assert "Intervals of bleu are over seeds alone" in section.further.words
+    assert "Intervals of bleu are over seeds alone" in section.further_metrics.words
     assert "calibration error" not in [column.title for column in section.table.columns]
-    assert [row[0].text for row in section.further.table.rows] == [arm.label for arm in rank_arms(runs)[0].arms]
+    assert [row[0].text for row in section.further_metrics.table.rows] == [arm.label for arm in rank_arms(runs)[0].arms]
     f1 = [run.score(metric="f1") for run in runs[:3]]
-    assert section.further.table.rows[0][1].sort == pytest.approx(np.mean(f1))
-    over_seeds = interval_text(score_of(dict(enumerate(runs[:3])), "f1", None)[0])
-    assert section.further.table.rows[0][1].text != over_seeds
-    assert section.further.table.rows[0][1].group == ("words", "tiny", "a")
-    assert not any(entry.strong for row in section.further.table.rows for entry in row)
+    assert section.further_metrics.table.rows[0][1].sort == pytest.approx(np.mean(f1))
+    over_seeds = interval_text(mean_score(dict(enumerate(runs[:3])), "f1", None)[0])
+    assert section.further_metrics.table.rows[0][1].text != over_seeds
+    assert section.further_metrics.table.rows[0][1].group == ("words", "tiny", "a")
+    assert not any(entry.strong for row in section.further_metrics.table.rows for entry in row)
     page = Page(as_html(report))
     assert [attributes.get("class") for tag, attributes in page.elements if tag == "table"].count("sortable") >= 2
     for text in (" ".join(page.text.split()), as_markdown(report)):
         assert text.count("Further metrics") >= 1
-        assert section.further.table.rows[1][2].text.replace("[", "").split()[0] in text
+        assert section.further_metrics.table.rows[1][2].text.replace("[", "").split()[0] in text
     write_report(comparison(tmp_path, runs), tmp_path / "copy")
     assert "### Further metrics" in (tmp_path / "copy" / "report.md").read_text()
 
@@ -286,9 +289,9 @@ def test_further_metrics_stand_in_a_table_of_their_own(tmp_path: Path, plain: No
 def test_further_metrics_that_some_runs_lack(tmp_path: Path, plain: None) -> None:
     runs = [with_metrics(record("a", seed), f1=0.5 if seed else None) for seed in (0, 1, 2)]
     runs += [with_metrics(record("b", seed, score=0.8)) for seed in (0, 1)]
-    rows = further(rank_arms(runs)[0]).table.rows
+    rows = further_metrics_table(rank_arms(runs)[0]).table.rows
     assert [entry.text for row in rows for entry in row] == ["a", "0.500 [0.500, 0.500], 2 of 3 seeds", "b", "-"]
-    assert further(rank_arms([with_metrics(record("a", 0))])[0]) is None
+    assert further_metrics_table(rank_arms([with_metrics(record("a", 0))])[0]) is None
     assert "Further" not in as_markdown(build(tmp_path, [record("a", 0)]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_report", lambda folder: None)
+
+
+@pytest.fixture(autouse=True)
+def _stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time passes, so what the plans have time for does not depend on the speed of the machine."""
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
 
 
 def advise(place: Path, out: Path, backend: PretendBackend, minutes: float, **changes: Any) -> Any:

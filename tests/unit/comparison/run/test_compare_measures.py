@@ -14,7 +14,7 @@ import yaml
 from support import tiny_runs
 from support.compare_helpers import tiny_study
 
-from peft_lab.comparison.records.results import MEASURES
+from peft_lab.comparison.records.measure_table import MEASURES
 from peft_lab.comparison.records.run import Run
 from peft_lab.comparison.run.measures import calibration_error, curves, measure
 from peft_lab.comparison.run.plan import arm_runs
@@ -110,14 +110,16 @@ def test_calibration_error_by_hand() -> None:
 
 
 def test_training_ends_with_the_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that goes on by 50 ms at each look, so that the machine does not matter."""
-    clock = itertools.count()
-    monkeypatch.setattr(step_timer, "time", SimpleNamespace(perf_counter=lambda: 0.05 * next(clock)))
+    """A clock on which every step takes an eighth of a second, however fast the machine is."""
+    ticks = itertools.count(step=0.125)
+    monkeypatch.setattr(step_timer, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     run = final_run(place, "lora", limits={"seconds": 1.0}, training={"logging_steps": 1, "use_cpu": True})
     metrics = train({**run.options, "output_dir": str(tmp_path)}).metrics
-    assert 18 <= metrics["global_step"] <= 21
+    assert metrics["global_step"] == 8
+    assert metrics["step_seconds"] == 0.125
     rates = [rate for _, rate in curves(tmp_path)["learning_rate"]]
-    assert rates[-1] < 0.3 * max(rates)
+    # after the warm-up, a tenth of the time, the rate falls to 0 with the time that is left
+    assert rates[2:] == pytest.approx([run.learning_rate * (1 - step / 8) / 0.9 for step in range(1, 7)])
 
 
 def test_examples_of_each_class_are_drawn_by_the_seed(place: Path, tmp_path: Path) -> None:

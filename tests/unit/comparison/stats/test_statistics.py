@@ -10,23 +10,13 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from peft_lab.comparison.records.results import Record
-from peft_lab.comparison.report.sentences import metric_title, words
+from peft_lab.comparison.records.run import Record
+from peft_lab.comparison.report.sentences import describe, metric_title
 from peft_lab.comparison.stats import bootstrap
+from peft_lab.comparison.stats.estimates import VarianceComponent, estimate, half_width, holm, p_value
 from peft_lab.comparison.stats.over_tasks import average_ranks, has_scale, mean_of, over_tasks
 from peft_lab.comparison.stats.pareto import pareto_front
-from peft_lab.comparison.stats.statistics import (
-    Arm,
-    Cell,
-    Part,
-    assemble,
-    compare_all,
-    estimate,
-    half_width,
-    holm,
-    p_value,
-    rank_arms,
-)
+from peft_lab.comparison.stats.statistics import ArmResult, CellResult, cell_result, pairwise_tests, rank_arms
 from peft_lab.errors import ConfigError
 from peft_lab.metrics.calibration import expected_calibration_error
 from peft_lab.metrics.per_row import jackknife_values
@@ -97,10 +87,10 @@ def test_intervals_of_accuracy_cover(seeds: int, accuracy: float) -> None:
     assert held / STUDIES >= 0.93
 
 
-def arms_of(values: np.ndarray) -> list[Arm]:
+def arms_of(values: np.ndarray) -> list[ArmResult]:
     """Arms from rows' values (arms, seeds, rows)."""
     return [
-        Arm(
+        ArmResult(
             f"arm {index}",
             estimate(rows.mean(1), rows),
             dict(enumerate(rows.mean(1).tolist())),
@@ -111,7 +101,7 @@ def arms_of(values: np.ndarray) -> list[Arm]:
     ]
 
 
-def studied(rng, arms: int, seeds: int, seed_sds, shift=None, rows: int = 60) -> list[Arm]:
+def studied(rng, arms: int, seeds: int, seed_sds, shift=None, rows: int = 60) -> list[ArmResult]:
     shared = 0.4 * rng.standard_normal((1, rows))
     values = np.stack([shared + simulated(rng, seeds, rows, sd, 0.15, 0.2) for sd in seed_sds])
     return arms_of(values if shift is None else values + np.asarray(shift)[:, None, None])
@@ -128,7 +118,7 @@ def test_equal_arms_are_rarely_separated(seeds: int, arms: int, seed_sds: list[f
     wrong = 0
     for _ in range(STUDIES):
         found = studied(rng, arms, seeds, seed_sds)
-        cell = assemble("t", "b", "", found, compare_all(found))
+        cell = cell_result("t", "b", "", found, pairwise_tests(found))
         wrong += len(cell.indistinguishable) < arms - 1
     assert wrong / STUDIES <= 0.06 + 1.645 * math.sqrt(0.05 * 0.95 / STUDIES)
 
@@ -139,7 +129,7 @@ def test_different_arms_are_separated() -> None:
     found_it = 0
     for _ in range(60):
         arms = studied(rng, 4, 3, [0.02] * 4, shift=[0.3, 0, 0, 0])
-        cell = assemble("t", "b", "", arms, compare_all(arms))
+        cell = cell_result("t", "b", "", arms, pairwise_tests(arms))
         found_it += cell.arms[0].label == "arm 0" and not cell.indistinguishable
     assert found_it / 60 > 0.8
 
@@ -150,17 +140,17 @@ def test_pairing_finds_what_unpaired_intervals_hide() -> None:
     values = np.stack([hard + 0.02 * rng.standard_normal((3, 100)), hard + 0.03 + 0.02 * rng.standard_normal((3, 100))])
     first, second = arms_of(values)
     assert first.score.high > second.score.low
-    assert compare_all([first, second])[0].p < 0.01
+    assert pairwise_tests([first, second])[0].p < 0.01
 
 
 def test_quantile_of_the_mixture() -> None:
-    only = [Part(4.0, 2, "seeds")]
+    only = [VarianceComponent(4.0, 2, "seeds")]
     assert half_width(only) == pytest.approx(2 * stats.t.isf(0.025, 2))
-    mixed = [Part(1.0, 2, "seeds"), Part(3.0, 1000, "rows")]
+    mixed = [VarianceComponent(1.0, 2, "seeds"), VarianceComponent(3.0, 1000, "rows")]
     half = half_width(mixed)
     assert 2 * stats.t.isf(0.025, 1000) < half < 2 * stats.t.isf(0.025, 2)
     assert p_value(half, mixed) == pytest.approx(0.05)
-    assert p_value(1.0, [Part(0.0, 2, "seeds")]) == 1.0
+    assert p_value(1.0, [VarianceComponent(0.0, 2, "seeds")]) == 1.0
     assert half_width([]) == 0.0
 
 
@@ -279,7 +269,7 @@ class Study:
             raise ConfigError("no items")
         return self.items[one.id]
 
-    def cell(self) -> Cell:
+    def cell(self) -> CellResult:
         return rank_arms(self.records, self.read)[0]
 
 
@@ -287,7 +277,7 @@ def test_a_clear_winner_is_named() -> None:
     cell = Study({"a": 0.7, "b": 0.95, "c": 0.6}).cell()
     assert [arm.label for arm in cell.arms] == ["b", "a", "c"]
     assert (cell.indistinguishable, cell.rows, cell.seeds) == ((), 400, (0, 1, 2))
-    text = words(cell)
+    text = describe(cell)
     assert text.startswith("b has the highest mean accuracy, 0.9")
     assert "it is better than a and c at the 5 % level (Holm)." in text
     assert "not distinguishable" not in text
@@ -297,22 +287,22 @@ def test_no_winner_is_named_where_nothing_separates() -> None:
     cell = Study({"a": 0.9, "b": 0.901, "c": 0.6}).cell()
     top, other = (arm.label for arm in cell.arms[:2])
     assert cell.indistinguishable == (other,)
-    assert f"{top} has the highest mean accuracy" in words(cell)
-    assert f"it is not distinguishable from {other} at the 5 % level (Holm), and better than c." in words(cell)
+    assert f"{top} has the highest mean accuracy" in describe(cell)
+    assert f"it is not distinguishable from {other} at the 5 % level (Holm), and better than c." in describe(cell)
     equal = Study({"a": 0.9, "b": 0.9, "c": 0.9, "d": 0.9}).cell()
     assert len(equal.indistinguishable) == 3
-    assert "not distinguishable from any of the other 3 arms" in words(equal)
-    assert "better" not in words(equal)
+    assert "not distinguishable from any of the other 3 arms" in describe(equal)
+    assert "better" not in describe(equal)
 
 
 def test_what_only_the_correction_for_many_comparisons_hides_is_named() -> None:
     arms = {f"arm {index}": 0.9 for index in range(11)} | {"low": 0.87}
     cell = Study(arms, spread=0.008).cell()
-    low = cell.arm("low").versus_top
+    low = cell.arm("low").versus_best
     assert low.p < 0.05 < low.p_adjusted
-    assert "without the correction for all 66 comparisons" in words(cell)
-    assert "low would be told from it" in words(cell)
-    assert "Looked at alone" not in words(Study({"a": 0.9, "b": 0.9}).cell())
+    assert "without the correction for all 66 comparisons" in describe(cell)
+    assert "low would be told from it" in describe(cell)
+    assert "Looked at alone" not in describe(Study({"a": 0.9, "b": 0.9}).cell())
 
 
 def test_less_is_better_for_perplexity() -> None:
@@ -324,8 +314,8 @@ def test_less_is_better_for_perplexity() -> None:
     cell = rank_arms(runs)[0]
     assert cell.arms[0].label == "b"
     assert not cell.indistinguishable
-    assert words(cell).startswith("b has the lowest mean perplexity, 5.050")
-    assert "The intervals are over seeds alone" in words(cell)
+    assert describe(cell).startswith("b has the lowest mean perplexity, 5.050")
+    assert "The intervals are over seeds alone" in describe(cell)
     assert cell.difference("a", "b").value == pytest.approx(4.04)
     assert cell.difference("b", "a").high == pytest.approx(-cell.difference("a", "b").low)
 
@@ -335,7 +325,7 @@ def test_one_seed_names_no_winner() -> None:
     assert cell.arms[0].score.basis == "rows"
     assert cell.arms[0].score.low is not None
     assert cell.indistinguishable == ("b",)
-    text = words(cell)
+    text = describe(cell)
     assert "no arm is called better" in text
     assert "The interval is over the test rows alone; there is none over seeds." in text
 
@@ -343,7 +333,7 @@ def test_one_seed_names_no_winner() -> None:
 def test_one_seed_without_items_has_no_interval() -> None:
     cell = rank_arms([record("a", 0, 0.9), record("b", 0, 0.5)])[0]
     assert (cell.arms[0].score.low, cell.arms[0].score.basis) == (None, "none")
-    assert "0.900 (no interval)" in words(cell)
+    assert "0.900 (no interval)" in describe(cell)
 
 
 def test_failed_and_missing_runs_are_named() -> None:
@@ -353,18 +343,18 @@ def test_failed_and_missing_runs_are_named() -> None:
     arm = cell.arm("b")
     assert (arm.missing, len(arm.failed), sorted(arm.by_seed)) == ((2,), 1, [0, 1])
     assert len(cell.without_score["c"]) == 2
-    assert "b lacks seed 2." in words(cell)
-    assert "c has no score: all its 2 runs failed." in words(cell)
-    assert cell.arms[1].versus_top.seeds == 2
+    assert "b lacks seed 2." in describe(cell)
+    assert "c has no score: all its 2 runs failed." in describe(cell)
+    assert cell.arms[1].versus_best.seeds == 2
     nothing = rank_arms([record("a", 0, None)])[0]
-    assert words(nothing) == "No run on task with backbone gave a score. a has no score: its run failed."
+    assert describe(nothing) == "No run on task with backbone gave a score. a has no score: its run failed."
 
 
 def test_arms_that_share_no_seeds_are_not_tested() -> None:
     runs = [record("a", seed, 0.9) for seed in (0, 1)] + [record("b", seed, 0.5) for seed in (2, 3)]
     cell = rank_arms(runs)[0]
-    assert cell.arms[1].versus_top.p_adjusted is None
-    assert "There is no test against b: fewer than two seeds are shared." in words(cell)
+    assert cell.arms[1].versus_best.p_adjusted is None
+    assert "There is no test against b: fewer than two seeds are shared." in describe(cell)
     assert cell.indistinguishable == ("b",)
 
 
@@ -388,7 +378,7 @@ def test_only_final_runs_count() -> None:
     assert rank_arms([search]) == []
     cell = rank_arms([search, record("b", 0, 0.5), record("b", 1, 0.6)])[0]
     assert [arm.label for arm in cell.arms] == ["b"]
-    assert "a has no score: it has no final run." in words(cell)
+    assert "a has no score: it has no final run." in describe(cell)
 
 
 def test_pareto_front() -> None:
@@ -412,7 +402,7 @@ def test_over_tasks() -> None:
     assert [arm.label for arm in mean.arms] == ["a", "b"]
     assert mean.arms[0].score.value == pytest.approx(0.8, abs=0.01)
     assert mean.indistinguishable == ()
-    assert "a has the highest mean over tasks" in words(mean)
+    assert "a has the highest mean over tasks" in describe(mean)
     assert average_ranks(cells[:2]) == {"a": 1.0, "b": 2.0}
     assert over_tasks(cells[:1]) is None
 
@@ -429,16 +419,16 @@ def test_errors_and_shares_are_not_averaged() -> None:
 
 
 def test_mean_over_tasks_of_one_seed_has_no_seed_part() -> None:
-    seeds, rows = Part(0.01, 2, "seeds"), Part(0.04, 99, "rows")
-    score = SimpleNamespace(value=0.5, parts=(seeds, rows))
+    seeds, rows = VarianceComponent(0.01, 2, "seeds"), VarianceComponent(0.04, 99, "rows")
+    score = SimpleNamespace(value=0.5, components=(seeds, rows))
     both = mean_of(["x", "y"], [score, score])
-    assert [(part.source, part.variance, part.df) for part in both.parts] == [
+    assert [(part.source, part.variance, part.df) for part in both.components] == [
         ("seeds", pytest.approx(0.005), pytest.approx(4)),
         ("rows", pytest.approx(0.02), pytest.approx(198)),
     ]
     shared = mean_of(["x", "x"], [score, score])
-    assert shared.parts[1].variance == pytest.approx(0.04)
-    assert mean_of(["x", "y"], [score, SimpleNamespace(value=0.5, parts=(rows,))]).basis == "rows"
+    assert shared.components[1].variance == pytest.approx(0.04)
+    assert mean_of(["x", "y"], [score, SimpleNamespace(value=0.5, components=(rows,))]).basis == "rows"
 
 
 def test_metric_titles() -> None:

@@ -1,0 +1,77 @@
+"""Runs of a comparison as a pandas DataFrame, and as CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from peft_lab.comparison.records.run import Record
+
+#: Fields of a record in the first columns, and in the last ones.
+SETTINGS = ("id", "study", "stage", "arm", "method", "task", "backbone", "seed", "learning_rate", "round", "status")
+ENDING = ("folder", "error")
+
+
+def run_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """Runs with their scores and measures.
+
+    Returns:
+        One row for each run. Columns: `SETTINGS`, "tuned_NAME" for each tuned argument, "SPLIT_METRIC" for each score,
+        each measure, `ENDING`. The values are Python objects as in the records, None if a run has none.
+    """
+    return pd.concat(
+        [
+            _attributes(records, SETTINGS),
+            _frame([record.tuned for record in records]).add_prefix("tuned_"),
+            _frame([_flat_scores(record) for record in records]),
+            _frame([record.measures for record in records]),
+            _attributes(records, ENDING),
+        ],
+        axis="columns",
+    )
+
+
+def _attributes(records: Sequence[Record], names: Sequence[str]) -> pd.DataFrame:
+    columns = {}
+    for name in names:
+        columns[name] = [getattr(record, name) for record in records]
+    return pd.DataFrame(columns, dtype=object)
+
+
+def _flat_scores(record: Record) -> dict[str, float]:
+    scores = {}
+    for split, metrics in record.scores.items():
+        for name, value in metrics.items():
+            scores[f"{split}_{name}"] = value
+    return scores
+
+
+def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows of different keys as a frame, its columns in alphabetical order."""
+    columns: dict[str, list[Any]] = {}
+    # the order of columns does not depend on the order of runs
+    for name in sorted(set().union(*rows)):
+        columns[name] = [row.get(name) for row in rows]
+    # objects, so that a count stays a whole number where another run has none
+    return pd.DataFrame(columns, index=range(len(rows)), dtype=object)
+
+
+def results_csv(records: Sequence[Record]) -> str:
+    """All runs with their scores and measures as CSV, one line each."""
+    frame = run_frame(records)
+    for name in frame.columns:
+        # not DataFrame.map, which makes floats of the counts of a column that lacks some
+        frame[name] = pd.Series([_csv_value(value) for value in frame[name]], dtype=object)
+    return str(frame.to_csv(index=False, lineterminator="\n"))
+
+
+def _csv_value(value: Any) -> Any:
+    """Value that a spreadsheet does not take for a formula.
+
+    A score that is not a number is written as nan, a missing one is left empty.
+    """
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return f"'{value}"
+    return "nan" if value is not None and value != value else value
