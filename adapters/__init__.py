@@ -14,8 +14,11 @@ from peft_lab.errors import did_you_mean
 
 def _configs() -> dict[str, str]:
     """Modules of the config classes, without those of peft's own methods."""
-    infos = registry.list_methods().values()
-    return {info.config: info.module for info in infos if info.config and info.place != "peft"}
+    found = {}
+    for info in registry.list_methods().values():
+        if info.config and info.place != "peft":
+            found[info.config] = info.module
+    return found
 
 
 def __getattr__(name: str) -> Any:

@@ -118,7 +118,7 @@ class MetadataPromptConfig(StaticConfig):
         """
         known = {value: mode for mode, value in enumerate(self.prompt_values or ())}
         # Unknown values are named once, whatever the number of their rows.
-        strange = sorted({value for value in values if value is not None and value not in known})
+        strange = sorted({value for value in values if value is not None} - known.keys())
         shown = f"{', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}" if strange else "none"
         if self.default_mode is None and (strange or None in values):
             raise ConfigError(

@@ -145,6 +145,7 @@ class AdapterConfig(PeftConfig):
         """Check a method's own fields; methods override this.
 
         Raises:
+            ConfigError: a field is out of range or does not go with another one.
         """
 
     def row_inputs(self) -> tuple[RowInput, ...]:

@@ -240,10 +240,12 @@ class WrappedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.module:  # accelerate binds what it unwraps to the module once more
             args = args[1:]
+        # The module's own forward does not know the declared inputs.
         specs = self._specs()
         given: dict[str, Any] = {}
-        for name in [name for name in kwargs if name in specs]:
-            given[name] = kwargs.pop(name)
+        for name in specs:
+            if name in kwargs:
+                given[name] = kwargs.pop(name)
         # A stack that is called within its model joins the open context instead of hiding the model's arguments.
         context = _CURRENT.get()
         if context is not None and not self.opens:
@@ -270,7 +272,10 @@ class WrappedForward:
 
     def _specs(self) -> dict[str, RowInput]:
         """Declared row inputs of all adapters by name."""
-        return {spec.name: spec for inputs in self.declared.values() for spec in inputs}
+        found: dict[str, RowInput] = {}
+        for inputs in self.declared.values():
+            found |= {spec.name: spec for spec in inputs}
+        return found
 
     def _keep_context_in_checkpoints(self) -> None:
         """Run recomputed blocks in the context of their forward."""

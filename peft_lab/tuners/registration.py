@@ -59,7 +59,9 @@ def make_config(name: str, args: Mapping[str, Any] | None = None, model: Any = N
     values = {key: _plain(value) for key, value in with_preset(name, args or {}).items()}
     known = set(getattr(cls, "__dataclass_fields__", {}))
     # What the user gave comes before what the caller sets for every method.
-    values.update({k: v for k, v in common.items() if k in known and k not in values})
+    for key, value in common.items():
+        if key in known:
+            values.setdefault(key, value)
     # Own methods find their targets by role in their tuner; peft's need names.
     if model is not None and method(name).module.startswith("peft."):
         values = {**_role_defaults(name, model, known, values.get("task_type")), **values}

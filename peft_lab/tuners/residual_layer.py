@@ -196,9 +196,10 @@ def remove_stream_hooks(model: nn.Module) -> None:
     """Remove the hooks of residual branches from a model."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _StreamHook)]:
-                del cast(Any, hooks)[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _StreamHook):
+                    del cast(Any, hooks)[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _has_norm(connection: ResidualConnection) -> bool:

@@ -55,17 +55,17 @@ class AdapterTuner(BaseTuner):
         keep_statistics(model)
         if config.row_inputs():
             wrap_forward(model, opens=True).declared[adapter_name] = config.row_inputs()
-        layers = {k: m for k, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.configs}
         # A loaded adapter keeps the record of the base that it was trained on.
         if config.fingerprints:
             config.recorded_fingerprints = config.fingerprints
             return
         locations = roles.module_locations(model)
-        config.recorded_fingerprints = {
-            name: {**layer.fingerprint(), **locations.get(name, {})}
-            for name, layer in layers.items()
-            if not layer.base_weight.is_meta
-        }
+        recorded = {}
+        for name, layer in model.named_modules():
+            adapted = isinstance(layer, AdapterLayer) and adapter_name in layer.configs
+            if adapted and not layer.base_weight.is_meta:
+                recorded[name] = {**layer.fingerprint(), **locations.get(name, {})}
+        config.recorded_fingerprints = recorded
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         loaded = peft_config.fingerprints is not None
@@ -107,7 +107,7 @@ class AdapterTuner(BaseTuner):
         # Before anything is injected, so that a refused adapter leaves the model as it was.
         if not peft_config.fingerprints:
             return
-        largest = max((size for p in model.parameters() for size in p.shape), default=1)
+        largest = max((max(parameter.shape, default=1) for parameter in model.parameters()), default=1)
         peft_config.check_sizes(largest)
         recorded = peft_config.fingerprints
         # Weights on the meta device have no values to compare.
@@ -186,7 +186,9 @@ class AdapterTuner(BaseTuner):
         self._check_row_names(names)
         # Beam search repeats the rows of a head that peft keeps a copy of, for which peft wants every name.
         beams = kwargs.get("num_beams") or 1
-        per_row = [name for name in names for _ in range(beams)]
+        per_row: list[str] = []
+        for name in names:
+            per_row += [name] * beams
         handles = []
         for module in self.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
@@ -236,7 +238,12 @@ def _heads(model: nn.Module, task_type: str | None) -> list[str]:
     """Task heads by name, also those wrapped by earlier adapters."""
     wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     found = roles.head_modules(model, task_type)
-    return [next((w for w in wrapped if head == w or head.startswith(f"{w}.")), head) for head in found]
+    heads = []
+    for head in found:
+        # The wrapper is what peft looks for; the head itself is a module inside of it.
+        around = [name for name in wrapped if f"{head}.".startswith(f"{name}.")]
+        heads.append(around[0] if around else head)
+    return heads
 
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
@@ -283,8 +290,9 @@ def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Te
         ConfigError: an entry is missing, unknown, of another shape or dtype, or not finite.
     """
     known = model.state_dict()
-    ours = {k for k in known if f".{prefix}" in k and k.endswith(f".{adapter}")}
+    ours = {key for key in known if key.endswith(f".{adapter}") and f".{prefix}" in key}
     heads = [f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    # The model itself can be its own embedding; its name is empty, and every key would start with it.
     resized = _embeddings(model)
     embeddings = [f"{n}." for n, m in model.named_modules() if n and m in resized]
     # Heads and embeddings that are saved whole are checked by peft; an adapter inside of them is ours again.

@@ -353,11 +353,11 @@ class MappedHeadTuner(AdapterTuner):
         if not loaded:
             if peft_config.target_modules is not None and [*peft_config.target_modules] != heads:
                 raise ConfigError(peft_config.no_choice("target_modules"))
-            taken = [n for n in peft_config.modules_to_save or () if any(f".{n}." in f".{head}." for head in heads)]
-            if taken:
-                raise ConfigError(
-                    f'modules_to_save holds {taken[0]}, which method "{self.info.name}" keeps as it is; leave it out.'
-                )
+            for name in peft_config.modules_to_save or ():
+                if any(f".{name}." in f".{head}." for head in heads):
+                    raise ConfigError(
+                        f'modules_to_save holds {name}, which method "{self.info.name}" keeps as it is; leave it out.'
+                    )
             peft_config.target_modules = heads
             peft_config.modules_to_save = peft_config.modules_to_save or []
         # The mapping is injective, so every target class needs a source class of its own.
@@ -385,9 +385,10 @@ class MappedHeadTuner(AdapterTuner):
     def unload(self) -> Any:
         """Return the base model with its dense weights and label names."""
         hooks = self.model._forward_pre_hooks
-        for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), MappedHead)]:
-            hooks.pop(key).__self__.leave()
-            self.model._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), MappedHead):
+                hooks.pop(key).__self__.leave()
+                self.model._forward_pre_hooks_with_kwargs.pop(key, None)
         return super().unload()
 
 

@@ -25,8 +25,11 @@ class Pruning:
     """
 
     def __init__(self, model: nn.Module, spared: list[nn.Module]) -> None:
-        kept = {inner for module in spared for inner in module.modules()}
-        self._modules = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m not in kept]
+        kept: set[nn.Module] = set()
+        for module in spared:
+            kept.update(module.modules())
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        self._modules = [layer for layer in layers if layer not in kept]
         self._dense: list[Tensor] = []
         self._masks: dict[float, list[Tensor]] = {}
         self.sparsity = 0.0

@@ -69,7 +69,7 @@ class SoftPromptConfig(StaticConfig):
     prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = field(
         default="RANDOM",
         metadata={
-            "help": "Start: uniform numbers, a text, or tokens drawn from the vocabulary.",
+            "help": "Start: uniform numbers, a text, or tokens sampled from the vocabulary.",
             "other": "SAMPLE_VOCAB",
             "family": "gpt2",
         },

@@ -89,7 +89,9 @@ def _pooled(model: nn.Module, layer: StoredPrompts, batches: Iterable[Mapping[st
     try:
         model.eval()
         for batch in batches:
-            inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            inputs = {}
+            for name, value in batch.items():
+                inputs[name] = value.to(device) if isinstance(value, Tensor) else value
             try:
                 with torch.no_grad():
                     model(**inputs)

@@ -316,6 +316,7 @@ class SequenceLayer(AdapterLayer):
         """
         if rows is None:
             return self.logits(active[0], prompts), None
+        # Rows without an adapter keep the logits of the head.
         out = prompts.new_zeros(len(prompts), self.stack.classes, dtype=torch.float32)
         scored = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
         for name in rows.names:
@@ -330,11 +331,13 @@ class SequenceLayer(AdapterLayer):
 
         Used ones are bool (batch, prompts); None if no adapter reads prompts.
         """
-        names = [name for name in (active if rows is None else rows.names) if name in self.configs]
-        reading = [name for name in names if self.configs[name].reads_out()]
+        names = active if rows is None else rows.names
+        own = [name for name in names if name in self.configs]
+        reading = [name for name in own if self.configs[name].reads_out()]
         if not reading or state.states is None:
             return None
         used = state.states.new_ones(state.states.shape[:2], dtype=torch.bool)
+        # In a mixed batch the rows of other adapters keep the class token alone.
         if rows is not None:
             used = torch.zeros_like(used)
             for name in reading:

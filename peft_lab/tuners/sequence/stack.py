@@ -16,8 +16,8 @@ from peft_lab.tuners.sequence import window_attention
 from peft_lab.tuners.sequence.prompt_state import can_continue
 
 #: Names of the tokens before the patches, and of the biases for pairs of positions, in any family.
-_PREFIX_TOKENS = sorted({name for family in FAMILIES.values() for name in family.prefix_tokens})
-_POSITION_BIASES = sorted({name for family in FAMILIES.values() for name in family.position_biases})
+_PREFIX_TOKENS = sorted(set().union(*(family.prefix_tokens for family in FAMILIES.values())))
+_POSITION_BIASES = sorted(set().union(*(family.position_biases for family in FAMILIES.values())))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,10 @@ def norms_around(model: nn.Module, stack: str) -> dict[str, tuple[nn.Module, str
     found = {}
     for role in ("norm.stem", "norm.final"):
         homes = [name.rpartition(".") for name in module_roles.modules_by_role(model, role)]
-        around = [(home, name) for home, _, name in homes if f"{stack}.".startswith(f"{home}.") or not home]
+        around = []
+        for home, _, name in homes:
+            if not home or f"{stack}.".startswith(f"{home}."):
+                around.append((home, name))
         # The innermost module around the blocks holds their norm.
         if around:
             home, name = max(around, key=lambda found: len(found[0]))
@@ -130,9 +133,11 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
             raise ConfigError(f'stack="{name}" is none of {shown}.{did_you_mean(name, stacks)}')
         return found, stacks[found]
     # Without a choice the stack that is named like a vision tower or an encoder comes first.
-    preferred = (path for word in PREFERRED_STACKS for path in stacks if word in path.lower())
-    path = next(preferred, next(iter(stacks)))
-    return path, stacks[path]
+    for word in PREFERRED_STACKS:
+        for path in stacks:
+            if word in path.lower():
+                return path, stacks[path]
+    return next(iter(stacks.items()))
 
 
 def prefix_tokens(model: nn.Module, path: str) -> int:

@@ -70,7 +70,7 @@ class StaticConfig(SequenceConfig):
     domain_draws: int | None = field(
         default=None,
         metadata={
-            "help": "Do not train those prompts: each is the mean of so many of its particles, drawn for each row in "
+            "help": "Do not train those prompts: each is the mean of so many of its particles, sampled for each row in "
             "training, and of all in evaluation."
         },
     )

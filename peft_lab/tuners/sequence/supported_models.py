@@ -31,7 +31,7 @@ def check_supported(model: nn.Module, stack: Any) -> None:
         obstacle = ALIBI
     if obstacle:
         raise ConfigError(
-            f'{type(model).__name__} has no room for prompts in its sequence: model type "{model_type}" {obstacle}. '
+            f'{type(model).__name__} does not support prompts in its sequence: model type "{model_type}" {obstacle}. '
             "Take a method that adapts its weights."
         )
     if not is_tested(model_type):

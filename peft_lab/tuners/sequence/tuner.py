@@ -126,12 +126,13 @@ class SequenceTuner(BlockTuner):
         if loaded:
             return
         given = config.modules_to_save or []
-        taken = [name for name in given if any(f".{name}." in f".{head}." for head in heads)]
-        if taken:
-            raise ConfigError(
-                f'modules_to_save holds {taken[0]}, which method "{self.info.name}" does not use: its prompts give the '
-                "class logits; leave the head out."
-            )
+        for name in given:
+            if any(f".{name}." in f".{head}." for head in heads):
+                raise ConfigError(
+                    f'modules_to_save holds {name}, which method "{self.info.name}" does not use: its prompts give the '
+                    "class logits; leave the head out."
+                )
+        # An empty list, because None would let the shared tuner add the task head.
         config.modules_to_save = given
 
     def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
@@ -194,8 +195,9 @@ class SequenceTuner(BlockTuner):
         remove_stream_hooks(model)
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if hook in _HOOKS or _of_layer(hook)]:
-                    del hooks[key]
+                for key, hook in list(hooks.items()):
+                    if hook in _HOOKS or _of_layer(hook):
+                        del hooks[key]
         return model
 
 

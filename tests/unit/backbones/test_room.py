@@ -48,7 +48,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "xglm": ("XGLMForCausalLM", {**_DECODER, **_SPECIAL}),
 }
-#: Models without room for prompts, by `model_type`.
+#: Models that do not support prompts, by `model_type`.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomForCausalLM", {"hidden_size": 16, "n_layer": 2, "n_head": 2, **_SPECIAL}),
     "falcon": ("FalconForCausalLM", {"alibi": True, **_TEXT}),
@@ -149,7 +149,7 @@ def test_padding_at_the_left(method, family):
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_no_room(family):
-    with pytest.raises(ConfigError, match=f'no room for prompts.*model type "{family}"'):
+    with pytest.raises(ConfigError, match=f'does not support prompts.*model type "{family}"'):
         adapt("soft_prompt", _base(REFUSED, family))
 
 
