@@ -162,6 +162,7 @@ class MetadataPromptLayer(StoredPrompts):
             return table[:, config.default_mode]
         if bool(((ids < 0) | (ids >= config.modes)).any()):
             raise ConfigError(f"prompt_ids={ids.tolist()} must be from 0 to {config.modes - 1}.")
+        # Of each row's table, the set that the row names.
         return table[torch.arange(rows, device=table.device), ids.to(table.device)]
 
 

@@ -91,6 +91,7 @@ class VPTLayer(StoredPrompts):
         if self.depth not in writing:
             return {}
         counts = config.num_prompts if isinstance(config.num_prompts, list) else [config.num_prompts] * len(writing)
+        # The number of blocks is known with the model only, so the list is checked here.
         if len(counts) != len(writing):
             raise ConfigError(f"num_prompts has {len(counts)} numbers, but {len(writing)} blocks get prompts.")
         return {"vpt_prompts": self.uniform(counts[writing.index(self.depth)], config.projection or self.width)}

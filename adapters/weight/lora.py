@@ -102,6 +102,7 @@ class LoraRows:
         """Output with an A and B for each row; see `RowLayer`."""
         base, kind, down, up = self.base_layer, self.op.op_type, values["A"], values["B"]
         out = base(x, *args, **kwargs) if out is None else out
+        # A convolution by A, then by the 1x1 kernel B: a matrix product at each position.
         if kind == "conv2d":
             hidden = conv2d_rows(base, x.to(down.dtype), down)
             return out + (up @ hidden.flatten(2)).reshape(out.shape).to(out.dtype)

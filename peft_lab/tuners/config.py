@@ -205,9 +205,11 @@ PEFT_HINTS: dict[str, Any] = {
     "revision": str | None,
     "inference_mode": bool,
 }
+#: Fields whose integers are no sizes, as seeds are not.
 _NO_SIZES = frozenset((*PEFT_HINTS, "layers_to_transform", "fingerprints"))
 
 
+# Annotations are text that Python evaluates, so that is done once per class.
 @lru_cache(maxsize=256)
 def type_hints(cls: type) -> dict[str, Any]:
     """Types of a config class's fields by name.

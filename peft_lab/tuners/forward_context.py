@@ -126,6 +126,7 @@ class ForwardContext:
         return expand_rows(found, rows, name)
 
 
+#: Context of the running call, and row inputs given around calls. Context variables are not shared between threads.
 _CURRENT: ContextVar[ForwardContext | None] = ContextVar("peft_lab_forward_context", default=None)
 _GIVEN: ContextVar[Mapping[str, Tensor] | None] = ContextVar("peft_lab_row_inputs", default=None)
 
@@ -313,6 +314,7 @@ def _in_context(context: ForwardContext, run: Callable[..., Any], *args: Any, **
 def wrap_forward(module: nn.Module, opens: bool) -> WrappedForward:
     """Wrap the forward of a module instance; an existing wrapper is returned."""
     found = module.__dict__.get("forward")
+    # A stack that is itself the whole model is wrapped for both.
     if isinstance(found, WrappedForward):
         found.opens = found.opens or opens
         return found
@@ -363,6 +365,7 @@ def _given_around(specs: Mapping[str, RowInput], like: Tensor | None) -> dict[st
     for name, value in _checked(given, specs, None).items():
         if like is not None:
             value = expand_rows(value, len(like), name)
+            # Tokens that were written since the call count as zero.
             if specs[name].per_token:
                 value = nn.functional.pad(value, (0, max(like.shape[1] - value.shape[1], 0)))
         found[name] = value

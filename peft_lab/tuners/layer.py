@@ -195,6 +195,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
             if self.merged:
                 raise ValueError("Rows cannot have different adapters while adapters are merged; call unmerge_adapter.")
             return self.mixed(x, rows, *args, **kwargs)
+        # An active adapter may have no part in this layer.
         active = [name for name in self.active_adapters if name in self.configs]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
@@ -234,6 +235,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
         """Put the unmerged base weight back, bit for bit."""
         if self._unmerged is None:
             return
+        # The parameters themselves come back, so that no subtraction rounds them.
         base = self.base_layer
         base.weight, bias = self._unmerged
         if hasattr(base, "bias"):

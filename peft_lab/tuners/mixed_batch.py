@@ -64,6 +64,7 @@ class RowAdapters:
         return (self.index(size, device) == self._positions[name]).nonzero(as_tuple=True)[0]
 
 
+#: Adapters of the running call's rows. A context variable, so that threads do not share it.
 _CURRENT: ContextVar[RowAdapters | None] = ContextVar("peft_lab_row_adapters", default=None)
 
 

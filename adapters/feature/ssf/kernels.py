@@ -177,7 +177,7 @@ _scale_guard = _ScaleGuard()
 
 
 def _amplification(scale: Tensor, shift: Tensor) -> Tensor:
-    """Enlargement of the rounding error of z in ``(z - shift) / scale``.
+    """Enlargement of z's rounding error in ``(z - shift) / scale``.
 
     It is for inputs near 1, and inf if a scale is 0.
     """

@@ -139,7 +139,7 @@ class MappedHead(AdapterLayer):
             raise ConfigError(f'"{name}", a {type(self.base_layer).__name__}, is no linear head with a row per class.')
 
     def placed(self, model: Any, heads: list[MappedHead]) -> None:
-        """Set the model of a new layer and the heads already in it."""
+        """Set a new layer's model and the heads already in it."""
         # In lists, so that torch does not take the model for a part of its own head.
         self.first = heads[:1] or [self]
         self.whole, self.settings = [model], model.config

@@ -98,6 +98,7 @@ class LastBlock:
         q, k = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k))
         classes = self.layer.stack.classes
         own = q.narrow(2, self.at, classes)
+        # Softmax over all keys, as in the block; only then are the columns of other tokens left out.
         weights = (own @ k.mT / own.shape[-1] ** 0.5).softmax(-1)
         tokens, _ = split(weights, classes, self.at, dim=3)
         patches = tokens[..., self.layer.stack.prefix_tokens :]
@@ -227,6 +228,7 @@ def panels(
     Raises:
         ConfigError: an unknown class, or what `LastBlock` and `needed_heads` refuse.
     """
+    # Names are checked before the model runs.
     names = _class_names(model)
     for name in classes or ():
         if name not in names:

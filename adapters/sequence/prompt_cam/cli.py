@@ -42,7 +42,7 @@ def attention_maps(
     model_name_or_path: Base = None,
     allow_other_base: OtherBase = False,
 ) -> None:
-    """Draw the attention maps of a class by head; needed heads are framed."""
+    """Draw attention maps of classes by head; needed heads are framed."""
     from peft_lab.data.task_registry import load_task
     from peft_lab.runs.run_folder import TASK, find_adapter, read_origin
 

@@ -79,6 +79,7 @@ class PromptCAMLayer(StoredPrompts):
         values: dict[str, Tensor] = {}
         if self.depth in config.prompted_block_indices(self.num_blocks):
             values["prompt_cam_prompts"] = self.uniform(self.stack.classes, self.width)
+        # The scores are read behind the last block, so that block stores the scoring vector.
         if self.depth == self.num_blocks - 1:
             bound = 1 / math.sqrt(self.width)
             values["prompt_cam_weight"] = torch.empty(1, self.width).uniform_(-bound, bound)

@@ -240,7 +240,7 @@ class SoftPromptTuner(StaticTuner):
         return prepared
 
     def _states(self, config: SoftPromptConfig) -> dict[int, Tensor]:
-        """Start values of prompts by block index, from a text or random tokens."""
+        """Start values of prompts by block index, from text or random tokens."""
         path, blocks = chosen_stack(self.model, config.stack)
         stack: Any = self.model.get_submodule(path)
         vocabulary = getattr(stack.config, "vocab_size", None)

@@ -64,6 +64,7 @@ def spectral_flops(
     if plan == "projected":
         rebuilt = input_grad and not _keeps_weight(tokens, in_features, out_features, rank)
         return build + train * (down + up + rebuilt * build)
+    # A delta that is not added into W needs products of its own with input and output gradient.
     apart = 0 if fusable else weight
     return build + apart + train * (weight + build + input_grad * apart)
 
@@ -148,6 +149,7 @@ def spectral_conv2d(x: Tensor, conv: nn.Conv2d, u: Tensor, delta: Tensor, vh: Te
         if _plan_for(positions, x, u, delta, vh, fusable=True, plain=True) == "materialised":
             composed = _compose(weight.flatten(1), u, delta, vh).view_as(weight)
             return conv._conv_forward(x, composed, conv.bias)
+    # Factored: Vh as a convolution to r channels, then U as a 1x1 convolution.
     hidden = conv._conv_forward(x, vh.to(x.dtype).reshape(-1, *weight.shape[1:]), None)
     scaled = (hidden * delta.reshape(-1, delta.shape[-1], 1, 1)).to(x.dtype)
     return conv(x) + F.conv2d(scaled, u.to(x.dtype)[:, :, None, None])

@@ -172,6 +172,7 @@ class SVFitLayer(WeightLayer):
 
     def row_values(self, values: Mapping[str, Tensor], config: SVFitConfig) -> dict[str, Tensor]:
         assert self._shared is not None
+        # Rows of both parametrizations meet in one batch, so all are brought to the additive one.
         value = values["svfit_delta"]
         relative = config.parametrization == "relative"
         return {"svfit_delta": value * self._shared.head(value.numel()).s.to(value) if relative else value}
@@ -222,6 +223,7 @@ class SVFitLayer(WeightLayer):
         if kind == "conv2d" and base.groups > 1:
             return self._grouped(x, u, vh, delta)
         spread = delta.reshape(delta.shape[0], *(1,) * (x.dim() - 2), -1) if delta.dim() == 2 and x.dim() > 1 else delta
+        # The rows of U belong to tokens, so they are looked up like the embedding itself.
         if kind == "embedding":
             if delta.dim() == 2:
                 spread = delta.reshape(delta.shape[0], *(1,) * (x.dim() - 1), -1)

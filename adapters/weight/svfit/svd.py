@@ -185,6 +185,7 @@ def _cache_path(matrix: Tensor, rank: int | str, key: str | None) -> Path | None
 def _read(path: Path, matrix: Tensor) -> Bases | None:
     if not path.is_file():
         return None
+    # The cache only saves time: a file that cannot be used is left out with a warning.
     try:
         state = load_file(path)
         found = Bases(state["u"], state["s"], state["vh"])

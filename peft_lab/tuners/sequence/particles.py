@@ -49,10 +49,12 @@ class Mixture:
 
     def score(self, points: Points) -> Points:
         """Gradient of the log density at points (count, width)."""
+        # In white coordinates of a component its log density falls with the squared length.
         inside = (points - self.centre) @ self.basis.T
         white = (inside - self.means[:, None]) @ self.roots
         volumes = np.log(np.diagonal(self.roots, axis1=1, axis2=2)).sum(1)
         logits = (np.log(self.weights) + volumes)[:, None] - 0.5 * (white**2).sum(-1)
+        # Responsibilities of the components; softmax works on logarithms, which do not underflow.
         shares = softmax(logits, axis=0)
         pull = (shares[..., None] * (white @ self.roots.transpose(0, 2, 1))).sum(0)
         outside = points - self.centre - inside @ self.basis

@@ -198,6 +198,7 @@ def read_out(norm: nn.Module, args: Any, output: Tensor) -> Tensor:
     if found is None:
         return output
     prompts, used = found
+    # The mean is over normed tokens, and over those prompts that the row has.
     read = torch.where(used[..., None], norm(prompts), 0).sum(1)
     first = output if output.ndim == 2 else output[:, 0]
     mean = (first + read) / (1 + used.sum(1, keepdim=True))

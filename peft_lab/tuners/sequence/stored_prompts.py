@@ -77,6 +77,7 @@ class StaticConfig(SequenceConfig):
 
     def check(self) -> None:
         super().check()
+        # All further fields refine domain_components and mean nothing without it.
         further = ("domain_dimensions", "domain_particles", "domain_draws")
         for name in ("domain_components", *further):
             value = getattr(self, name)

@@ -47,6 +47,7 @@ class Prompts:
 #: Names of the modules in a block with windows; the role table has one family of them.
 _NAMES = next(family.windows for family in FAMILIES.values() if family.windows is not None)
 
+#: The running block and its prompts, for the hooks.
 _RUNNING: ContextVar[tuple[Any, Prompts] | None] = ContextVar("peft_lab_windows", default=None)
 
 
@@ -69,6 +70,7 @@ def can_hook(block: Any) -> bool:
 
 def hook(block: Any) -> None:
     """Register the hooks in a block by which `run` handles prompts."""
+    # In the order in which the block's forward reaches them.
     attention = getattr(block, _NAMES.attention)
     getattr(block, _NAMES.norm_before).register_forward_hook(_take_out)
     attention.register_forward_pre_hook(_into_windows)
@@ -181,6 +183,7 @@ def _into_windows(attention: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
         return args
     prompts, (windows, mask, *rest) = found[1], args
     assert prompts.inside is not None
+    # Each window of an image gets the prompts of that image.
     batch, cells = len(prompts.inside), windows.shape[1]
     each = len(windows) // batch
     mask = extend_bias(mask, cells, prompts.count, 0)
@@ -212,6 +215,7 @@ def _out_of_windows(attention: nn.Module, args: Any, output: tuple[Tensor, Tenso
         return output
     block, prompts = found
     assert prompts.inside is not None
+    # Recorded attention weights are those of the tokens alone.
     (tokens, attended), weights = split(output[0], prompts.count, 0), output[1]
     prompts.inside = getattr(block, _NAMES.dropout)(attended).unflatten(0, (len(prompts.inside), -1)).mean(1)
     return tokens.contiguous(), None if weights is None else weights[..., prompts.count :, prompts.count :]
