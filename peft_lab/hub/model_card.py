@@ -23,10 +23,10 @@ from peft_lab.tuners.registration import has_trait
 from peft_lab.utils.text import markdown_text
 
 if TYPE_CHECKING:
+    from peft_lab.data.kind import Kind
     from peft_lab.data.task_schema import Task
     from peft_lab.registry import MethodInfo
     from peft_lab.runs.standing import Standing
-    from peft_lab.tasks.kinds._base import Kind
 
 #: Metrics that are a share of right answers, so that their interval follows from the number of rows.
 _SHARES = ("accuracy", "exact_match")

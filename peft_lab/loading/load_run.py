@@ -26,8 +26,8 @@ from peft_lab.tuners.registration import make_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from peft_lab.data.kind import Kind
     from peft_lab.data.task_schema import Task
-    from peft_lab.tasks.kinds._base import Kind
 
 
 def load_base(

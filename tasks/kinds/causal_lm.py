@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.data.kind import Kind, length_limit
 from peft_lab.data.prompt_template import Template, fields, fill
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import TaskError
 from peft_lab.metrics import load_metric
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.registry import KindInfo
-from peft_lab.tasks.kinds._base import Kind, length_limit
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.backbones.from_pretrained import load_checkpoint
+from peft_lab.data.kind import ClassificationKind, Record
 from peft_lab.errors import ConfigError, TaskError
 from peft_lab.registry import KindInfo
-from peft_lab.tasks.kinds._base import ClassificationKind, Record
 from peft_lab.utils.images import open_image
 
 if TYPE_CHECKING:

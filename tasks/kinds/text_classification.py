@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.data.kind import ClassificationKind, Record, length_limit
 from peft_lab.errors import TaskError
 from peft_lab.registry import KindInfo
-from peft_lab.tasks.kinds._base import ClassificationKind, Record, length_limit
 
 if TYPE_CHECKING:
     from datasets import Dataset

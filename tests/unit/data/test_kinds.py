@@ -108,7 +108,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", sorted(list_kinds()))
 def test_a_kind_supplies_the_whole_seam(name: str) -> None:
-    from peft_lab.tasks.kinds._base import Kind
+    from peft_lab.data.kind import Kind
 
     found = kind(name)
     assert found.name == name

@@ -292,7 +292,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "__init__.py").write_text(
         textwrap.dedent("""
         from peft_lab.registry import KindInfo
-        from peft_lab.tasks.kinds._base import Kind
+        from peft_lab.data.kind import Kind
 
         KIND = KindInfo(name="counting", title="counts", runtime="Count", columns={"text": True}, metrics=("accuracy",))
 
