@@ -29,6 +29,8 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_every_tuner_of_peft_is_reachable_by_name():
     known = registry.list_methods()
     for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        if not config.__module__.startswith(("peft.", "peft_lab.")):
+            continue  # registered by a test of this process
         name = str(peft_type.value).lower()
         assert name in known
         assert config_class(name) is config
