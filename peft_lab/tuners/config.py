@@ -109,7 +109,10 @@ class AdapterConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Read an adapter_config.json within the limits of `safe_files`; no regex of modules in it is run."""
+        """Read an adapter_config.json within the limits of `safe_files`.
+
+        No regex of modules in it is run.
+        """
         path = Path(path_json_file)
         weights = path.parent / ADAPTER_WEIGHTS
         header = safe_files.read_header(weights) if weights.is_file() else {}
@@ -241,7 +244,7 @@ def check_patterns(values: dict[str, Any]) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Test whether a plain value fits a type hint and is not huge.
+    """Test whether a value fits a type hint and is not huge.
 
     Hints are made of unions, literals, containers, dataclasses, enums and plain types.
     """

@@ -37,7 +37,10 @@ def config_class(name: str) -> type:
 
 
 def has_trait(info: MethodInfo, trait: str) -> bool:
-    """Test a property that a method's config class has, such as `uses_source_head`; False for baselines and peft's."""
+    """Test a property of a method's config class, such as `uses_source_head`.
+
+    False for baselines and peft's methods.
+    """
     return bool(info.config) and bool(getattr(config_class(info.name), trait, False))
 
 

@@ -101,7 +101,7 @@ class SoftPromptConfig(StaticConfig):
     )
 
     def __post_init__(self) -> None:
-        # Only a file gives a type; loading a tokenizer that a downloaded file names would run its choice of code.
+        # Only a file gives a type, and no tokenizer is fetched because a file names it.
         if self.tokenizer_name_or_path is not None and self.peft_type is not None:
             raise ConfigError("An adapter file must not name a tokenizer; remove tokenizer_name_or_path from it.")
         super().__post_init__()

@@ -35,7 +35,7 @@ def states_before(model: nn.Module, stack: nn.Module, blocks: Sequence[str], ids
 
         return hook
 
-    # Hooks rather than output_hidden_states, which some stacks do not have or collect behind a norm.
+    # A hook reads the input of each block, which is the place of the prompts that it gets.
     modules = [model.get_submodule(block) for block in blocks]
     handles = [m.register_forward_pre_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
     layers = [m for m in model.modules() if isinstance(m, SequenceLayer)]
