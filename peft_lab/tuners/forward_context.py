@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.tokens import parameter_names
@@ -119,6 +120,9 @@ class ForwardContext:
                 )
         if found is None or rows is None:
             return found
+        # A tensor that all rows share, such as DeBERTa's relative positions, can take a value that all rows have.
+        if rows % max(len(found), 1) and bool((found == found[:1]).all()):
+            found = found[:1]
         # A layer that runs on some rows alone sees fewer than the batch has: expand to all, then choose.
         if self.chosen is not None:
             total, index = self.chosen
@@ -321,6 +325,15 @@ def wrap_forward(module: nn.Module, opens: bool) -> WrappedForward:
     wrapper = WrappedForward(module, opens)
     module.forward = wrapper
     return wrapper
+
+
+def wrap_model(model: nn.Module) -> list[WrappedForward]:
+    """Wrap the forward of a model, and of every transformers model inside it.
+
+    Those inside are called alone by `generate`, which runs an encoder once, and by `get_image_features` and its like.
+    """
+    inside = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+    return [wrap_forward(model, opens=True), *(wrap_forward(module, opens=False) for module in inside)]
 
 
 def unwrap_forwards(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from peft_lab.backbones.family_table import FAMILIES
 from peft_lab.backbones.residual_stream import residual_connections
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.tuners.forward_context import ForwardContext, on_rows, wrap_forward
+from peft_lab.tuners.forward_context import ForwardContext, on_rows, wrap_model
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.mixed_batch import BASE, current_row_adapters
 from peft_lab.tuners.registration import register
@@ -150,7 +150,7 @@ class ResidualTuner(BlockTuner):
         return layer
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        wrap_forward(model, opens=True)
+        wrap_model(model)
 
     def unload(self) -> Any:
         """Return the base model without wrapped blocks and without hooks."""

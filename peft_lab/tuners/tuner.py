@@ -23,7 +23,7 @@ from peft_lab.backbones.heads import PEFT_HEADS
 from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_forward
+from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_model
 from peft_lab.tuners.layer import AdapterLayer, no_merge
 from peft_lab.tuners.mixed_batch import BASE, mixed_batch
 
@@ -54,7 +54,8 @@ class AdapterTuner(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         keep_statistics(model)
         if config.row_inputs():
-            wrap_forward(model, opens=True).declared[adapter_name] = config.row_inputs()
+            for wrapper in wrap_model(model):
+                wrapper.declared[adapter_name] = config.row_inputs()
         # A loaded adapter keeps the record of the base that it was trained on.
         if config.fingerprints:
             config.recorded_fingerprints = config.fingerprints

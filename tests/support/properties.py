@@ -32,8 +32,11 @@ SEQUENCE = [name for name in OWN if registry.method(name).place == "sequence"]
 #: Those that put branches beside the sub-layers of a block.
 RESIDUAL = [name for name in OWN if "block" in registry.method(name).roles and name not in SEQUENCE]
 ON_OPS = [name for name in OWN if name not in (*SEQUENCE, *RESIDUAL)]
-#: Those that are put on whole blocks.
-ON_BLOCKS = [*SEQUENCE, *RESIDUAL, *IMAGES]
+#: Those that act on one stack, and those that are put on whole blocks.
+ON_STACKS = [*SEQUENCE, *IMAGES]
+ON_BLOCKS = [*ON_STACKS, *RESIDUAL]
+#: Those that leave out convolutions, and so conv nets.
+NO_CONVOLUTION = [name for name in ON_OPS if not registry.method(name).can("conv2d")]
 #: All of them, and those of peft-lab; `text_or_image` names a family of `backbones.TINY` that goes with each.
 EVERY, EVERY_OWN = [*METHODS, *IMAGES], [*OWN, *IMAGES]
 #: Those whose values come from the training data: in a test, from `fill`.
@@ -41,6 +44,8 @@ UNTRAINED = [name for name in OWN if has_trait(registry.method(name), "values_fr
 TRAINED = [name for name in OWN if name not in UNTRAINED]
 #: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets.
 NO_SEQUENCE = ("convnext", "resnet", "efficientnet", "mobilenet_v2")
+#: Families of `backbones.TINY` whose blocks have no linear layer.
+CONVOLUTIONAL = ("resnet", "efficientnet", "mobilenet_v2")
 #: Families of `backbones.TINY` that classify images and have a place for prompts.
 IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
 #: Those that classify images.
@@ -63,6 +68,7 @@ def pairs(methods: Iterable[str], families: Iterable[str], needs: Needs = each_f
     """Parametrise a test over methods and the families that they go with, daily over a cover of `needs`."""
     families = list(families)
     found = [(m, f) for f in families for m in methods if not (m in (*SEQUENCE, *RESIDUAL) and f in NO_SEQUENCE)]
+    found = [(m, f) for m, f in found if not (m in NO_CONVOLUTION and f in CONVOLUTIONAL)]
     found = [(m, f) for m, f in found if m not in KEEPS_HEAD or f in CLASSIFIERS]
     found += [(m, f) for f in families for m in IMAGES if f in (IMAGE_CLASSIFIERS if m in IMAGE_LOGITS else PRE_NORM)]
     return pytest.mark.parametrize(("method", "family"), cover(found, needs))

@@ -53,12 +53,8 @@ def spectral_flops(
     Where the delta cannot be added into W (``fusable`` false) a materialised delta costs 2NMK more in forward and again
     for the input gradient, and there is no projected plan; nor is there without training.
     """
-    weight, down, up, build = (
-        2 * tokens * in_features * out_features,
-        2 * tokens * in_features * rank,
-        2 * tokens * out_features * rank,
-        2 * out_features * in_features * rank,
-    )
+    weight, build = 2 * tokens * in_features * out_features, 2 * out_features * in_features * rank
+    down, up = 2 * tokens * in_features * rank, 2 * tokens * out_features * rank
     if plan == "factored":
         return down + up + train * (up + input_grad * down)
     if plan == "projected":
