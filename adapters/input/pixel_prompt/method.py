@@ -72,10 +72,7 @@ class PixelPromptConfig(MappedHeadConfig):
     )
     border: int | None = field(
         default=None,
-        metadata={
-            "help": "Width of the border in pixels; nothing means that of the paper, scaled to the image size.",
-            "other": 2,
-        },
+        metadata={"help": "Width of the border in pixels; by default the paper's, scaled to the image.", "other": 2},
     )
     inner_size: int | None = field(
         default=None,
@@ -96,16 +93,13 @@ class PixelPromptConfig(MappedHeadConfig):
     image_mean: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Mean that the image processor subtracts, by channel; training fills it in. Nothing means 0.5.",
+            "help": "Mean that the image processor subtracts, by channel; training fills it in. By default 0.5.",
             "other": [0.1, 0.2, 0.3],
         },
     )
     image_std: list[float] | None = field(
         default=None,
-        metadata={
-            "help": "What it divides by, by channel; training fills it in. Nothing means 0.5.",
-            "other": [0.1, 0.2, 0.3],
-        },
+        metadata={"help": "Divisor by channel; training fills it in. By default 0.5.", "other": [0.1, 0.2, 0.3]},
     )
 
     def check(self) -> None:

@@ -21,8 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from peft_lab.tuners.dtypes import WIDE_DTYPES, sum_dtype
 
-__all__ = ["spectral_conv2d", "spectral_delta", "spectral_flops", "spectral_linear", "spectral_plan"]
-
 Plan = Literal["factored", "projected", "materialised"]
 
 

@@ -59,10 +59,7 @@ class SVFitConfig(AdapterConfig):
 
     rank: int | str = field(
         default="full",
-        metadata={
-            "help": 'Singular values trained per module: an int, "full", or "energy:0.99" of the squared sum.',
-            "other": 3,
-        },
+        metadata={"help": 'Singular values to train: an int, "full", or "energy:0.99" of the squared sum.', "other": 3},
     )
     parametrization: Literal["additive", "relative"] = field(
         default="additive",
@@ -70,10 +67,7 @@ class SVFitConfig(AdapterConfig):
     )
     save_bases: bool = field(
         default=False,
-        metadata={
-            "help": "Store the singular bases in the adapter file instead of rebuilding them from the base.",
-            "other": True,
-        },
+        metadata={"help": "Store the singular bases in the adapter file instead of rebuilding them.", "other": True},
     )
 
     def check(self) -> None:
