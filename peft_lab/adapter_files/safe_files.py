@@ -10,9 +10,12 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.schema import Schema
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 #: Weights that are unpickled when they are read.
@@ -178,8 +181,16 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**48 for v in values)
+class _Fingerprint(Schema):
+    """Form of the record of one base weight."""
+
+    shape: list[Annotated[int, Field(ge=0, lt=2**48)]] = Field(max_length=_MAX_DIMS)
+    dtype: str = Field(max_length=64)
+    sha256: str = Field(max_length=64)
+    probe: list[Annotated[float, Field(gt=-1e40, lt=1e40)]] = Field(max_length=64)
+    role: str = ""
+    layer: int | None = None
+    nth: int | None = None
 
 
 def check_fingerprints(values: Any, what: str) -> None:
@@ -189,23 +200,12 @@ def check_fingerprints(values: Any, what: str) -> None:
         ConfigError: naming the module whose entry has another form.
     """
     for name, entry in values.items() if isinstance(values, dict) else [("", None)]:
-        if not isinstance(name, str) or not isinstance(entry, dict) or not _is_fingerprint(entry):
+        try:
+            _Fingerprint.model_validate(entry)
+            valid = isinstance(name, str)
+        except ValidationError:
+            valid = False
+        if not valid:
             raise ConfigError(
                 f'The fingerprint of module "{str(name)[:MAX_TEXT]}" in {what} is not one that was saved.'
             )
-
-
-def _is_fingerprint(entry: dict[str, Any]) -> bool:
-    probe, shape = entry.get("probe"), entry.get("shape")
-    return (
-        {*entry} <= {"shape", "dtype", "sha256", "probe", "role", "layer", "nth"}
-        and isinstance(shape, list)
-        and len(shape) <= _MAX_DIMS
-        and _naturals(shape)
-        and all(isinstance(entry.get(key), str) and len(entry[key]) <= 64 for key in ("dtype", "sha256"))
-        and isinstance(probe, list)
-        and len(probe) <= 64
-        and all(type(value) in (int, float) and abs(value) < 1e40 for value in probe)
-        and isinstance(entry.get("role", ""), str)
-        and all(type(entry[key]) in (int, type(None)) for key in ("layer", "nth") if key in entry)
-    )

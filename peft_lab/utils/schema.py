@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from peft_lab.errors import PeftLabError, did_you_mean
 
@@ -40,6 +40,17 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-3, which has no dot, as text.
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+#: Field type of a number that a YAML file may write as 1e-3.
+Number = Annotated[float, BeforeValidator(_number)]
 
 S = TypeVar("S", bound=Schema)
 

@@ -162,7 +162,7 @@ def _write_run_file(found: Recommendation) -> None:
 
 def _pilot(study: Study, arm: Arm) -> Generator[list[Run], Sequence[Record], Choice]:
     """Yield one short run of an arm, without the test rows."""
-    short = replace(study, search=replace(study.search, max_steps=PILOT_STEPS))
+    short = replace(study, search=study.search.model_copy(update={"max_steps": PILOT_STEPS}))
     yield [plan.search_run(short, study.cells[0], arm, plan.candidates(study, arm, study.cells[0])[0])]
     return Choice(arm.label, study.cells[0].task, study.cells[0].backbone, None)
 
@@ -209,7 +209,7 @@ def fit_to_time(
         arms = [arm for arm in arms if arm is not slowest]
         dropped.append(f"{slowest.label} was left out because its runs take longest and the time is short.")
     dropped += _dropped_of(size, steps)
-    search = Search(trials=size.trials, extend=size.extend) if size.trials > 1 else Search("none", trials=1)
+    search = Search(trials=size.trials, extend=size.extend) if size.trials > 1 else Search(strategy="none", trials=1)
     limits = Limits(max_steps=_steps_of(size, steps))
     return replace(study, arms=tuple(arms), seeds=study.seeds[: size.seeds], search=search, limits=limits), tuple(
         dropped

@@ -35,8 +35,7 @@ from peft_lab.data.task_registry import load_task, validate_task
 from peft_lab.data.task_schema import Task, check_classes
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.runs.run_config import ALTERNATING, RunConfig, method_args, read_run_file
-
-STRATEGIES = ("grid", "halving", "none")
+from peft_lab.utils.schema import check
 
 #: Options of runs that the study itself sets, and where.
 _SET_ELSEWHERE = {
@@ -244,44 +243,17 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 
 def _search(values: Mapping[str, Any]) -> Search:
-    check_keys(values, Search.__dataclass_fields__, '"search"')
-    strategy = values.get("strategy", "grid")
-    strategy = "none" if strategy in (None, False) else str(strategy)
-    if strategy not in STRATEGIES:
-        raise ConfigError(
-            f'The search strategy "{strategy}" must be one of {", ".join(STRATEGIES)}.'
-            f"{did_you_mean(strategy, STRATEGIES)}"
-        )
-    counts = {
-        k: _count(v, f'"{k}" of "search"', least=0 if k == "extend" else 1)
-        for k, v in values.items()
-        if k != "strategy" and v is not None
-    }
-    if strategy == "none":
-        if counts:
-            raise ConfigError(f'"{next(iter(counts))}" of "search" has no effect with the strategy none; remove it.')
-        counts = {"trials": 1}
-    search = Search(strategy, **counts)
-    if search.factor < 2:
-        raise ConfigError('"factor" of "search" must be at least 2.')
-    if strategy == "halving" and search.trials < 2 * search.factor:
-        raise ConfigError(
-            f"Halving by {search.factor} needs at least {2 * search.factor} trials to have two rounds, "
-            f"got {search.trials}; use the strategy grid for fewer."
-        )
-    return search
+    given = {key: value for key, value in values.items() if value is not None}
+    if values.get("strategy", "grid") in (None, False, "none"):
+        further = next((key for key in given if key != "strategy"), None)
+        if further is not None:
+            raise ConfigError(f'"{further}" of "search" has no effect with the strategy none; remove it.')
+        given = {"strategy": "none", "trials": 1}
+    return check(Search, given, '"search"', ConfigError)
 
 
 def _limits(values: Mapping[str, Any]) -> Limits:
-    check_keys(values, Limits.__dataclass_fields__, '"limits"')
-    given = {k: v for k, v in values.items() if v is not None}
-    if "max_steps" in given and "seconds" in given:
-        raise ConfigError('"limits" may set max_steps or seconds, not both.')
-    for key, value in given.items():
-        given[key] = (
-            _positive(value, f'"{key}" of "limits"') if key == "seconds" else _count(value, f'"{key}" of "limits"')
-        )
-    return Limits(**given)
+    return check(Limits, {key: value for key, value in values.items() if value is not None}, '"limits"', ConfigError)
 
 
 def _launcher(value: Any) -> dict[str, Any]:
@@ -373,12 +345,6 @@ def _list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _count(value: Any, what: str, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{what} must be a whole number of at least {least}, got {value!r}.")
-    return value
 
 
 def _positive(value: Any, what: str) -> float:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
 
 from peft_lab import registry
+from peft_lab.utils.schema import Number, Schema
 
 #: Options of a run unless the study says otherwise.
 DEFAULTS: dict[str, Any] = {
@@ -66,8 +69,7 @@ class Cell:
     learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Search:
+class Search(Schema):
     """Search of learning rates and tuned arguments.
 
     Every arm has equally many trials.
@@ -83,16 +85,24 @@ class Search:
             or the highest that it has tried. The right to them is every arm's, so only the trials are equally many.
     """
 
-    strategy: str = "grid"
-    trials: int = 3
-    seeds: int = 1
-    max_steps: int | None = None
-    factor: int = 2
-    extend: int = 0
+    strategy: Literal["grid", "halving", "none"] = "grid"
+    trials: int = Field(default=3, ge=1)
+    seeds: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    factor: int = Field(default=2, ge=2)
+    extend: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_rounds(self) -> Search:
+        if self.strategy == "halving" and self.trials < 2 * self.factor:
+            raise ValueError(
+                f"Halving by {self.factor} needs at least {2 * self.factor} trials to have two rounds, got "
+                f"{self.trials}; use the strategy grid for fewer."
+            )
+        return self
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(Schema):
     """Limits of all arms: steps or seconds of training, and trainable parameters.
 
     Attributes:
@@ -102,9 +112,15 @@ class Limits:
             trainable parameters, the task head included.
     """
 
-    max_steps: int | None = None
-    seconds: float | None = None
-    trainable_parameters: int | None = None
+    max_steps: int | None = Field(default=None, ge=1)
+    seconds: Number | None = Field(default=None, gt=0, allow_inf_nan=False)
+    trainable_parameters: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_one_length(self) -> Limits:
+        if self.max_steps is not None and self.seconds is not None:
+            raise ValueError('"limits" may set max_steps or seconds, not both.')
+        return self
 
 
 @dataclass(frozen=True)
@@ -118,8 +134,8 @@ class Study:
     cells: tuple[Cell, ...]
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    search: Search = Search()
-    limits: Limits = Limits()
+    search: Search = field(default_factory=Search)
+    limits: Limits = field(default_factory=Limits)
     training: Mapping[str, Any] = field(default_factory=dict)
     launcher: Mapping[str, Any] = field(default_factory=dict)
 
@@ -165,7 +181,7 @@ class Study:
     def _search(self) -> dict[str, Any]:
         if self.search.strategy == "none":
             return {"strategy": "none"}
-        return {name: value for name, value in _filled(**vars(self.search)).items() if (name, value) != ("extend", 0)}
+        return self.search.model_dump(exclude_none=True, exclude=set() if self.search.extend else {"extend"})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_mapping` reads back.
@@ -178,7 +194,8 @@ class Study:
             "methods": [_arm_values(arm) for arm in self.arms],
             "seeds": list(self.seeds),
             "search": self._search(),
-            **_filled(limits=_filled(**vars(self.limits)), training=dict(self.training), launcher=dict(self.launcher)),
+            **_filled(limits=self.limits.model_dump(exclude_none=True)),
+            **_filled(training=dict(self.training), launcher=dict(self.launcher)),
         }
 
 

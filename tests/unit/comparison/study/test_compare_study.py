@@ -236,9 +236,9 @@ def test_tuned_values_are_searched_within_the_trials() -> None:
 
 
 def test_halving_gives_the_rounds_growing_parts_of_the_steps() -> None:
-    assert rounds(Search("halving", trials=8)) == [(8, 0.25), (4, 0.5), (2, 1.0)]
-    assert rounds(Search("halving", trials=9, factor=3)) == [(9, 1 / 3), (3, 1.0)]
-    assert rounds(Search("grid", trials=5)) == [(5, 1.0)]
+    assert rounds(Search(strategy="halving", trials=8)) == [(8, 0.25), (4, 0.5), (2, 1.0)]
+    assert rounds(Search(strategy="halving", trials=9, factor=3)) == [(9, 1 / 3), (3, 1.0)]
+    assert rounds(Search(strategy="grid", trials=5)) == [(5, 1.0)]
 
 
 def test_a_part_of_a_training_in_its_own_unit() -> None:
