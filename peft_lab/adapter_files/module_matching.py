@@ -185,8 +185,10 @@ def base_layer(model: nn.Module, path: str) -> Any:
 
 def missing_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return those module names, or ends of names, without a module."""
-    paths = [path for path, _ in model.named_modules() if path]
-    return [name for name in names if not any(ends_with(path, name) for path in paths)]
+    missing = list(names)
+    for path, _ in model.named_modules():
+        missing = [name for name in missing if not path or not ends_with(path, name)]
+    return missing
 
 
 def is_saved_module(key: str, names: Iterable[str]) -> bool:
@@ -308,7 +310,7 @@ def convert_state(
             if lora_scaling is None:
                 joined_value = _join_rows(values, parts, per_channel[parameter])
             else:
-                ranks = [piece[wrapper, "lora_A.weight"].shape[0] if piece else 0 for piece in given]
+                ranks = [_lora_rank(piece, wrapper) for piece in given]
                 joined_value = _join_lora(parameter, values, ranks, parts, lora_scaling)
             converted[f"{wrapper}{path}.{parameter}"] = joined_value
     return converted
@@ -325,6 +327,11 @@ def _join_rows(values: list[Tensor | None], parts: list[QKVSlice], neutral: floa
         rows = part.stop - part.start
         filled.append(like.new_full((rows, *like.shape[1:]), neutral) if value is None else value)
     return torch.cat(filled)
+
+
+def _lora_rank(piece: Mapping[tuple[str, str], Tensor], wrapper: str) -> int:
+    """Rank of one part of a joined layer; 0 if the part has no adapter."""
+    return len(piece[wrapper, "lora_A.weight"]) if piece else 0
 
 
 def _join_lora(

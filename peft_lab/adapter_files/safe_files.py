@@ -135,8 +135,10 @@ def _not_finite(text: str) -> Any:
 def _check_depth(values: Any) -> None:
     level: list[Any] = [values]
     for _ in range(MAX_DEPTH):
-        level = [v for part in level for v in (part.values() if isinstance(part, dict) else part)]
-        level = [v for v in level if isinstance(v, dict | list)]
+        below: list[Any] = []
+        for part in level:
+            below += part.values() if isinstance(part, dict) else part
+        level = [value for value in below if isinstance(value, dict | list)]
         if not level:
             return
     raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")

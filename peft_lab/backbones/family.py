@@ -187,9 +187,10 @@ class Family:
 
 def in_blocks(**roles: str) -> dict[str, tuple[str, ...]]:
     """Roles inside the blocks: `attn_q="self_attn.q_proj"`, alternatives separated by a space."""
-    return {
-        role.replace("_", "."): tuple(f"{{block}}.{path}" for path in paths.split()) for role, paths in roles.items()
-    }
+    found = {}
+    for role, paths in roles.items():
+        found[role.replace("_", ".")] = tuple(f"{{block}}.{path}" for path in paths.split())
+    return found
 
 
 def attention(path: str, q: str, k: str, v: str, out: str) -> dict[str, tuple[str, ...]]:

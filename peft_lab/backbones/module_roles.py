@@ -94,7 +94,8 @@ def head_modules(model: nn.Module, task_type: str | None = None) -> list[str]:
         _LOG.warning("No task head found in %s: pass modules_to_save if it has one to train.", type(model).__name__)
     taken = PEFT_HEADS.get(str(getattr(task_type, "value", task_type)), ())
     if taken:
-        heads = [head for head in heads if not any(part.endswith(taken) for part in _ancestors(head))]
+        # peft puts these in by name, with all that lies inside.
+        heads = [head for head in heads if not _is_below(head, taken)]
     return [head for head in heads if not _clashes(model, head, heads)]
 
 
@@ -134,6 +135,11 @@ def _clashes(model: nn.Module, head: str, heads: list[str]) -> bool:
 def _ancestors(path: str) -> Iterator[str]:
     parts = path.split(".")
     return (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+def _is_below(head: str, names: tuple[str, ...]) -> bool:
+    """Test whether a head, or a module around it, has a name with one of the endings."""
+    return any(part.endswith(names) for part in _ancestors(head))
 
 
 # Blocks -------------------------------------------------------------------------------------------------------------

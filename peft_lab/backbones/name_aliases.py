@@ -30,7 +30,7 @@ class Renames:
 
         It stays where several aliases end with it.
         """
-        pairs = [(new, old) if back else (old, new) for old, new in self._aliases]
+        pairs = [(new, old) for old, new in self._aliases] if back else self._aliases
         length = name.count(".") + 1
         found = {_tail(to, length) for what, to in pairs if f".{what}".endswith(f".{name}")}
         if len(found) != 1:

@@ -147,7 +147,8 @@ def _find(backbone: Backbone) -> Path:
             )
     spec = importlib.util.find_spec(backbone.module)
     folders = (spec.submodule_search_locations if spec else None) or ()
-    found = next((path for path in (Path(folder) / backbone.file for folder in folders) if path.exists()), None)
+    paths = [Path(folder) / backbone.file for folder in folders]
+    found = next((path for path in paths if path.exists()), None)
     if found is None:
         raise ConfigError(
             f'Backbone "{backbone.name}": the installed {backbone.module} has no {backbone.file}; '

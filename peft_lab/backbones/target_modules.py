@@ -171,7 +171,13 @@ def _tower_regex(known: BackboneMap, index: int, paths: Collection[tuple[str, st
 
 
 def _chosen_numbers(numbers: list[tuple[int, ...]], chosen: set[int]) -> list[tuple[int, ...]]:
-    return [n for i, n in enumerate(numbers) if (n[0] if len(n) == 1 else i) in chosen]
+    found = []
+    for position, number in enumerate(numbers):
+        # Blocks of one list are chosen by their index in it, those of several lists by their place in the whole.
+        index = number[0] if len(number) == 1 else position
+        if index in chosen:
+            found.append(number)
+    return found
 
 
 def _indexed(path: str, numbers: list[tuple[int, ...]] | None) -> str:
@@ -184,7 +190,10 @@ def _indexed(path: str, numbers: list[tuple[int, ...]] | None) -> str:
     parts = re.escape(path).split(r"\*")
     if len(parts) == 2:
         return parts[0] + any_of(str(n[0]) for n in numbers) + parts[1]
-    filled = ("".join(f"{part}{i}" for part, i in zip(parts, (*n, ""), strict=True)) for n in numbers)
+    filled = []
+    for indices in numbers:
+        pairs = zip(parts, (*indices, ""), strict=True)
+        filled.append("".join(f"{part}{index}" for part, index in pairs))
     return any_of(filled)
 
 
@@ -205,7 +214,10 @@ def _nothing_found(model: nn.Module, roles: list[str], towers: Collection[Tower]
             f'Model type "{name}" has no known family and no repeated blocks with linear layers; '
             "pass target_modules with the names of the modules to adapt."
         )
-    known = ", ".join(role for role in ROLES if any(tower.family.has(role) for tower in towers))
+    present: set[str] = set()
+    for tower in towers:
+        present |= {role for role in ROLES if tower.family.has(role)}
+    known = ", ".join(role for role in ROLES if role in present)
     return (
         f'No module of model type "{name}" plays the role {" or ".join(roles) or "(none given)"}; '
         f"it has: {known}. Choose one of these or pass target_modules."

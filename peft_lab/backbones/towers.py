@@ -48,7 +48,8 @@ class Tower:
 
         The paths are (block, path below it), in the table's names; None if none is given.
         """
-        joined = [path_regex(f"{block}.{tail}" if block and tail else block or tail) for block, tail in paths]
+        # One of the two may be empty.
+        joined = [path_regex(".".join(filter(None, path))) for path in paths]
         return re.compile(f"{self.prefix}{any_of(joined)}") if joined else None
 
     def block_matcher(self, block: str) -> re.Pattern[str]:

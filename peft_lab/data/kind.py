@@ -182,7 +182,9 @@ class ClassificationKind(Kind):
         )
         # a head of other shapes is meant to be replaced; any other weight of another shape means a wrong checkpoint
         body = f"{model.base_model_prefix}."
-        for key in sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get("mismatched_keys", ())):
+        for entry in sorted(info.get("mismatched_keys", ()), key=str):
+            # transformers lists a key, or a key with its two shapes
+            key = str(entry[0] if isinstance(entry, tuple) else entry)
             if key.startswith(body):
                 raise TaskError(f'"{model_name_or_path}": the shape of its weight {key} does not fit its own config.')
         return model

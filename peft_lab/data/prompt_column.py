@@ -37,7 +37,10 @@ def texts(task: Task, split: str, dataset: Dataset) -> list[str]:
     column = task.columns[PROMPT_IDS]
     feature, values = dataset.features[column], dataset[column][:]
     if isinstance(feature, ClassLabel):
-        values = [None if value is None or value < 0 else feature.names[value] for value in values]
+        # datasets writes a missing class as -1
+        names: dict[int | None, str | None] = dict(enumerate(feature.names))
+        names |= {-1: None, None: None}
+        values = [names[value] for value in values]
     elif not isinstance(feature, Value) or not feature.dtype.startswith(("int", "uint", "string", "large_str", "bool")):
         held = getattr(feature, "dtype", type(feature).__name__)
         raise TaskError(

@@ -275,7 +275,8 @@ def check_classes(task: Task) -> None:
 def builtin_folders() -> tuple[Path, ...]:
     """The folders of `peft_lab.tasks`."""
     spec = importlib.util.find_spec("peft_lab.tasks")
-    return tuple(Path(p) for p in (spec.submodule_search_locations if spec else None) or ())
+    folders = spec.submodule_search_locations if spec else None
+    return tuple(Path(folder) for folder in folders or ())
 
 
 def build(mapping: Mapping[str, Any], origin: Path | None) -> Task:

@@ -297,7 +297,7 @@ def method_args(value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, Mapping):
-        return {k: _plain(v) if isinstance(v, str) else v for k, v in value.items()}
+        return {name: _plain(given) for name, given in value.items()}
     pairs = [value] if isinstance(value, str) else list(value)
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -308,13 +308,15 @@ def method_args(value: Any) -> dict[str, Any]:
     return found
 
 
-def _plain(text: str) -> Any:
+def _plain(text: Any) -> Any:
     """Read a text as YAML does, and `1e-3` as a number.
 
-    YAML 1.1 would want `1.0e-3`.
+    YAML 1.1 would want `1.0e-3`. What is no text stays as it is.
     """
     import yaml
 
+    if not isinstance(text, str):
+        return text
     try:
         return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else yaml.safe_load(text)
     except yaml.YAMLError:

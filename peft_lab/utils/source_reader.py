@@ -60,7 +60,13 @@ def classes(path: Path) -> dict[str, ast.ClassDef]:
 
 def base_names(node: ast.ClassDef) -> list[str]:
     """Names of the direct base classes, without their modules."""
-    return [b.id if isinstance(b, ast.Name) else b.attr for b in node.bases if isinstance(b, ast.Name | ast.Attribute)]
+    found = []
+    for base in node.bases:
+        if isinstance(base, ast.Name):
+            found.append(base.id)
+        elif isinstance(base, ast.Attribute):
+            found.append(base.attr)
+    return found
 
 
 def class_fields(node: ast.ClassDef) -> dict[str, Field]:

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from peft_lab.cli.options import Base, OtherBase
 from peft_lab.errors import ConfigError
 
 
@@ -39,8 +38,12 @@ def attention_maps(
     task: Annotated[
         str | None, typer.Option(help="The task whose labels apply, instead of the adapter's or the base's own.")
     ] = None,
-    model_name_or_path: Base = None,
-    allow_other_base: OtherBase = False,
+    model_name_or_path: Annotated[
+        str | None, typer.Option("--model_name_or_path", help="Load this base instead of the one the adapter names.")
+    ] = None,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow_other_base", help="Warn instead of refusing if the base has other weights.")
+    ] = False,
 ) -> None:
     """Draw attention maps of classes by head; needed heads are framed."""
     from peft_lab.data.task_registry import load_task
