@@ -43,5 +43,6 @@ def check_keys(keys: Iterable[str], known: Iterable[str], what: str) -> None:
     known = list(known)
     for key in keys:
         if key not in known:
+            # A very long list would bury the message.
             listing = "" if len(known) > 30 else f" Known: {', '.join(sorted(known))}."
             raise ConfigError(f'Unknown key "{key}" for {what}.{did_you_mean(key, known)}{listing}')

@@ -78,12 +78,14 @@ class MethodInfo:
     capabilities: tuple[str, ...] = ()
     learning_rate: float = _DEFAULT_LEARNING_RATE
     budget: tuple[float, float] = (1.1, 1.2)
+    # A frozen dataclass hashes its fields, and a mapping has no hash.
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     module: str = ""
     path: Path | None = None
     card_module: str = ""
 
     def __post_init__(self) -> None:
+        # The name becomes a peft type and the prefix of parameters, so few characters are allowed.
         if not re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", self.name):
             raise ConfigError(f'Method name "{self.name}" must be lower case letters, digits and inner underscores.')
         if self.place not in PLACES:
@@ -338,6 +340,7 @@ def list_kinds() -> dict[str, KindInfo]:
         card = _kind_card(path, entry.module) if path else None
         if card is not None:
             found[card.name] = card
+    # Our kinds come last, so they win over a plug-in of the same name.
     for root in (spec.submodule_search_locations if spec else None) or []:
         for file in sorted(Path(root).glob("kinds/[!_]*.py")):
             card = _kind_card(file, f"peft_lab.tasks.kinds.{file.stem}")

@@ -23,6 +23,7 @@ from peft_lab.errors import AdapterMismatchError
 
 _LOG = logging.getLogger("peft_lab")
 _PROBES = 8
+# peft calls the tuners that check the base, and would pass no argument on to them.
 _ANY_BASE: ContextVar[bool] = ContextVar("any_base", default=False)
 #: Largest relative difference between probes of one weight in two dtypes (bfloat16 keeps 8 bits of mantissa).
 _DTYPE_TOLERANCE = 2**-7
@@ -33,6 +34,7 @@ def weight_hash(weight: Tensor) -> str:
 
     It may have any dtype and device.
     """
+    # numpy has no bfloat16, so the bytes are read as integers.
     data = weight.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().data).hexdigest()
 
@@ -88,6 +90,7 @@ def compare(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         return "shape"
     if found["sha256"] == recorded.get("sha256"):
         return "same"
+    # Within one dtype, another hash can only mean other values.
     if found["dtype"] == recorded.get("dtype"):
         return "weights"
     # Hashes of two dtypes always differ, so a few values decide.

@@ -96,6 +96,7 @@ def record_modules(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
     locations = module_roles.module_locations(model)
     found: dict[str, dict[str, Any]] = {}
     for name, weight in weights.items():
+        # A weight on the meta device has no values to take a fingerprint of.
         if not weight.is_meta:
             owner = find_module(model, name) or model
             found[name] = {**base_fingerprint.module_fingerprint(owner, weight), **locations.get(name, {})}
@@ -148,6 +149,7 @@ def _match_by_location(model: nn.Module, left: Mapping[str, Mapping[str, Any]], 
             match.split[name] = _slices_apart(model, name, entry, [str(path) for path in apart])
         else:
             match.missing.append(name)
+    # The rows of each part depend on the others, so all parts are collected first.
     match.joined = {path: _slices_within(model, path, given) for path, given in fused.items()}
 
 
@@ -194,6 +196,7 @@ def missing_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
 def is_saved_module(key: str, names: Iterable[str]) -> bool:
     """Test whether an entry belongs to a module saved in full."""
     path = key.removeprefix(PEFT_PREFIX)
+    # peft names a saved module by the end of its path, so it may lie anywhere.
     return any(path.startswith(f"{name}.") or f".{name}." in path for name in names)
 
 
@@ -203,6 +206,7 @@ def is_saved_module(key: str, names: Iterable[str]) -> bool:
 def _linear_weight(model: nn.Module, path: str) -> Tensor:
     """Return the base weight of a linear layer as (out, in)."""
     module = base_layer(model, path)
+    # GPT-2's Conv1D holds its weight as (in, out).
     return module.weight.T.contiguous() if type(module).__name__ == "Conv1D" else module.weight
 
 
@@ -298,6 +302,7 @@ def convert_state(
             for part in match.split[module]:
                 # LoRA's A reads the input, which the three layers share.
                 rows = value if parameter.startswith("lora_A") else value[part.start : part.stop]
+                # safetensors refuses tensors that share memory, as slices of one tensor do.
                 converted[f"{wrapper}{part.module}.{parameter}"] = rows.clone()
         elif module in joined:
             pieces.setdefault(module, {})[wrapper, parameter] = value
@@ -352,6 +357,7 @@ def _join_lora(
     start = 0
     for value, part, rank in zip(values, parts, ranks, strict=True):
         if value is not None:
+            # The parts may differ in scaling, and the joined LoRA has only one.
             blocks[part.start : part.stop, start : start + rank] = value * scaling(part.module)
         start += rank
     return blocks

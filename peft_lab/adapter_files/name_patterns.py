@@ -28,6 +28,7 @@ def check_pattern(name: str, pattern: str) -> None:
     """
     try:
         re.compile(pattern)
+    # Deep nesting and huge counts fail with errors other than those of `re`.
     except (re.error, RecursionError, OverflowError) as error:
         shown = pattern if len(pattern) <= 80 else f"{pattern[:80]}..."
         raise ConfigError(f"{name}={shown!r} is not a valid regular expression: {error}.") from error
@@ -54,6 +55,7 @@ def check_key_pattern(name: str, key: str) -> None:
 
 def pattern_fields(values: Mapping[str, Any]) -> list[str]:
     """Return the keys whose value is a regex of module names."""
+    # The mark of a head saved alone is a string, but no regex.
     if is_head_alone(values):
         return []
     return [name for name, value in values.items() if name.endswith("_modules") and isinstance(value, str)]
@@ -105,6 +107,7 @@ def _entries(header: Mapping[str, tuple[str, list[int]]], prefix: str) -> dict[s
     """Return the shape of the first parameter of each adapted module."""
     found: dict[str, list[int]] = {}
     for key, (_, shape) in header.items():
+        # The last mark counts because the path of a module may contain the prefix too.
         module, mark, _ = key.removeprefix(PEFT_PREFIX).rpartition(f".{prefix}")
         if mark:
             found.setdefault(module, shape)

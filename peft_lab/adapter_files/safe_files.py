@@ -52,9 +52,11 @@ def check_folder(folder: Path) -> None:
     for path in entries:
         if path.is_symlink() and not any(path.resolve().is_relative_to(allowed) for allowed in homes):
             raise ConfigError(f'"{path}" is a link that leads out of its folder; replace it by the file itself.')
+        # A link to nothing has no mode, and is refused like a pipe.
         mode = path.stat().st_mode if path.exists() else 0
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise ConfigError(f'"{path}" is not a plain file; remove it.')
+    # Pickled weights do no harm beside safetensors, which are read in their place.
     if not any(name.endswith(".safetensors") for name in names):
         pickled = sorted(name for name in names if name.endswith(PICKLES) and name.startswith(("adapter", "pytorch")))
         if pickled:
@@ -68,6 +70,7 @@ def check_folder(folder: Path) -> None:
     if WEIGHTS_INDEX in names:
         parts = read_json(folder / WEIGHTS_INDEX).get("weight_map")
         for part in parts.values() if isinstance(parts, dict) else [parts]:
+            # A name with a path in it could lead out of the folder.
             if not isinstance(part, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", part):
                 raise ConfigError(f'"{folder / WEIGHTS_INDEX}" names {part!r}, which is no safetensors file beside it.')
 
@@ -112,6 +115,7 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     try:
         values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_finite)
         _check_depth(values)
+    # Very deep nesting ends the parser itself, before the depth is counted.
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{what} is not readable JSON: {_first_line(error)}.") from error
     if not isinstance(values, dict):
@@ -121,6 +125,7 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
+    # Which value of a repeated key counts depends on the parser, so what was checked may not be what is used.
     if len(values) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
@@ -129,10 +134,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _not_finite(text: str) -> Any:
+    # Python's parser takes NaN and Infinity, which JSON does not have.
     raise ValueError(f"{text} is not a number of JSON")
 
 
 def _check_depth(values: Any) -> None:
+    # The depth is counted level by level because a recursion could itself run too deep.
     level: list[Any] = [values]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
@@ -165,6 +172,7 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
 
     found: dict[str, tuple[str, list[int]]] = {}
     try:
+        # The reader for numpy needs no torch.
         with safe_open(path, framework="np") as file:
             names = list(file.keys())
             if len(names) > _MAX_TENSORS:

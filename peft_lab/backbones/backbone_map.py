@@ -68,6 +68,7 @@ class BackboneMap:
             found: set[str] = set()
             for index, tower in enumerate(self.towers):
                 found.update(self._matches(index, tower.family.paths(role)))
+            # Known towers are found before unknown ones, so the order of the model has to be restored.
             self._by_role[role] = [self._paths[name] for name in self.names if name in found]
         return list(self._by_role[role])
 
@@ -80,12 +81,14 @@ class BackboneMap:
         found: dict[str, dict[str, Any]] = {}
         for index, tower in enumerate(self.towers):
             layers = self._layers(index)
+            # Every family has blocks, but none of them declares the role itself.
             declared = {*tower.family.roles, "block"}
             for role in _NARROW if tower.known else ("linear",):
                 if role not in declared:
                     continue
                 for name in self._matches(index, tower.family.paths(role)):
                     found.setdefault(self._paths[name], {"role": role, "layer": layers.get(name)})
+        # Numbers must not depend on the order in which towers and roles are read above.
         seen: Counter[tuple[str, int | None]] = Counter()
         for path in self._paths.values():
             if path in found:
@@ -102,6 +105,7 @@ class BackboneMap:
         matcher = self.towers[index].matcher(paths)
         if matcher is None:
             return []
+        # The table knows one naming only; the names that are returned are those of the model.
         pairs = zip(self.names, self._table_names[index], strict=True)
         return [n for n, table in pairs if matcher.fullmatch(table) and n not in self.without_parameters]
 
@@ -176,12 +180,14 @@ class BackboneMap:
             inside = f"{tower.path}." if tower.path else ""
             for name in self.names if tower.family.aliases else ():
                 if f"{name}.".startswith(inside):
+                    # The model may have the older or the newer names, so the others lie in either direction.
                     back = renames.old(name) if renames.new(name) == name else renames.new(name)
                     if back != name:
                         other[self._paths[name]] = back
         return other
 
 
+# Keys are weak because a cached map must not keep its model alive.
 _MAPS: WeakKeyDictionary[Any, tuple[Any, BackboneMap]] = WeakKeyDictionary()
 
 

@@ -173,12 +173,14 @@ class Family:
         """
         if role == "block":
             return tuple((block, "") for block in self.blocks)
+        # A made-up family lists its linear layers itself because it has no narrower roles.
         if role in ("linear", "op") and role not in self.roles:
             members = LINEAR if role == "linear" else self.op
             return tuple(dict.fromkeys(p for member in members for p in self.paths(member)))
         found: list[tuple[str, str]] = []
         for path in self.roles.get(role, ()):
             if path.startswith("{block}."):
+                # Every stack is tried: a path that one lacks (cross-attention in an encoder) matches nothing.
                 found += [(block, path.removeprefix("{block}.")) for block in self.blocks]
             else:
                 found.append(("", path))
@@ -189,6 +191,7 @@ def in_blocks(**roles: str) -> dict[str, tuple[str, ...]]:
     """Roles inside the blocks: `attn_q="self_attn.q_proj"`, alternatives separated by a space."""
     found = {}
     for role, paths in roles.items():
+        # Roles are spelt with a dot, which keyword arguments cannot have.
         found[role.replace("_", ".")] = tuple(f"{{block}}.{path}" for path in paths.split())
     return found
 

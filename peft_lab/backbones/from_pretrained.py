@@ -24,6 +24,7 @@ def load_checkpoint(auto_class: Any, name: str, **options: Any) -> tuple[PreTrai
     """
     with _without_report():
         model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    # A new head is missing too, but only the backbone's weights lie below this prefix.
     absent = sorted(key for key in info.get("missing_keys", ()) if key.startswith(f"{model.base_model_prefix}."))
     if absent:
         more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
@@ -40,6 +41,7 @@ def load_checkpoint(auto_class: Any, name: str, **options: Any) -> tuple[PreTrai
 @contextmanager
 def _without_report() -> Iterator[None]:
     source = logging.getLogger("transformers.modeling_utils")
+    # A filter hides this one report; a higher level would hide every other warning as well.
     source.addFilter(_is_no_report)
     try:
         yield

@@ -24,12 +24,14 @@ def has_no_head(model: Any) -> bool:
 
     Models whose layers outside the backbone are pretrained too count as bare.
     """
+    # The tests below know classes of transformers only; other modules may well have a head.
     if not model_type(model):
         return False
     # A language model writes with its embedding, which is pretrained.
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return True
     name = type(model).__name__
+    # CLIP's projections and the heads of pretraining come with the checkpoint, so they are no new head.
     return name.endswith(("WithProjection", "ForPreTraining")) or name in _bare_classes()
 
 
@@ -52,6 +54,7 @@ def head_paths(model: nn.Module) -> list[str]:
     """
     taken = [f"{part}." for part in _pretrained_parts(model, "")]
     found: list[str] = []
+    # Without a pretrained part to leave out, the whole model would pass as a head.
     if not taken:
         return found
     # Parents come before their children, so a module inside the head is never listed beside it.
@@ -66,6 +69,7 @@ def head_paths(model: nn.Module) -> list[str]:
 def _pretrained_parts(model: nn.Module, path: str) -> Iterator[str]:
     for name, child in model.named_children():
         here = join(path, name)
+        # A backbone that is no transformers model itself is recognised by the prefix of the model around it.
         if model_type(child) or (not path and name == getattr(model, "base_model_prefix", None)):
             yield here
         else:

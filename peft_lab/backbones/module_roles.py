@@ -92,6 +92,7 @@ def head_modules(model: nn.Module, task_type: str | None = None) -> list[str]:
     heads = list(known.heads)
     if not heads and model_type(model):
         _LOG.warning("No task head found in %s: pass modules_to_save if it has one to train.", type(model).__name__)
+    # The task type may be a member of peft's enum or its text.
     taken = PEFT_HEADS.get(str(getattr(task_type, "value", task_type)), ())
     if taken:
         # peft puts these in by name, with all that lies inside.
@@ -158,9 +159,11 @@ def layer_index(model_or_family: nn.Module | Family | str, path: str) -> int | N
     alone = _family(model_or_family)
     if alone is None:
         return None
+    # Without a model, the path may be one of the bare backbone or of any model around it.
     tower = Tower("", alone, r"(?:.*\.)?")
     for block in alone.blocks:
         numbers = tower.block_numbers(block, path)
+        # Several numbers are stage and block, and the sizes of earlier stages are unknown here.
         if numbers and len(numbers) == 1:
             return numbers[0]
     return None
@@ -184,6 +187,7 @@ def rename_old(model_or_family: nn.Module | Family | str, path: str) -> str:
     alone = _family(model_or_family)
     if alone is None:
         return path
+    # The end of a path, such as a leaf name, holds no whole fragment that `new` could replace.
     return alone.renames.new(alone.renames.short(path))
 
 
@@ -205,6 +209,7 @@ def rename_targets(model: nn.Module, targets: Collection[str] | str) -> list[str
     """
     other = backbone_map(model).other_names
     if isinstance(targets, str):
+        # A regex cannot be renamed safely, so the modules that it misses are added to it by name.
         missed = [name for name, old in other.items() if re.fullmatch(targets, old) and not re.fullmatch(targets, name)]
         return f"(?:{targets}|{'|'.join(map(re.escape, missed))})" if missed else targets
     # The model has the names of every version: all targets fit as they are.
@@ -220,6 +225,7 @@ def rename_targets(model: nn.Module, targets: Collection[str] | str) -> list[str
             renamed.append(target)
         if there:
             short = rename(target)
+            # peft compares ends of names, so a short name is safe only if it finds no other module.
             simple = not here and {name for name in names if ends_with(name, short)} == there
             renamed += [short] if simple else sorted(there)
     return list(dict.fromkeys(renamed))

@@ -36,6 +36,7 @@ class Renames:
         if len(found) != 1:
             return name
         (target,) = found
+        # `dense` of an old ViT stands for three layers, so none of their names may become `dense` alone.
         unique = sum(_tail(to, length) == target for _, to in pairs) == 1
         return target if unique else name
 

@@ -12,11 +12,13 @@ PEFT_PREFIX = "base_model.model."
 
 def unwrap(model: Any) -> Any:
     """Return the base model of a `PeftModel`; other models as they are."""
+    # The test by attribute spares the import of peft.
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def model_type(module: Any) -> str | None:
     """Return the `model_type` of a transformers model; None for other modules."""
+    # Many inner modules of transformers hold the config too; only whole models have this prefix.
     if not hasattr(module, "base_model_prefix"):
         return None
     return getattr(getattr(module, "config", None), "model_type", None)

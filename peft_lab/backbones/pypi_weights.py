@@ -73,8 +73,10 @@ def resolve_model(name: str) -> str:
     source = _find(backbone)
     if backbone.convert is None:
         return str(source)
+    # The version is part of the folder's name because other weights need a new conversion.
     version = importlib.metadata.version(backbone.module.replace("_", "-"))
     target = cache_dir("backbones", f"{backbone.name}-{version}-{_FORMAT}")
+    # The folder appears by a rename when it is whole, so one file in it stands for all.
     if not (target / "config.json").is_file():
         _convert(backbone, source, target)
     return str(target)
@@ -94,6 +96,7 @@ def public_name(name: str) -> str | None:
     path = Path(name).expanduser().resolve()
     snapshot = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+$", str(Path(name).expanduser().absolute()))
     if snapshot:
+        # The cache of the Hub writes the slash between owner and name as two dashes.
         return snapshot[1].replace("--", "/", 1)
     short = next((backbone for backbone in BACKBONES.values() if _provides(backbone, path)), None)
     return (short.hub or short.name) if short else None
@@ -114,6 +117,7 @@ def cached_commit(name: str, revision: str | None = None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(name, "config.json", revision=revision)
+    # The cache answers with a marker, no path, for a file that is known not to exist.
     return Path(path).parent.name if isinstance(path, str) else None
 
 
@@ -140,6 +144,7 @@ def _provides(backbone: Backbone, path: Path) -> bool:
 
 
 def _find(backbone: Backbone) -> Path:
+    # `find_spec` finds a package without running any code of it.
     for module in (backbone.module, *backbone.needs):
         if importlib.util.find_spec(module) is None:
             raise ConfigError(
@@ -166,6 +171,7 @@ def _convert(backbone: Backbone, source: Path, target: Path) -> None:
         raise ConfigError(f'Backbone "{backbone.name}" needs no conversion.')
     logger.info('Converting backbone "%s" into %s.', backbone.name, target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # The folder lies beside the target because a rename to another file system is not one step.
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         backbone.convert(source, folder)
@@ -183,6 +189,7 @@ def _convert(backbone: Backbone, source: Path, target: Path) -> None:
 #: Part of the cache folder's name; raise it when a conversion writes something else.
 _FORMAT = "v1"
 
+# EfficientNet-Lite takes pixels from -1 to 1, without ImageNet's mean and deviation.
 _PLAIN_PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
 
 #: Names of EfficientNet-Lite's own code -> names in transformers.
@@ -213,6 +220,7 @@ def _save(model: Any, state: dict[str, Any], folder: Path, constant: str = r"$^"
     It may lack only the names that match `constant`.
     """
     missing, unexpected = model.load_state_dict(state, strict=False)
+    # BatchNorm's counter of batches has no part in evaluation, so a file may lack it.
     missing = [name for name in missing if not re.search(constant, name) and "num_batches_tracked" not in name]
     if missing or unexpected:
         raise ConfigError(f"The package's weights do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}.")
@@ -265,13 +273,16 @@ def _mobilenet_v2(source: Path, folder: Path) -> None:
     """
     from transformers import MobileNetV2Config, MobileNetV2Model
 
+    # The defaults are those of TensorFlow; torchvision pads evenly and has a smaller epsilon in its norms.
     config = MobileNetV2Config(
         tf_padding=False, layer_norm_eps=1e-5, hidden_act="relu6", classifier_dropout_prob=0.2, image_size=224
     )
     model = MobileNetV2Model(config)
     names = [name for name in model.state_dict() if "num_batches_tracked" not in name]
+    # A classifier behind the features has no counterpart in the bare model.
     weights = [v for name, v in _read_weights(source).items() if "num_batches_tracked" not in name][: len(names)]
     shapes = [value.shape for name, value in model.state_dict().items() if name in set(names)]
+    # Names cannot be compared, so the order is trusted only where every shape agrees.
     if [value.shape for value in weights] != shapes:
         raise ConfigError(f"{source} does not hold the features of MobileNetV2 in the order that was expected.")
     _save(model, dict(zip(names, weights, strict=True)), folder)

@@ -37,7 +37,9 @@ class TowerNames:
         patterns = any_of(path_regex(path) for path in (*tops, *family.blocks))
         inside = re.compile(rf"{tower.prefix}({patterns}(?:\..+)?)")
         own = [name for name in names if not tower.path or is_under(name, tower.path)]
+        # A tower has blocks, so at least one of its names matches.
         found = next(m for name in own if (m := inside.fullmatch(renames.new(name))))
+        # One older name is enough because a model has the names of one version throughout.
         back = any(renames.new(name) != name for name in own)
         return cls(tower.path, renames, back, found.string[: found.start(1)], inside)
 
@@ -66,6 +68,7 @@ class Renamer:
         wrapper = PEFT_PREFIX if path.startswith(PEFT_PREFIX) else ""
         rest = path.removeprefix(wrapper)
         for tower in self._towers:
+            # A leaf name has no path to compare, so every tower may be meant.
             if not tower.path or "." not in rest or is_under(rest, tower.path):
                 renamed = tower.convert(rest)
                 if len(self._towers) == 1 and (found := tower.inside.fullmatch(tower.renames.new(renamed))):

@@ -30,6 +30,7 @@ def check_roles(roles: Iterable[str]) -> list[str]:
     Raises:
         ConfigError: a role is unknown, or "head", which is no target.
     """
+    # A lone string would otherwise be read letter by letter.
     roles = [roles] if isinstance(roles, str) else list(roles)
     for role in roles:
         if role not in ROLES:
@@ -48,6 +49,7 @@ def target_modules(
     modules of `target_regex` by it; else that regex. Arguments and errors are those of `target_regex`.
     """
     pattern = target_regex(model, roles, layers=layers)
+    # Ends of names are the same in every block, so they cannot choose some of them.
     if layers is not None:
         return pattern
     paths = [path for path in dict(unwrap(model).named_modules()) if path]
@@ -74,6 +76,7 @@ def _common_ends(wanted: Collection[str], others: Collection[str]) -> list[str]:
         parts, end = path.split("."), ""
         for part in reversed(parts[1:]):
             end = f"{part}.{end}" if end else part
+            # An end that begins with an index would fit one block alone.
             if part.isdigit() or end not in taken:
                 break
         if not end or end in taken or end.split(".")[0].isdigit():
@@ -128,6 +131,7 @@ def _stand_ins(tower: Tower, role: str) -> tuple[str, ...]:
     """Return the role itself if the family has it, else its substitutes."""
     if tower.family.has(role):
         return (role,)
+    # A made-up family has all linear layers in one role, which stands for each of them.
     if not tower.known:
         return ("linear",) if role in LINEAR else ()
     for group in FALLBACKS.get(role, ()):
@@ -190,6 +194,7 @@ def _indexed(path: str, numbers: list[tuple[int, ...]] | None) -> str:
     parts = re.escape(path).split(r"\*")
     if len(parts) == 2:
         return parts[0] + any_of(str(n[0]) for n in numbers) + parts[1]
+    # Stage and block index belong together, so each combination is spelt out.
     filled = []
     for indices in numbers:
         pairs = zip(parts, (*indices, ""), strict=True)
@@ -202,6 +207,7 @@ def _check_layers(known: BackboneMap, chosen: set[int]) -> None:
     for index, tower in enumerate(known.towers):
         stacks += [known.block_numbers(index, block) for block in tower.family.blocks]
     for layer in sorted(chosen):
+        # Encoder and decoder may differ in depth, so one stack that has the block is enough.
         if not any(_chosen_numbers(numbers, {layer}) for numbers in stacks):
             last = max(map(len, stacks), default=0) - 1
             raise ConfigError(f"Block index {layer} does not exist: the blocks of this model are 0 to {last}.")

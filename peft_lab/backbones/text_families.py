@@ -39,6 +39,7 @@ TEXT |= families(
     residual=_BERT_RESIDUAL,
     position_biases=("relative_pos",),
 )
+# Unlike its second version, DeBERTa holds query, key and value in one matrix.
 TEXT |= families(
     "deberta",
     blocks=("encoder.layer.*",),
@@ -62,6 +63,7 @@ TEXT |= families(
     ),
     position_biases=("position_bias",),
 )
+# ALBERT's layers share the blocks of a group, so its indices count groups and not layers.
 TEXT |= families(
     "albert",
     blocks=("encoder.albert_layer_groups.*.albert_layers.*",),
@@ -70,6 +72,7 @@ TEXT |= families(
         **attention("attention", "query", "key", "value", "attention.dense"),
         **in_blocks(mlp_up="ffn", mlp_down="ffn_output", norm="attention.LayerNorm full_layer_layer_norm"),
     },
+    # No dropout stands behind ALBERT's MLP, so its last linear layer gives the summand.
     residual=post_norm(
         ("attention", "attention.output_dropout", "attention.LayerNorm"), ("mlp", "ffn_output", "full_layer_layer_norm")
     ),
@@ -82,6 +85,7 @@ TEXT |= families(
         **attention("attention", "q_lin", "k_lin", "v_lin", "attention.out_lin"),
         **in_blocks(mlp_up="ffn.lin1", mlp_down="ffn.lin2", norm="sa_layer_norm output_layer_norm"),
     },
+    # DistilBERT has a dropout behind its MLP, but none behind its attention.
     residual=post_norm(
         ("attention", "attention.out_lin", "sa_layer_norm"), ("mlp", "ffn.dropout", "output_layer_norm")
     ),
@@ -102,6 +106,7 @@ TEXT |= families(
 
 # Decoders -----------------------------------------------------------------------------------------------------------
 
+# One list serves all these families: a norm that a family lacks matches nothing.
 _LLAMA = {
     **attention("self_attn", "q_proj", "k_proj", "v_proj", "self_attn.o_proj"),
     **in_blocks(mlp_up="mlp.up_proj", mlp_gate="mlp.gate_proj", mlp_down="mlp.down_proj"),
@@ -113,6 +118,7 @@ _LLAMA = {
     "norm.final": ("norm",),
 }
 
+# Attention returns a tuple, so its last layer, which returns a tensor, stands for it.
 _LLAMA_RESIDUAL = pre_norm(
     ("attention", "input_layernorm", "self_attn.o_proj"), ("mlp", "post_attention_layernorm", "mlp")
 )
@@ -121,6 +127,7 @@ _GEMMA2_RESIDUAL = pre_norm(
     ("attention", "input_layernorm", "post_attention_layernorm"),
     ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
+# OLMo 2 normalises what a sub-layer gives and never the stream that it reads.
 _OLMO2_RESIDUAL = pre_norm(("attention", "", "post_attention_layernorm"), ("mlp", "", "post_feedforward_layernorm"))
 
 for _types, _residual, _flags in (
@@ -252,6 +259,7 @@ TEXT |= families(
     },
     residual=_SEQ2SEQ_PRE_NORM,
 )
+# BART has no final norms, mBART has them: a path that a model lacks matches nothing.
 _BART = {
     **_SEQ2SEQ,
     "embed.token": ("shared",),

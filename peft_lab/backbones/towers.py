@@ -39,6 +39,7 @@ class Tower:
     @classmethod
     def of(cls, module: nn.Module, path: str, family: Family, known: bool = True) -> Tower:
         """Return the tower of a module at `path`."""
+        # One regex must fit the bare backbone as well as the models around it.
         names = sorted({path, getattr(module, "base_model_prefix", ""), *family.prefixes} - {""})
         under = rf"(?:(?:.*\.)?{any_of(map(re.escape, names))}\.)?" if names else ""
         return cls(path, family, rf"(?:{re.escape(PEFT_PREFIX)})?{under}", known)
@@ -115,6 +116,7 @@ def _unknown_towers(module: nn.Module, path: str, known: list[str]) -> Iterator[
     """Yield the outermost transformers models in which no known tower lies."""
     if path in known:
         return
+    # The whole model has known towers inside, so only its parts can be unknown ones.
     if path and model_type(module) and not any(is_under(tower, path) for tower in known):
         made_up = _made_up(module)
         if made_up:

@@ -38,6 +38,7 @@ def made_up_family(model: nn.Module, name: str, heads: Collection[str]) -> Famil
     stacks = list(_stacks(model, "", heads))
     largest = max((_size(stack) for _, stack in stacks), default=0)
     stacks = [(path, stack) for path, stack in stacks if _size(stack) >= _STACK_SHARE * largest]
+    # The tower accepts the prefix by itself, so without it the paths fit a bare backbone too.
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     blocks = {f"{path.removeprefix(prefix)}.*": dict(stack.named_modules()) for path, stack in stacks}
     linear = _paths_in(blocks, lambda m: isinstance(m, nn.Linear | Conv1D))
@@ -87,5 +88,6 @@ def _paths_in(blocks: dict[str, dict[str, nn.Module]], wanted: Callable[[nn.Modu
             tail = name.partition(".")[2]
             general = re.sub(r"(?<![^.])\d+(?![^.])", "*", tail)
             fits = {n for n in modules if re.fullmatch(path_regex(f"*.{general}"), n)}
+            # A `*` that found an unwanted module as well would adapt it.
             paths[f"{block}.{general if fits <= chosen.keys() else tail}"] = None
     return tuple(paths)

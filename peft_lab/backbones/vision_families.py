@@ -115,6 +115,7 @@ _CLIP_RESIDUAL = pre_norm(("attention", "layer_norm1", "self_attn.out_proj"), ("
 _CLIP_VISION = {
     **_CLIP_BLOCK,
     "embed.patch": ("embeddings.patch_embedding",),
+    # transformers itself spells the name this way.
     "norm.stem": ("pre_layrnorm",),
     "norm.final": ("post_layernorm",),
 }
@@ -128,6 +129,7 @@ VISION |= families(
     prefix_tokens=("class_embedding",),
     patch_heads=("CLIPForImageClassification",),
 )
+# SigLIP has neither a class token nor the norm of the stem, whose path then matches nothing.
 VISION |= families(
     "siglip_vision_model siglip2_vision_model",
     blocks=("encoder.layers.*",),
@@ -151,10 +153,12 @@ VISION |= families(
     blocks=("encoder.stages.*.layers.*",),
     roles={
         **in_blocks(mlp_up="pwconv1", mlp_down="pwconv2", norm="layernorm"),
+        # ConvNeXt's MLP layers are 1x1 convolutions in linear form, so they play both roles.
         "conv.pointwise": ("{block}.pwconv1", "{block}.pwconv2"),
         "conv.depthwise": ("{block}.dwconv",),
         "conv.stem": ("embeddings.patch_embeddings",),
         "norm.stem": ("embeddings.layernorm",),
+        # The norm comes before the convolution here.
         "downsample": ("encoder.stages.*.downsampling_layer.1",),
         "norm.downsample": ("encoder.stages.*.downsampling_layer.0",),
         "norm.final": ("layernorm",),

@@ -82,6 +82,7 @@ class AdapterFolder:
         if not self.weights.is_file():
             raise ConfigError(f'"{self.path}" is no adapter: it has no {ADAPTER_WEIGHTS}.')
         safe_files.check_size(self.weights, most)
+        # A frozen dataclass refuses the assignment, and `cached_property` keeps its value here.
         self.__dict__["header"] = safe_files.read_header(self.weights)
 
     @cached_property
@@ -120,6 +121,7 @@ class AdapterFolder:
     @property
     def uses_source_head(self) -> bool:
         """True if the base keeps the head it was trained with."""
+        # peft writes its types in upper case, the registry has lower case.
         info = registry.list_methods().get(str(self.values.get("peft_type", "")).lower())
         return info is not None and has_trait(info, "uses_source_head")
 
@@ -150,4 +152,5 @@ def _is_public(name: str) -> bool:
 
     That is one of ours, or one on the Hub.
     """
+    # transformers prefers a folder to a Hub id of the same name, so no such folder may exist.
     return name in BACKBONES or (bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists())

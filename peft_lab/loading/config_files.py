@@ -69,7 +69,9 @@ def parse_config(values: dict[str, Any], path: str) -> PeftConfig:
         values = _checked(values, cls, path)
     try:
         return cls(**values)
+    # Configs check their own values, those of peft with errors of many types.
     except (TypeError, ValueError, AttributeError, KeyError, ImportError) as error:
+        # A ConfigError is a ValueError too, but its message is complete already.
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f'"{path}" is refused: {" ".join(str(error).split())}') from error
@@ -98,6 +100,7 @@ def check_sizes(config: PeftConfig, largest: int) -> None:
     if isinstance(config, AdapterConfig):
         config.check_sizes(largest)
         return
+    # The lower limit keeps a tiny base from refusing usual sizes.
     most = max(largest, _SMALL)
     for f in fields(config):
         value = getattr(config, f.name)
@@ -120,6 +123,7 @@ def _checked(values: dict[str, Any], cls: Any, path: str) -> dict[str, Any]:
     own = {f.name: f for f in fields(cls)}
     kept: dict[str, Any] = {}
     for name, value in values.items():
+        # peft writes some of these keys, empty, into each LoRA file, so the key alone is no offence.
         if name in _REFUSED:
             if value:
                 raise ConfigError(f'"{path}" sets {name}, which is not taken from a file; remove it.')

@@ -110,12 +110,14 @@ def adapt_folder(folder: AdapterFolder, model: nn.Module, out: Path) -> AdapterF
         _LOG.warning('The head of "%s" (%d entries) has no place in %s.', folder.path, len(lost), name)
     is_lora = values.get("peft_type") == "LORA"
     parameters = {found[1] for key, found in located.items() if found and not is_saved_module(key, saved)}
+    # Only plain LoRA can be cut and joined: the magnitudes of DoRA are missing here, so it is refused.
     per_channel = dict.fromkeys(("lora_A.weight", "lora_B.weight"), 0.0) if is_lora else _PER_CHANNEL
     check_fusable(match, str(values.get("peft_type")).lower(), parameters, per_channel)
     scaling = _LoraScaling(values)
     kept = {key: value for key, value in load_file(folder.weights).items() if key not in lost}
     state = convert_state(kept, match, locate, _PER_CHANNEL, scaling if is_lora else None)
     out.mkdir(parents=True, exist_ok=True)
+    # peft marks its own files with the same metadata.
     save_file(state, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     write_json(out / ADAPTER_CONFIG, _adapt_config(values, match, state, scaling, model))
     if folder.record:
@@ -140,6 +142,7 @@ class _EntryNames:
             return (module, self._prefix + parameter) if self._is_known(module) else None
         # An entry of a module that was saved in full.
         steps = name.split(".")
+        # The longest path that is a module owns the entry.
         for end in range(len(steps) - 1, 0, -1):
             module = ".".join(steps[:end])
             if self._is_known(module):
@@ -175,6 +178,7 @@ class _LoraScaling:
 
     def rank_and_alpha(self, module: str) -> tuple[int, float]:
         """Return rank and alpha of a module."""
+        # A file may leave out values, and peft then takes 8 for both.
         rank = _by_pattern(self._values.get("rank_pattern"), module, self._values.get("r", 8))
         alpha = _by_pattern(self._values.get("alpha_pattern"), module, self._values.get("lora_alpha", 8))
         return rank, alpha
@@ -182,6 +186,7 @@ class _LoraScaling:
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
+        # peft matches its keys in exactly this way, and takes the first that fits.
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
@@ -194,11 +199,13 @@ def _adapt_config(
     heads = values.get("modules_to_save") or []
     absent = missing_modules(model, heads)
     kept = [head for head in heads if head not in absent]
+    # peft must still find its mark in `target_modules`.
     if is_head_alone(values):
         return {**values, "modules_to_save": kept or None}
     modules = sorted({path for path in match.modules if not _is_one_of(path, kept)})
     old = {new: name for name, new in match.same.items()}
     adapted = {**values, "target_modules": modules, "modules_to_save": kept or None}
+    # With the exact names of all modules, these have nothing left to choose.
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if name in adapted:
             adapted[name] = None
@@ -206,6 +213,7 @@ def _adapt_config(
         adapted["feedforward_modules"] = [
             m for m in modules if m in old and _is_one_of(old[m], values["feedforward_modules"])
         ]
+    # The patterns were written for the old names, which the new ones need not match.
     for name in ("rank_pattern", "alpha_pattern"):
         if values.get(name):
             found = {module: _by_pattern(values[name], old[module], None) for module in modules if module in old}

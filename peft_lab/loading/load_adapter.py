@@ -77,10 +77,12 @@ def load_folder(
                 _check_sizes(folder, base)
                 return _inject(model, folder, adapter_name, is_trainable=is_trainable)
             return _load_foreign(model, base, folder, Path(scratch), adapter_name, is_trainable)
+        # These are ValueErrors too, but say already what is wrong.
         except PeftLabError:
             raise
         except _OF_PEFT as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            # torch puts a headline before the mismatches that tells nothing about them.
             shown = next((line for line in lines if "size mismatch" in line), lines[0])
             raise AdapterMismatchError(
                 f'The adapter in "{folder.path}" does not fit {type(base).__name__}: {shown}'
@@ -110,6 +112,7 @@ def _inject(model: Any, folder: AdapterFolder, adapter_name: str, **options: Any
     if isinstance(model, PeftModel):
         model.load_adapter(str(folder.path), adapter_name, **options)
         return model
+    # With the checked config given, peft does not read the one in the folder again.
     return PeftModel.from_pretrained(model, str(folder.path), adapter_name, config=folder.config, **options)
 
 
@@ -122,12 +125,14 @@ def _check_entries(model: PeftModel, header: Mapping[str, Any], adapter_name: st
 
     peft only warns of those that it lacks, and ignores those that it does not know.
     """
+    # By default peft would compare the vocabulary with that of the base, which may ask the Hub.
     wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     # Resized embeddings come along.
     given = [key for key in header if key in wanted or "embed" not in key or "lora" in key]
     check_complete(wanted, given)
     buffers = {buffer.data_ptr() for buffer in model.buffers()}
     for key, value in wanted.items():
+        # Integers are right in buffers only, and they are always finite.
         if not value.is_floating_point() and value.data_ptr() in buffers:
             continue
         if not value.is_floating_point() or not bool(value.isfinite().all()):

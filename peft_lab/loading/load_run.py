@@ -55,6 +55,7 @@ def load_base(
             model = kind.load_classifier(path, task, **options)
         else:
             model = kind.load_model(path, task, labels, **options)
+    # Our own errors are ValueErrors too, so they must be let through first.
     except PeftLabError:
         raise
     except (OSError, ValueError, ImportError) as error:
