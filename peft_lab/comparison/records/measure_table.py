@@ -64,4 +64,5 @@ def mean_measure(records: Iterable[Record], name: str) -> float | None:
     """
     values = [record.measures.get(name) for record in records]
     known = [float(value) for value in values if value is not None]
+    # a mean over the finite values alone would hide a run that diverged
     return float(np.mean(known)) if known and np.isfinite(known).all() else None

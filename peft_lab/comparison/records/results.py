@@ -66,6 +66,7 @@ class Journal:
         """
         if not self._path.is_file():
             return
+        # bytes, because a position in a text file is not a count of its characters
         with self._path.open("rb") as file:
             file.seek(self._position)
             for line in file:
@@ -97,6 +98,7 @@ def append_record(folder: str | Path, record: Record) -> None:
     # one write of one line, so that a killed process leaves at most one incomplete line
     line = json.dumps(asdict(record), ensure_ascii=False, default=str) + "\n"
     with FileLock(f"{path}.lock"):
+        # otherwise the record would be joined to what a killed process left, and neither could be read
         _cut_incomplete_line(path)
         with path.open("ab") as file:
             file.write(line.encode())

@@ -72,6 +72,8 @@ def _csv_value(value: Any) -> Any:
 
     A score that is not a number is written as nan, a missing one is left empty.
     """
+    # a spreadsheet takes what follows an apostrophe as text
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return f"'{value}"
+    # pandas would leave nan empty too, like a score that is missing
     return "nan" if value is not None and value != value else value

@@ -57,5 +57,6 @@ def _count_candidates(runs: Sequence[Record]) -> int:
 
 def overlapping(records: Iterable[Record]) -> bool:
     """Test whether two runs were under way at the same time."""
+    # times of one ISO format sort as texts, and if any two runs overlap, two neighbours do
     spans = sorted((record.started, record.finished) for record in records if record.started and record.finished)
     return any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))

@@ -148,6 +148,7 @@ def _mean_curve(label: str, curves: Sequence[plots.Curve]) -> plots.Line:
     for curve in curves:
         steps, values = np.asarray(curve, dtype=float).T
         by_step.append(pd.Series(dict(zip(steps, values, strict=True))))
+    # a mean over the other seeds would hide that one diverged
     mean = pd.concat(by_step, axis="columns", join="inner").mean(axis="columns", skipna=False).sort_index()
     return plots.Line(label, mean.index.tolist(), mean.tolist())
 

@@ -80,6 +80,7 @@ def forest(cell: CellResult, scheme: ColourScheme) -> Figure:
     Arms that differ significantly from the best are faint.
     """
     figure, axes = _axes(scheme, 0.75 + 0.27 * len(cell.arms))
+    # heights grow upwards, so the best arm is drawn last
     for place, arm in enumerate(reversed(cell.arms)):
         # faint is what the test separates, not what merely has a lower mean
         near = arm.versus_best is None or arm.label in cell.indistinguishable
@@ -207,6 +208,7 @@ def place_labels(
     pixels = axes.transData.transform(np.asarray(points, dtype=float))
     # the points themselves must stay visible
     taken = [_box(x, y, 14, 14) for x, y in pixels]
+    # places are found in pixels, but offsets are given in points of 1/72 inch
     scale = figure.dpi / 72
     placed = []
     # from the top down, so that the places do not depend on the order of the arms
@@ -267,6 +269,7 @@ def _axes(scheme: ColourScheme, height: float) -> tuple[Figure, Axes]:
     """Make a figure with one plot area, in the scheme's colours."""
     from matplotlib.figure import Figure
 
+    # not by pyplot, which keeps every figure until it is closed
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor=scheme.paper)
     axes = figure.add_subplot()
     axes.set_facecolor(scheme.paper)

@@ -188,6 +188,7 @@ def _anchors(cells: Sequence[CellResult]) -> list[str]:
     """Unique names of the cells for addresses and file names."""
     found: list[str] = []
     for cell in cells:
+        # names that differ only in signs or capitals have the same slug
         name = slug(f"{cell.task}-{cell.backbone}")
         found.append(f"{name}-{len(found)}" if name in found else name)
     return found

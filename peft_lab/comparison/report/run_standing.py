@@ -53,6 +53,7 @@ def write_standing_in(adapter: str | Path, comparison: str | Path) -> None:
     """
     run, place = local_adapter(adapter), Path(comparison).expanduser()
     metrics = read_metrics(run)
+    # the standing goes into a model card, which must name no folder of this machine
     records = without_paths(read_results(place))
     # the folder's name is no proof: a copy may have another
     own = [one for one in records if one.stage == "final" and one.ok and _same(one, metrics)]
@@ -68,6 +69,7 @@ def _same(record: Record, metrics: Mapping[str, Any]) -> bool:
 
 def _standing(place: Path, record: Record, records: Sequence[Record]) -> Standing | None:
     mine = [one for one in records if (one.task, one.backbone) == (record.task, record.backbone)]
+    # records of one task and backbone give exactly one cell
     cell = rank_arms(mine, partial(read_predictions, place))[0]
     arm = cell.arm(record.arm)
     if arm is None:

@@ -111,6 +111,7 @@ class LocalBackend:
 
     def close(self) -> None:
         """End what is still running."""
+        # set first, so that no waiting thread starts another process after this
         self._closed = True
         # killed, not asked to end: a run can be made again at any time
         for process in list(self._processes):
@@ -122,6 +123,7 @@ def ending(exitcode: int) -> str:
     """Describe the exit code of a run's process."""
     if exitcode >= 0:
         return f"The run's process left with exit code {exitcode}; its log says more."
+    # multiprocessing gives -N as the exit code if signal N ended the process
     name = signal.Signals(-exitcode).name
     cause = "; most likely memory ran out" if name == "SIGKILL" else ""
     return f"The run's process was ended from outside by {name}{cause}."
@@ -135,6 +137,7 @@ def gpus() -> list[str]:
 
     if not torch.cuda.is_available():
         return []
+    # a child's value replaces this one, so it must use the same names
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
     visible = list(filter(None, names))
     return visible or [str(index) for index in range(torch.cuda.device_count())]
@@ -142,4 +145,5 @@ def gpus() -> list[str]:
 
 def is_import_of_main() -> bool:
     """Test whether this is a child process importing the user's script."""
+    # multiprocessing sets this attribute while it imports the script, and has no public one
     return bool(getattr(multiprocessing.current_process(), "_inheriting", False))

@@ -80,6 +80,7 @@ def curves(place: Path) -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {}
     for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
         for name, value in entry.items():
+            # timings have names that begin with eval_ as well, but are no curves
             timing = name.endswith(("_runtime", "_per_second", "_model_preparation_time"))
             if (name in ("loss", "grad_norm", "learning_rate") or name.startswith("eval_")) and not timing:
                 found.setdefault(name, []).append([entry["step"], float(value)])
@@ -145,6 +146,7 @@ def _control(place: Path, control: str, batch_size: int) -> dict[str, float]:
     return {
         "control_before": before,
         "control_after": after,
+        # a loss gets worse when it rises, an accuracy when it falls
         "forgetting": after - before if by_loss else before - after,
     }
 
@@ -196,6 +198,7 @@ def _loss_per_token(loaded: Loaded, model: Any, task: Task, rows: Dataset, size:
         for batch in _batches(loaded, model, task, rows, size):
             labels = batch.pop("labels")
             _, log_probabilities = reduce(model(**batch).logits, labels)
+            # each token is predicted from those before it, so the first one has no prediction
             kept = labels[:, 1:] != -100
             total -= float((log_probabilities * kept).sum())
             tokens += float(kept.sum())
@@ -205,6 +208,7 @@ def _loss_per_token(loaded: Loaded, model: Any, task: Task, rows: Dataset, size:
 def _centroid_accuracy(loaded: Loaded, model: Any, task: Task, train: Dataset, scored: Dataset, size: int) -> float:
     import torch
 
+    # not the task head, which knows the classes of its own task only
     features, labels = _features(loaded, model, task, train, size)
     classes = labels.unique()
     centroids = torch.stack([features[labels == c].mean(0) for c in classes])
@@ -246,6 +250,7 @@ def _pooled(features: Tensor, mask: Tensor | None) -> Tensor:
         return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
     if features.ndim == 3:
         return features.mean(1)
+    # feature maps of images have their channels before height and width
     return features.flatten(2).mean(-1) if features.ndim > 3 else features
 
 
@@ -262,12 +267,15 @@ def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
         few["max_train_samples"] = min(rows, options.get("max_train_samples") or rows)
     with prepare(few) as trainer:
         model = trainer.model.train()
+        # train() also switches the norms that stay in evaluation mode while a run trains
         set_frozen_norms(model)
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         autocast = getattr(trainer, "compute_loss_context_manager", nullcontext)
+        # mixed precision changes the size of the kept activations
         with autocast():
             flops = count_flops(training_step(model, inputs))
             with kept_activations(model, inputs) as kept:
+                # the activations are kept only as long as the loss is alive
                 loss = model(**inputs).loss
                 saved = kept.bytes()
         del loss

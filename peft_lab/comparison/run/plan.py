@@ -74,6 +74,7 @@ def candidates(study: Study, arm: Arm, cell: Cell) -> list[Candidate]:
     rates = given or rate_grid(center, study.search.trials)
     tuned = [dict(zip(arm.tune, values, strict=True)) for values in itertools.product(*arm.tune.values())]
     every = [Candidate(rate, values) for rate, values in itertools.product(rates, tuned)]
+    # rates differ by factors, so the one nearest to the method's own is found by logarithms
     default = Candidate(min(rates, key=lambda rate: abs(math.log(rate / center))), tuned[0])
     if len(every) <= study.search.trials:
         return every
@@ -131,6 +132,7 @@ def arm_runs(
         chosen, edge = trials[0], ""
     else:
         best, found = yield from _search(settings, trials)
+        # nan ranks last, so if the best one is nan, no candidate has a result
         if math.isnan(mean_score(found[best])):
             return Choice(arm.label, cell.task, cell.backbone, None, tried=_tried(trials, found))
         chosen = trials[best]
@@ -159,6 +161,7 @@ class _Settings:
             fraction: fraction of a full training.
         """
         options = self._options(trial, SEARCH_SEED + index)
+        # the test rows are for the final runs alone
         options = {**shortened(options, fraction, self.study.search_steps(self.cell)), "do_predict": False}
         return self._run("search", trial, options, round=number)
 
@@ -169,6 +172,7 @@ class _Settings:
 
     def size_run(self, trial: Candidate) -> Run:
         """Build the run whose options decide the size of the arm."""
+        # any seed will do, because the number of parameters does not depend on it
         return self._run("size", trial, self._options(trial, 0))
 
     def _options(self, trial: Candidate, seed: int) -> dict[str, Any]:
@@ -177,6 +181,7 @@ class _Settings:
         return {**options, "method_args": arguments, "learning_rate": trial.learning_rate, "seed": seed}
 
     def _run(self, stage: str, trial: Candidate, options: Mapping[str, Any], **further: Any) -> Run:
+        # a record without these measures cannot stand for a run that asks for them
         measured_on = {name: further[name] for name in ("shifted", "control") if name in further}
         return Run(
             id=run_id(options, stage, self.study.launcher, **measured_on),
@@ -227,6 +232,7 @@ def _search(
         if further is None or math.isnan(mean_score(found[order[0]])):
             break
         trials.append(further)
+        # trained in full like the candidates of the last round, with which they are compared
         runs = [settings.search_run(further, repeat, number) for repeat in range(search.seeds)]
         records = yield [replace(run, beyond=True) for run in runs]
         found[len(trials) - 1] = list(records)
@@ -245,6 +251,7 @@ def mean_score(records: Iterable[Record]) -> float:
     """
     values = []
     for record in records:
+        # a candidate that failed with one seed must not win by its other seeds
         score = record.score("validation") if record.ok else None
         values.append(math.nan if score is None else score)
     return sum(values) / len(values) if values else math.nan
@@ -256,6 +263,7 @@ def _rank(records: Sequence[Record]) -> tuple[float, float]:
     The best comes first, nan last.
     """
     score = mean_score(records)
+    # nan compares with nothing, so a sort by it would have no defined order
     if math.isnan(score):
         return math.inf, math.inf
     losses = [float(record.scores["validation"].get("loss", math.inf)) for record in records]
@@ -285,6 +293,7 @@ def _beyond(best: Candidate, trials: Sequence[Candidate]) -> Candidate | None:
     rates = sorted({trial.learning_rate for trial in trials}, reverse=edge == "lowest")
     # the step is that between the last two rates, rounded as the grid is
     rate = float(f"{rates[-1] ** 2 / rates[-2]:.2g}")
+    # rounding may lead back to a rate that was tried
     return None if rate in rates else replace(best, learning_rate=rate)
 
 
@@ -305,6 +314,7 @@ def size_run(study: Study, cell: Cell, arm: Arm, name: str, limit: int) -> Run:
     """
     trial = candidates(study, arm, cell)[0]
     run = _Settings(study, cell, arm, arm.args).size_run(trial)
+    # a size that was found for another limit or argument must not be taken for this one
     return replace(run, id=_digest(f"{run.id} {name} {limit}"))
 
 
@@ -321,6 +331,7 @@ def shortened(options: Mapping[str, Any], fraction: float, max_steps: int | None
         found["max_steps"] = max_steps
         found.pop("max_seconds", None)
     if found.get("max_steps", -1) > 0:
+        # Trainer ignores a number of steps that is not positive, and would train by epochs
         found["max_steps"] = max(1, round(found["max_steps"] * fraction))
     if "max_seconds" in found:
         found["max_seconds"] *= fraction

@@ -46,8 +46,10 @@ class Progress:
         self._done += 1
         self._failed += not record.ok
         if fresh:
+            # a run that fails may end early, so its time says little about the others
             if record.ok:
                 self._seconds.append(seconds(record))
+            # rich would take brackets in names and errors for its own markup
             self._console.print(f"[{self._done}/{self._total}] {_line(record)}", markup=False)
         self._show()
 

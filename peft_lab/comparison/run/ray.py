@@ -52,6 +52,7 @@ class RayBackend:
             if address is None:
                 options |= {
                     "address": "local",
+                    # each run needs a CPU of Ray's count, or workers beyond the cores would wait
                     "num_cpus": max(workers or 1, usable_cores()),
                     "include_dashboard": False,
                 }
@@ -63,6 +64,7 @@ class RayBackend:
         cores, devices = max(1, int(found.get("CPU", 1))), int(found.get("GPU", 0))
         self.workers = workers or devices or max(1, cores // 2)
         self._threads = max(1, cores // self.workers)
+        # workers beyond the GPUs get fractions of one, or Ray would not run them at once
         needs: dict[str, Any] = {"num_cpus": self._threads, "num_gpus": min(1.0, devices / self.workers)}
         # a process is used once, so that no run's memory is counted for the next
         self._execute = ray.remote(max_calls=1, max_retries=0, **needs)(_execute)
@@ -73,6 +75,7 @@ class RayBackend:
         threads = int(os.environ.get("OMP_NUM_THREADS") or self._threads)
         reference = self._execute.remote(replace(job, threads=threads))
         future: Future[None] = reference.future()
+        # kept while the job runs, because `close` cancels jobs by their references
         self._references[future] = reference
         future.add_done_callback(lambda done: self._references.pop(done, None))
         return future
@@ -80,6 +83,7 @@ class RayBackend:
     def close(self) -> None:
         """End all runs, and the cluster if it was started here."""
         for reference in list(self._references.values()):
+            # without force Ray only raises KeyboardInterrupt in the process
             self._ray.cancel(reference, force=True)
         if self._started:
             self._ray.shutdown()

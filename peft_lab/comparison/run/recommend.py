@@ -122,6 +122,7 @@ def recommend(
     output = Path(output).expanduser()
     if minutes <= 0:
         raise ConfigError(f"minutes must be positive, got {minutes}.")
+    # checked first, so that no time is spent on a result that could not be written
     if output.exists():
         raise ConfigError(f'"{output}" is there already; name another --output.')
     study = study or _usual_study(task, model_name_or_path, max_steps)
@@ -137,6 +138,7 @@ def recommend(
     if done.unfinished:
         dropped = (*dropped, f"{done.unfinished} runs were not made or not ended when the time was over.")
     arm, reasons = choose(rank_arms(done.records, lambda record: read_predictions(folder, record)))
+    # any final run of the arm will do, because they differ in nothing but the seed
     chosen = next(record for record in done.records if record.stage == "final" and record.ok and record.arm == arm)
     edge = next((choice.edge for choice in done.choices if choice.arm == arm), "")
     if edge:
@@ -163,6 +165,7 @@ def _write_run_file(found: Recommendation) -> None:
 def _pilot(study: Study, arm: Arm) -> Generator[list[Run], Sequence[Record], Choice]:
     """Yield one short run of an arm, without the test rows."""
     short = replace(study, search=study.search.model_copy(update={"max_steps": PILOT_STEPS}))
+    # the learning rate does not change the time of a step, so one candidate will do
     yield [plan.search_run(short, study.cells[0], arm, plan.candidates(study, arm, study.cells[0])[0])]
     return Choice(arm.label, study.cells[0].task, study.cells[0].backbone, None)
 
@@ -263,6 +266,7 @@ def choose(cells: Sequence[CellResult]) -> tuple[str, tuple[str, ...]]:
     """
     if not cells or not cells[0].arms:
         raise ConfigError("No method ended with a score on the test rows, so none can be recommended.")
+    # the study has one task on one backbone
     cell = cells[0]
     best = cell.arms[0]
     # among arms that no test separates, the mean is no reason
@@ -286,5 +290,6 @@ def choose(cells: Sequence[CellResult]) -> tuple[str, tuple[str, ...]]:
 def run_options(record: Record) -> dict[str, Any]:
     """Options of a final run for a run of its own."""
     kept = {name: value for name, value in record.options.items() if name not in _OF_COMPARISONS and value != {}}
+    # labels of arms may hold spaces and signs such as =
     folder = re.sub(r"[^\w.-]", "-", f"{record.task}-{record.arm}")
     return {**kept, "output_dir": folder}

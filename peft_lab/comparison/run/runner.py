@@ -106,9 +106,11 @@ def compare(
     _open(folder, study)
     carrier = make_backend(backend, workers, address) if isinstance(backend, str) else backend
     try:
+        # only failures from before this moment are tried again, or the runs that always fail would never end
         runner = _Runner(study, folder, carrier, now() if retry_failed else "", deadline)
         runner.execute(runner.groups(), plan.count_runs(study))
     finally:
+        # a backend that the caller made is the caller's to close
         if isinstance(backend, str):
             carrier.close()
     page = _report(folder) if report and any(record.ok for record in runner.records()) else None
@@ -169,6 +171,7 @@ class _ArmRuns:
 
     def __init__(self, waves: Generator[list[Run], Sequence[Record], Choice]) -> None:
         self._waves = waves
+        # a generator takes records only once it waits at its first yield
         self.wave: list[Run] = next(waves)
         self.choice: Choice | None = None
 
@@ -216,11 +219,13 @@ class _Runner:
         `total` is their number if it is known.
         """
         for group in groups:
+            # the check also notes these runs as planned, which makes them part of the comparison
             plan.check_distinct(group.wave, self.planned)
         with Progress(self.study.name, total or len(self.planned), self.backend.workers) as self.progress:
             while not self._over() and any(group.choice is None for group in groups):
                 waiting = self._advance(groups)
                 self._submit(waiting)
+                # the last records may have ended all groups, and then there is nothing to wait for
                 if any(group.choice is None for group in groups):
                     self._wait()
         self.journal.read()  # records that were renamed
@@ -245,6 +250,7 @@ class _Runner:
         self.journal.read()
         waiting = []
         for group in groups:
+            # a comparison that goes on may find the records of several waves at once
             while group.wave:
                 records = [self._record(run) for run in group.wave]
                 found = [record for record in records if record is not None]
@@ -254,6 +260,7 @@ class _Runner:
                 group.advance([self._relabelled(run, record) for run, record in zip(group.wave, found, strict=True)])
                 plan.check_distinct(group.wave, self.planned)
                 self.progress.more(sum(run.beyond for run in group.wave))
+            # written at every choice, because this process may be killed before the end
             if group.choice is not None and group.choice not in self.choices:
                 self.choices.append(group.choice)
                 self._write()
@@ -269,6 +276,7 @@ class _Runner:
 
     def _relabelled(self, run: Run, record: Record) -> Record:
         """Record with the names and the mark of today's study."""
+        # names are not part of a run's id, so its record may bear those of an earlier study
         renamed = replace(record, study=run.study, arm=run.arm, task=run.task, beyond=run.beyond)
         if renamed != record:
             append_record(self.folder, renamed)
@@ -284,6 +292,7 @@ class _Runner:
             if run.id in under_way or not _is_free(lock_file(self.folder, run.id)):
                 continue
             job = Job("run", str(self.folder), run, self.since)
+            # kept here because a process that dies cannot record its start
             self.started[run.id] = now()
             self.running[self.backend.submit(job)] = run
         self.progress.running(len(self.running))
@@ -335,6 +344,7 @@ class _Runner:
             "budgets": [asdict(budget) for budget in budgets],
             "equal_budgets": self._equal_budgets(),
         }
+        # processes of one comparison share the partial file, so they take turns
         with FileLock(self.folder / f"{COMPARISON}.lock"):
             write_json(self.folder / COMPARISON, values)
 
@@ -352,6 +362,7 @@ class _Runner:
 def _is_free(file: Path) -> bool:
     """Test whether no process holds a run's lock."""
     try:
+        # only a look: the run's process takes the lock itself and gives way if another was faster
         with FileLock(file, timeout=0):
             return True
     except Timeout:

@@ -63,6 +63,7 @@ def execute(job: Job) -> None:
     from peft_lab.utils.processes import end_with_parent, quiet
 
     end_with_parent()
+    # CUDA reads the variable when it is first used, so this comes before any work
     if job.device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = job.device
     folder, run = Path(job.folder), job.run
@@ -81,6 +82,7 @@ def execute(job: Job) -> None:
             from peft_lab.comparison.study.parameter_budget import find_size
 
             find_size(folder, run, job.size_argument, job.limit)
+        # another process may have recorded the run just before it released the lock
         elif not is_recorded(folder, run.id, job.since):
             _make_and_record(folder, run)
 
@@ -107,6 +109,7 @@ def counts(record: Record | None, since: str) -> bool:
         record: the record, None if the run has none.
         since: failures recorded before this time are to be tried again; "" for none.
     """
+    # times of one ISO format compare as texts
     return record is not None and (record.ok or not since or record.finished >= since)
 
 
@@ -119,6 +122,7 @@ def now() -> str:
 def _logged(file: Path) -> Iterator[None]:
     """Send the output of this process and its children to a file."""
     with file.open("a", encoding="utf-8") as log:
+        # what is still buffered belongs to the old output
         sys.stdout.flush()
         sys.stderr.flush()
         # file descriptors, not sys.stdout: libraries in C and child processes write to these
@@ -132,6 +136,7 @@ def _logged(file: Path) -> Iterator[None]:
 def _make_and_record(folder: Path, run: Run) -> None:
     """Make the run and record its end, an error too."""
     place, started = folder / RUNS / run.id, now()
+    # a run that is made again may succeed, and then the old error would mislead
     (place / ERROR).unlink(missing_ok=True)
     try:
         outcome: dict[str, Any] = {"status": "ok", **perform(run, place)}
@@ -141,6 +146,7 @@ def _make_and_record(folder: Path, run: Run) -> None:
         traceback.print_exc()
         outcome = {"status": "failed", "error": one_line(error)}
     append_record(folder, record_of(run, started, **outcome, environment=environment()))
+    # a run without a record goes on from its checkpoints, so these are removed last
     if outcome["status"] == "ok":
         _prune(place, run.stage)
 
@@ -211,6 +217,7 @@ def commit() -> str:
     "+changes" is added if files differ from the commit. The result is "" if peft_lab is installed or git is missing.
     """
     root = Path(__file__).resolve().parents[3]
+    # git would also find the repository of another project around an installed package
     if not (root / ".git").exists():
         return ""
     try:

@@ -31,6 +31,7 @@ def bootstrap_interval(values: Sequence[np.ndarray]) -> tuple[float, float] | No
     # equal values would only cost time
     if np.ptp(table) == 0:
         return float(table[0, 0]), float(table[0, 0])
+    # scipy resamples each of its samples alone, so these are the indices of seeds and of rows
     samples = tuple(np.arange(size) for size in table.shape)
     found = stats.bootstrap(
         samples, mean, paired=False, vectorized=False, n_resamples=_RESAMPLES, method="percentile", rng=0

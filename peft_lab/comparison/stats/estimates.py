@@ -83,6 +83,7 @@ def estimate(
         components += _seed_components(float(np.var(scores, ddof=1)), len(scores), pooled)
     rows = len(values[0]) if len(values) else 0
     if rows > 1:
+        # every seed sees the same rows, so more seeds do not make more rows
         variance = float(np.var(np.mean(values, axis=0), ddof=1)) / rows
         components.append(VarianceComponent(variance + (2 / rows**2 if metric in SHARES else 0.0), rows - 1, "rows"))
     return with_interval(float(np.mean(scores)), components, bounds)

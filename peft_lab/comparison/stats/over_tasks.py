@@ -29,9 +29,11 @@ def over_tasks(cells: Sequence[CellResult]) -> CellResult | None:
     if len(cells) < 2 or len(by_label) < 2:
         return None
     tasks = [cell.task for cell in cells]
+    # some metrics start at 0 and others at -1, so the bounds are averaged too
     least, greatest = np.mean([BOUNDS[cell.metric] for cell in cells], axis=0).tolist()
     arms = []
     for label, found in by_label.items():
+        # seeds count as drawn anew for each task, so a mean over tasks has no scores by seed
         score = mean_of(tasks, [arm.score for arm in found], (least, greatest))
         records = itertools.chain.from_iterable(arm.records for arm in found)
         arms.append(ArmResult(label, score, {}, tuple(records)))
@@ -74,7 +76,9 @@ def average_ranks(cells: Sequence[CellResult]) -> dict[str, float]:
 
     The arms are ranked among themselves.
     """
+    # ranks need no common scale, so metrics such as perplexity count here
     cells = [cell for cell in cells if cell.arms]
+    # an arm that is missing in one cell would shift the ranks of the others in the rest
     by_label = _arms_in_all(cells)
     if not by_label:
         return {}
@@ -128,12 +132,14 @@ def _mean_component(
     """
     total = sum(component.variance for component in components)
     squares = sum(component.variance**2 / component.df for component in components)
+    # without any variance Satterthwaite's formula would divide zero by zero
     df = total**2 / squares if squares > 0 else sum(component.df for component in components)
     return VarianceComponent(variance / count**2, df, source)
 
 
 def _test_pair(first: str, second: str, cells: Sequence[CellResult]) -> PairTest:
     difference = mean_of([cell.task for cell in cells], [cell.difference(first, second) for cell in cells])
+    # rows alone say nothing about another seed, so they make no test
     tested = any(component.source == "seeds" for component in difference.components)
     p = p_value(difference.value, difference.components) if tested else None
     return PairTest(first, second, difference, 0, p)

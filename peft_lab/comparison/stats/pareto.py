@@ -40,6 +40,7 @@ def front_of_all(cell: CellResult, costs: Sequence[str]) -> tuple[list[str], lis
         if means and len(known) == len(means):
             coordinates.append(known)
             heads.append(MEASURES[name].head)
+    # a front over the score alone would only repeat which arm is the best
     if not heads:
         return [], []
     on = pareto_front(np.transpose(coordinates).tolist(), (cell.higher_is_better, *[False] * len(heads)))

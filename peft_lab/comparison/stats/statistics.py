@@ -186,6 +186,7 @@ def cell_result(
         arms=tuple(ranked),
         without_score=without_score or {},
         pair_tests=tuple(tested),
+        # an arm whose predictions are gone reports no rows, although it was scored on them
         rows=max((_rows(arm) for arm in arms), default=0),
         indistinguishable=tuple(arm.label for arm in ranked[1:] if not _is_worse(arm, higher)),
     )
@@ -309,6 +310,7 @@ def _pooled_variance(pairs: Sequence[tuple[ArmResult, ArmResult]]) -> VarianceCo
         return None
     variances = [np.var(_seed_differences(*pair), ddof=1) for pair in complete]
     pooled = {arm.label for arm in itertools.chain(*complete)}
+    # these are the degrees of freedom of the interaction of arm and seed
     return VarianceComponent(float(np.mean(variances)), (len(pooled) - 1) * (most - 1), "seeds")
 
 
@@ -325,6 +327,7 @@ def _test_pair(first: ArmResult, second: ArmResult, metric: str, pooled: Varianc
     # the rows are paired by position, so their numbers must agree
     if shared and first.values and _rows(first) == _rows(second):
         values = [first.values[seed] - second.values[seed] for seed in shared]
+    # no bounds, because the metric's range is that of a score and not of a difference
     difference = estimate(_seed_differences(first, second), values, metric, None, pooled)
     p = p_value(difference.value, difference.components) if len(shared) > 1 else None
     return PairTest(first.label, second.label, difference, len(shared), p)

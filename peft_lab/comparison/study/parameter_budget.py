@@ -64,6 +64,7 @@ def fit(count: Callable[[int], int], limit: int, what: str) -> tuple[int, int]:
         ConfigError: even the smallest value has more parameters, the number does not depend on the value, or even the
             largest value has less than half of them.
     """
+    # an error at the smallest value has another cause than size, so it is not caught
     smallest = count(1)
     if smallest > limit:
         raise ConfigError(f"{what} has {smallest:,} trainable parameters at its smallest, more than {limit:,}.")
@@ -105,6 +106,7 @@ def find_size(folder: Path, run: Run, name: str, limit: int) -> None:
         value, parameters = fit(_counter(run, name), limit, what)
         found: dict[str, Any] = {"field": name, "value": value, "parameters": parameters}
     except ConfigError as error:
+        # the file takes the error to the process that waits for the size
         found = {"error": str(error)}
     write_json(size_file(folder, run.id), found)
 
@@ -143,6 +145,7 @@ def _counter(run: Run, name: str) -> Callable[[int], int]:
 
     def count(value: int) -> int:
         arguments = {**run.method_args, name: value}
+        # a copy, because peft changes the model that it adapts in place
         return count_parameters(adapt(copy.deepcopy(base), info, arguments, rule.info.task_type, settings))[0]
 
     return count

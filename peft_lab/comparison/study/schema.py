@@ -117,6 +117,7 @@ def from_mapping(values: Mapping[str, Any], where: str, folder: Path) -> Study:
         if not values.get(key):
             raise ConfigError(f'{where} must give "{key}".')
     name = str(values["name"])
+    # the name becomes that of a folder
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise ConfigError(f'The name "{name}" of the study must be letters, digits, ".", "-" and "_", at most 64.')
     measures = _mapping(values.get("measures"), "measures")
@@ -151,6 +152,7 @@ def _cells(entry: Any, backbones: list[Any], measures: Mapping[str, Any], folder
     further = {}
     for key in ("shifted", "control"):
         own, beside = values.pop(key, measures.get(key, "")), folder
+        # a task file names other tasks relative to its own folder, a study relative to the study's
         if not own and getattr(task, key):
             own, beside = getattr(task, key), task.folder
         further[key] = _task_source(str(own), beside) if own else ""
@@ -201,6 +203,7 @@ def _arms(entry: Any) -> list[Arm]:
     what = f'the arm of method "{info.name}"'
     check_keys(values, ("method", "name", "args", "tune", "learning_rates", "size", "training"), what)
     training = _mapping(values.get("training"), f"training of {what}")
+    # all other options must be the same for every arm, or the comparison would not be fair
     check_keys(training, ALTERNATING, f"training of {what}")
     training = _run_options(training, f"training of {what}")
     args = method_args(_mapping(values.get("args"), f"args of {what}"))
@@ -220,6 +223,7 @@ def _arms(entry: Any) -> list[Arm]:
     arms = []
     for combination in itertools.product(*grids.values()):
         chosen = dict(zip(grids, combination, strict=True))
+        # a study that was written back may hold lists of one value, whose arms are named already
         parts = [str(values.get("name", info.name)), *(f"{k}={v}" for k, v in chosen.items() if len(grids[k]) > 1)]
         arms.append(Arm(" ".join(parts), info.name, {**args, **chosen}, tune, rates, size, training))
     return arms
@@ -230,6 +234,7 @@ def _rates(value: Any, what: str) -> tuple[float, ...]:
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
+    # YAML's true would pass as the number 1
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise ConfigError(f'"seeds" must be at least 1, got {value}.')
@@ -244,6 +249,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 def _search(values: Mapping[str, Any]) -> Search:
     given = {key: value for key, value in values.items() if value is not None}
+    # YAML reads an empty value as None, and the word no as False
     if values.get("strategy", "grid") in (None, False, "none"):
         further = next((key for key in given if key != "strategy"), None)
         if further is not None:
@@ -286,6 +292,7 @@ def _check(study: Study) -> None:
         if study.limits.trainable_parameters is not None:
             size_field(arm.method, arm.args, arm.size)
         for cell in study.cells:
+            # the learning rate is not known yet, and any positive number passes the checks
             run = {**study.options(cell, arm), "output_dir": "-", "learning_rate": 1.0}
             RunConfig.from_mapping(run, f'the study for arm "{arm.label}" on task "{cell.task}"').check()
 
@@ -299,6 +306,7 @@ def _check_trials(study: Study, arm: Arm, learning_rates: Sequence[float], what:
         return
     rates = len(learning_rates) or trials
     candidates = rates * _product(arm.tune.values())
+    # with `tune`, the trials are drawn from all combinations, so there may be more of these
     if not arm.tune and rates > trials:
         raise ConfigError(
             f"{what} gives {rates} learning rates, but every arm has {trials} trials; "
@@ -328,6 +336,7 @@ def _run_options(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in values:
         if key in _SET_ELSEWHERE:
             raise ConfigError(f'"{key}" cannot be set in {where}: {_SET_ELSEWHERE[key]}.')
+    # a run cannot be checked without these options, which the study sets elsewhere
     needed = {"task": "-", "model_name_or_path": "-", "method": "-", "output_dir": "-"}
     plain = RunConfig.from_mapping({**values, **needed}, where).to_dict()
     return {key: value for key, value in plain.items() if key not in needed}

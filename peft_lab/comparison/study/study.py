@@ -145,6 +145,7 @@ class Study:
         Learning rate, seed and output folder are left out.
         """
         limits = _filled(max_steps=self.limits.max_steps, max_seconds=self.limits.seconds)
+        # the narrower setting goes last: limits hold for all tasks, a task's options for it alone
         found = {**DEFAULTS, **self.training, **limits, **cell.options}
         if arm.method == "head":  # the rate of all that it trains is the one that is searched
             found.pop("head_learning_rate", None)
@@ -221,6 +222,7 @@ def _single(arm: Arm) -> dict[str, Any]:
 
 
 def _filled(**values: Any) -> dict[str, Any]:
+    # not a test of truth, because 0 and False are values
     return {key: value for key, value in values.items() if value not in (None, "", [], {}, ())}
 
 
