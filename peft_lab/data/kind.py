@@ -152,6 +152,7 @@ class Kind:
         found: list[Any] = []
         for start in range(0, len(inputs), batch_size):
             chosen = slice(start, start + batch_size)
+            # `generate` takes no arguments of ours, so the numbers reach the forward through a context
             with row_inputs(**{PROMPT_IDS: torch.tensor(ids[chosen])}):
                 found += self.predict(model, processor, inputs[chosen], task, batch_size)
         return found
@@ -230,6 +231,7 @@ class ClassificationKind(Kind):
         """Records of logits (n, labels); a regression's score is the value itself."""
         if model.config.problem_type == "regression":
             return [{"label": model.config.id2label[0], "score": value} for value in logits.squeeze(-1).tolist()]
+        # in float32, because bfloat16 would leave two or three digits of a probability
         scores, indices = logits.float().softmax(-1).max(-1)
         pairs = zip(indices.tolist(), scores.tolist(), strict=True)
         return [{"label": model.config.id2label[index], "score": score} for index, score in pairs]
@@ -287,5 +289,6 @@ def length_limit(task: Task, default: int, tokenizer: Any, model: Any, reserve: 
     """
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
+    # models with relative positions, such as T5, state no limit
     positions = getattr(text, "max_position_embeddings", None) or math.inf
     return int(min(task.max_length or default, min(tokenizer.model_max_length or math.inf, positions) - reserve))

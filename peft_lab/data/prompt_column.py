@@ -75,6 +75,7 @@ def values_of(task: Task, train: Dataset) -> tuple[str, ...] | None:
             f'Task "{task.name}": the column "{task.columns[PROMPT_IDS]}" has {len(found)} different values, which is '
             f"no choice of prompts: at most {MAX_VALUES}."
         )
+    # as texts, 10 would stand before 9
     try:
         return task.prompt_values or tuple(sorted(found, key=int))
     except ValueError:

@@ -43,8 +43,10 @@ class Template(Schema):
         for key in ("prompt", "answer"):
             if not fields(getattr(self, key)):
                 raise TaskError(f'the template needs "{key}" with at least one column in braces, like "{{question}}".')
+        # a reference may lack columns, so only its syntax is checked
         fields(self.reference)
         for key in ("extract", "required"):
+            # an empty pattern has no group and is refused if it was written, while the default means none
             if key in self.model_fields_set:
                 _check_one_group(key, getattr(self, key))
         return self
@@ -69,6 +71,7 @@ class Template(Schema):
             TaskError: `extract` does not match the row's own reference, so no model could ever be right.
         """
         text = fill(self.reference or self.answer, row)
+        # a reference of its own is the bare result already, only an answer has more text around it
         if self.reference or not self.extract:
             return normalise(text)
         match = re.search(self.extract, text)
@@ -103,6 +106,7 @@ class Template(Schema):
         They count as whole words, in upper or lower case.
         """
         text, demands = normalise(text), self.demands(prompt)
+        # \b would find no edge beside a demand that ends with a sign, such as C++
         return sum(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None for part in demands) / len(demands)
 
 
@@ -128,6 +132,7 @@ def fields(text: str) -> list[str]:
 
 def fill(text: str, row: Mapping[str, Any]) -> str:
     """Fill a template text with a row's values; missing ones are empty."""
+    # str.format would follow attributes of the values, and a task file is not trusted
     parts = []
     for literal, name, _, _ in string.Formatter().parse(text):
         parts.append(literal)
@@ -143,6 +148,7 @@ def normalise(text: str) -> str:
     Trimmed, lower case, `1,234.00` as `1234`, no closing full stop.
     """
     text = " ".join(text.split()).casefold().removesuffix(".")
+    # only a comma before three digits groups them: lists such as 1,2 stay as they are
     return re.sub(r"(?<=\d)\.0+(?!\d)", "", re.sub(r"(?<=\d),(?=\d{3})", "", text))
 
 

@@ -111,6 +111,7 @@ def per_class(dataset: Dataset, count: int, seed: int) -> Dataset:
     shuffled = dataset.shuffle(seed=seed)
     labels = np.asarray(shuffled["label"][:])
     chosen = np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)])
+    # in the order of the shuffle, else the rows would be grouped by class
     return shuffled.select(np.sort(chosen))
 
 
@@ -121,12 +122,14 @@ def fingerprint(dataset: Dataset) -> str:
     """
     from datasets import ClassLabel, Image
 
+    # sources may hold the same columns in another order
     names = sorted(dataset.column_names)
     for name in names:
         # decoded pixels may differ between versions of the decoder, the bytes of a file do not
         if isinstance(dataset.features[name], Image):
             dataset = dataset.cast_column(name, Image(decode=False))
     known = {n: dataset.features[n].names for n in names if isinstance(dataset.features[n], ClassLabel)}
+    # a format that was set, such as torch, would hand out values of other types
     plain = dataset.with_format(None)
 
     def lines() -> Iterable[str | bytes]:
@@ -134,6 +137,7 @@ def fingerprint(dataset: Dataset) -> str:
         for batch in plain.iter(batch_size=1000):
             for values in zip(*(batch[name] for name in names), strict=True):
                 for value in values:
+                    # JSON knows no dates, which a source may hold
                     yield _file_bytes(value) if _is_file(value) else json.dumps(value, sort_keys=True, default=str)
 
     return _digest(lines())
@@ -154,6 +158,7 @@ def _is_file(value: Any) -> bool:
 
 
 def _file_bytes(value: dict[str, Any]) -> bytes:
+    # the path does not count, because it differs between machines
     if value["bytes"] is not None:
         return value["bytes"]
     with open(value["path"], "rb") as file:
@@ -197,10 +202,12 @@ def _read(task: Task, split: str) -> Dataset:
             options["keep_default_na"] = False
             options["quoting"] = QUOTING[options.get("quoting", "minimal")]
         return datasets.load_dataset(data.builder, data_files={split: files}, split=split, **options)
+    # a TaskError is a ValueError too, and says already what is wrong
     except TaskError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         where = f'"{data.path}" of the Hub' if data.path else f"the {data.builder} files"
+        # datasets wraps the error of its reader, which names the cause
         reason = " ".join(str(error.__cause__ or error).split())
         raise TaskError(f'Task "{task.name}": the {split} data cannot be read from {where}: {reason}') from error
 
@@ -249,6 +256,7 @@ def _encode_labels(task: Task, split: str, dataset: Dataset, labels: tuple[str, 
     def encode(values: list[Any]) -> dict[str, list[int]]:
         return {"label": [_index(task, split, value, number, labels) for value in values]}
 
+    # without features, map would infer the type, and the labels would have the old names or none
     features = dataset.features.copy()
     features["label"] = ClassLabel(names=list(labels))
     return dataset.map(encode, input_columns="label", batched=True, features=features, desc=f"Labels of {split}")
@@ -263,10 +271,12 @@ def _numbering(dataset: Dataset, labels: Sequence[str], by_name: bool) -> Callab
 
     feature, position = dataset.features["label"], {name: index for index, name in enumerate(labels)}
     if isinstance(feature, ClassLabel):
+        # datasets writes a missing class as -1, which Python would take for the last name
         if by_name:
             return lambda value: position.get(feature.names[value]) if value is not None and value >= 0 else None
         return lambda value: value if value is not None and 0 <= value < len(labels) else None
     values = set(dataset.unique("label"))
+    # whole numbers may be names too: ratings from 1 to 5 are no positions
     if by_name or not all(isinstance(v, int) for v in values) or all(str(v) in position for v in values):
         return lambda value: position.get(str(value))
     return lambda value: value if 0 <= value < len(labels) else None

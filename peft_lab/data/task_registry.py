@@ -113,6 +113,7 @@ def data_files(task: Task, split: str) -> list[str]:
     found: list[str] = []
     for name in task.data.files[split]:
         path = _expand(task, name)
+        # the order of files in a folder differs between machines, and the fingerprint depends on it
         matches = sorted(path.parent.glob(path.name)) if "*" in path.name else [path] * path.exists()
         if not matches:
             raise TaskError(f'Task "{task.name}": the {split} file {path} does not exist.')
@@ -155,6 +156,7 @@ def _read(path: Path) -> Task:
         mapping = plain_yaml.read(text)
     except yaml.YAMLError as error:
         raise TaskError(f"{path} is not plain YAML: {' '.join(str(error).split())}.") from error
+    # deep nesting overflows PyYAML's parser in Python, and a date such as 2024-13-45 is a plain ValueError
     except (RecursionError, ValueError) as error:
         raise TaskError(f"{path} is not a task file: {error}.") from error
     return parse_task(mapping, path.absolute())
@@ -170,6 +172,7 @@ def _installed_tasks() -> dict[str, Task]:
             if task.name != file.stem:
                 raise TaskError(f'{file}: the name "{task.name}" must be the name of the file.')
             found[task.name] = task
+    # built-in tasks come first, so that no plug-in can take the name of one
     for entry, folder in _third_party_folders():
         for file in sorted(folder.glob("*.yaml")):
             try:

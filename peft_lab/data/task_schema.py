@@ -67,6 +67,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+# strict mode refuses a list in place of a tuple, and YAML has lists alone
 _FileNames = Annotated[
     tuple[Annotated[str, AfterValidator(_check_file)], ...], Field(strict=False), BeforeValidator(_as_list)
 ]
@@ -123,6 +124,7 @@ def _data_source(values: Any) -> DataSource:
     hub = check(_HubData, values, 'the "data" of a Hub data set', TaskError)
     if not hub.path:
         raise TaskError('"data" needs "path" (a Hub id) or "builder" and "files" (local files).')
+    # load_dataset would take the path of a local folder too, and read whatever is in it
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", hub.path):
         raise TaskError(f'data path "{hub.path}" is no Hub id; for local files give "builder" and "files" instead.')
     return DataSource(**dict(hub))
@@ -130,6 +132,7 @@ def _data_source(values: Any) -> DataSource:
 
 def _local_data(values: Mapping[str, Any]) -> DataSource:
     local = check(_LocalData, values, 'the "data" of local files', TaskError)
+    # the keys of the files are the splits, so one that was not named must not appear as an empty one
     files = check(_Files, local.files, "the files", TaskError).model_dump(exclude_unset=True)
     if "train" not in files:
         raise TaskError('"files" of "data" must name at least the file of "train".')
@@ -179,6 +182,7 @@ def _template(values: Any) -> Template:
 
 
 def _version(value: Any) -> Any:
+    # YAML reads 1.0 as a number
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
@@ -285,9 +289,11 @@ def build(mapping: Mapping[str, Any], origin: Path | None) -> Task:
     `origin` is the YAML file, if there is one, and anchors relative paths.
     """
     given = check(Task, mapping, "a task", TaskError)
+    # a private attribute, so that no key of a file can set it
     given._origin = origin
     rule = kind_info(given.kind)
     for key in mapping:
+        # YAML reads a key without a value as null
         if mapping[key] is None:
             raise TaskError(f'"{key}" in a task is empty; give it a value or remove it.')
         if key in _SETTINGS and key not in rule.settings:
@@ -339,6 +345,7 @@ def _columns(task: Task, rule: KindInfo) -> dict[str, str]:
     columns = {name: source for name, source in task.columns.items() if name != PROMPT_IDS}
     if task.template is not None:
         columns = {name: columns.get(name, name) for name in known}
+    # a source column is renamed to its purpose, so it can have one only; the one of prompt_ids is copied
     double = _double(columns.values())
     if double is not None:
         raise TaskError(f'the column "{double}" is named for two purposes.')

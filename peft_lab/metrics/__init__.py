@@ -37,6 +37,7 @@ def greater_is_better(name: str) -> bool:
 
     True for metrics that are not known here.
     """
+    # Trainer puts `eval_` before the names of its results
     name = name.removeprefix("eval_")
     if name in METRICS:
         return METRICS[name].greater_is_better
@@ -53,6 +54,7 @@ def metric_path(name: str, folder: Path | None = None, extra: Iterable[str] = ()
     """
     if name.endswith(".py") or "/" in name or os.sep in name:
         path = ((folder or Path.cwd()) / name).absolute()
+        # evaluate keeps a metric in a folder as NAME/NAME.py
         script = path / f"{path.name}.py" if path.is_dir() else path
         if not script.is_file():
             raise TaskError(
@@ -89,6 +91,7 @@ def load_metric(name: str) -> Metric | EvaluationModule:
     import evaluate
 
     try:
+        # else evaluate writes the predictions to a cache file and locks it
         return evaluate.load(str(path or name), keep_in_memory=True)
     except (OSError, ImportError, ValueError, TypeError) as error:
         raise TaskError(f'Metric "{name}" cannot be loaded: {" ".join(str(error).split())}') from error

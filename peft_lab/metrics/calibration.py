@@ -23,4 +23,5 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
 
 def bins_of(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
     """Bin of each row, (n,), from 0."""
+    # a confidence of exactly 1 would fall into a bin above the last one
     return np.minimum((confidence * bins).astype(int), bins - 1)

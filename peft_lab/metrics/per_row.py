@@ -56,6 +56,7 @@ def jackknife_values(metric: str, predictions: Predictions, labels: int | None =
         all_rows, without_each = _leave_one_out(metric, predictions.columns, labels)
     except KeyError:  # another metric, or predictions of another type
         return None
+    # pseudo-values: for a mean they would be the values of the rows themselves
     return all_rows, count * all_rows - (count - 1) * without_each
 
 
@@ -76,6 +77,7 @@ def _f1(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[
 
     def f1(sums: Array) -> Array:
         hits, found, true = np.split(sums, 3, axis=1)
+        # a class that occurs nowhere counts as 0, as in our metric
         return _ratio(2 * hits, found + true).mean(1)
 
     return np.concatenate([reference * prediction, prediction, reference], axis=1), f1
@@ -103,6 +105,7 @@ def _one_hot(columns: dict[str, Array], labels: int | None) -> tuple[Array, Arra
 
 
 def _pearson(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    # centred, because sums of squares of large values would cancel in the variance
     x, y = (columns[name] - columns[name].mean() for name in ("reference", "prediction"))
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1), _correlation
 
@@ -113,6 +116,7 @@ def _correlation(sums: Array) -> Array:
     0 where one side is constant, as in our metrics.
     """
     count, x, y, xx, yy, xy = sums.T
+    # rounding may leave a tiny negative number, which has no root
     spread = np.maximum(count * xx - x * x, 0) * np.maximum(count * yy - y * y, 0)
     return _ratio(count * xy - x * y, np.sqrt(spread))
 

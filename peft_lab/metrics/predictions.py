@@ -58,6 +58,7 @@ def write_predictions(folder: str | Path, predictions: Predictions) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([f"{predictions.output_type}:row", *predictions.columns])
         for row, values in enumerate(zip(*predictions.columns.values(), strict=True)):
+            # nine digits bring back a float32 exactly
             writer.writerow([row, *(f"{value:.9g}" for value in values)])
     os.replace(partial, path)
 

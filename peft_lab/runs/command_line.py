@@ -23,6 +23,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
     All values stay text.
     """
+    # options that are not given must be absent, else their defaults would win over the run file
     parser = _Parser(
         prog="peft-lab train",
         usage="peft-lab train [RUN.yaml] [--option value ...]",
@@ -69,6 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     `ConfigError` with the nearest known one.
     """
     parser = argument_parser()
+    # argparse has no public list of its options
     known = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
     tidy: list[str] = []
     for index, token in enumerate(argv):

@@ -262,6 +262,7 @@ def load_run(
     if "method_args" in overrides:
         overrides["method_args"] = {**method_args(values.get("method_args")), **method_args(overrides["method_args"])}
     nested = values.pop("training_arguments", None) or {}
+    # flattened first, so that a flag also wins over one that the file nests
     return RunConfig.from_mapping({**values, **nested, **overrides}, where)
 
 
@@ -280,6 +281,7 @@ def read_run_file(path: str | Path) -> dict[str, Any]:
     from peft_lab.utils import plain_yaml
 
     try:
+        # JSON is read by the same parser, because YAML includes it but for rare cases
         values = plain_yaml.read(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f'"{path}" is not readable YAML or JSON: {" ".join(str(error).split())}') from error
@@ -345,6 +347,7 @@ def convert(name: str, annotation: str, value: Any) -> Any:
     # "int | None" -> {"int", "None"}; the parameters of generic types are not checked
     types = {part.strip().split("[")[0] for part in annotation.split("|")}
     text = value.strip().lower() if isinstance(value, str) else None
+    # where text is allowed too, none may be a name: report_to takes it so
     if value is None or (text in ("none", "null") and "None" in types and "str" not in types):
         if "None" in types:
             return None
@@ -387,4 +390,5 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
     """`values` as YAML that `read_run_file` reads back."""
     import yaml
 
+    # safe_dump refuses paths and enums, which JSON turns into texts
     return yaml.safe_dump(json.loads(json.dumps(dict(values), default=str)), sort_keys=False, allow_unicode=True)

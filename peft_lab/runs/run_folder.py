@@ -77,6 +77,7 @@ def check_output_dir(config: RunConfig) -> State:
     mend = "choose another --output_dir, or pass --overwrite_output_dir to replace it"
     if not (folder / RUN).is_file():
         raise ConfigError(f'output_dir "{config.output_dir}" is not empty and holds no run of peft-lab; {mend}.')
+    # a run writes this file last, so without it the run was interrupted
     finished = (folder / METRICS).is_file()
     there, here = RunConfig.from_mapping(read_run_file(folder / RUN), str(folder / RUN)).identity(), config.identity()
     differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
@@ -102,6 +103,7 @@ def remove_run(folder: Path) -> None:
 def write_run(config: RunConfig, folder: Path) -> None:
     """Write the options of a run, without a token among them."""
     folder.mkdir(parents=True, exist_ok=True)
+    # run.yaml repeats the run, and must not replace a folder that nobody asked to replace
     values = {key: value for key, value in config.to_dict().items() if key not in ("hub_token", "overwrite_output_dir")}
     (folder / RUN).write_text(dump_yaml(values), encoding="utf-8")
 
@@ -158,6 +160,7 @@ def weights_bytes(folder: Path) -> int:
     That is the adapter file, or the whole model of full fine-tuning.
     """
     adapter = folder / ADAPTER_WEIGHTS
+    # transformers splits a large model over several files
     files = [adapter] if adapter.is_file() else list(folder.glob("model*.safetensors"))
     return sum(file.stat().st_size for file in files)
 
@@ -178,6 +181,7 @@ def find_adapter(name: str | Path, revision: str | None = None) -> Path:
             )
             raise ConfigError(f'There is no adapter folder "{name}".{near}')
         folder = _download(str(name), revision)
+    # before any file is opened, because links in a foreign folder may lead out of it
     safe_files.check_folder(folder)
     for config, weights in ((ADAPTER_CONFIG, ADAPTER_WEIGHTS), (MODEL_CONFIG, MODEL_WEIGHTS)):
         if (folder / config).is_file():
@@ -195,6 +199,7 @@ def refuse_filled(folder: Path) -> None:
 
 def _may_be_hub_id(name: str) -> bool:
     parts = name.split("/")
+    # a name below a folder that exists is a misspelt path
     return len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~") and not Path(parts[0]).is_dir()
 
 
@@ -204,6 +209,7 @@ def is_download(name: str | Path) -> bool:
     No value in it may then point to files of this machine.
     """
     folder = Path(name).expanduser()
+    # the cache of the Hub keeps each commit in a folder of `snapshots`
     return not folder.is_dir() or folder.resolve().parent.name == "snapshots"
 
 
@@ -212,6 +218,7 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        # neither pickles nor Python files, because both can run code
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.yaml", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -225,6 +232,7 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
+    # pathlib would not see the paths of a run from Windows on another system
     if isinstance(value, str) and re.match(r"(/|~/|[A-Za-z]:[\\/]).", value):
         return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     return value

@@ -43,6 +43,7 @@ def trained_task(
         return load_task(named)
     # A file of the user's own: found where it was, or its copy.
     if copy.is_file():
+        # the folder may be a stranger's, so the size is checked before the file is parsed
         safe_files.check_size(copy, safe_files.MAX_JSON_BYTES)
         if named and not download and _is_same_file(Path(named), copy):
             return load_task(Path(named))
@@ -69,5 +70,6 @@ def _confined(task: Task) -> Task:
             raise TaskError(
                 f'The task file beside the adapter names a metric to run, "{metric}"; name a task with --task.'
             )
+    # the task stays usable where no rows are needed; reading them fails with a name that explains itself
     files = task.data.files if inside else {split: (f"{split} data of {task.name}",) for split in task.data.files}
     return task.model_copy(update={"data": task.data.model_copy(update={"files": files})})

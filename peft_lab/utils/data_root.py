@@ -25,4 +25,5 @@ def below_data(name: str, what: str, error: type[PeftLabError] = ConfigError) ->
     root = os.environ.get(DATA_VARIABLE)
     if not root:
         raise error(f"{what} reads {name}: set the environment variable {DATA_VARIABLE} to that folder.")
+    # Path takes a name that begins with a slash as absolute and drops the root
     return Path(root).absolute() / name.removeprefix(DATA_PREFIX).lstrip("/")

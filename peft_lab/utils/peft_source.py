@@ -102,6 +102,7 @@ def _cache_file() -> tuple[Path, list[str]]:
     # a tuner that is added to an editable peft changes the folder, but not the version
     changed = (_root() / "tuners").stat().st_mtime_ns
     key = [importlib.metadata.version("peft"), str(_root()), str(changed)]
+    # environments that share a home may each have a peft of their own
     digest = hashlib.blake2b(key[1].encode(), digest_size=6).hexdigest()
     return cache_dir(f"peft_tuners_{key[0]}_{digest}.json"), key
 
@@ -123,6 +124,7 @@ def _read_cache() -> list[PeftTuner] | None:
 
 def _write_cache(found: list[PeftTuner]) -> None:
     file, key = _cache_file()
+    # processes may write at once, and a rename replaces the file whole
     partial = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 
+# PyYAML may be installed without the fast parser in C
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML's safe loader, made to refuse a key that is given twice."""
 
@@ -17,6 +18,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            # keys of other types may have no hash, and are refused by whoever reads the file
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f'the key "{key}" is given twice', key_node.start_mark

@@ -19,6 +19,7 @@ def forkserver(*preload: str) -> Any:
     # Threads that wait for one another should sleep: on a busy machine spinning costs more than it saves.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("forkserver")
+    # first, because the imports after it must not find modules in the working directory
     context.set_forkserver_preload(["peft_lab.utils._safe_path", *preload])
     return context
 
@@ -30,6 +31,7 @@ def quiet() -> None:
     import datasets
     import transformers
 
+    # tokenizers warns after every fork otherwise
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
@@ -44,6 +46,7 @@ def end_with_parent() -> None:
         return
 
     def watch() -> None:
+        # it waits for the end of a pipe, which closes however the parent ends
         parent.join()
         os._exit(1)  # no clean-up: the main thread may be inside a long step
 

@@ -88,6 +88,7 @@ def _sentence(failure: ValidationError, known: list[str], what: str) -> str:
     Unknown keys come before missing ones, and these before wrong values.
     """
     errors: list[Any] = failure.errors(include_url=False)
+    # a misspelt key makes another one missing, and its own message names the nearest key
     order = {"extra_forbidden": 0, "invalid_key": 0, "missing": 1}
     first = min(errors, key=lambda error: order.get(error["type"], 2))
     error_type, location, value = first["type"], first["loc"], first["input"]

@@ -99,6 +99,7 @@ def dataclass_fields(path: Path, class_name: str, elsewhere: dict[str, Path] | N
         return {}
     node = known[class_name]
     fields: dict[str, Field] = {}
+    # bases first, because a class replaces inherited fields in their places, as dataclasses do
     for base in base_names(node):
         where = path if base in known else (elsewhere or {}).get(base)
         if where is not None:

@@ -76,6 +76,7 @@ class CausalLM(Kind):
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub_kwargs)
         if tokenizer.eos_token is None:
             raise TaskError(f'The tokenizer of "{model_name_or_path}" has no end token, so no answer could ever end.')
+        # the end token can pad, because padding is masked by position and not by its id
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if _template(task).chat and not tokenizer.chat_template:
@@ -103,6 +104,7 @@ class CausalLM(Kind):
                 template.demands(prompt)  # a row without any is found before the training and not after it
             # tokenised apart, so that the answer's tokens do not depend on where the prompt ends
             start = prompt_ids(processor, prompt, template.chat)
+            # the end token is learnt as well, else a written answer would never end
             end = [*processor(answer, add_special_tokens=False)["input_ids"], processor.eos_token_id]
             return answer_only(start, end, limit, processor.bos_token_id)
 
@@ -123,6 +125,7 @@ class CausalLM(Kind):
         import torch
         from torch.nn import functional
 
+        # Trainer hands on a tuple where a model returns more than logits, such as hidden states
         logits = logits[0] if isinstance(logits, tuple) else logits
         # virtual tokens of a prompt method stand before the row's own
         logits, targets = logits[:, -labels.shape[1] : -1], labels[:, 1:]
@@ -141,6 +144,7 @@ class CausalLM(Kind):
         def compute(prediction: EvalPrediction) -> dict[str, float]:
             outputs: Any = prediction.predictions
             label_ids: Any = prediction.label_ids
+            # the predictions are shifted by one token already, the labels are not
             (predicted, log_probabilities), targets = outputs, label_ids[:, 1:]
             kept = targets != IGNORED
             found: dict[str, float] = {}
@@ -157,6 +161,7 @@ class CausalLM(Kind):
         outputs: Any = prediction.predictions
         label_ids: Any = prediction.label_ids
         (predicted, log_probabilities), targets = outputs, label_ids[:, 1:]
+        # Trainer pads shorter batches with -100, in predictions as in labels
         kept = targets != IGNORED
         columns = {
             "loss": -(log_probabilities * kept).sum(-1),
@@ -227,6 +232,7 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     if chat:
         turn = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        # a chat template writes the special tokens itself, and the tokenizer would add them again
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt)["input_ids"]
     # some tokenizers add an end token, after which a decoder would not go on writing
@@ -241,6 +247,7 @@ def answer_only(start: list[int], end: list[int], limit: int, bos: int | None) -
     Returns:
         `input_ids`, `attention_mask` and `labels` of one length; `labels` equal `input_ids` on the answer, else -100.
     """
+    # the answer has room first, because the loss is taken on it alone
     end = end[:limit]
     room = limit - len(end)
     if len(start) > room:

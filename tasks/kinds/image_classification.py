@@ -46,11 +46,13 @@ class ImageClassification(ClassificationKind):
         from datasets import Image, Value
 
         feature = dataset.features["image"]
+        # datasets would cast texts too, and open them as paths to files
         if isinstance(feature, Value):
             raise TaskError(
                 f'Task "{task.name}": the column "{task.columns["image"]}" holds {feature.dtype}, not images; '
                 "use the builder imagefolder for image files."
             )
+        # files may be grey or have a palette, and backbones take three channels
         return dataset.cast_column("image", Image(mode="RGB"))
 
     def auto_class(self) -> Any:
@@ -72,10 +74,12 @@ class ImageClassification(ClassificationKind):
         if _has_fixed_grid(model_name_or_path, hub_kwargs):
             logger.warning('"%s" has a fixed grid of patches and keeps its own image size.', model_name_or_path)
             return processor
+        # ConvNeXt's processor enlarges images and crops them by crop_pct, which would cut off the border
         if hasattr(processor, "crop_pct"):
             processor.size, processor.crop_pct = {"shortest_edge": task.image_size}, 1.0
         else:
             processor.size = {"height": task.image_size, "width": task.image_size}
+            # a crop to the backbone's own size would follow, and change the size again
             processor.do_center_crop = False
         return processor
 
@@ -95,8 +99,10 @@ class ImageClassification(ClassificationKind):
     def check_processor(self, processor: Any, model: PreTrainedModel) -> None:
         from PIL import Image
 
+        # models of text and images keep the size in the config of their image part
         own = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
         own = tuple(own) if isinstance(own, (list, tuple)) else (own, own)
+        # a wide image too, because a processor that keeps the ratio makes another size of it
         for shape in ((64, 64), (96, 64)):
             pixels = processor([Image.new("RGB", shape)], return_tensors="pt")["pixel_values"]
             height, width = pixels.shape[-2:]
@@ -111,10 +117,12 @@ class ImageClassification(ClassificationKind):
         dataset = dataset.rename_columns({"image": "pixel_values", "label": "labels"})
 
         def transform(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            # a read of the labels alone comes through here without images
             if "pixel_values" in batch:
                 batch["pixel_values"] = processor(batch["pixel_values"], return_tensors="pt")["pixel_values"]
             return batch
 
+        # map would store the float pixels of every image
         return dataset.with_transform(transform)
 
     def data_collator(self, processor: Any, model: Any) -> Any:
@@ -141,6 +149,7 @@ def _pixel_statistics(processor: Any) -> dict[str, Any]:
     """
     from PIL import Image
 
+    # normalising is linear, so that the values of black and white give mean and deviation
     images = [Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 255)]
     pixels = processor(images, return_tensors="pt")["pixel_values"]
     black, white = pixels.flatten(2).double().quantile(0.5, dim=2)

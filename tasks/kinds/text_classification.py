@@ -40,6 +40,7 @@ class TextClassification(ClassificationKind):
         from datasets import Value
 
         for name in {"text", "text_pair"} & set(dataset.column_names):
+            # the reader of CSV files makes numbers of texts such as 2024
             dataset = dataset.cast_column(name, Value("string"))
             missing = sum(value is None for value in dataset[name][:])
             if missing:
@@ -55,6 +56,7 @@ class TextClassification(ClassificationKind):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub_kwargs)
+        # decoders such as GPT-2 come without a padding token, and a batch needs one
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -75,6 +77,7 @@ class TextClassification(ClassificationKind):
         names = [name for name in ("text", "text_pair") if name in dataset.column_names]
 
         def tokenise(*texts: list[str]) -> dict[str, Any]:
+            # not padded here, because the collator pads to the longest row of a batch and not of all rows
             return dict(processor(*texts, truncation=True, max_length=limit))
 
         dataset = dataset.map(tokenise, input_columns=names, batched=True, remove_columns=names, desc="Tokenising")
