@@ -44,6 +44,7 @@ class _PeftFinder(MetaPathFinder):
     """
 
     def __init__(self) -> None:
+        # by thread, because an import in another thread is not nested in this one's
         self._imports = threading.local()
 
     def find_spec(
@@ -53,10 +54,12 @@ class _PeftFinder(MetaPathFinder):
         if fullname != "peft" and not fullname.startswith("peft_lab."):
             return None
         for finder in sys.meta_path:
+            # Python itself passes over finders without `find_spec`
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
+                # a namespace package has no loader, and no code after which to register
                 if spec.loader is not None:
                     spec.loader = _RegisteringLoader(spec.loader, self)
                 return spec
@@ -89,6 +92,7 @@ class _RegisteringLoader(Loader):
         self.finder.count_import(1)
         try:
             self.loader.exec_module(module)
+        # after a failed import too, because the count would otherwise never return to 0
         finally:
             under_way = self.finder.count_import(-1)
         # removed first: registration imports modules of this package itself

@@ -89,6 +89,7 @@ def recommend(
     )
     _summarise(found.comparison)
     console = Console(highlight=False, soft_wrap=True)
+    # sentences may hold square brackets, which rich would take for markup
     for sentence in (*found.reasons, *found.dropped):
         console.print(escape(sentence))
     console.print(f"[bold]{escape(found.arm)}[/], learning rate {found.learning_rate:g}: peft-lab train {found.file}")

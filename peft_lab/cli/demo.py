@@ -113,6 +113,7 @@ def demo(
                 results[task][method].append(_in_process(context, _options(task, method, seed, folder, max_steps)))
     for task, runs in results.items():
         console.print(table(task, runs))
+        # by seed 0 alone, because the lines below load the adapter of that seed
         best = max(runs, key=lambda method: runs[method][0]["metrics"]["test"]["accuracy"])
         others = ", ".join(f"{method}-0" for method in runs if method != best)
         alike = f" ({others} load the same way)" if others else ""
@@ -167,6 +168,7 @@ def _options(task: str, method: str, seed: int, folder: Path, max_steps: int | N
         "per_device_train_batch_size": recipe.batch,
         "per_device_eval_batch_size": 64,
         "seed": seed,
+        # the demo chooses nothing, so validation and checkpoints would only take time
         "do_eval": False,
         "save_strategy": "no",
         "overwrite_output_dir": True,

@@ -104,6 +104,7 @@ def predict(
     from peft_lab.training.evaluate import predict as run_prediction
 
     options: dict[str, Any] = {"batch_size": per_device_eval_batch_size, "allow_other_base": allow_other_base}
+    # not printed by rich, which would break long lines and read brackets as markup
     for answer in run_prediction(folder, inputs, task, model_name_or_path, **options):
         typer.echo(json.dumps(answer, ensure_ascii=False))
 

@@ -42,6 +42,7 @@ def push(
     if comparison is not None:
         from peft_lab.comparison.report.run_standing import write_standing_in
 
+        # before the push, because the card reads the standing from the run's folder
         write_standing_in(adapter, comparison)
     from peft_lab import push as run_push
 

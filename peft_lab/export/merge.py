@@ -34,6 +34,7 @@ def merge(
     if not (loaded.folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(f'"{adapter}" is a whole model: there is no adapter to merge.')
     try:
+        # With safe_merge, peft refuses a merge that gives NaN instead of leaving broken weights.
         merged = adapted.merge_and_unload(safe_merge=True)
     except (NotImplementedError, AttributeError) as error:
         reason = str(error) or "peft has no merge for it"
@@ -58,6 +59,7 @@ def check_reloadable(model: PreTrainedModel) -> None:
     created = _extra(model, model.config)
     if not created:
         return
+    # A copy, because the model must keep its config if a bias has no place.
     config = copy.deepcopy(model.config)
     for flag in declared_names(config.model_type, "bias_flags"):
         if getattr(config, flag, None) is False:
@@ -78,6 +80,7 @@ def check_reloadable(model: PreTrainedModel) -> None:
 
 def _rebuilt(model: PreTrainedModel, config: Any) -> set[str]:
     """Return the weight names of the model's class with this config."""
+    # On the meta device the second model takes no memory.
     with torch.device("meta"):
         return set(type(model)(copy.deepcopy(config)).state_dict())
 

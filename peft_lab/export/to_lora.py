@@ -161,6 +161,7 @@ def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | Non
     B those of a row's own group: (out, r / groups).
     """
     own = layer.lora_factors(adapter) if hasattr(layer, "lora_factors") else None
+    # in float64, so that the error below is that of the float32 factors alone
     delta = own[0].double() @ own[1].double() if own else op.matrix(_delta(layer, base, adapter)).double()
     groups = base.groups if op.op_type == "conv2d" else 1
     if own is not None and groups == 1:  # the method's own factors, without the directions that are still zero
@@ -168,10 +169,12 @@ def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | Non
         used[0] = True  # peft has no rank 0
         up, down = own[0][:, used], own[1][used]
     if own is None or groups > 1 or (rank is not None and rank < up.shape[1]):
+        # each group has rows of its own in A, so the groups share the rank
         up, down = _decomposed(delta, groups, None if rank is None else max(1, rank // groups))
     up, down = up.float().contiguous(), down.float().contiguous()
     blocks = zip(up.double().chunk(groups), down.double().chunk(groups), strict=True)
     difference = torch.cat([b @ a for b, a in blocks]) - delta
+    # a delta that is still zero has no norm to divide by
     return up, down, (difference.norm() / delta.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
 
 
@@ -223,6 +226,7 @@ def _config(config: Any, model: Any, layers: dict[str, Any], ranks: dict[str, in
     common = Counter(ranks.values()).most_common(1)[0][0]
     # anchored: a bare name would also match a longer one that ends with it
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()} if len({*ranks.values()}) > 1 else {}
+    # Conv1D keeps its weight as (in, out), which peft's LoRA has to be told
     conv1d = any(isinstance(layer.get_base_layer(), transformers.pytorch_utils.Conv1D) for layer in layers.values())
     return LoraConfig(
         task_type=config.task_type,
@@ -246,11 +250,13 @@ def _targets(model: nn.Module, ranks: dict[str, int]) -> list[str] | str:
     It is a list of last names or of paths where that is enough, else a regex of the paths.
     """
     paths = {name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()}
+    # inner modules of the present tuner are not there when the LoRA adapter is loaded
     others = {path for path in paths if path not in ranks and not path.endswith(".base_layer")}
     for names in ({name.rpartition(".")[2] for name in ranks}, set(ranks)):
         endings = tuple(f".{name}" for name in names)
         if not any(f".{other}".endswith(endings) for other in others):
             return sorted(names)
+    # peft matches a text against the whole path, so the names need no anchors
     return "|".join(re.escape(name) for name in ranks)
 
 

@@ -136,6 +136,7 @@ def card_text(
     is_adapter = bool(metrics.get("method_config"))  # else a whole model was saved
     head = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
+        # the Hub links this entry to a repository, so a name that is none must not stand here
         base_model=base.name if base.on_hub else None,
         pipeline_tag=kind.info.pipeline_tag or None,
         tags=_tags(base, info, is_adapter),
@@ -178,6 +179,7 @@ def plain_card(
         labels: outputs of the head in the adapter file, if there is one.
     """
     auto = _AUTO_CLASSES.get(config.get("task_type") or "", "AutoPeftModel")
+    # the base's own head has other outputs, which transformers refuses unless told to replace it
     options = "" if labels is None else f", num_labels={labels}, ignore_mismatched_sizes=True"
     return _template().render(
         head=ModelCardData(
@@ -190,6 +192,7 @@ def plain_card(
         usage=Usage("peft", auto, f'{auto}.from_pretrained("{name}"{options})', _registers(info)),
         run=None,
         info=info,
+        # the template raises on a missing key, and adapters from elsewhere may lack any of these
         config={"target_modules": None, "modules_to_save": None, "peft_version": None, **config},
         bytes=size,
     )
@@ -206,6 +209,7 @@ def base_of(metrics: Mapping[str, Any]) -> Base:
     revision = metrics.get("base_revision") or metrics["run"].get("model_revision")
     # a short name means a package of PyPI, not a repository of the Hub
     on_hub = public is not None and public not in BACKBONES
+    # a revision means nothing for a folder, even where the folder's name on the Hub is known
     return Base(name, on_hub, revision if on_hub and not is_local(named) else None)
 
 

@@ -68,6 +68,7 @@ def stage(
     standing = read_standing(folder)
     adapter = (folder / ADAPTER_CONFIG).is_file()
     base = find_base(folder, metrics, base_model, needed=adapter)
+    # only listed files are copied, because a file that is not known could hold anything
     for pattern in _AS_THEY_ARE:
         for path in folder.glob(pattern):
             shutil.copyfile(path, out / path.name)
@@ -75,12 +76,14 @@ def stage(
         if (folder / name).is_file():
             _rewrite(folder / name, out / name, run_folder.without_paths)
     if adapter:
+        # peft has written a path of this machine here if the base was loaded from a folder
         named = {"base_model_name_or_path": base.name, "revision": base.revision}
         _rewrite(folder / ADAPTER_CONFIG, out / ADAPTER_CONFIG, lambda c: {**c, **named})
     if metrics.get("run"):
         _stage_run(folder, metrics, repo_id, out, base, standing)
     else:
         _stage_plain(folder, repo_id, out, base)
+    # last, because it must see every file as it will be uploaded
     refuse_private(out, [*local_paths(folder), *secrets])
 
 
@@ -118,6 +121,7 @@ def _checked_id(name: str) -> str:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ConfigError(f'base_model "{name}" cannot be a Hub id: {" ".join(str(error).split())}') from error
+    # a relative path can look like a Hub id, so the disk is asked too
     if is_local(name):
         raise ConfigError(f'base_model "{name}" is a folder of this machine; name a model on the Hub.')
     return name
@@ -130,6 +134,7 @@ def _stage_run(
     from peft_lab.runs.trained_task import trained_task  # imports datasets
 
     run = metrics["run"]
+    # a converted run still names its old method, but what is uploaded is a LoRA adapter
     info = registry.method("lora" if "lora_export" in metrics else run["method"])
     task = trained_task(folder, run_folder.read_origin(folder))
     own_task = (folder / run_folder.TASK).is_file()
@@ -152,6 +157,7 @@ def _stage_run(
     if "base_model_name_or_path" in shown.get("method_config", {}):
         shown["method_config"] |= {"base_model_name_or_path": base.name}
     write_json(out / run_folder.METRICS, shown)
+    # after a conversion these options would train the original method, not this adapter
     if "lora_export" not in metrics:
         (out / run_folder.RUN).write_text(dump_yaml(public), encoding="utf-8")
     title, items = repo_id.rpartition("/")[2], items_of(folder)
@@ -189,6 +195,7 @@ def local_paths(folder: Path) -> list[str]:
     base = str(config.get("base_model_name_or_path") or "")
     found = {str(folder), str(folder.resolve()), str(folder.resolve().parent), f"{Path.home()}/", str(cache_dir())}
     found |= {base} if is_local(base) else set()
+    # a path as short as `/` is found in nearly any text, and would refuse every file
     return sorted(text for text in found if (text.startswith(("/", "~")) and len(text) > 2) or "\\" in text)
 
 
@@ -216,6 +223,7 @@ def _header(path: Path) -> bytes:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        # JSON is YAML too, so one reader serves both kinds of file
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f'"{path}" cannot be read: {" ".join(str(error).split())}') from error

@@ -54,6 +54,7 @@ def push(
     folder = local_adapter(adapter)
     # the copy is checked for paths and secrets before the Hub is asked for anything
     with tempfile.TemporaryDirectory() as scratch:
+        # the token of the login counts too: no file that holds it may be uploaded
         secrets = [token or get_token() or ""]
         stage(folder, repo_id, Path(scratch), base_model, secrets)
         create_repository(repo_id, private, token)
@@ -74,6 +75,7 @@ def create_repository(repo_id: str, private: bool = True, token: str | None = No
     """
     with hub_errors(repo_id):
         api = HfApi(token=token, library_name="peft-lab")
+        # the Hub puts the user's name before a bare one, so its answer is taken
         full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         found = api.model_info(full).private
     # an existing repository keeps its visibility, which must not surprise its owner
@@ -102,6 +104,7 @@ def check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ConfigError(f'Repository "{repo_id}" cannot be: {" ".join(str(error).split())}') from error
+    # huggingface_hub also accepts a bare name, whose owner would depend on the token
     if repo_id.count("/") != 1:
         raise ConfigError(f'Repository "{repo_id}" must be written USER/NAME.')
 
@@ -121,6 +124,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled as error:
         raise ConfigError(f'"{repo_id}" cannot be pushed while HF_HUB_OFFLINE is set; unset it.') from error
+    # before HTTPError, because it is one too and knows the status
     except HfHubHTTPError as error:
         status = error.response.status_code
         said = " ".join((error.server_message or str(error)).split())[:200]

@@ -69,6 +69,7 @@ def read_adapter(adapter: str | Path) -> AdapterFile:
     folder = AdapterFolder.find(adapter)
     if not folder.has_adapter:
         raise ConfigError(f'"{adapter}" is a whole model, not an adapter; load it by itself.')
+    # an untrusted file is checked by its header before anything large is read
     safe_files.read_header(folder.weights)
     config: Any = folder.config
     try:

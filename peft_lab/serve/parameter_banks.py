@@ -56,6 +56,7 @@ class ModuleSlice:
     parameters: tuple[ParameterSlice, ...]
 
 
+# without eq, layouts are hashed by identity, because a mapping of modules has no hash
 @dataclass(frozen=True, eq=False)
 class RowLayout:
     """Layout of a bank's rows: modules, parameters, shapes and dtype.

@@ -64,6 +64,7 @@ class Request:
     """
 
     def __init__(self, snapshot: Snapshot, names: Sequence[str], exact: bool = True) -> None:
+        # a single text is a sequence too, and its letters would pass as names
         if isinstance(names, str) or not len(names):
             raise ConfigError(f"adapter_names={names!r} must be a list with one adapter name per row of the batch.")
         self.snapshot, self.count, self.exact = snapshot, len(names), exact
@@ -145,6 +146,7 @@ class Request:
         batch.
         """
         key = (layout, repeat)
+        # kept, because all layers with this layout ask for the same indices
         if key not in self._indices:
             device = self.snapshot.banks[layout].rows.device
             rows, bank_rows = (torch.tensor(numbers, device=device) for numbers in self._selected[layout])
@@ -224,6 +226,7 @@ class PerRowHead:
     """
 
     def __init__(self, base_layer: nn.Module, path: str) -> None:
+        # the exact class, because a subclass may compute something else
         if type(base_layer) not in (nn.Linear, nn.LayerNorm):
             raise ConfigError(
                 f'"{path}" is trained in full and is a {type(base_layer).__name__}; only Linear and LayerNorm can '
@@ -269,6 +272,7 @@ class PerRowHead:
             out = tokens @ values["weight"].transpose(1, 2)
         else:
             base = self.base_layer
+            # normalising is the same for all rows; only scale and shift differ
             out = F.layer_norm(tokens, base.normalized_shape, None, None, base.eps) * values["weight"][:, None]
         if "bias" in values:
             out = out + values["bias"][:, None]

@@ -48,6 +48,7 @@ def load_many(model: nn.Module, adapters: Mapping[str, str | Path] | None = None
     try:
         for name, adapter in (adapters or {}).items():
             tenants.add(name, adapter)
+    # after an interrupt too, because the caller's model must not stay wrapped
     except BaseException:
         tenants.unload()
         raise
@@ -78,6 +79,7 @@ class Tenants:
         self._layers: dict[tuple[str, str], RowLayer | PerRowHead] = {}
         self._shapes: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
         self._served_modules: dict[str, ServedModule] = {}
+        # a hook, because within `rows` the model is called without passing through `__call__`
         self._hook = model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
 
     # Requests ---------------------------------------------------------------------------------------------------
@@ -166,9 +168,11 @@ class Tenants:
         """
         if not isinstance(name, str) or not name or name == BASE:
             raise ConfigError(f'An adapter cannot be called {name!r}: names are text, and "{BASE}" means no adapter.')
+        # before reading too, so that a name that is taken costs no download
         self._check_free(name)
         # reading is slow, so it happens before the lock is taken
         file = read_adapter(adapter)
+        # called only to refuse a method that cannot be served by row, before the lock is taken
         row_layer_class(file.info.name)
         with self._lock, torch.no_grad():
             self._check_free(name)  # again, because another thread may have taken the name meanwhile
@@ -202,6 +206,7 @@ class Tenants:
             banks = dict(snapshot.banks)
             for layout in snapshot.layouts[name]:
                 bank = banks[layout].without_adapter(name)
+                # a bank without an adapter would keep its memory, and its layers at every module
                 if bank.row_of:
                     banks[layout] = bank
                 else:
@@ -217,6 +222,7 @@ class Tenants:
         Raises:
             ConfigError: there is no adapter of that name.
         """
+        # read once, because another thread may publish the next snapshot in between
         snapshot = self._snapshot
         if name is None:
             return sum(bank.rows.nbytes for bank in snapshot.banks.values())
@@ -328,10 +334,13 @@ class Tenants:
     def _publish(self, layouts: Mapping[str, tuple[RowLayout, ...]], banks: Mapping[RowLayout, ParameterBank]) -> None:
         """Replace the snapshot that requests begin with."""
         snapshot = self._snapshot
+        # one more row in a known bank changes nothing at the modules
         modules = snapshot.modules if banks.keys() == snapshot.banks.keys() else self._modules(banks)
+        # modules are wrapped before the snapshot that needs them is published to other threads
         for path in modules:
             if path not in self._served_modules:
                 served = ServedModule(self.model.get_submodule(path), path, self._request)
+                # a new module begins in training mode, whatever that of the model is
                 self._served_modules[path] = served.train(self.model.training)
                 self.model.set_submodule(path, served)
         self._snapshot = Snapshot(layouts, banks, modules)

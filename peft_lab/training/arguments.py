@@ -51,12 +51,14 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
     Raises:
         ConfigError: Trainer refuses a value.
     """
+    # a copy, because the run's own options are recorded later without these defaults
     flags = dict(config.training_arguments)
     flags.setdefault("learning_rate", info.learning_rate)
     flags.setdefault("report_to", "none")
     flags.setdefault("restore_callback_states_from_checkpoint", True)  # else early stopping forgets its count at resume
     flags.setdefault("remove_unused_columns", False)  # the collator reads what the kind's preprocessing made
     flags.setdefault("label_names", ["labels"])
+    # an upload is private unless the run says otherwise, as with `peft-lab push`
     flags.setdefault("hub_private_repo", True)
     flags.setdefault("hub_strategy", "end")
     if flags["hub_strategy"] != "end":
@@ -64,6 +66,7 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
             f'hub_strategy "{flags["hub_strategy"]}" would upload checkpoints; only "end" (the finished run) can be.'
         )
     flags.pop("do_train", None)  # a run always trains
+    # Trainer's default of three epochs could end the training before its time has passed
     if config.max_seconds is not None and flags.keys().isdisjoint({"max_steps", "num_train_epochs"}):
         flags["max_steps"] = _WITHOUT_END
     if config.early_stopping_patience is not None:
@@ -78,6 +81,7 @@ def _set_early_stopping(flags: dict[str, Any]) -> None:
     flags.setdefault("save_strategy", strategy)
     flags.setdefault("load_best_model_at_end", True)
     flags.setdefault("metric_for_best_model", "loss")
+    # Trainer returns to the best model only if it saves at a multiple of the evaluation steps
     for steps, other in (("save_steps", "eval_steps"), ("eval_steps", "save_steps")):
         if other in flags:
             flags.setdefault(steps, flags[other])
@@ -85,6 +89,7 @@ def _set_early_stopping(flags: dict[str, Any]) -> None:
 
 def _set_device_flags(flags: dict[str, Any]) -> None:
     """Set the defaults that depend on the device and on recomputation."""
+    # pinned memory helps only copies to a GPU, and torch warns about it where there is none
     flags.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     if not torch.cuda.is_available() and (flags.get("bf16") or flags.get("bf16_full_eval")):
         flags.setdefault("use_cpu", not torch.backends.mps.is_available())  # Trainer wants bf16 on CPU spelt out
@@ -114,6 +119,7 @@ def build_or_refuse(build: Callable[..., _T], **values: Any) -> _T:
     """Call `build`; turn a refusal of Trainer into a `ConfigError`."""
     try:
         return build(**values)
+    # a `PeftLabError` is a `ValueError` too, and its sentence needs no second one around it
     except PeftLabError:
         raise
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

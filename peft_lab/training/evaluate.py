@@ -67,6 +67,7 @@ def evaluate(
     raw = prompt_column.for_model(raw, loaded.model, loaded.task)
     rows = loaded.kind.preprocess(raw, loaded.processor, loaded.task, loaded.model)
     prompt_column.check_kept(rows, raw, loaded.kind.name)
+    # Trainer makes its output folder even if nothing is written, so it gets one that vanishes
     with tempfile.TemporaryDirectory() as scratch:
         trainer = LabTrainer(
             model=loaded.model,
@@ -111,8 +112,10 @@ def predict(
         TaskError: the task is not what it should be.
         AdapterMismatchError: the adapter does not fit the base.
     """
+    # inputs are read first, because a wrong file should be refused before a model is loaded
     rows = read_inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
+    # the column that chooses prompts is read now, because `_input` keeps only those of the task
     ids = prompt_column.ids_of_inputs(rows, loaded.model, loaded.task)
     rows = [_input(row, loaded.task) for row in rows]
     return loaded.kind.predict_with_prompts(loaded.model, loaded.processor, rows, loaded.task, batch_size, ids)
@@ -129,6 +132,7 @@ def read_inputs(inputs: list[Any]) -> list[Any]:
     path = Path(inputs[0]).expanduser()
     if not path.is_file():
         raise ConfigError(f'There is no input file "{path}".')
+    # csv needs the line ends as they are, because a quoted cell may hold some
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix.lower() == ".csv":
             rows: list[Any] = list(csv.DictReader(file))
@@ -159,6 +163,7 @@ def _input(row: Any, task: Task) -> Any:
             missing.append(name)
     if missing:
         raise ConfigError(f"A row of the input file lacks {', '.join(sorted(missing))}; it has {', '.join(row)}.")
+    # a template refers to its columns by name, so it needs the mapping even if there is only one
     if len(chosen) == 1 and task.template is None:
         return next(iter(chosen.values()))
     return chosen or row

@@ -53,6 +53,7 @@ class PeakMemory:
             self.peak = max(self.peak, self._resident())
 
     def _sample(self) -> None:
+        # waiting on the event ends the thread at once, where a sleep would delay the end of the block
         while not self._stop.wait(self.interval):
             self.peak = max(self.peak, self._resident())
 

@@ -63,6 +63,7 @@ class ReadTrainingData(TrainerCallback):
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         if not _readers(model):
             return
+        # the last step of an epoch may have fewer batches, and counts all the same
         steps = math.ceil(len(loader) / args.gradient_accumulation_steps) if _has_length(loader) else 0
         if steps and state.global_step % steps:  # resumed within an epoch
             return

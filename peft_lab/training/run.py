@@ -133,6 +133,7 @@ class _Run:
 
     def execute(self) -> TrainResult:
         """Train, evaluate and save."""
+        # in this order every refusal comes before `_claim_folder` removes or writes anything
         checkpoint = self._checkpoint()
         self._load()
         self._build_trainer()
@@ -143,10 +144,12 @@ class _Run:
             self.trainer.train(checkpoint)
             seconds = time.perf_counter() - started
         scores = self._evaluate()
+        # without `_internal_call` Trainer would push now, before the metrics and the card are written
         self.trainer.save_model(str(self.folder), _internal_call=True)
         self.metrics = self._measured(scores, memory, seconds, checkpoint)
         if self.process.is_main_process:
             self._write()
+        # no process may return or push before the first one has written the folder
         self.process.wait_for_everyone()
         if self.arguments.push_to_hub:
             self.trainer.push_to_hub()
@@ -155,6 +158,7 @@ class _Run:
     def _checkpoint(self) -> str | None:
         """Checkpoint to start from: the one asked for, else the run's last."""
         asked = self.arguments.resume_from_checkpoint
+        # the flag is a text on the command line, and may be a boolean in a file or in Python
         word = str(asked).lower()
         own = None
         if not self.config.overwrite_output_dir:
@@ -179,6 +183,7 @@ class _Run:
             enable_full_determinism(seed)
         else:
             set_seed(seed)
+        # False is also the default of TrainingArguments, so only what the run itself says counts
         wants_test = self.config.training_arguments.get("do_predict") is not False
         has_test = "test" in self.task.splits or self.task.test_fraction > 0
         # the first process fills the caches that the others then read
@@ -201,6 +206,7 @@ class _Run:
             keeps_head,
         )
         self.kind.check_processor(self.processor, base)
+        # found before the adapter is on it, because peft wraps the head and its paths change
         self.head_modules = [] if keeps_head else module_roles.head_modules(base)
         set_seed(seed)  # the backbone's own random draws must not shift the adapter's
         settings = self.kind.adapter_settings(self.processor, self.labels)
@@ -282,9 +288,11 @@ class _Run:
         if self.process.is_main_process:
             if self.config.overwrite_output_dir:
                 run_folder.remove_run(self.folder)
+            # a checkpoint from elsewhere says nothing of those here, so all of them go
             inside = checkpoint if checkpoint and Path(checkpoint).parent.samefile(self.folder) else None
             remove_checkpoints(self.folder, after=inside)
             run_folder.write_run(self.config, self.folder)
+        # the other processes must not save into the folder while it is being cleared
         self.process.wait_for_everyone()
 
     def _evaluate(self) -> dict[str, dict[str, Any]]:
@@ -316,6 +324,7 @@ class _Run:
         head = {id(p) for p in self.trainer.head_parameters(self.model)}
         adapter = sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
         return {
+            # a token must not lie in a file that is meant to be shared
             "run": self.config.to_dict() | {"hub_token": None},
             "metrics": scores,
             "main_metric": self.task.main_metric,
@@ -351,10 +360,12 @@ class _Run:
         if self.labels:
             run_folder.write_labels(self.folder, list(self.labels))
         origin = self.task.origin
+        # your own task file may change or move later, so the run keeps a copy of it
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
         write_record(self.model, self.folder)
         self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
+        # the items are those of the split evaluated last, which is test only if test was scored
         if self.items is not None and "test" in self.metrics["metrics"]:
             write_predictions(self.folder, self.items)
         write_card(self.folder, self.metrics, self.info, self.task)

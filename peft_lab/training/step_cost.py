@@ -80,6 +80,7 @@ def measure_step(
     with kept_activations(model, inputs) as kept:
         loss = _loss(_call(model, inputs), loss_fn)
         saved = kept.bytes()
+    # frees the graph, which would otherwise be held while the peak is measured
     del loss
     peak = peak_memory(step)
     times = []
@@ -101,6 +102,7 @@ def training_step(
         if optimizer is not None:
             optimizer.step()
         model.zero_grad(set_to_none=True)
+        # CUDA runs asynchronously, so a clock would otherwise time only the launch of the work
         if cuda:
             torch.cuda.synchronize()
 
@@ -136,7 +138,9 @@ def _convolution_backward_flops(grad: Any, x: Any, weight: Any, *arguments: Any,
 
     Each takes the products of the forward once more.
     """
+    # the counter passes aten's arguments by position, with shapes in place of tensors
     transposed, mask = arguments[4], arguments[7]
+    # a transposed convolution multiplies at each position of its input, others at each of the output
     positions = x if transposed else grad
     return 2 * math.prod(weight) * positions[0] * math.prod(positions[2:]) * (mask[0] + mask[1])
 
@@ -146,6 +150,7 @@ class KeptActivations:
 
     def __init__(self, excluded: set[int]) -> None:
         self._excluded = excluded
+        # weak references, because strong ones would keep tensors alive that autograd has released
         self._handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
 
     def bytes(self) -> int:
@@ -251,6 +256,7 @@ def frozen_floor(model: nn.Module) -> Iterator[nn.Module]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def require_grad(_module: nn.Module, _args: Any, output: Any) -> None:
+        # an output that is no leaf has a gradient flowing through it already
         if isinstance(output, Tensor) and output.is_floating_point() and output.is_leaf and torch.is_grad_enabled():
             output.requires_grad_(True)
 

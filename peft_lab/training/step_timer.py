@@ -50,6 +50,7 @@ class StepTimer(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint of Trainer."""
+        # a resume sets these attributes, so all that has elapsed by now is then earlier time
         return {
             "args": {"max_seconds": self.max_seconds},
             "attributes": {"elapsed": self.elapsed, "earlier": self.elapsed},

@@ -78,11 +78,13 @@ class LabTrainer(Trainer):
             of_head = [p for p in group["params"] if id(p) in head]
             if of_head:
                 group["params"] = [p for p in group["params"] if id(p) not in head]
+                # a copy of the group, because the head keeps its weight decay and differs only in the rate
                 optimizer.add_param_group({**group, "params": of_head, "lr": self.head_learning_rate})
         return optimizer
 
     def head_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """Parameters of the task head, in peft's trained copy too."""
+        # dots on both sides, because a bare path such as `fc` would match `fc2` too
         marks = [f".{path}." for path in self.head_modules]
         found = []
         for name, parameter in model.named_parameters():
@@ -114,12 +116,14 @@ class LabTrainer(Trainer):
         Trainer has just called `model.train()`, which switches them on.
         """
         set_frozen_norms(self.model)  # of baselines and peft's own tuners; ours see to it themselves
+        # an evaluation does not pass through `get_batch_samples`, so the divisor is mended here as well
         items = self._divisor(num_items_in_batch, inputs)
         return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Batches of one step, and the divisor of their loss."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # with None from here, Trainer's step itself divides the loss by the number of accumulation steps
         return batches, self._divisor(items, batches[0]) if batches else items
 
     def _divisor(self, items: Any, batch: dict[str, Any]) -> Any:
@@ -130,6 +134,7 @@ class LabTrainer(Trainer):
         """
         if items is None or self.label_smoother is not None or self.compute_loss_func is not None:
             return items
+        # the answer is kept, because a test costs two forward passes
         if self._loss_divides is None:
             self._loss_divides = self._divides_by_items(batch)
         return None if self._loss_divides is False else items
@@ -143,6 +148,7 @@ class LabTrainer(Trainer):
         if not self.model_accepts_loss_kwargs:
             return None
         training, inputs = self.model.training, self._prepare_inputs(dict(batch))
+        # in eval mode, because dropout would make the two losses differ
         self.model.eval()
         with torch.random.fork_rng(devices=[]):
             losses = [self.model(**inputs, num_items_in_batch=torch.tensor(n))["loss"].float() for n in (1, 2)]
@@ -160,9 +166,12 @@ class LabTrainer(Trainer):
         """Create the repository before training, so that a refusal comes early."""
         if not self.is_world_process_zero():
             return
+        # made absolute, because the path `.` has no name
         name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        # None means private too: nothing may become public by omission
         wanted = self.args.hub_private_repo if private is None else private
         self.hub_model_id = create_repository(name, wanted is not False, token or self.args.hub_token)
+        # Trainer reads this attribute later, and only the method replaced here would set it
         self.push_in_progress = None
 
     def push_to_hub(

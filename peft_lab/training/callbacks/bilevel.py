@@ -66,6 +66,7 @@ class AlternatingActivation(TrainerCallback):
             raise ConfigError("The model has no learned activation to train in turn, such as IAPT's rational one.")
         # peft may have cast or moved the parameters since the callback was made
         self._optimizer = torch.optim.AdamW(self._parameters, lr=self.learning_rate, weight_decay=0.0)
+        # a generator of its own leaves the training's draws as they are; each process draws other rows
         loader = DataLoader(
             self.dev_dataset,
             batch_size=args.train_batch_size,
@@ -99,7 +100,9 @@ class AlternatingActivation(TrainerCallback):
         if state.global_step % self.every or self._optimizer is None:
             return
         batch = {key: value.to(args.device) for key, value in next(self._batches).items()}
+        # not backward(), because it would add to the gradients of all other parameters too
         gradients = torch.autograd.grad(kwargs["model"](**batch).loss, self._parameters, allow_unused=True)
+        # no wrapper averages these gradients over the processes, because backward() did not compute them
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else reduce(gradient, reduction="mean")
         self._optimizer.step()
@@ -108,6 +111,7 @@ class AlternatingActivation(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the steps of the activations and the moments of their optimizer."""
+        # one process is enough, because averaged gradients give the same moments in all of them
         if not state.is_world_process_zero or self._optimizer is None:
             return
         moments = {}
@@ -131,6 +135,7 @@ class AlternatingActivation(TrainerCallback):
             index, _, name = key.partition(".")
             parameter = self._parameters[int(index)]
             assert self._optimizer is not None, "made before"
+            # AdamW keeps its count of steps on the CPU, wherever the parameter lies
             self._optimizer.state[parameter][name] = value if name == "step" else value.to(parameter.device)
         # the batches are drawn from a seed, so those already used are passed over
         for _ in range(self._steps):
@@ -141,6 +146,7 @@ def activation_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Trainable parameters of the learned activations of a model."""
     found: list[nn.Parameter] = []
     for module in model.modules():
+        # by class, because peft's wrappers answer for attributes of the modules inside them
         for name in getattr(type(module), "activation_names", ()):
             found += getattr(module, name).values()
     return [parameter for parameter in found if parameter.requires_grad]
