@@ -130,9 +130,17 @@ class ForwardContext:
         return expand_rows(found, rows, name)
 
 
+@dataclass
+class _Given:
+    """Row inputs given around calls, and whether a forward has read them."""
+
+    values: Mapping[str, Tensor]
+    was_read: bool = False
+
+
 #: Context of the running call, and row inputs given around calls. Context variables are not shared between threads.
 _CURRENT: ContextVar[ForwardContext | None] = ContextVar("peft_lab_forward_context", default=None)
-_GIVEN: ContextVar[Mapping[str, Tensor] | None] = ContextVar("peft_lab_row_inputs", default=None)
+_GIVEN: ContextVar[_Given | None] = ContextVar("peft_lab_row_inputs", default=None)
 
 
 @contextmanager
@@ -185,16 +193,26 @@ def row_inputs(**inputs: Tensor) -> Iterator[None]:
             counted in. One value per token is padded with zeros at the right for tokens that are written later.
 
     Raises:
-        ConfigError: a value is no tensor.
+        ConfigError: a value is no tensor, or no model that was called inside the block has an adapter that declares it.
     """
     for name, value in inputs.items():
         if not isinstance(value, Tensor):
             raise ConfigError(f"{name} must be a tensor, got {type(value).__name__}.")
-    token = _GIVEN.set({**(_GIVEN.get() or {}), **inputs})
+    outer = _GIVEN.get()
+    given = _Given({**(outer.values if outer else {}), **inputs})
+    token = _GIVEN.set(given)
     try:
         yield
     finally:
         _GIVEN.reset(token)
+    # A model without such an adapter is not wrapped, so only here it shows that nobody has read the values.
+    if not given.was_read:
+        raise ConfigError(
+            f"No forward inside row_inputs({', '.join(inputs)}) was one of a model with an adapter that declares row "
+            "inputs; put the adapter on, or leave row_inputs out."
+        )
+    if outer:
+        outer.was_read = True
 
 
 #: Code that runs around the forward of one module: (module, forward, arguments) -> output.
@@ -366,16 +384,17 @@ def _given_around(specs: Mapping[str, RowInput], like: Tensor | None) -> dict[st
     They get as many rows (beams) and tokens as `like` has now.
     """
     given = _GIVEN.get()
-    if not given:
+    if not given or not given.values:
         return {}
-    unknown = next((name for name in given if name not in specs), None)
+    unknown = next((name for name in given.values if name not in specs), None)
     if unknown is not None:
         raise ConfigError(
             f'No adapter on this model declares the row input "{unknown}".{did_you_mean(unknown, specs)} '
             f"Declared: {', '.join(specs) or 'none'}."
         )
+    given.was_read = True
     found = {}
-    for name, value in _checked(given, specs, None).items():
+    for name, value in _checked(given.values, specs, None).items():
         if like is not None:
             value = expand_rows(value, len(like), name)
             # Tokens that were written since the call count as zero.

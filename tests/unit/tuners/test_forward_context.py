@@ -242,3 +242,32 @@ def test_a_default_is_computed_once_from_the_arguments() -> None:
     assert context.row_input("w", 4).tolist() == [1.0] * 4
     assert context.row_input("w").tolist() == [1.0] * 2
     assert calls == [["x"]]
+
+
+def test_values_that_no_model_reads_are_an_error() -> None:
+    base = TINY["bert"]()
+    plain, inputs = adapt("lora", base), tiny_inputs(base)
+    message = r"row_inputs\(row_weight\).*adapter that declares"
+    with pytest.raises(ConfigError, match=message), peft_lab.row_inputs(row_weight=WEIGHTS[:2]):
+        plain(**inputs)
+    with pytest.raises(ZeroDivisionError), peft_lab.row_inputs(row_weight=WEIGHTS[:2]):
+        raise ZeroDivisionError  # an error of the block itself is not hidden
+
+
+def test_generate_runs_the_encoder_alone() -> None:
+    model, inputs = twin("t5"), tiny_inputs(TINY["t5"](), batch=3)
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    ids = inputs["input_ids"]
+    with peft_lab.row_inputs(row_weight=WEIGHTS):
+        together = model.generate(input_ids=ids, **settings)
+    for row in range(3):
+        with peft_lab.row_inputs(row_weight=WEIGHTS[row : row + 1]):
+            assert torch.equal(model.generate(input_ids=ids[row : row + 1], **settings)[0], together[row])
+
+
+def test_what_all_rows_share_takes_only_a_value_that_all_have() -> None:
+    """DeBERTa projects its relative positions once for the whole batch."""
+    model, inputs = twin("deberta-v2"), tiny_inputs(TINY["deberta-v2"](), batch=2)
+    assert output(model, inputs, row_weight=torch.tensor([0.3, 0.3])).isfinite().all()
+    with pytest.raises(ConfigError, match="row_weight has 2 rows, but the batch has 1"):
+        model(**inputs, row_weight=torch.tensor([0.3, 0.4]))
