@@ -23,12 +23,8 @@ import torch
 from torch import Tensor
 
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.registry import MethodInfo
-from peft_lab.tuners.config import shorten
-from peft_lab.tuners.forward_context import RowInput
-from peft_lab.tuners.sequence.prompt_state import PromptState
-from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
-from peft_lab.tuners.sequence.stored_tuner import register_static
+from peft_lab.tuners import MethodInfo, RowInput, shorten
+from peft_lab.tuners.sequence import PromptState, StaticConfig, StoredPrompts, register_static
 
 logger = logging.getLogger("peft_lab")
 

@@ -18,8 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
-from peft_lab.registry import MethodInfo
-from peft_lab.tuners.operations import conv2d_rows, embed_scale, operation
+from peft_lab.tuners import MethodInfo, conv2d_rows, embed_scale, operation
 
 METHOD = MethodInfo(
     name="lora",

@@ -6,17 +6,20 @@ Method authors import from here.
 from __future__ import annotations
 
 from peft_lab.registry import MethodInfo
-from peft_lab.tuners.config import AdapterConfig
+from peft_lab.tuners.config import AdapterConfig, shorten
+from peft_lab.tuners.dtypes import WIDE_DTYPES, sum_dtype
 from peft_lab.tuners.forward_context import ForwardContext, RowInput
 from peft_lab.tuners.layer import AdapterLayer, FeatureLayer, WeightLayer
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters
 from peft_lab.tuners.operations import Operation, apply_matrix, conv2d_rows, embed_scale, norm_offset, operation
 from peft_lab.tuners.registration import register
 from peft_lab.tuners.residual_layer import ResidualBranches, ResidualLayer, register_residual
+from peft_lab.tuners.tokens import insert, parameter_names, split
 from peft_lab.tuners.tuner import AdapterTuner
 
 __all__ = [
     "BASE",
+    "WIDE_DTYPES",
     "AdapterConfig",
     "AdapterLayer",
     "AdapterTuner",
@@ -32,8 +35,13 @@ __all__ = [
     "apply_matrix",
     "conv2d_rows",
     "embed_scale",
+    "insert",
     "norm_offset",
     "operation",
+    "parameter_names",
     "register",
     "register_residual",
+    "shorten",
+    "split",
+    "sum_dtype",
 ]

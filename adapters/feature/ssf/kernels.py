@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from peft_lab.tuners.dtypes import sum_dtype
+from peft_lab.tuners import sum_dtype
 
 __all__ = [
     "recomputed",

@@ -19,12 +19,7 @@ from torch import Tensor
 
 from peft_lab.adapters.feature.ssf.kernels import recomputed, scale_shift, scale_shift_
 from peft_lab.errors import ConfigError
-from peft_lab.registry import MethodInfo
-from peft_lab.tuners.config import AdapterConfig
-from peft_lab.tuners.layer import FeatureLayer
-from peft_lab.tuners.mixed_batch import RowAdapters
-from peft_lab.tuners.operations import norm_offset
-from peft_lab.tuners.registration import register
+from peft_lab.tuners import AdapterConfig, FeatureLayer, MethodInfo, RowAdapters, norm_offset, register
 
 METHOD = MethodInfo(
     name="ssf",

@@ -21,12 +21,7 @@ from torch import Tensor, nn
 from peft_lab.adapters.input.pixel_prompt.pruning import Pruning
 from peft_lab.backbones import module_roles
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.registry import MethodInfo
-from peft_lab.tuners.config import AdapterConfig
-from peft_lab.tuners.layer import AdapterLayer
-from peft_lab.tuners.registration import register
-from peft_lab.tuners.tokens import parameter_names
-from peft_lab.tuners.tuner import AdapterTuner
+from peft_lab.tuners import AdapterConfig, AdapterLayer, AdapterTuner, MethodInfo, parameter_names, register
 
 #: Ways to choose source classes, and whether they read the training data.
 MAPPINGS = {"random": False, "first": False, "frequency": True, "iterative": True}

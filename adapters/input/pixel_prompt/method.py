@@ -27,7 +27,7 @@ from torch import Tensor
 
 from peft_lab.adapters.input.pixel_prompt.mapped_head import MappedHead, MappedHeadConfig, register_mapped_head
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.registry import MethodInfo
+from peft_lab.tuners import MethodInfo
 
 METHOD = MethodInfo(
     name="pixel_prompt",

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from peft_lab.errors import ConfigError
-from peft_lab.registry import MethodInfo
-from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
-from peft_lab.tuners.sequence.stored_tuner import register_static
+from peft_lab.tuners import MethodInfo
+from peft_lab.tuners.sequence import StaticConfig, StoredPrompts, register_static
 
 METHOD = MethodInfo(
     name="bayes_prompt",

@@ -21,14 +21,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from peft_lab.errors import ConfigError
-from peft_lab.registry import MethodInfo
-from peft_lab.tuners.forward_context import ForwardContext
-from peft_lab.tuners.mixed_batch import RowAdapters
-from peft_lab.tuners.residual_layer import ResidualBranches
-from peft_lab.tuners.sequence.prompt_state import PromptState
-from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
-from peft_lab.tuners.sequence.stored_tuner import register_static
-from peft_lab.tuners.tokens import insert, split
+from peft_lab.tuners import ForwardContext, MethodInfo, ResidualBranches, RowAdapters, insert, split
+from peft_lab.tuners.sequence import PromptState, StaticConfig, StoredPrompts, register_static
 
 METHOD = MethodInfo(
     name="dvpt",

@@ -30,11 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
-from peft_lab.registry import MethodInfo
-from peft_lab.tuners.forward_context import RowInput
-from peft_lab.tuners.sequence.layer import SequenceLayer
-from peft_lab.tuners.sequence.prompt_state import PromptState
-from peft_lab.tuners.sequence.tuner import SequenceConfig, register_sequence
+from peft_lab.tuners import MethodInfo, RowInput
+from peft_lab.tuners.sequence import PromptState, SequenceConfig, SequenceLayer, register_sequence
 
 METHOD = MethodInfo(
     name="iapt",

@@ -17,8 +17,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.tuners.sequence.layer import SequenceLayer
-from peft_lab.tuners.tokens import split
+from peft_lab.tuners import split
+from peft_lab.tuners.sequence import SequenceLayer
 from peft_lab.utils.text import plain
 
 if TYPE_CHECKING:

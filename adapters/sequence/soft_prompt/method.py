@@ -26,12 +26,8 @@ from torch import Tensor, nn
 
 from peft_lab.adapters.sequence.soft_prompt.text_init import states_before
 from peft_lab.errors import ConfigError
-from peft_lab.registry import MethodInfo
-from peft_lab.tuners.registration import register
-from peft_lab.tuners.sequence.prompt_state import PromptState
-from peft_lab.tuners.sequence.stack import chosen_stack
-from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
-from peft_lab.tuners.sequence.stored_tuner import StaticTuner
+from peft_lab.tuners import MethodInfo, register
+from peft_lab.tuners.sequence import PromptState, StaticConfig, StaticTuner, StoredPrompts, chosen_stack
 
 METHOD = MethodInfo(
     name="soft_prompt",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lab.tuners.sequence.layer import SequenceLayer
+from peft_lab.tuners.sequence import SequenceLayer
 
 
 @torch.no_grad()

@@ -24,12 +24,7 @@ from torch import Tensor, nn
 from peft_lab.adapters.weight.svfit import svd
 from peft_lab.adapters.weight.svfit.kernels import spectral_conv2d, spectral_linear
 from peft_lab.errors import ConfigError
-from peft_lab.registry import MethodInfo
-from peft_lab.tuners.config import AdapterConfig
-from peft_lab.tuners.layer import WeightLayer
-from peft_lab.tuners.mixed_batch import RowAdapters
-from peft_lab.tuners.operations import conv2d_rows, embed_scale
-from peft_lab.tuners.registration import register
+from peft_lab.tuners import AdapterConfig, MethodInfo, RowAdapters, WeightLayer, conv2d_rows, embed_scale, register
 
 METHOD = MethodInfo(
     name="svfit",

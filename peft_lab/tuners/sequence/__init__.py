@@ -1,0 +1,27 @@
+"""Building blocks of a method with prompts in the sequence.
+
+Method authors import from here.
+"""
+
+from __future__ import annotations
+
+from peft_lab.tuners.sequence.layer import SequenceLayer
+from peft_lab.tuners.sequence.prompt_state import PromptState
+from peft_lab.tuners.sequence.stack import StackInfo, chosen_stack
+from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
+from peft_lab.tuners.sequence.stored_tuner import StaticTuner, register_static
+from peft_lab.tuners.sequence.tuner import SequenceConfig, SequenceTuner, register_sequence
+
+__all__ = [
+    "PromptState",
+    "SequenceConfig",
+    "SequenceLayer",
+    "SequenceTuner",
+    "StackInfo",
+    "StaticConfig",
+    "StaticTuner",
+    "StoredPrompts",
+    "chosen_stack",
+    "register_sequence",
+    "register_static",
+]
