@@ -171,7 +171,7 @@ def find_adapter(name: str | Path, revision: str | None = None) -> Path:
     A Hub id is downloaded, at a branch, tag or commit if one is given.
 
     Raises:
-        ConfigError: there is no such folder, it holds no safetensors weights, or something that `guard` refuses.
+        ConfigError: there is no such folder, it holds no safetensors weights, or something that `safe_files` refuses.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
