@@ -1,4 +1,4 @@
-"""Where prompts have room: decoders beyond the role table, tokens before patches; and where not, said in a sentence."""
+"""Support of prompts: decoders beyond the role table, tokens before patches; and the errors of those that lack it."""
 
 from __future__ import annotations
 
