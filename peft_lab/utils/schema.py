@@ -105,6 +105,8 @@ def _sentence(failure: ValidationError, known: list[str], what: str) -> str:
         choices = re.findall(r"'(.*?)'", first["ctx"]["expected"])
         near = did_you_mean(str(value), choices)
         return f'"{key}" in {what} must be one of {", ".join(choices)}, not "{value}".{near}'
+    if error_type == "too_short":
+        return f'"{key}" in {what} must not be empty.'
     for bound, words in (("ge", "at least"), ("gt", "over"), ("le", "at most")):
         if bound in first.get("ctx", ()):
             return f'"{key}" in {what} must be {words} {first["ctx"][bound]:g}, not {value}.'

@@ -26,7 +26,9 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from peft_lab import registry
 from peft_lab.comparison.study.parameter_budget import size_field
@@ -35,7 +37,7 @@ from peft_lab.data.task_registry import load_task, validate_task
 from peft_lab.data.task_schema import Task, check_classes
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.runs.run_config import ALTERNATING, RunConfig, method_args, read_run_file
-from peft_lab.utils.schema import check
+from peft_lab.utils.schema import S, Schema, check
 
 #: Options of runs that the study itself sets, and where.
 _SET_ELSEWHERE = {
@@ -104,7 +106,81 @@ def default_study(task: str, backbone: str, max_steps: int | None = None, name: 
     return from_mapping(values, "the default study", Path.cwd())
 
 
-_KEYS = ("name", "tasks", "model_name_or_path", "methods", "seeds", "search", "limits", "training", "measures")
+def _list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{what} must be a mapping of names to values, not {value!r}.")
+    return value
+
+
+def _seeds(value: Any) -> list[int]:
+    # YAML's true would pass as the number 1
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ConfigError(f'"seeds" must be at least 1, got {value}.')
+        return list(range(value))
+    seeds = _list(value)
+    if not seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):
+        raise ConfigError(f'"seeds" must be a number of seeds or a list of whole numbers, got {value!r}.')
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f'"seeds" names a seed twice: {value!r}.')
+    return seeds
+
+
+def _file_name(value: str) -> str:
+    # It becomes part of folder names.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+        raise ConfigError(f'The name "{value}" of the study must be letters, digits, ".", "-" and "_", at most 64.')
+    return value
+
+
+#: Field types: one value stands for a list of one, and an empty key for no value or no options; tasks must be named.
+_Values = Annotated[list[Any], BeforeValidator(_list), Field(default_factory=list)]
+_Options = Annotated[
+    dict[str, Any], BeforeValidator(lambda value: {} if value is None else value), Field(default_factory=dict)
+]
+_Named = Annotated[list[Any], BeforeValidator(_list), Field(min_length=1)]
+
+
+class _StudyFile(Schema):
+    """Keys of a study file, whose shorthand is written out afterwards."""
+
+    name: Annotated[str, AfterValidator(_file_name)]
+    tasks: _Named
+    model_name_or_path: _Values
+    methods: _Named
+    seeds: Annotated[list[int], BeforeValidator(_seeds), Field(default_factory=lambda: [0, 1, 2])]
+    search: _Options
+    limits: _Options
+    training: _Options
+    measures: _Options
+    launcher: Any = None
+
+
+class _Measures(Schema):
+    """Further tasks of all cells."""
+
+    shifted: str | None = None
+    control: str | None = None
+
+
+class _ArmEntry(Schema):
+    """Entry of `methods`."""
+
+    method: str
+    name: str | None = None
+    args: _Options
+    tune: _Options
+    learning_rates: _Values
+    size: str | None = None
+    training: _Options
 
 
 def from_mapping(values: Mapping[str, Any], where: str, folder: Path) -> Study:
@@ -112,29 +188,39 @@ def from_mapping(values: Mapping[str, Any], where: str, folder: Path) -> Study:
 
     `folder` anchors relative task paths.
     """
-    check_keys(values, (*_KEYS, "launcher"), where)
-    for key in ("name", "tasks", "methods"):
-        if not values.get(key):
-            raise ConfigError(f'{where} must give "{key}".')
-    name = str(values["name"])
-    # the name becomes that of a folder
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise ConfigError(f'The name "{name}" of the study must be letters, digits, ".", "-" and "_", at most 64.')
-    measures = _mapping(values.get("measures"), "measures")
-    check_keys(measures, ("shifted", "control"), '"measures"')
-    backbones = _list(values.get("model_name_or_path"))
+    given = _checked(_StudyFile, values, where)
+    measures = _checked(_Measures, given.measures, '"measures"').model_dump(exclude_none=True)
+    cells: list[Cell] = []
+    for entry in given.tasks:
+        cells += _cells(entry, given.model_name_or_path, measures, folder)
+    arms: list[Arm] = []
+    for entry in given.methods:
+        arms += _arms(entry)
     study = Study(
-        name=name,
-        cells=tuple(c for entry in _list(values["tasks"]) for c in _cells(entry, backbones, measures, folder)),
-        arms=tuple(arm for entry in _list(values["methods"]) for arm in _arms(entry)),
-        seeds=_seeds(values.get("seeds", 3)),
-        search=_search(_mapping(values.get("search"), "search")),
-        limits=_limits(_mapping(values.get("limits"), "limits")),
-        training=_run_options(_mapping(values.get("training"), "training"), '"training"'),
-        launcher=_launcher(values.get("launcher")),
+        name=given.name,
+        cells=tuple(cells),
+        arms=tuple(arms),
+        seeds=tuple(given.seeds),
+        search=_search(given.search),
+        limits=_checked(Limits, _set_values(given.limits), '"limits"'),
+        training=_run_options(given.training, '"training"'),
+        launcher=_launcher(given.launcher),
     )
     _check(study)
     return study
+
+
+def _checked(schema: type[S], values: Any, what: str) -> S:
+    """Check part of a study; the message is a sentence of its own."""
+    try:
+        return check(schema, values, what, ConfigError)
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text[0].upper() + text[1:]) from error
+
+
+def _set_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _cells(entry: Any, backbones: list[Any], measures: Mapping[str, Any], folder: Path) -> Iterable[Cell]:
@@ -201,22 +287,21 @@ def _arms(entry: Any) -> list[Arm]:
         raise ConfigError(f'Each of "methods" must name a method, as in {{method: lora}}, not {entry!r}.')
     info = registry.method(values["method"])
     what = f'the arm of method "{info.name}"'
-    check_keys(values, ("method", "name", "args", "tune", "learning_rates", "size", "training"), what)
-    training = _mapping(values.get("training"), f"training of {what}")
+    given = _checked(_ArmEntry, values, what)
     # all other options must be the same for every arm, or the comparison would not be fair
-    check_keys(training, ALTERNATING, f"training of {what}")
-    training = _run_options(training, f"training of {what}")
-    args = method_args(_mapping(values.get("args"), f"args of {what}"))
-    tune = {k: tuple(_list(v)) for k, v in method_args(_mapping(values.get("tune"), f"tune of {what}")).items()}
-    for given, key in ((args, "args"), (tune, "tune")):
-        if given and not info.config:
+    check_keys(given.training, ALTERNATING, f"training of {what}")
+    training = _run_options(given.training, f"training of {what}")
+    args = method_args(given.args)
+    tune = {name: tuple(_list(value)) for name, value in method_args(given.tune).items()}
+    for arguments, key in ((args, "args"), (tune, "tune")):
+        if arguments and not info.config:
             raise ConfigError(f'Method "{info.name}" is a baseline and takes no {key}.')
-        registry.check_method_args(info.name, given)
+        registry.check_method_args(info.name, arguments)
     both = sorted(args.keys() & tune.keys())
     if both:
         raise ConfigError(f'"{both[0]}" of {what} is both fixed in "args" and searched by "tune"; remove one.')
-    rates = _rates(values.get("learning_rates"), what)
-    size = str(values.get("size") or "")
+    rates = _rates(given.learning_rates, what)
+    size = given.size or ""
     if size:
         registry.check_method_args(info.name, {size: None})
     grids = {name: value for name, value in args.items() if is_grid(info.name, name, value)}
@@ -224,7 +309,7 @@ def _arms(entry: Any) -> list[Arm]:
     for combination in itertools.product(*grids.values()):
         chosen = dict(zip(grids, combination, strict=True))
         # a study that was written back may hold lists of one value, whose arms are named already
-        parts = [str(values.get("name", info.name)), *(f"{k}={v}" for k, v in chosen.items() if len(grids[k]) > 1)]
+        parts = [given.name or info.name, *(f"{k}={v}" for k, v in chosen.items() if len(grids[k]) > 1)]
         arms.append(Arm(" ".join(parts), info.name, {**args, **chosen}, tune, rates, size, training))
     return arms
 
@@ -233,33 +318,15 @@ def _rates(value: Any, what: str) -> tuple[float, ...]:
     return tuple(_positive(rate, f"learning_rates of {what}") for rate in _list(value))
 
 
-def _seeds(value: Any) -> tuple[int, ...]:
-    # YAML's true would pass as the number 1
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value < 1:
-            raise ConfigError(f'"seeds" must be at least 1, got {value}.')
-        return tuple(range(value))
-    seeds = tuple(_list(value))
-    if not seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):
-        raise ConfigError(f'"seeds" must be a number of seeds or a list of whole numbers, got {value!r}.')
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f'"seeds" names a seed twice: {value!r}.')
-    return seeds
-
-
 def _search(values: Mapping[str, Any]) -> Search:
-    given = {key: value for key, value in values.items() if value is not None}
+    given = _set_values(values)
     # YAML reads an empty value as None, and the word no as False
     if values.get("strategy", "grid") in (None, False, "none"):
         further = next((key for key in given if key != "strategy"), None)
         if further is not None:
             raise ConfigError(f'"{further}" of "search" has no effect with the strategy none; remove it.')
         given = {"strategy": "none", "trials": 1}
-    return check(Search, given, '"search"', ConfigError)
-
-
-def _limits(values: Mapping[str, Any]) -> Limits:
-    return check(Limits, {key: value for key, value in values.items() if value is not None}, '"limits"', ConfigError)
+    return _checked(Search, given, '"search"')
 
 
 def _launcher(value: Any) -> dict[str, Any]:
@@ -340,20 +407,6 @@ def _run_options(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     needed = {"task": "-", "model_name_or_path": "-", "method": "-", "output_dir": "-"}
     plain = RunConfig.from_mapping({**values, **needed}, where).to_dict()
     return {key: value for key, value in plain.items() if key not in needed}
-
-
-def _mapping(value: Any, what: str) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{what} must be a mapping of names to values, not {value!r}.")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _positive(value: Any, what: str) -> float:
