@@ -1,0 +1,5 @@
+"""Command line, one file a group of commands."""
+
+from peft_lab.cli.app import main
+
+__all__ = ["main"]

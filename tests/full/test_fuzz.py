@@ -153,7 +153,7 @@ HOSTILE = [
         "a\0b",
         "\ud800",
     ),
-    *("os.system", "antigravity", "__import__('os').system('true')", "this", "peft_lab.cli.main", "CON", "a" * 5000),
+    *("os.system", "antigravity", "__import__('os').system('true')", "this", "peft_lab.cli.app", "CON", "a" * 5000),
     *("(a+)+$", "(", ".*" * 40, "(.|.)*x", r"\1", "(?<=a)b", "a{1,65000}{1,65000}", ".*", "first|second", "all-linear"),
     *(
         "__class__",

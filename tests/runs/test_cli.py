@@ -83,7 +83,7 @@ def run_main(arguments, monkeypatch, capsys) -> tuple[int, str]:
     monkeypatch.setitem(sys.modules, "peft_lab.training.run", None)
     monkeypatch.setitem(sys.modules, "peft_lab.training.evaluate", None)
     with pytest.raises(SystemExit) as leaving:
-        main.main()
+        main()
     return leaving.value.code, capsys.readouterr().err
 
 
@@ -192,7 +192,7 @@ def peft_lab_command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["peft-lab", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as leaving:
-            main.main()
+            main()
         output = capsys.readouterr()
         return leaving.value.code or 0, output.out, output.err
 

@@ -284,7 +284,7 @@ def found(dotted: str) -> bool:
 def test_commands_exist(page):
     from typer.main import get_command
 
-    from peft_lab.cli.main import app
+    from peft_lab.cli.app import app
 
     commands = set(get_command(app).commands)
     text = page.read_text(encoding="utf-8")
@@ -314,7 +314,7 @@ def test_files_of_the_pictures_exist(made):
 def test_files_that_pages_show_are_valid(page, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from peft_lab.cli.main import app
+    from peft_lab.cli.app import app
 
     monkeypatch.chdir(tmp_path)
     for name in ("photos/train", "photos/test"):

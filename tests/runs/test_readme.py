@@ -14,7 +14,7 @@ import pytest
 import typer.main
 from support.code import missing_names
 
-from peft_lab.cli.main import app
+from peft_lab.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

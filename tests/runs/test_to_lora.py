@@ -276,7 +276,7 @@ def test_a_converted_run_still_knows_its_base(converted, place, tmp_path):
 
 
 def test_the_command_prints_rank_and_error(run, place, converted, capsys, monkeypatch, tmp_path):
-    from peft_lab.cli.main import main
+    from peft_lab.cli import main
 
     arguments = ["peft-lab", "to-lora", str(run.output_dir), str(tmp_path / "out"), "--rank", "2"]
     monkeypatch.setattr(sys, "argv", arguments)

@@ -266,7 +266,7 @@ def without_torch(arguments: list[str], folder: Path) -> tuple[list[str], float,
     script = (
         "import sys, time, resource\n"
         f"sys.argv = ['peft-lab', *{arguments!r}]\n"
-        "from peft_lab.cli.main import main\n"
+        "from peft_lab.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
         f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules], used.ru_utime + used.ru_stime)\n"

@@ -184,7 +184,7 @@ def _bomb(side: int) -> bytes:
 
 
 def _command(folder, *arguments: str, task: bool = True):
-    from peft_lab.cli.main import app
+    from peft_lab.cli.app import app
 
     named = ["--task", str(folder / "task.yaml")] if task else []
     return CliRunner().invoke(app, ["attention-maps", *(str(a) for a in arguments), *named])

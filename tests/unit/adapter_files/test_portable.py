@@ -368,7 +368,7 @@ def test_bases_of_svfit_are_rebuilt_from_the_other_weights(tmp_path: Path) -> No
 def test_command_line_passes_the_word_on(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from peft_lab.cli.main import app
+    from peft_lab.cli.app import app
 
     asked: list[Any] = []
     home = "export.merge" if command == "merge" else "training.evaluate"

@@ -26,7 +26,7 @@ from support.tiny_runs import (
 )
 
 from peft_lab import push
-from peft_lab.cli.main import main
+from peft_lab.cli import main
 from peft_lab.errors import ConfigError
 from peft_lab.hub.public_copy import find_base, refuse_private, stage
 from peft_lab.training.run import train
@@ -154,7 +154,7 @@ def test_it_loads_from_the_hub_in_every_way(pushed, place, tmp_path):
         logits = [m.eval()(**inputs).logits for m in found]
         score = evaluate("someone/pushed", sys.argv[2])["accuracy"]
         print(json.dumps([[bool(torch.equal(l, logits[0])) for l in logits], score]))
-        from peft_lab.cli.main import main
+        from peft_lab.cli import main
         from peft_lab.training.evaluate import predict
         print(*map(json.dumps, predict(sys.argv[1], ["the rain", "a song"])), sep="\\n")
         sys.argv = ["peft-lab", "predict", "someone/pushed", "the rain", "a song"]

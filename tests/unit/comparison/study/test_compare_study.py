@@ -263,7 +263,7 @@ def test_the_usual_comparison() -> None:
 def test_a_study_is_validated_without_torch(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(study()))
-    script = "import sys; sys.argv[1:] = ['validate', sys.argv[1]]\nfrom peft_lab.cli.main import app\n"
+    script = "import sys; sys.argv[1:] = ['validate', sys.argv[1]]\nfrom peft_lab.cli.app import app\n"
     script += "try: app()\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=False)
     assert "18 runs" in done.stdout, done.stderr
@@ -285,7 +285,7 @@ def test_a_study_is_validated_without_torch(tmp_path: Path) -> None:
 def test_the_command_line_refuses_in_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
     from typer.testing import CliRunner
 
-    from peft_lab.cli.main import app
+    from peft_lab.cli.app import app
 
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(study()))
