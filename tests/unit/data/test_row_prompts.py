@@ -186,6 +186,12 @@ def test_values_are_texts_names_or_whole_numbers(tmp_path):
     named = splits.train.remove_columns("prompt_ids").add_column("domain", [1, 0] * 9)
     named = named.cast_column("domain", ClassLabel(names=["far", "near"]))
     assert prompt_column.texts(task, "train", named)[:2] == ["near", "far"]
+    for missing in (-1, None):  # datasets has either for a missing class
+        lacking = named.remove_columns("domain").add_column(
+            "domain", [1, missing] * 9, feature=named.features["domain"]
+        )
+        with pytest.raises(TaskError, match="9 train rows have no value"):
+            prompt_column.texts(task, "train", lacking)
     for column, wrong in ((np.linspace(0, 1, 18).tolist(), "not float64"), (["x", None] * 9, "9 train rows have no")):
         with pytest.raises(TaskError, match=wrong):
             prompt_column.texts(task, "train", splits.train.remove_columns("prompt_ids").add_column("domain", column))

@@ -125,3 +125,14 @@ def test_what_is_refused() -> None:
     block = next(m for m in branched("bert").modules() if isinstance(m, Layer))
     with pytest.raises(ConfigError, match="called without its backbone"):
         block(torch.zeros(1, 3, 16))
+
+
+def test_generate_runs_the_encoder_alone() -> None:
+    model, ids = branched("t5"), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    settings = {"max_new_tokens": 3, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    written = model.generate(input_ids=ids, **settings)
+    start = written.sequences[:, :1]
+    assert_close(written.scores[0], model(input_ids=ids, decoder_input_ids=start).logits[:, -1])
+    with model.disable_adapter():
+        without = model.generate(input_ids=ids, **settings)
+    assert not torch.allclose(written.scores[0], without.scores[0], atol=1e-4)
