@@ -102,9 +102,10 @@ class VPTLayer(StoredPrompts):
     def shared_values(self, adapter: str, config: VPTConfig) -> dict[str, Tensor]:
         if config.projection is None or self.share_key(config) is None:
             return {}
-        weight = torch.empty(self.width, config.projection)
-        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="linear")
-        return {"vpt_projection_weight": weight, "vpt_projection_bias": torch.zeros(self.width)}
+        # As the authors start it: the weight by Kaiming's rule with a gain of sqrt(2), the bias as any nn.Linear's.
+        start = nn.Linear(config.projection, self.width)
+        nn.init.kaiming_normal_(start.weight, mode="fan_out")
+        return {"vpt_projection_weight": start.weight.detach(), "vpt_projection_bias": start.bias.detach()}
 
     def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
         config, weight = self.configs[adapter], self.parameter(adapter, "vpt_projection_weight")
