@@ -41,6 +41,8 @@ class VPTConfig(StaticConfig):
         ConfigError: a number of prompts, a dropout or a projection out of range; a projection with `domain_components`.
     """
 
+    authors_backbone_eval = True
+
     num_prompts: int | list[int] = field(
         default=10,
         metadata={"help": "Prompts of each block; a list gives one number per block that writes.", "other": 3},

@@ -23,7 +23,8 @@ from peft_lab.backbones.heads import PEFT_HEADS
 from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
-from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_model
+from peft_lab.tuners.backbone_mode import set_backbone_mode
+from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_forward, wrap_model
 from peft_lab.tuners.layer import AdapterLayer, no_merge
 from peft_lab.tuners.mixed_batch import BASE, mixed_batch
 
@@ -53,6 +54,8 @@ class AdapterTuner(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         keep_statistics(model)
+        if config.backbone_eval:
+            wrap_forward(model, opens=True).prepare = set_backbone_mode
         if config.row_inputs():
             for wrapper in wrap_model(model):
                 wrapper.declared[adapter_name] = config.row_inputs()

@@ -62,6 +62,7 @@ class PixelPromptConfig(MappedHeadConfig):
     """
 
     uses_source_head = True
+    authors_backbone_eval = True
 
     program: str = field(
         default="frame",

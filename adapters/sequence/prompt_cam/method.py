@@ -47,6 +47,7 @@ class PromptCAMConfig(StaticConfig):
     """
 
     produces_logits = True
+    authors_backbone_eval = True
 
     deep: bool = field(default=True, metadata={"help": "New prompts before every block.", "other": False})
     dropout: float = field(
