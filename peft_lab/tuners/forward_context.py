@@ -336,9 +336,7 @@ class _CheckpointInContext:
         return self.function(run, *args, **kwargs)
 
 
-def _in_context(
-    context: ForwardContext, module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def _in_context(context: ForwardContext, module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     token, training = _CURRENT.set(context), module.training
     # A frozen block is in training mode so that it is checkpointed; its own dropout looks at the mode in here.
     module.training = training and not context.shared.get(EVALUATED, False)

@@ -137,7 +137,8 @@ class _Modes(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("door", "method", "evaluated"), cover(itertools.product(["trainer", "accelerate"], ["vpt", "svfit"], [True, False]))
+    ("door", "method", "evaluated"),
+    cover(itertools.product(["trainer", "accelerate"], ["vpt", "svfit"], [True, False])),
 )
 def test_trainer_and_accelerate(door, method, evaluated, tmp_path):
     model = _dropping(method, "bert", backbone_eval=evaluated)

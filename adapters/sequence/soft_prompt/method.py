@@ -64,9 +64,7 @@ class SoftPromptConfig(StaticConfig):
     """
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Prompts of each block.", "other": 3})
-    deep: bool = field(
-        default=False, metadata={"help": "New prompts before every block.", "other": True}
-    )
+    deep: bool = field(default=False, metadata={"help": "New prompts before every block.", "other": True})
     key_values: bool = field(
         default=False,
         metadata={"help": "Train keys and values of every block, as prefix tuning and P-tuning v2 do.", "other": True},

@@ -87,7 +87,9 @@ def _paths(block: nn.Module, roles: Any, role: str, but: str = "") -> list[str]:
 
 
 def _has(name: str, patterns: Sequence[str]) -> bool:
-    inside = [re.escape(p.removeprefix("{block}.")).replace(r"\*", r"\d+") for p in patterns if p.startswith("{block}.")]
+    inside = [
+        re.escape(p.removeprefix("{block}.")).replace(r"\*", r"\d+") for p in patterns if p.startswith("{block}.")
+    ]
     return any(re.fullmatch(pattern, name) for pattern in inside)
 
 

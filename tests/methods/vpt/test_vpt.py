@@ -57,7 +57,8 @@ def test_the_projection_starts_as_the_authors_linear_does():
         base = ViTForImageClassification(ViTConfig())
     model = get_peft_model(base.to_empty(device="cpu"), config("vpt", projection=64, num_prompts=1, deep=False))
     weight, bias = (
-        next(p for n, p in adapter_parameters(model).items() if f"projection_{kind}" in n) for kind in ("weight", "bias")
+        next(p for n, p in adapter_parameters(model).items() if f"projection_{kind}" in n)
+        for kind in ("weight", "bias")
     )
     torch.manual_seed(0)
     reference = torch.nn.Linear(64, 768)
