@@ -8,6 +8,7 @@ accelerate. The adapter's own layers and a trained head, with the dropout before
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -58,8 +59,9 @@ def _frozen(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_evaluated(model: nn.Module) -> bool:
     """Test whether an active adapter wants the backbone in evaluation mode."""
+    layer: Any
     for layer in model.modules():
-        if isinstance(layer, AdapterLayer):
-            if any(layer.configs[name].backbone_eval for name in layer.active_adapters if name in layer.configs):
-                return True
+        names = layer.active_adapters if isinstance(layer, AdapterLayer) else ()
+        if any(layer.configs[name].backbone_eval for name in names if name in layer.configs):
+            return True
     return False

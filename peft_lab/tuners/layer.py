@@ -38,8 +38,8 @@ class AdapterLayer(StandIn, BaseTunerLayer):
     row_fields: ClassVar[Mapping[str, float]] = {}
     #: Those with one value per output channel, likewise; if all are, an adapter can move in and out of a fused layer.
     per_channel: ClassVar[Mapping[str, float]] = {}
-    #: Parameters of one dimension that weight decay takes back to the base, because it is their value zero. Vectors that
-    #: are not named here (scales, whose neutral value is one, and biases) get none.
+    #: Parameters of one dimension that weight decay takes back to the base, because that is their value zero. Other
+    #: vectors (scales, whose neutral value is one, and biases) get none.
     decayed_vectors: ClassVar[tuple[str, ...]] = ()
     base_layer: Any
 

@@ -116,7 +116,7 @@ def test_blocks_are_checkpointed_in_evaluation_mode_too(method, family, reentran
             if family != "vit":
                 model.enable_input_require_grads()
         model.train()
-        inside = [m for n, m in model.named_modules() if ".1." in n and isinstance(m, nn.LayerNorm)][0]
+        inside = next(m for n, m in model.named_modules() if ".1." in n and isinstance(m, nn.LayerNorm))
         inside.register_forward_hook(lambda module, args, out: runs.append(module.training))
         hidden = _hidden(model)
         hidden.square().mean().backward()

@@ -35,6 +35,13 @@ def attention_maps(
     heads: Annotated[
         int | None, typer.Option(min=1, help="Heads to keep for a class; 4, or half where there are fewer than 8.")
     ] = None,
+    blur: Annotated[
+        str,
+        typer.Option(
+            help="What a head that is taken away looks at evenly: all `keys` (the authors' code) or the `patches` (the "
+            "paper)."
+        ),
+    ] = "keys",
     task: Annotated[
         str | None, typer.Option(help="The task whose labels apply, instead of the adapter's or the base's own.")
     ] = None,
@@ -55,6 +62,8 @@ def attention_maps(
             raise ConfigError(f'There is no image file "{image}".')
     if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir() or output.is_dir():
         raise ConfigError(f'--output "{output}" must be a .png file in a folder that exists.')
+    if blur not in ("keys", "patches"):
+        raise ConfigError(f'--blur "{blur}" must be "keys" or "patches".')
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("Pictures need matplotlib: pip install 'peft-lab[plots]'.")
     if task is not None:
@@ -74,7 +83,7 @@ def attention_maps(
         loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
         model, processor = loaded.model, loaded.processor
     names = named_classes(model, classes) if classes else None
-    write(model, processor, opened, output, typer.echo, classes=names, keep=heads)
+    write(model, processor, opened, output, typer.echo, classes=names, keep=heads, blur=blur)
     typer.echo(f"Picture written to {output}")
 
 

@@ -323,10 +323,10 @@ class SequenceLayer(AdapterLayer):
         if readout is not None:
             state.context.shared[READOUT] = readout
         if self.config_cls.produces_logits:
-            state.context.shared[HEAD_LOGITS] = self._head_logits(active, rows, state.states)
+            state.context.shared[HEAD_LOGITS] = self._head_logits(active, rows, state.states, state.unused)
 
     def _head_logits(
-        self, active: list[str], rows: RowAdapters | None, prompts: Tensor
+        self, active: list[str], rows: RowAdapters | None, prompts: Tensor, unused: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Class logits (batch, classes) from the prompts, and their rows.
 
@@ -340,7 +340,9 @@ class SequenceLayer(AdapterLayer):
         for name in rows.names:
             if name != BASE and name in self.configs:
                 index = rows.of_adapter(name, len(prompts), prompts.device)
-                out = out.index_copy(0, index, self.logits(name, prompts[index]).to(out.dtype))
+                # The rows of one adapter have the same prompts, at the right of those that they do not have.
+                first = 0 if unused is None else int(unused[index[0]].sum())
+                out = out.index_copy(0, index, self.logits(name, prompts[index, first:]).to(out.dtype))
                 scored[index] = True
         return out, scored
 

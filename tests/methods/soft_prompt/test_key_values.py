@@ -21,7 +21,7 @@ TOKENS = 4
 DECODERS = {"gpt2": 16, "opt": 16, "llama": 8, "qwen2": 8, "qwen3": 8, "mistral": 8, "gemma": 8, "gemma2": 8}
 DECODERS |= {"gemma3_text": 8, "phi": 16, "phi_qk_norm": 16, "phi3": 16}
 ENCODERS = {"bert": 16, "roberta": 16, "electra": 16, "vit": 16, "t5": 16, "distilbert": 16, "modernbert": 16}
-#: Decoders with windows, in whose caches all blocks have prompts or none; and a head that peft serves to no mixed batch.
+#: Decoders with windows, whose caches have prompts in all blocks or in none; and a head that peft mixes in no batch.
 SLIDING, NO_MIXED_HEAD = ("mistral", "gemma2", "gemma3_text"), ("modernbert",)
 #: Those that peft's prefix tuning knows, with its task type.
 PEFT = {**dict.fromkeys(DECODERS, "CAUSAL_LM"), "gpt2_classifier": "SEQ_CLS", "llama_classifier": "SEQ_CLS"}
@@ -33,7 +33,7 @@ def _adapted(family: str, **fields):
 
 
 def _copied_from(theirs, ours) -> None:
-    """peft's parameters (tokens, 2 x layers x width of the keys) in ours."""
+    """Put parameters of peft (tokens, 2 x layers x width of the keys) into ours."""
     flat = theirs.get_prompt_embedding_to_save("default")
     flat = flat.reshape(TOKENS, -1)
     layers = [m for m in ours.modules() if type(m).__name__ == "SoftPromptLayer"]

@@ -52,7 +52,7 @@ def test_published_counts_of_vpt(fields, expected):
 
 
 def test_the_projection_starts_as_the_authors_linear_does():
-    """Normal of variance 2 over its outputs; the bias is the Linear's own, uniform up to one over the root of inputs."""
+    """Normal of variance 2 over its outputs; the bias is the Linear's own, uniform to one over the root of inputs."""
     with torch.device("meta"):
         base = ViTForImageClassification(ViTConfig())
     model = get_peft_model(base.to_empty(device="cpu"), config("vpt", projection=64, num_prompts=1, deep=False))
