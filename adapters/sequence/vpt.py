@@ -34,7 +34,8 @@ METHOD = MethodInfo(
 class VPTConfig(StaticConfig):
     """Configuration of VPT.
 
-    Trainable parameters: `num_prompts` x width for each block that writes prompts.
+    Trainable parameters: `num_prompts` x width for each block that writes prompts. The authors keep the backbone in
+    evaluation mode, which is the default of `backbone_eval`.
 
     Raises:
         ConfigError: a number of prompts, a dropout or a projection out of range; a projection with `domain_components`.

@@ -54,7 +54,7 @@ def attention_maps(
 ) -> None:
     """Draw attention maps of classes by head; needed heads are framed."""
     from peft_lab.data.task_registry import load_task
-    from peft_lab.runs.run_folder import TASK, find_adapter, read_origin
+    from peft_lab.runs.run_folder import find_adapter
 
     # All that can be refused without torch comes first, because importing it takes seconds.
     for image in images:
@@ -71,20 +71,25 @@ def attention_maps(
     folder = find_adapter(adapter)
     _check_method(folder)
     from peft_lab.adapters.sequence.prompt_cam.attention_maps import named_classes, write
-    from peft_lab.loading.load_run import load, load_image_classifier
     from peft_lab.utils.images import open_image
 
     opened = [open_image(image) for image in images]
-    # An adapter of no task and no run has the labels of its base alone.
-    model: Any
-    if task is None and "task" not in read_origin(folder) and not (folder / TASK).is_file():
-        model, processor = load_image_classifier(adapter, model_name_or_path, allow_other_base=allow_other_base)
-    else:
-        loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
-        model, processor = loaded.model, loaded.processor
+    model, processor = _load(adapter, folder, task, model_name_or_path, allow_other_base)
     names = named_classes(model, classes) if classes else None
     write(model, processor, opened, output, typer.echo, classes=names, keep=heads, blur=blur)
     typer.echo(f"Picture written to {output}")
+
+
+def _load(adapter: str, folder: Path, task: str | None, base: str | None, allow_other_base: bool) -> tuple[Any, Any]:
+    """Load a model with the adapter, and its image processor."""
+    from peft_lab.loading.load_run import load, load_image_classifier
+    from peft_lab.runs.run_folder import TASK, read_origin
+
+    # An adapter of no task and no run has the labels of its base alone.
+    if task is None and "task" not in read_origin(folder) and not (folder / TASK).is_file():
+        return load_image_classifier(adapter, base, allow_other_base=allow_other_base)
+    loaded = load(adapter, task, base, allow_other_base=allow_other_base)
+    return loaded.model, loaded.processor
 
 
 def _check_method(folder: Path) -> None:

@@ -41,6 +41,7 @@ class PromptCAMConfig(StaticConfig):
 
     Trainable: classes x width for each block that writes prompts, and width + 1. The number of classes is the model's
     `config.num_labels`. With `class_block` = i: i x `num_prompts` x width + classes x width + width + 1.
+    The authors keep the backbone in evaluation mode, which is the default of `backbone_eval`.
 
     Raises:
         ConfigError: a dropout out of range; prompts that are sampled; a class block that the model does not have, or
