@@ -59,18 +59,17 @@ def projections(block: nn.Module, model_type: str) -> tuple[Projection, Projecti
     family = FAMILIES.get(model_type)
     # Attention that projects distances by the same matrices, or cuts its keys into windows, has no place for others.
     if family is not None and family.windows is None and "relative_pos" not in family.position_biases:
-        own, both = _paths(block, family.roles, "attn.qkv", "cross.qkv"), ("attn.k", "attn.v")
-        if own:
-            size, out = _channels(block, own[0]), block.get_submodule(_paths(block, family.roles, "attn.out")[0])
-            queries = out.weight.numel() // _channels(block, _paths(block, family.roles, "attn.out")[0])
-            width = (size - queries) // 2
-            return Projection(own[0], queries, width), Projection(own[0], queries + width, width)
-        keys, values = (_paths(block, family.roles, role, role.replace("attn", "cross")) for role in both)
+        fused, outputs = _paths(block, family.roles, "attn.qkv"), _paths(block, family.roles, "attn.out", "cross.out")
+        if fused and outputs:
+            # What goes into the output projection has the width of the queries.
+            out: Any = block.get_submodule(outputs[0])
+            queries = out.nx if hasattr(out, "nx") else out.in_features
+            width = (_channels(block, fused[0]) - queries) // 2
+            return Projection(fused[0], queries, width), Projection(fused[0], queries + width, width)
+        keys, values = (_paths(block, family.roles, f"attn.{part}", f"cross.{part}") for part in "kv")
         if keys and values:
-            return (
-                Projection(keys[0], 0, _channels(block, keys[0])),
-                Projection(values[0], 0, _channels(block, values[0])),
-            )
+            width = _channels(block, keys[0])
+            return Projection(keys[0], 0, width), Projection(values[0], 0, width)
     raise ConfigError(
         f'Model type "{model_type}" has no place for trained keys and values in {type(block).__name__}; leave out '
         "key_values, which gives prompts that are tokens."
