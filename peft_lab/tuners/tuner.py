@@ -55,6 +55,7 @@ class AdapterTuner(BaseTuner):
         except ConfigError:
             self._forget(adapter_name)
             raise
+        vars(config).pop("read_alone", None)
         # peft sets `requires_grad` of all adapters on the way, which is not what counts once they are enabled again.
         disabled = [m for m in model.modules() if isinstance(m, KeepsTrainability) and m.disable_adapters]
         before = [module.trained_before for module in disabled]
@@ -194,6 +195,12 @@ class AdapterTuner(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         _check_keys(model, cls.prefix, adapter_name, remapped)
         return remapped
+
+    def __getattr__(self, name: str) -> Any:
+        # peft's prompt learning keeps these on its model, and looks for them there whatever the method is.
+        if name in ("prompt_encoder", "prompt_tokens"):
+            raise AttributeError(f'Method "{self.info.name}" is no prompt learning of peft and has no {name}.')
+        return super().__getattr__(name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

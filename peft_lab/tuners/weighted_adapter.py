@@ -38,7 +38,9 @@ def add_weighted_adapter(
     _check_arguments(tuner, adapters, weights, adapter_name, combination_type, options)
     modules = dict(tuner.model.named_modules())
     layers = {path: m for path, m in modules.items() if isinstance(m, AdapterLayer) and {*adapters} & {*m.configs}}
-    heads = {path: m for path, m in modules.items() if isinstance(m, SavedModule) and {*adapters} & {*m.modules_to_save}}
+    heads = {
+        path: m for path, m in modules.items() if isinstance(m, SavedModule) and {*adapters} & {*m.modules_to_save}
+    }
     configs = [tuner.peft_config[name] for name in adapters]
     _check_alike(adapters, configs, layers)
     # All sums are known before anything is added, so that a refusal changes nothing.
