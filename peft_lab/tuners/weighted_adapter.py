@@ -121,8 +121,8 @@ def _check_alike(adapters: Sequence[str], configs: Sequence[Any], layers: Mappin
         for path, layer in layers.items():
             if name not in layer.configs:
                 raise ConfigError(
-                    f'Adapter "{name}" does not adapt "{path}", as another one of {", ".join(adapters)} does; a weighted '
-                    "sum needs adapters of the same modules."
+                    f'Adapter "{name}" does not adapt "{path}", as another one of {", ".join(adapters)} does; a '
+                    "weighted sum needs adapters of the same modules."
                 )
             _check_values(path, layer, adapters[0], name)
 
@@ -131,7 +131,8 @@ def _check_values(path: str, layer: AdapterLayer, first: str, name: str) -> None
     """Check that two adapters have the same shapes and the same frozen values in a layer."""
     for part in (*layer.adapter_layer_names, *layer.other_param_names):
         values = getattr(layer, part)
-        one, other = (values[adapter] if adapter in values else None for adapter in (first, name))
+        # A mapping of buffers has no `get`.
+        one, other = (dict(values.items()).get(adapter) for adapter in (first, name))
         same = (one is None) == (other is None) and (one is None or one.shape == other.shape)
         # Trained values may differ, frozen ones give them their meaning.
         if same and one is not None and part in layer.other_param_names:
@@ -172,7 +173,8 @@ def _head_sum(path: str, head: SavedModule, adapters: Sequence[str], weights: Se
             "parameters, so it has no weighted sum."
         )
     # Adapters that do not save this module leave it as the base has it.
-    own = [head.modules_to_save[name] if name in head.modules_to_save else base for name in adapters]
+    saved = dict(head.modules_to_save.items())
+    own = [saved.get(name, base) for name in adapters]
     states = [module.state_dict() for module in own]
     return {key: _weighted(value, [s[key] for s in states], weights) for key, value in base.state_dict().items()}
 

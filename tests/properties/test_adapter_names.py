@@ -65,13 +65,13 @@ def test_a_name_that_cannot_be_is_refused_at_every_door(method, tmp_path):
     before, state = [name for name, _ in base.named_modules()], model.state_dict()
     for name in (*IMPOSSIBLE, *TAKEN, prefix[:-1], prefix[0], layer.adapter_layer_names[0]):
         for door, enter in SECOND.items():
-            with pytest.raises(ConfigError, match="Adapter name .* cannot be used"):
+            with pytest.raises(ConfigError, match=r"Adapter name .* cannot be used"):
                 pytest.fail(f"{door} takes {name!r}: {enter(method, model, tmp_path, name)}")
             assert list(model.peft_config) == ["default"]
         for door, enter in FIRST.items():
             if name == "" and "transformers" in door:
                 continue
-            with pytest.raises(ConfigError, match="Adapter name .* cannot be used"):
+            with pytest.raises(ConfigError, match=r"Adapter name .* cannot be used"):
                 pytest.fail(f"{door} takes {name!r}: {enter(method, base, tmp_path, name)}")
             assert [n for n, _ in base.named_modules()] == before
             assert not getattr(base, "peft_config", {})

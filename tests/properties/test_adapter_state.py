@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from support.backbones import TINY, tiny_inputs
+from support.cover import cover, each_place
 from support.properties import (
     EVERY_OWN,
-    ON_BLOCKS,
-    SEQUENCE,
     adapt,
     adapter_parameters,
     config,
@@ -45,8 +45,7 @@ def _calls(model):
     model.base_model.enable_adapter_layers()
 
 
-@pytest.mark.parametrize("disabled", [_context, _calls])
-@own
+@pytest.mark.parametrize(("method", "disabled"), cover(itertools.product(EVERY_OWN, (_context, _calls))))
 def test_disabling_brings_back_what_was_trained(method, disabled, tmp_path):
     base = TINY[text_or_image(method)]()
     model = adapt(method, base)
@@ -74,7 +73,7 @@ def test_disabling_brings_back_what_was_trained(method, disabled, tmp_path):
     assert _trained(model) == _trained(several)
 
 
-@pytest.mark.parametrize("method", EVERY_OWN)
+@own
 def test_transformers_disabling_brings_back_what_was_trained(method):
     base = TINY[text_or_image(method)]()
     base.add_adapter(config(method))
@@ -136,7 +135,7 @@ def test_adapters_of_different_modules_give_way_to_one_for_all():
 def test_a_name_of_no_adapter_is_an_error(method):
     model = adapt(method, TINY[text_or_image(method)]())
     for call in (model.set_requires_grad, model.base_model.set_adapter, model.base_model.set_requires_grad):
-        with pytest.raises(ConfigError, match='There is no adapter "defult". Did you mean "default"'):
+        with pytest.raises(ConfigError, match=r'There is no adapter "defult"\. Did you mean "default"'):
             call("defult")
 
 
@@ -158,7 +157,7 @@ def _merges(model, call) -> bool:
 
 def _base_weight(layer) -> bool:
     # A block has no weight of its own.
-    if layer.info.name in ON_BLOCKS and layer.info.name in SEQUENCE:
+    if not hasattr(layer.get_base_layer(), "weight"):
         return _raises(layer.get_base_weight, "no attribute 'weight'")
     layer.set_base_weight(layer.get_base_weight().clone())
     return torch.equal(layer.get_base_weight(), layer.weight)
@@ -235,7 +234,7 @@ ON_LAYER = {
     "delete_adapter": lambda m, x, d: _layer(m).delete_adapter("second") is None,
     "disable_adapters": lambda m, x, d: _layer(m).disable_adapters is False,
     "enable_adapters": lambda m, x, d: _layer(m).enable_adapters(False) is None and _layer(m).disable_adapters,
-    "frozen_peft_weight_names": lambda m, x, d: _layer(m).frozen_peft_weight_names == {},
+    "frozen_peft_weight_names": lambda m, x, d: {*_layer(m).frozen_peft_weight_names} <= {*m.peft_config},
     "get_base_layer": lambda m, x, d: not isinstance(_layer(m).get_base_layer(), AdapterLayer),
     "get_base_weight": lambda m, x, d: _base_weight(_layer(m)),
     "merge": lambda m, x, d: _merges(m, _layer(m).merge),
@@ -267,7 +266,7 @@ def test_every_public_call_of_peft_is_known(peft_class):
 _OF_LORA = {"prefix", "tuner_layer_cls", "target_module_mapping", "subtract_mutated_init", "add_weighted_adapter"}
 
 
-@own
+@pytest.mark.parametrize("method", cover(EVERY_OWN, each_place))
 def test_every_public_call_of_peft_works_or_is_refused(method, tmp_path):
     base = TINY[text_or_image(method)]()
     inputs = tiny_inputs(base)
