@@ -52,11 +52,7 @@ def add_weighted_adapter(
         saved.update(other.modules_to_save or ())
     config.modules_to_save = sorted(saved)
     tuner.peft_config[adapter_name] = config
-    try:
-        tuner.inject_adapter(tuner.model, adapter_name)
-    except Exception:
-        tuner.peft_config.pop(adapter_name, None)
-        raise
+    tuner.inject_adapter(tuner.model, adapter_name)
     for path, layer in layers.items():
         for name, value in sums[path].items():
             getattr(layer, name)[adapter_name] = nn.Parameter(value, requires_grad=False)
@@ -176,7 +172,10 @@ def _head_sum(path: str, head: SavedModule, adapters: Sequence[str], weights: Se
     saved = dict(head.modules_to_save.items())
     own = [saved.get(name, base) for name in adapters]
     states = [module.state_dict() for module in own]
-    return {key: _weighted(value, [s[key] for s in states], weights) for key, value in base.state_dict().items()}
+    found = {}
+    for key, start in base.state_dict().items():
+        found[key] = _weighted(start, [state[key] for state in states], weights)
+    return found
 
 
 def _weighted(start: Tensor, values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
