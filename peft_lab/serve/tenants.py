@@ -141,7 +141,9 @@ class Tenants:
 
     def _check_batch(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         request = self._request.get()
-        for rows in batch_sizes(model, args, kwargs).values() if request is not None else ():
+        if request is None:
+            return
+        for rows in batch_sizes(model, args, kwargs).values():
             request.check(rows)
 
     # Adapters ---------------------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ from peft_lab.tuners.mixed_batch import BASE
 #: Longest name in bytes: the folder that an adapter is saved in bears it.
 _MAX_BYTES = 200
 #: Parts of module paths that peft, torch and their wrappers put in.
-_WRAPPERS = ("base_model", "model", "base_layer", "modules_to_save", "original_module", "token_adapter")
-_WRAPPERS += ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = (
+    *("base_model", "model", "base_layer", "modules_to_save", "original_module", "token_adapter"),
+    *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
+)
 
 
 def check_adapter_name(name: object, model: nn.Module, prefix: str, layer: Any = BaseTunerLayer) -> None:

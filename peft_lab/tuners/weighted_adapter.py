@@ -127,13 +127,12 @@ def _check_values(path: str, layer: AdapterLayer, first: str, name: str) -> None
     """Check that two adapters have the same shapes and the same frozen values in a layer."""
     for part in (*layer.adapter_layer_names, *layer.other_param_names):
         values = getattr(layer, part)
-        # A mapping of buffers has no `get`.
-        one, other = (dict(values.items()).get(adapter) for adapter in (first, name))
-        same = (one is None) == (other is None) and (one is None or one.shape == other.shape)
+        present = [values[adapter] for adapter in (first, name) if adapter in values]
+        alike = not present or (len(present) == 2 and present[0].shape == present[1].shape)
         # Trained values may differ, frozen ones give them their meaning.
-        if same and one is not None and part in layer.other_param_names:
-            same = torch.equal(one, other)
-        if not same:
+        if alike and present and part in layer.other_param_names:
+            alike = torch.equal(*present)
+        if not alike:
             raise ConfigError(
                 f'Adapters "{first}" and "{name}" differ in the shape or the frozen values of {part} in "{path}"; a '
                 "weighted sum needs adapters alike."
