@@ -89,6 +89,7 @@ class SVFitLayer(WeightLayer):
     other_param_names = ("svfit_u", "svfit_s", "svfit_vh")
     row_fields = MappingProxyType({"svfit_delta": 0.0})
     decayed_vectors = ("svfit_delta",)
+    linear = True
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
