@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from support.backbones import TINY, tiny_inputs
-from support.cover import cover
+from support.cover import cover, each_place
 from support.properties import (
     EVERY_OWN,
     IMAGES,
@@ -85,7 +85,7 @@ def test_two_forwards_in_training_mode_are_equal_exactly_in_evaluation_mode(meth
         assert _twice_equal(model)
 
 
-@pytest.mark.parametrize("method", EVERY_OWN)
+@pytest.mark.parametrize("method", cover(EVERY_OWN, each_place))
 def test_the_active_adapter_decides(method):
     family = "vit" if method in IMAGES else "bert"
     model = _dropping(method, family, backbone_eval=True)

@@ -140,6 +140,32 @@ def test_rows_of_a_batch(family):
                 assert torch.equal(written[row : row + 1], model.generate(ids, **GENERATE))
 
 
+@torch.no_grad()
+def test_a_block_without_keys_of_its_own_sees_none():
+    """What a block makes of the places of its keys goes no further, unlike prompts that are tokens."""
+    model, seen = move(_adapted("llama", layers_to_transform=[0])), []
+    model.add_adapter("tokens", config("soft_prompt", num_virtual_tokens=2))
+    for block in (m.base_layer for m in model.modules() if type(m).__name__ == "SoftPromptLayer"):
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    for name, lengths in (("default", [6 + TOKENS, 6]), ("tokens", [8, 8])):
+        model.set_adapter(name)
+        model(input_ids=IDS, attention_mask=MASK)
+        assert seen == lengths
+        seen.clear()
+
+
+@torch.no_grad()
+def test_added_behind_an_adapter_of_tokens():
+    base = TINY["llama"]().eval()
+    model = adapt("soft_prompt", base)
+    model.add_adapter("prefix", config("soft_prompt", key_values=True, num_virtual_tokens=TOKENS))
+    model.set_adapter("prefix")
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    one = model(**inputs).logits
+    move(model, "prefix")
+    assert not torch.allclose(model(**inputs).logits, one, atol=1e-3)
+
+
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_saved_and_under_gradient_checkpointing(family, projected, tmp_path):
