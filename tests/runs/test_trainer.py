@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from peft_lab.backbones.frozen_norms import frozen_norms
-from peft_lab.training.checkpoints import last_complete_checkpoint, remove_checkpoints
+from peft_lab.training.checkpoints import last_whole_checkpoint, remove_checkpoints
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.trainer import LabTrainer
 from peft_lab.tuners.registration import make_config
@@ -151,19 +151,19 @@ def test_half_written_checkpoints_are_passed_over_and_removed(tmp_path):
     (tmp_path / "checkpoint-11").mkdir()  # only just begun
     (checkpoint(tmp_path, 12) / "rng_state.pth").write_bytes(b"PK\x03\x04 cut")
     (tmp_path / "checkpoint-best").mkdir()
-    assert last_complete_checkpoint(tmp_path) == str(good)
+    assert last_whole_checkpoint(tmp_path) == str(good)
     remove_checkpoints(tmp_path, after=str(good))
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-best"}
     remove_checkpoints(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-best"}
-    assert last_complete_checkpoint(tmp_path) is None
+    assert last_whole_checkpoint(tmp_path) is None
 
 
 def test_a_checkpoint_is_complete_only_with_the_random_state_of_every_process(tmp_path):
     path = checkpoint(tmp_path, 5, processes=2)
-    assert last_complete_checkpoint(tmp_path, world_size=2) == str(path)
+    assert last_whole_checkpoint(tmp_path, world_size=2) == str(path)
     (path / "rng_state_1.pth").unlink()
-    assert last_complete_checkpoint(tmp_path, world_size=2) is None
+    assert last_whole_checkpoint(tmp_path, world_size=2) is None
 
 
 def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
@@ -196,7 +196,7 @@ def test_the_state_file_of_trainer_has_the_fields_that_resuming_reads(tmp_path):
     run = trainer(tiny_bert(), tmp_path, rows)
     run.args.save_strategy = "steps"
     run.train()
-    path = last_complete_checkpoint(tmp_path)
+    path = last_whole_checkpoint(tmp_path)
     assert path is not None
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] is True
