@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +44,12 @@ def comparison(
     """
     if not baselines:
         return {"baseline": None, "beats_baseline": None}
-    split = _split(scores)
-    score, least = scores[split].get(metric), baselines[split].scores.get(metric) if split in baselines else None
-    predictor = next(iter(baselines.values())).predictor
+    split, recorded = _split(scores), {name: found.scores for name, found in baselines.items()}
+    score, least = (values.get(split, {}).get(metric) for values in (scores, recorded))
+    defined = score is not None and least is not None and math.isfinite(score) and math.isfinite(least)
     return {
-        "baseline": {"predictor": predictor, "metrics": {name: found.scores for name, found in baselines.items()}},
-        "beats_baseline": None if score is None or least is None else beats(metric, score, least),
+        "baseline": {"predictor": next(iter(baselines.values())).predictor, "metrics": recorded},
+        "beats_baseline": beats(metric, score, least) if defined else None,
     }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from pydantic import BaseModel, ValidationError
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -22,6 +23,33 @@ from peft_lab.errors import ConfigError
 from peft_lab.utils.versions import versions
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
+
+
+class FileRecord(BaseModel):
+    """Size and sha256 of a file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """Content of a manifest; keys of a later version are ignored.
+
+    Attributes:
+        step: training steps so far.
+        processes: number of processes that train, each with a random state of its own.
+        files: path below the checkpoint -> record.
+        versions: package -> version.
+        options, data, base: what was trained on, as `run_inputs.inputs_of` records it; None if it is not known.
+    """
+
+    step: int
+    processes: int
+    files: dict[str, FileRecord]
+    versions: dict[str, str] = {}
+    options: dict[str, Any] | None = None
+    data: dict[str, str] | None = None
+    base: str | None = None
 
 
 class WriteManifest(TrainerCallback):
@@ -55,21 +83,24 @@ def write_manifest(folder: Path, step: int, processes: int, inputs: Mapping[str,
     # the parts of sharded states lie in folders
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    values = {"step": step, "processes": processes, "files": files, "versions": versions(), **inputs}
-    write_json(folder / MANIFEST, values)
+            name = path.relative_to(folder).as_posix()
+            files[name] = FileRecord(bytes=path.stat().st_size, sha256=_sha256(path))
+    manifest = Manifest(step=step, processes=processes, files=files, versions=versions(), **inputs)
+    write_json(folder / MANIFEST, manifest.model_dump())
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Manifest of a checkpoint; {} for one that another program wrote.
+def read_manifest(folder: Path) -> Manifest | None:
+    """Manifest of a checkpoint; None for one that another program wrote.
 
     Raises:
         ConfigError: it is not readable, or not one that `write_manifest` wrote.
     """
-    values = safe_files.read_json(folder / MANIFEST)
-    if values and not (isinstance(values.get("files"), dict) and isinstance(values.get("step"), int)):
-        raise ConfigError(f'"{folder / MANIFEST}" is no manifest of a checkpoint.')
-    return values
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        return Manifest.model_validate(safe_files.read_json(folder / MANIFEST))
+    except ValidationError as error:
+        raise ConfigError(f'"{folder / MANIFEST}" is no manifest of a checkpoint.') from error
 
 
 def fault_of(folder: Path, processes: int) -> str:
@@ -87,17 +118,17 @@ def fault_of(folder: Path, processes: int) -> str:
     return fault or _state_fault(folder) or _process_fault(folder, manifest, processes)
 
 
-def _file_fault(folder: Path, manifest: Mapping[str, Any]) -> str:
+def _file_fault(folder: Path, manifest: Manifest) -> str:
     """First file that is not as it was written, in words."""
-    for name, recorded in manifest["files"].items():
+    for name, recorded in manifest.files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != recorded["bytes"] or _sha256(path) != recorded["sha256"]:
+        if path.stat().st_size != recorded.bytes or _sha256(path) != recorded.sha256:
             return f"{name} is not as it was written"
-    if _step_of(folder) not in (None, manifest["step"]):
-        return f"it is the one of step {manifest['step']}"
-    return _missing(manifest["files"])
+    if _step_of(folder) not in (None, manifest.step):
+        return f"it is the one of step {manifest.step}"
+    return _missing(manifest.files)
 
 
 def _foreign_fault(folder: Path) -> str:
@@ -152,18 +183,17 @@ def _state_fault(folder: Path) -> str:
         return f"{STATE} says step {state['global_step']}"
     # at the end of the run its weights may be taken from the best checkpoint
     best = folder.with_name(Path(state.get("best_model_checkpoint") or folder).name)
-    if best == folder or not (best / MANIFEST).is_file():
-        return ""
     try:
-        fault = _file_fault(best, read_manifest(best))
+        manifest = read_manifest(best) if best != folder else None
     except ConfigError as error:
         return str(error).rstrip(".")
+    fault = _file_fault(best, manifest) if manifest else ""
     return f"of {best.name}, which is the best so far, {fault}" if fault else ""
 
 
-def _process_fault(folder: Path, manifest: Mapping[str, Any], processes: int) -> str:
+def _process_fault(folder: Path, manifest: Manifest | None, processes: int) -> str:
     states = len([*folder.glob("rng_state*.pth")])
-    written = manifest.get("processes", states)
+    written = manifest.processes if manifest else states
     if written == processes and states == processes:
         return ""
     return f"{written} processes wrote it, and {processes} train now"

@@ -65,11 +65,13 @@ def check_inputs(checkpoint: str, inputs: Mapping[str, Any], own: bool) -> None:
         ConfigError: naming what differs, and the mend.
     """
     recorded = read_manifest(Path(checkpoint))
-    found = [f"the {split} rows" for split in _differing(recorded.get("data"), inputs["data"])]
-    if recorded.get("base", inputs["base"]) != inputs["base"]:
+    if recorded is None:
+        return
+    found = [f"the {split} rows" for split in _differing(recorded.data, inputs["data"])]
+    if recorded.base not in (None, inputs["base"]):
         found.append("the weights of the base")
-    then, now = recorded.get("options"), inputs["options"]
-    for name in _differing(then, now):
+    then, now = recorded.options or {}, inputs["options"]
+    for name in _differing(recorded.options, now):
         if own or not (name in _MAY_DIFFER or name.startswith(_MAY_DIFFER_BEGINNINGS)):
             found.append(f"{name} ({then.get(name, 'unset')} there, {now.get(name, 'unset')} here)")
     if found:
@@ -78,7 +80,7 @@ def check_inputs(checkpoint: str, inputs: Mapping[str, Any], own: bool) -> None:
             f'"{checkpoint}" cannot be continued, because {", ".join(found)} differ from those it was trained with; '
             f"restore them, {mend if own else 'or leave --resume_from_checkpoint out'}."
         )
-    others = _differing(recorded.get("versions"), versions())
+    others = ", ".join(_differing(recorded.versions, versions()))
     if others:
         logger.warning('"%s" was written with other versions of %s: the rest may round otherwise.', checkpoint, others)
 
