@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -373,7 +373,8 @@ class _Run:
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
         write_record(self.model, self.folder)
-        self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
+        # not by Trainer's own method, which writes NaN where a best metric is undefined
+        write_json(self.folder / run_folder.HISTORY, asdict(self.trainer.state))
         # the items are those of the split evaluated last, which is test only if test was scored
         if self.items is not None and "test" in self.metrics["metrics"]:
             write_predictions(self.folder, self.items)
