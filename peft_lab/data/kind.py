@@ -108,7 +108,7 @@ class Kind:
         return None
 
     def baseline(self, task: Task, labels: Sequence[str] | None, train: Dataset, rows: Dataset) -> Baseline | None:
-        """Scores of a predictor that sees no input; None where the kind defines none.
+        """Scores of a predictor that sees no input; None if undefined.
 
         Args:
             task, labels: as for `compute_metrics`.
@@ -226,7 +226,7 @@ class ClassificationKind(Kind):
         return compute
 
     def baseline(self, task: Task, labels: Sequence[str] | None, train: Dataset, rows: Dataset) -> Baseline:
-        """Scores of the most frequent training class, or of the mean of the training rows."""
+        """Scores of the most frequent training class, or of the training mean."""
         import numpy as np
         from transformers import EvalPrediction
 

@@ -1,4 +1,7 @@
-"""Baselines of a run: scores of a predictor that sees no input. Imports nothing heavy."""
+"""Baselines of a run: scores of a predictor that sees no input.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from peft_lab.metrics import greater_is_better
 
 @dataclass(frozen=True)
 class Baseline:
-    """Scores of a predictor that knows the training answers and sees no input.
+    """Scores of a predictor that sees training answers and no input.
 
     Attributes:
         predictor: what it answers, in words.
@@ -54,34 +57,37 @@ def comparison(
 
 
 def baseline_of(metrics: Mapping[str, Any], split: str, metric: str) -> tuple[str, float] | None:
-    """Predictor and score of the baseline that a run recorded; None without one.
+    """Recorded baseline of a run: predictor and score; None without one.
 
     Args:
-        metrics: content of metrics.json, which may come from an earlier version.
+        metrics: content of metrics.json, which may come from an earlier version or from a stranger.
         split, metric: name of the score.
     """
-    recorded = metrics.get("baseline")
-    if not isinstance(recorded, dict):
-        return None
-    score = (recorded.get("metrics") or {}).get(split, {}).get(metric)
-    return (str(recorded.get("predictor")), float(score)) if isinstance(score, int | float) else None
+    score = _number(metrics, "baseline", "metrics", split, metric)
+    return None if score is None else (str(metrics["baseline"].get("predictor"))[:200], score)
 
 
 def shortfall(metrics: Mapping[str, Any]) -> str:
-    """Sentence on a run that does not beat its baseline; "" for one that does.
+    """Sentence on a run that does not beat its baseline, else "".
 
     Args:
-        metrics: content of metrics.json.
+        metrics: as for `baseline_of`.
     """
     if metrics.get("beats_baseline") is not False:
         return ""
-    split, metric = _split(metrics["metrics"]), metrics["main_metric"]
-    found = baseline_of(metrics, split, metric)
-    if found is None:
+    split, metric = _split(metrics["metrics"]), str(metrics["main_metric"])
+    score, found = _number(metrics, "metrics", split, metric), baseline_of(metrics, split, metric)
+    if score is None or found is None:
         return ""
     predictor, least = found
-    score = metrics["metrics"][split][metric]
     return f"The {split} {metric} of {score:.4f} does not beat {predictor}, which has {least:.4f} without any input."
+
+
+def _number(values: Any, *keys: str) -> float | None:
+    """Number below nested keys; None if there is none."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return float(values) if isinstance(values, int | float) else None
 
 
 def _split(scores: Mapping[str, Any]) -> str:

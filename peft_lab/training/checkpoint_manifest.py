@@ -1,4 +1,4 @@
-"""Manifest of a checkpoint: checksums of its files, versions, and what was trained on what.
+"""Manifest of a checkpoint: checksums, versions and the inputs of the run.
 
 It is written last and in one step, so a checkpoint that has one was complete once, and every later damage is found.
 """
@@ -104,7 +104,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def fault_of(folder: Path, processes: int) -> str:
-    """First reason why a checkpoint cannot be continued, in words; "" for a whole one.
+    """First fault of a checkpoint in words; "" for a whole one.
 
     Args:
         folder: the checkpoint.
@@ -146,7 +146,7 @@ def _foreign_fault(folder: Path) -> str:
 
 
 def _missing(names: Any) -> str:
-    """Part of a resumable checkpoint that is not among its files, in words."""
+    """First part that a resumable checkpoint lacks, in words."""
     if STATE not in names:
         return f"it has no {STATE}"
     if not any(name.endswith((".safetensors", ".bin", ".distcp")) or "model_states" in name for name in names):
@@ -160,7 +160,7 @@ def _missing(names: Any) -> str:
 
 
 def _weights_fault(path: Path) -> str:
-    """Reason why a file of weights is not one to start from, in words."""
+    """Fault of a file of weights, in words."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -175,7 +175,7 @@ def _weights_fault(path: Path) -> str:
 
 
 def _state_fault(folder: Path) -> str:
-    """Reason why Trainer's state is not that of the checkpoint, in words."""
+    """Fault of Trainer's state, in words."""
     state = read_state(folder)
     if not isinstance(state.get("global_step"), int):
         return f"{STATE} is cut short or damaged"
@@ -204,7 +204,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         # not the strict reader: earlier versions wrote NaN where a gradient overflowed
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    # very deep nesting ends the parser itself
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

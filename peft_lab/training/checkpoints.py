@@ -14,7 +14,7 @@ logger = logging.getLogger("peft_lab")
 
 
 def last_whole_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
-    """Newest checkpoint that a run can go on from; None if there is none.
+    """Newest checkpoint that a run can go on from, else None.
 
     Each newer one that is passed over is logged with its fault.
 
@@ -32,7 +32,9 @@ def last_whole_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | 
 def checkpoint_to_resume(
     output_dir: str | Path, asked: str | bool | None, world_size: int = 1, *, overwrite: bool = False
 ) -> str | None:
-    """Checkpoint to start from: the one asked for, else the run's last; None to start afresh.
+    """Checkpoint to start from; None to start afresh.
+
+    It is the one asked for, else the last whole one of the run.
 
     Args:
         output_dir: folder of the run.
@@ -105,7 +107,7 @@ def _named_checkpoint(path: Path, world_size: int) -> str:
 
 
 def _judged(output_dir: str | Path, world_size: int) -> list[tuple[Path, str]]:
-    """Checkpoints from the newest on, each with its fault; up to the first whole one."""
+    """Checkpoints and their faults, from the newest to the first whole one."""
     found, paths = [], [path for _, path in sorted(_numbered(output_dir), reverse=True)]
     for position, path in enumerate(paths):
         fault = fault_of(path, world_size)

@@ -30,12 +30,12 @@ class NonFiniteGuard:
         self._bad_loss: Tensor | None = None
 
     def add_loss(self, loss: Tensor) -> None:
-        """Add the loss of one batch; nothing is decided before the step is complete."""
+        """Add the loss of one batch, for the check of the whole step."""
         bad = ~torch.isfinite(loss.detach()).all()
         self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
 
     def check_step(self, trainer: Any, norm: Any) -> None:
-        """Check the losses since the last step and the norm of their gradient.
+        """Check the losses of a step and the norm of their gradient.
 
         Args:
             trainer: the Trainer, before it updates the weights.
@@ -64,10 +64,10 @@ def check_weights(trainer: Any) -> None:
 
 
 def check_evaluation(loss: float | None, rows: str, step: int) -> None:
-    """Check the loss of an evaluation, which is the same in all processes.
+    """Check the loss of an evaluation.
 
     Args:
-        loss: the loss; None if the rows have no labels.
+        loss: the loss, the same in all processes; None if the rows have no labels.
         rows: name of the rows.
         step: training steps before the evaluation.
 

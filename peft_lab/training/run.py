@@ -105,7 +105,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
         )
         metrics = run_folder.read_metrics(folder)
         check_finished(metrics, task, folder)
-        return TrainResult(folder, metrics, load_finished(folder))
+        return TrainResult(folder, metrics, load_finished(folder, task))
     return _Run(config, info, task, arguments, folder).execute()
 
 

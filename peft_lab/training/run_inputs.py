@@ -1,4 +1,4 @@
-"""What a run trains on: options, rows and base weights, compared when it goes on."""
+"""Inputs of a run: options, rows and base weights, compared at resume."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _MAY_DIFFER_BEGINNINGS = ("eval_", "save_", "dataloader_", "per_device_eval_", "
 
 
 def inputs_of(config: RunConfig, rows: Mapping[str, Dataset], base: str) -> dict[str, Any]:
-    """Record of what a run trains on, as it stands in the manifest of a checkpoint.
+    """Record of the inputs of a run, for the manifests of its checkpoints.
 
     Args:
         config: the options.
@@ -49,16 +49,16 @@ def inputs_of(config: RunConfig, rows: Mapping[str, Dataset], base: str) -> dict
 
 
 def base_hash(base: nn.Module, head_modules: Sequence[str]) -> str:
-    """Hash of the base weights without the task head, which each run starts anew."""
+    """Hash of the base weights, without the task head of the run."""
     return model_hash(base, head_modules)
 
 
 def check_inputs(checkpoint: str, inputs: Mapping[str, Any], own: bool) -> None:
-    """Compare what a checkpoint was trained on with what it would go on with.
+    """Compare the inputs of a checkpoint with those of the run now.
 
     Args:
         checkpoint: the checkpoint; one without a manifest is not compared.
-        inputs: as `inputs_of` returns it.
+        inputs: inputs of the run, as `inputs_of` returns them.
         own: True if it lies in the folder of the run, so that all options must be the same.
 
     Raises:
@@ -86,7 +86,7 @@ def check_inputs(checkpoint: str, inputs: Mapping[str, Any], own: bool) -> None:
 
 
 def check_finished(metrics: Mapping[str, Any], task: Task, folder: Path) -> None:
-    """Check that the rows of a finished run are still those of its task.
+    """Check that the task of a finished run still has its rows.
 
     Only files are read again: what has a name on the Hub or in a package has a version.
 
@@ -105,14 +105,14 @@ def check_finished(metrics: Mapping[str, Any], task: Task, folder: Path) -> None
         )
 
 
-def load_finished(folder: Path) -> Any:
+def load_finished(folder: Path, task: Task) -> Any:
     """Load the model of a finished run.
 
     Raises:
         AdapterMismatchError: its base has other weights now, and the mend.
     """
     try:
-        return load(folder).model
+        return load(folder, task).model
     except AdapterMismatchError as error:
         raise AdapterMismatchError(
             f'output_dir "{folder}" holds a finished run on another base ({str(error).partition(";")[0]}); choose '

@@ -168,7 +168,7 @@ class LabTrainer(Trainer):
         return None if once == 0 or not math.isfinite(once) else math.isclose(once, 2 * halved, rel_tol=0.1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Training step of one batch, whose loss is kept for the check of the whole step."""
+        """Train on one batch, and keep its loss for the check of the step."""
         loss = super().training_step(*args, **kwargs)
         self._guard.add_loss(loss)
         return loss
@@ -180,13 +180,13 @@ class LabTrainer(Trainer):
         return norm
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate; a loss that is not finite is an error, because the metrics would mean nothing."""
+        """Evaluate, and refuse a loss that is not finite."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         check_evaluation(output.metrics.get(f"{metric_key_prefix}_loss"), metric_key_prefix, self.state.global_step)
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, and keep numbers that are not finite out of the history, which becomes JSON."""
+        """Log, with None in the history for numbers that are not finite."""
         super().log(logs, *args, **kwargs)
         self.state.log_history[-1] = strict_json.finite(self.state.log_history[-1])
 

@@ -1,4 +1,7 @@
-"""JSON text without NaN and infinity, which JSON does not have. Imports nothing heavy."""
+"""JSON text without NaN and infinity, which JSON does not have.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def finite(value: Any) -> Any:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """JSON text of a value; null stands for a number that is not finite.
+    """JSON text of a value, with null for numbers that are not finite.
 
     A value that JSON cannot hold, such as a dtype in a method's config, is written as its text, because a finished run
     must not be lost for it.

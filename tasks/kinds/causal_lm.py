@@ -172,7 +172,7 @@ class CausalLM(Kind):
         return Predictions(self.name, columns)
 
     def baseline(self, task: Task, labels: Sequence[str] | None, train: Dataset, rows: Dataset) -> Baseline:
-        """Scores of the frequencies of the training answers' tokens, and of the most frequent one."""
+        """Scores of a predictor that knows the frequencies of the training answers' tokens."""
         import numpy as np
 
         known, wanted = _answer_tokens(train), _answer_tokens(rows)
@@ -275,7 +275,7 @@ def answer_only(start: list[int], end: list[int], limit: int, bos: int | None) -
 
 
 def _answer_tokens(rows: Dataset) -> Any:
-    """Tokens of all answers, (n,); the first token of a row has none before it that it could be told from."""
+    """Tokens of all answers that have a token before them, (n,)."""
     import numpy as np
 
     tokens = np.concatenate([row[1:] for row in rows["labels"][:]])

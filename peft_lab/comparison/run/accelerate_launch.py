@@ -49,7 +49,7 @@ def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], plac
 
 
 def _last_error(log: Path) -> str:
-    """Last error that the launched command printed, in words; "" if it printed none."""
+    """Last error that the launched command printed; "" without one."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     told = [line.partition("Error:")[2].strip() for line in lines if line.startswith("Error:")]
     return f'it said "{told[-1]}"; ' if told else ""

@@ -132,6 +132,16 @@ def test_the_report_names_the_arms_that_do_not_beat_it():
     assert "beat" not in describe(cell)
 
 
+@pytest.mark.parametrize(
+    "recorded",
+    [[], "x", {"metrics": 1}, {"metrics": {"test": None}}, {"metrics": {"test": {"accuracy": "high"}}}],
+    ids=str,
+)
+def test_what_a_stranger_recorded_breaks_nothing(recorded):
+    metrics = {"metrics": {"test": {"accuracy": "x"}}, "main_metric": "accuracy", "beats_baseline": False}
+    assert shortfall(metrics | {"baseline": recorded}) == ""
+
+
 def test_the_demo_says_so_after_its_table(tmp_path, monkeypatch, capsys):
     card = "```python\nload\n```"
     metrics = {
