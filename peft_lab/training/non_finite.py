@@ -69,16 +69,17 @@ def check_evaluation(loss: float | None, rows: str, step: int) -> None:
     Args:
         loss: the loss, the same in all processes; None if the rows have no labels.
         rows: name of the rows.
-        step: training steps before the evaluation.
+        step: training steps before the evaluation, 0 without a training.
 
     Raises:
         DivergedError: it is not finite, so that the metrics say nothing.
     """
     if loss is not None and not math.isfinite(loss):
+        when = f" after {step} training steps" if step else ""
         raise DivergedError(
-            f"The loss on the {rows} rows is not finite after {step} training steps, so their metrics would mean "
-            "nothing; lower the learning rate, use bfloat16 or float32 in place of float16, or look for numbers in "
-            "these rows that are not finite."
+            f"The loss on the {rows} rows is not finite{when}, so their metrics would mean nothing: the learning rate "
+            "of the training was too high, float16 is too narrow (use bfloat16 or float32), or these rows hold numbers "
+            "that are not finite."
         )
 
 

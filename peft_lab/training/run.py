@@ -99,13 +99,14 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
     arguments = training_arguments(config, info)
     check_best_metric(arguments, task)
     if state == "finished":
+        metrics = run_folder.read_metrics(folder)
+        check_finished(metrics, task, folder)
+        result = TrainResult(folder, metrics, load_finished(folder, task))
         also = " `peft-lab push` uploads it." if arguments.push_to_hub else ""
         logger.warning(
             'The run in "%s" is finished; pass --overwrite_output_dir to repeat it.%s', config.output_dir, also
         )
-        metrics = run_folder.read_metrics(folder)
-        check_finished(metrics, task, folder)
-        return TrainResult(folder, metrics, load_finished(folder, task))
+        return result
     return _Run(config, info, task, arguments, folder).execute()
 
 
