@@ -48,11 +48,13 @@ def comparison(
     if not baselines:
         return {"baseline": None, "beats_baseline": None}
     split, recorded = _split(scores), {name: found.scores for name, found in baselines.items()}
-    score, least = (values.get(split, {}).get(metric) for values in (scores, recorded))
-    defined = score is not None and least is not None and math.isfinite(score) and math.isfinite(least)
+    score, least = scores.get(split, {}).get(metric), recorded.get(split, {}).get(metric)
+    better = None
+    if score is not None and least is not None and math.isfinite(score) and math.isfinite(least):
+        better = beats(metric, score, least)
     return {
         "baseline": {"predictor": next(iter(baselines.values())).predictor, "metrics": recorded},
-        "beats_baseline": beats(metric, score, least) if defined else None,
+        "beats_baseline": better,
     }
 
 
