@@ -59,20 +59,25 @@ def _read(value: Any, name: str | None, use: Any) -> Any:
 def _check_mode(image: Any) -> None:
     from PIL import Image
 
-    # raises where Pillow knows no way to RGB, as for LAB; the pixels themselves are read later
-    Image.new(image.mode, (1, 1)).convert("RGB")
     if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BITS):
         raise ValueError(
             f"its values are of mode {image.mode}, whose range from black to white is not known; save it with 8 or 16 "
             "bits"
         )
+    if not _is_of_16_bits(image):
+        # raises where Pillow knows no way to RGB; the pixels themselves are read later
+        Image.new(image.mode, (1, 1)).convert("RGB")
+
+
+def _is_of_16_bits(image: Any) -> bool:
+    return image.mode == "I" or image.mode.startswith("I;16")
 
 
 def _upright_rgb(image: Any) -> Any:
     from PIL import ImageOps
 
     _check_mode(image)
-    sixteen = image.mode == "I" or image.mode.startswith("I;16")
+    sixteen = _is_of_16_bits(image)
     image = ImageOps.exif_transpose(image)
     # Pillow would cut off all values above 255
     return (_eight_bits(image) if sixteen else image).convert("RGB")
