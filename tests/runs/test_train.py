@@ -93,6 +93,19 @@ def test_evaluate_and_predict_give_what_training_measured(finished):
     assert [set(answer) for answer in answers] == [{"label", "score"}] * 2
 
 
+def test_predict_refuses_what_training_refuses(finished, tmp_path):
+    """A row is named by its number; a file that is none of inputs is not taken for a text."""
+    (tmp_path / "rows.csv").write_text("sentence\nthe rain\n\na song\n")
+    with pytest.raises(TaskError, match=r"1 inputs have an empty text \(row 2\)"):
+        predict(finished.output_dir, str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.csv").write_text("sentence,topic\nthe rain, weather, sun\n")
+    with pytest.raises(TaskError, match=r"1 of 1 rows do not have the 2 cells of the header"):
+        predict(finished.output_dir, tmp_path / "rows.csv")
+    (tmp_path / "rows.xlsx").write_text("the rain")
+    with pytest.raises(ConfigError, match=r"rows.xlsx\" is a file, and not one of inputs"):
+        predict(finished.output_dir, ["a song", str(tmp_path / "rows.xlsx")])
+
+
 def test_a_merged_model_answers_as_the_adapter_does(finished, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
