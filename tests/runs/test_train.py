@@ -15,7 +15,7 @@ from support.tiny_runs import make_backbone, make_task, options, same_weights, t
 import peft_lab
 from peft_lab import registry
 from peft_lab.adapter_files.names import write_json
-from peft_lab.errors import ConfigError, PeftLabError
+from peft_lab.errors import ConfigError, PeftLabError, TaskError
 from peft_lab.export.merge import merge
 from peft_lab.loading.load_run import load
 from peft_lab.training.evaluate import evaluate, predict
