@@ -86,7 +86,10 @@ def predict(
     adapter: Adapter,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT...", help="Texts, image files, or a .txt, .csv or .jsonl file of inputs."),
+        typer.Argument(
+            metavar="INPUT...",
+            help="Texts, image files, or one file of inputs: .txt, .csv, .tsv, .json, .jsonl or .parquet.",
+        ),
     ],
     task: Annotated[
         str | None, typer.Option(help="The task whose kind and labels apply, if the adapter names none.")

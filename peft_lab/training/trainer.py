@@ -18,6 +18,7 @@ from peft_lab.training.checkpoint_manifest import WriteManifest
 from peft_lab.training.non_finite import NonFiniteGuard, check_evaluation, check_weights
 from peft_lab.training.read_training_data import ReadTrainingData
 from peft_lab.training.step_timer import StepTimer, factor
+from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.utils import strict_json
 
 #: Trainer's own measurements of an evaluation; they are no property of the model.
@@ -29,8 +30,9 @@ class LabTrainer(Trainer):
 
     Everything not named here is `transformers.Trainer`'s own.
 
-    - Parameters with at most one dimension get no weight decay, whatever their name; all others get it. (Trainer goes
-      by name, and would decay `q_proj.ssf_scale` but not `layernorm.ssf_scale`.)
+    - Parameters with at most one dimension get no weight decay, whatever their name, unless the method declares that
+      zero is the base's own value (SVFit's singular values); all others get it. (Trainer goes by name, and would decay
+      `q_proj.ssf_scale` but not `layernorm.ssf_scale`.)
     - Normalisation layers whose parameters are frozen keep their running statistics: these are not in an adapter file.
     - The gradient of a batch is the same however it is divided into accumulation steps and processes, also for the
       many heads that take `num_items_in_batch` and ignore it.
@@ -70,8 +72,15 @@ class LabTrainer(Trainer):
         self._guard = NonFiniteGuard()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters with weight decay: two dimensions or more."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+        """Names of the parameters with weight decay.
+
+        Those of two dimensions or more, and the `decayed_vectors` of a method.
+        """
+        vectors: set[int] = set()
+        for layer in model.modules():
+            for name in layer.decayed_vectors if isinstance(layer, AdapterLayer) else ():
+                vectors |= {id(parameter) for parameter in getattr(layer, name).values()}
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1 or id(parameter) in vectors]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with groups of their own for the head's parameters.

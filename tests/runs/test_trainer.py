@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.backbones import TINY, tiny_inputs
+from support.properties import EVERY_OWN, adapt, adapter_parameters, move, output, text_or_image
 from torch import nn
 from transformers import (
     BertConfig,
@@ -23,7 +25,6 @@ from peft_lab.backbones.frozen_norms import frozen_norms
 from peft_lab.training.checkpoints import last_whole_checkpoint
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.trainer import LabTrainer
-from peft_lab.tuners.registration import make_config
 
 
 def tiny_bert() -> BertForSequenceClassification:
@@ -72,15 +73,26 @@ def test_vectors_get_no_weight_decay_and_matrices_do_whatever_their_names(tmp_pa
         assert group_of(optimizer, parameter)["weight_decay"] == expected, name
 
 
-@pytest.mark.parametrize("method", ["ssf", "svfit", "ln_tuning"])
-def test_weight_decay_leaves_the_vectors_of_an_adapter_alone(method, tmp_path):
-    model = tiny_bert()
-    adapted = get_peft_model(model, make_config(method, {}, model=model))
+@pytest.mark.parametrize("method", ["ln_tuning", *EVERY_OWN])
+@torch.no_grad()
+def test_vectors_of_an_adapter_decay_where_zero_is_the_base(method, tmp_path):
+    """Matrices decay; a vector does exactly if the adapter with this one at zero gives the base's output."""
+    base = TINY[text_or_image(method)]()
+    adapted = move(adapt(method, base))
     optimizer = trainer(adapted, tmp_path, weight_decay=0.3).create_optimizer()
-    vectors = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad and p.ndim <= 1]
-    assert any(f"{method}_" in name for name, _ in vectors)
-    for name, parameter in vectors:
-        assert group_of(optimizer, parameter)["weight_decay"] == 0, name
+    adapters = {n: p for n, p in adapter_parameters(adapted).items() if p.requires_grad}
+    wanted, inputs = output(base, tiny_inputs(base)), tiny_inputs(base)
+    for kind in {name.rsplit(".", 2)[-2] for name in adapters}:
+        named = {n: p for n, p in adapters.items() if n.rsplit(".", 2)[-2] == kind}
+        vector = all(p.ndim <= 1 for p in named.values())
+        kept = {n: p.clone() for n, p in named.items()}
+        for parameter in named.values():
+            parameter.zero_()
+        is_base = torch.allclose(output(adapted, inputs), wanted, atol=1e-6)
+        for name, parameter in named.items():
+            parameter.copy_(kept[name])
+            decay = group_of(optimizer, parameter)["weight_decay"]
+            assert (decay > 0) == (not vector or is_base), (name, decay)
 
 
 def test_the_head_has_its_own_learning_rate_and_it_acts(tmp_path):
