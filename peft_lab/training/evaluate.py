@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,6 +123,9 @@ def predict(
     # inputs are read first, because a wrong file should be refused before a model is loaded
     rows = read_inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
+    file = next((row for row in rows if isinstance(row, str | Path) and os.path.isfile(row)), None)
+    if loaded.kind.predicts_texts and file is not None:
+        raise ConfigError(f'"{file}" is a file, and not one of inputs: these end with {", ".join(INPUT_FILES)}.')
     # the column that chooses prompts is read now, because `_input` keeps only those of the task
     ids = prompt_column.ids_of_inputs(rows, loaded.model, loaded.task)
     rows = [_input(row, loaded.task, number) for number, row in enumerate(rows, start=1)]
@@ -138,14 +142,14 @@ def read_inputs(inputs: list[Any]) -> list[Any]:
     files = [value for value in inputs if isinstance(value, str | Path) and _ending(value)]
     if len(inputs) > 1:
         # a text may end like the name of a file, so only files that are there count
-        file = next((value for value in files if Path(value).expanduser().is_file()), None)
+        file = next((value for value in files if os.path.isfile(os.path.expanduser(value))), None)
         if file is not None:
             raise ConfigError(f'"{file}" is a file of inputs, which must be the only input.')
         return inputs
     if not files:
         return inputs
     path = Path(files[0]).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f'There is no input file "{path}".')
     builder, options = INPUT_FILES[_ending(path)]
     rows: list[Any] = read_rows(builder, [path], options, bare=True)

@@ -54,6 +54,7 @@ class CausalLM(Kind):
     """
 
     info = KIND
+    predicts_texts = True
 
     def check(self, task: Task) -> None:
         if task.template is None:

@@ -40,6 +40,7 @@ class TextClassification(ClassificationKind):
 
     info = KIND
     text_columns = ("text", "text_pair")
+    predicts_texts = True
 
     def cast(self, dataset: Dataset, task: Task) -> Dataset:
         from datasets import Value
