@@ -13,7 +13,8 @@ from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.data.row_checks import RowFault, column_faults
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import ConfigError, TaskError
-from peft_lab.metrics import METRICS, load_metric
+from peft_lab.metrics import HUB_METRICS, METRICS, load_metric
+from peft_lab.metrics.baselines import Baseline
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.registry import KindInfo
 
@@ -116,6 +117,16 @@ class Kind:
 
     def row_predictions(self, prediction: EvalPrediction) -> Predictions | None:
         """Predictions for each row of an evaluation; None without any."""
+        return None
+
+    def baseline(self, task: Task, labels: Sequence[str] | None, train: Dataset, rows: Dataset) -> Baseline | None:
+        """Scores of a predictor that sees no input; None if undefined.
+
+        Args:
+            task, labels: as for `compute_metrics`.
+            train: preprocessed training rows, whose answers the predictor knows.
+            rows: preprocessed rows that it is scored on.
+        """
         return None
 
     def generation_scores(
@@ -225,6 +236,23 @@ class ClassificationKind(Kind):
             return found
 
         return compute
+
+    def baseline(self, task: Task, labels: Sequence[str] | None, train: Dataset, rows: Dataset) -> Baseline:
+        """Scores of the most frequent training class, or of the training mean."""
+        import numpy as np
+        from transformers import EvalPrediction
+
+        known, wanted = (np.asarray(part["labels"][:]) for part in (train, rows))
+        if labels is None:
+            predictor, logits = "the mean of the training rows", np.asarray([known.mean()])
+        else:
+            predictor = "the most frequent class of the training rows"
+            logits = np.eye(len(labels))[np.bincount(known, minlength=len(labels)).argmax()]
+        # one answer for all rows has no confidence, and what a file of the user's own would make of it is not known
+        kept = tuple(name for name in task.metrics if name in HUB_METRICS or name in METRICS)
+        kept = tuple(name for name in kept if name not in METRICS or not METRICS[name].takes_probabilities)
+        compute = self.compute_metrics(task.model_copy(update={"metrics": kept}), labels)
+        return Baseline(predictor, compute(EvalPrediction(np.tile(logits, (len(wanted), 1)), wanted)))
 
     def row_predictions(self, prediction: EvalPrediction) -> Predictions:
         import numpy as np

@@ -85,6 +85,7 @@ def evaluate(
                 remove_unused_columns=False,  # the collator reads what the kind's preprocessing made
                 dataloader_pin_memory=torch.cuda.is_available(),
                 label_names=["labels"],
+                logging_nan_inf_filter=False,  # it would leave batches out of the loss in silence
             ),
             data_collator=loaded.kind.data_collator(loaded.processor, loaded.model),
             compute_metrics=loaded.kind.compute_metrics(loaded.task, loaded.labels),

@@ -11,6 +11,7 @@ from peft_lab.data.row_checks import RowFault, check_inputs, numbered, source_ro
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import TaskError
 from peft_lab.metrics import load_metric
+from peft_lab.metrics.baselines import Baseline
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.registry import KindInfo
 
@@ -211,6 +212,21 @@ class CausalLM(Kind):
         }
         return Predictions(self.name, columns)
 
+    def baseline(self, task: Task, labels: Sequence[str] | None, train: Dataset, rows: Dataset) -> Baseline:
+        """Scores of a predictor that knows the frequencies of the training answers' tokens."""
+        import numpy as np
+
+        known, wanted = _answer_tokens(train), _answer_tokens(rows)
+        # one more of each token, so that none of them is impossible
+        counts = np.bincount(known, minlength=int(wanted.max()) + 1) + 1
+        log_probabilities = np.log(counts / counts.sum())[wanted]
+        found = {}
+        if "perplexity" in task.metrics:
+            found |= load_metric("perplexity").compute(predictions=log_probabilities)
+        if "token_accuracy" in task.metrics:
+            found["token_accuracy"] = float((wanted == counts.argmax()).mean())
+        return Baseline("the frequencies of the training answers' tokens", found)
+
     def generation_scores(
         self, model: Any, processor: Any, dataset: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, list[float]]:
@@ -302,6 +318,14 @@ def answer_only(start: list[int], end: list[int], limit: int, bos: int | None) -
     start = last_tokens(start, limit - len(end), bos)
     ids = start + end
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(start) + end}
+
+
+def _answer_tokens(rows: Dataset) -> Any:
+    """Tokens of all answers that have a token before them, (n,)."""
+    import numpy as np
+
+    tokens = np.concatenate([row[1:] for row in rows["labels"][:]])
+    return tokens[tokens != IGNORED]
 
 
 def last_tokens(ids: list[int], room: int, bos: int | None) -> list[int]:
