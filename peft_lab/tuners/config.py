@@ -79,10 +79,10 @@ class AdapterConfig(PeftConfig):
     #: True if it converts exactly to LoRA.
     exports_lora: ClassVar[bool] = False
 
-    #: The method's own choice of `backbone_eval`, that of the authors' code.
-    authors_backbone_eval: ClassVar[bool] = False
     #: Folder without weights that the config was read from; "" for none.
     read_alone: ClassVar[str] = ""
+    #: The method's own choice of `backbone_eval`, that of the authors' code.
+    authors_backbone_eval: ClassVar[bool] = False
 
     #: Set by `peft_lab.tuners.register`.
     peft_method_type: ClassVar[Any] = None

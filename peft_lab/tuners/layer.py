@@ -39,12 +39,12 @@ class AdapterLayer(StandIn, LayerAdapters):
     row_fields: ClassVar[Mapping[str, float]] = {}
     #: Those with one value per output channel, likewise; if all are, an adapter can move in and out of a fused layer.
     per_channel: ClassVar[Mapping[str, float]] = {}
-    #: Parameters of one dimension that weight decay takes back to the base, because that is their value zero. Other
-    #: vectors (scales, whose neutral value is one, and biases) get none.
-    decayed_vectors: ClassVar[tuple[str, ...]] = ()
     #: True if the change of the op's output is linear in the distance of `row_fields` from those numbers; then
     #: `add_weighted_adapter` is exact.
     linear: ClassVar[bool] = False
+    #: Parameters of one dimension that weight decay takes back to the base, because that is their value zero. Other
+    #: vectors (scales, whose neutral value is one, and biases) get none.
+    decayed_vectors: ClassVar[tuple[str, ...]] = ()
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:

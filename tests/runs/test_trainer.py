@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from peft_lab.backbones.frozen_norms import frozen_norms
-from peft_lab.training.checkpoints import last_complete_checkpoint, remove_checkpoints
+from peft_lab.training.checkpoints import last_whole_checkpoint
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.trainer import LabTrainer
 
@@ -147,37 +147,6 @@ def test_a_norm_without_parameters_counts_as_frozen_only_in_a_frozen_model():
     assert frozen_norms(model) == [model[1]]
 
 
-def checkpoint(folder, number, state='{"global_step": 1}', processes=1):
-    path = folder / f"checkpoint-{number}"
-    path.mkdir(parents=True)
-    (path / "trainer_state.json").write_text(state)
-    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
-    for name in names:
-        torch.save({}, path / name)
-    return path
-
-
-def test_half_written_checkpoints_are_passed_over_and_removed(tmp_path):
-    good = checkpoint(tmp_path, 9)
-    checkpoint(tmp_path, 10, state='{"global_')  # cut short while writing
-    (tmp_path / "checkpoint-11").mkdir()  # only just begun
-    (checkpoint(tmp_path, 12) / "rng_state.pth").write_bytes(b"PK\x03\x04 cut")
-    (tmp_path / "checkpoint-best").mkdir()
-    assert last_complete_checkpoint(tmp_path) == str(good)
-    remove_checkpoints(tmp_path, after=str(good))
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-best"}
-    remove_checkpoints(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-best"}
-    assert last_complete_checkpoint(tmp_path) is None
-
-
-def test_a_checkpoint_is_complete_only_with_the_random_state_of_every_process(tmp_path):
-    path = checkpoint(tmp_path, 5, processes=2)
-    assert last_complete_checkpoint(tmp_path, world_size=2) == str(path)
-    (path / "rng_state_1.pth").unlink()
-    assert last_complete_checkpoint(tmp_path, world_size=2) is None
-
-
 def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
     with PeakMemory() as memory:
         block = mmap.mmap(-1, 256 * 2**20)  # fresh pages, where numpy may be given what was freed before
@@ -208,7 +177,7 @@ def test_the_state_file_of_trainer_has_the_fields_that_resuming_reads(tmp_path):
     run = trainer(tiny_bert(), tmp_path, rows)
     run.args.save_strategy = "steps"
     run.train()
-    path = last_complete_checkpoint(tmp_path)
+    path = last_whole_checkpoint(tmp_path)
     assert path is not None
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] is True

@@ -88,8 +88,8 @@ class SVFitLayer(WeightLayer):
     adapter_layer_names = ("svfit_delta",)
     other_param_names = ("svfit_u", "svfit_s", "svfit_vh")
     row_fields = MappingProxyType({"svfit_delta": 0.0})
-    decayed_vectors = ("svfit_delta",)
     linear = True
+    decayed_vectors = ("svfit_delta",)
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
