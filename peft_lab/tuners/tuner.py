@@ -9,9 +9,9 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -22,9 +22,9 @@ from peft_lab.backbones.frozen_norms import keep_statistics, release_statistics
 from peft_lab.backbones.heads import PEFT_HEADS
 from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.errors import ConfigError
-from peft_lab.registry import MethodInfo
 from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_model
-from peft_lab.tuners.layer import AdapterLayer, no_merge
+from peft_lab.tuners.layer import AdapterLayer
+from peft_lab.tuners.merging import MergingTuner
 from peft_lab.tuners.mixed_batch import BASE, mixed_batch
 
 _LOG = logging.getLogger("peft_lab")
@@ -32,13 +32,12 @@ _LOG = logging.getLogger("peft_lab")
 _PEFT_HEADS = list(PEFT_HEADS["SEQ_CLS"])
 
 
-class AdapterTuner(BaseTuner):
+class AdapterTuner(MergingTuner):
     """Tuner that puts a method's layers into a model.
 
     `peft_lab.tuners.register` derives one subclass per method.
     """
 
-    info: ClassVar[MethodInfo]
     tuner_layer_cls: type[AdapterLayer]
     target_module_mapping = {}  # noqa: RUF012 - peft's own declaration; targets come from roles here
 
@@ -52,6 +51,11 @@ class AdapterTuner(BaseTuner):
             )
         config: Any = self.peft_config[adapter_name]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # peft copies a head that is saved whole, with the layers inside of it and all that they refer to.
+        for layer in model.modules():
+            if isinstance(layer, self.tuner_layer_cls):
+                layer.owners = self._owners()
+        self._keep_out_of_broadcasts(model)
         keep_statistics(model)
         if config.row_inputs():
             for wrapper in wrap_model(model):
@@ -148,6 +152,16 @@ class AdapterTuner(BaseTuner):
         layer.owners = self._owners()
         return layer
 
+    @staticmethod
+    def _keep_out_of_broadcasts(model: Any) -> None:
+        """Tell DistributedDataParallel not to send what every process derives from the base at each step."""
+        names = []
+        for path, layer in model.named_modules():
+            if isinstance(layer, AdapterLayer):
+                names += [f"{path}.{name}" for name in layer.derived_buffers()]
+        # It reads this attribute of the module that it wraps: the model itself, or peft's around it.
+        model._ddp_params_and_buffers_to_ignore = [*names, *(PEFT_PREFIX + name for name in names)]
+
     def _owners(self) -> dict[Any, AdapterLayer]:
         """Owners of shared parameters, one mapping for all layers of this method."""
         # In __dict__, because peft's tuner is a module that looks up missing attributes in the model.
@@ -206,6 +220,7 @@ class AdapterTuner(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         release_statistics(self.model)
         unwrap_forwards(self.model)
+        self.model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
         return model
 
     def _check_row_names(self, names: Any) -> None:
@@ -220,11 +235,6 @@ class AdapterTuner(BaseTuner):
             wrapper = module.__dict__.get("forward")
             if isinstance(wrapper, WrappedForward):
                 wrapper.declared.pop(adapter_name, None)
-
-    def _check_merge_allowed(self) -> None:
-        if not self.info.can("merge"):
-            raise NotImplementedError(no_merge(self.info))
-        super()._check_merge_allowed()
 
 
 class BlockTuner(AdapterTuner):
