@@ -160,6 +160,7 @@ def test_a_model_without_room_for_biases_is_refused_and_one_with_a_flag_gets_it(
         adapt("ssf", TINY["clip"]()).merge_and_unload()
     with pytest.raises(ConfigError, match="T5ForConditionalGeneration has no place"):
         adapt("ssf", TINY["t5"]()).merge_adapter()
+    adapt("ssf", TINY["t5"](), shift=False).merge_and_unload()
     model = adapt("ssf", TINY["llama"]())
     assert not model.config.attention_bias
     merged = model.merge_and_unload()

@@ -34,6 +34,7 @@ class Pruning(nn.Module):
         self.dense, self.masks = BufferDict(), BufferDict()
         self.sparsity = 0.0
 
+    @torch.inference_mode(False)  # for training may come after
     def set(self, sparsity: float) -> None:
         """Set a share of the weights to zero.
 
@@ -47,8 +48,7 @@ class Pruning(nn.Module):
         # Back to the dense weights first: the masks of another sparsity are made from them.
         for module, dense in zip(self.layers, self.dense.values(), strict=False):
             module.weight.data = dense.to(module.weight)
-        self.dense.clear()
-        self.sparsity = 0.0
+        self.dense, self.sparsity = BufferDict(), 0.0
         if not sparsity:
             return
         # Masks are kept, so that switching between adapters searches once per sparsity.
