@@ -80,7 +80,12 @@ def merge_one_after_the_other(model: Any) -> Any:
 def merge_by_name(model: Any) -> Any:
     """The active adapter is another one than that which is merged."""
     model.base_model.set_adapter("second")
-    return model.merge_and_unload(adapter_names=["default", "second"])
+    try:
+        return model.merge_and_unload(adapter_names=["default", "second"])
+    finally:
+        assert model.base_model.active_adapter == "second" or not layers(model)
+        if layers(model):
+            model.base_model.set_adapter(["default", "second"])
 
 
 def merge_again(model: Any) -> Any:
@@ -107,7 +112,8 @@ WAYS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, str], Any]]] = {
 def _cases() -> list[Any]:
     """Each way on each main architecture, and each family in two ways; daily each way once and each main family."""
     found = list(itertools.product(MERGED, WAYS, [*MAIN, "roberta"]))
-    for number, (family, method) in enumerate(itertools.product(MODELS, MERGED)):
+    families = [family for family in MODELS if family != "vit_mae"]  # it masks patches at random
+    for number, (family, method) in enumerate(itertools.product(families, MERGED)):
         found += [(method, [*WAYS][(number + step) % len(WAYS)], family) for step in (0, 5)]
     fits = [case for case in found if not (case[0] in NO_CONVOLUTION and case[2] in CONVOLUTIONAL)]
     return cover([*dict.fromkeys(fits)], lambda case: {case[:2], *({case[2]} & {*MAIN, "roberta"})})
@@ -139,7 +145,8 @@ def test_the_merged_model_answers_as_the_unmerged_one(base, method, way, family,
     for cls in (type(merged), *(auto for auto in AUTO if _builds(auto, merged))):
         again = cls.from_pretrained(tmp_path)
         assert {*again.state_dict()} == {*merged.state_dict()}
-        assert_close(output(again, inputs), output(merged, inputs), 1e-4)
+        # Rotary angles are float32 again after a reload.
+        assert_close(output(again, inputs), output(merged, inputs), 1e-2 if way == "in_bfloat16" else 1e-4)
 
 
 def _check_refusal(error: ConfigError, base: Any, model: Any) -> None:
