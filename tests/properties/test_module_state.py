@@ -190,6 +190,13 @@ def test_training_goes_on_after_inference_mode(method, fields):
         with model.disable_adapter():
             output(model, inputs)
         assert_close(output(model, inputs), trained, 1e-4)
+        if method in MERGED:
+            model.merge_adapter()
+    assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    # While the adapter is merged, the head goes on.
+    train_step(model, inputs)
+    if method in MERGED:
+        model.unmerge_adapter()
     before = {name: parameter.clone() for name, parameter in adapter_parameters(model).items()}
     train_step(model, inputs)
     after = adapter_parameters(model)
