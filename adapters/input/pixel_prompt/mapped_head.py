@@ -113,7 +113,7 @@ class MappedHead(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
-        self.unread: dict[str, float | None] = {}  # and the sum of the parameters at the first step
+        self.unread: dict[str, float | None] = {}  # and the sum of the parameters at the last step
         for buffers in self.other_param_names:
             setattr(self, buffers, BufferDict(persistent=True))
 
@@ -251,11 +251,10 @@ class MappedHead(AdapterLayer):
         return (), kwargs
 
     def _has_moved(self, adapter: str) -> bool:
-        """Test whether the adapter's parameters have changed since the first step."""
+        """Test whether the adapter's parameters have changed since the last step."""
         now = sum(float(getattr(self, name)[adapter].detach().abs().sum()) for name in self.adapter_layer_names)
-        if self.unread[adapter] is None:
-            self.unread[adapter] = now
-        return now != self.unread[adapter]
+        before, self.unread[adapter] = self.unread[adapter], now
+        return before not in (None, now)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Tensor:
         first = self.first[0]
