@@ -84,7 +84,9 @@ def module_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
 
     So many adapters need one hash.
     """
-    # `_version` counts changes in place.
+    # Changes in place are counted, but not for tensors that were made in inference mode.
+    if weight.is_inference():
+        return fingerprint(weight)
     key = (id(weight), weight.data_ptr(), weight._version, weight.dtype)
     known = module.__dict__.get("_peft_lab_fingerprint")
     if known is None or known[0] != key:

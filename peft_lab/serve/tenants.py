@@ -133,6 +133,14 @@ class Tenants:
     def _using(self, request: Request) -> Iterator[None]:
         if self.model.training:
             raise ConfigError("Rows with different adapters are for inference; call model.eval() first.")
+        # The banks stay where they were made, for a request under way must find its own.
+        device = self._device()
+        for bank in request.snapshot.banks.values():
+            if bank.rows.device != device:
+                raise ConfigError(
+                    f"The base was moved to {device} after its adapters were loaded to {bank.rows.device}; move it "
+                    "before load_many."
+                )
         token = self._request.set(request)
         try:
             yield

@@ -12,20 +12,20 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_lab.adapter_files.base_fingerprint import module_fingerprint, reference_weight
+from peft_lab.adapter_files.base_fingerprint import module_fingerprint
 from peft_lab.errors import ConfigError
-from peft_lab.registry import CAPABILITIES, MethodInfo
+from peft_lab.registry import MethodInfo
 from peft_lab.tuners.active_adapters import LayerAdapters
 from peft_lab.tuners.config import AdapterConfig
 from peft_lab.tuners.forward_context import ForwardContext, on_rows
+from peft_lab.tuners.merging import MergeableLayer
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters, check_count, current_row_adapters
-from peft_lab.tuners.operations import Operation, StandIn, apply_matrix, features, operation
+from peft_lab.tuners.operations import Operation, apply_matrix, features, operation
 
 
-class AdapterLayer(StandIn, LayerAdapters):
+class AdapterLayer(MergeableLayer, LayerAdapters):
     """Wrapped base module with any number of named adapters.
 
     A subclass names its parameters in `adapter_layer_names` (each starts with the method's prefix), gives their start
@@ -51,11 +51,9 @@ class AdapterLayer(StandIn, LayerAdapters):
         super().__init__()
         self.base_layer = base_layer
         self._disable_adapters = False
-        self.merged_adapters: list[str] = []
         self.configs: dict[str, Any] = {}
         #: (adapter, share key) -> layer that stores the shared parameters; the tuner gives all its layers one mapping.
         self.owners: dict[tuple[str, Hashable], AdapterLayer] = {}
-        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
         for parameter in self.adapter_layer_names:
             setattr(self, parameter, nn.ParameterDict())
         self.read_base(name)
@@ -72,13 +70,6 @@ class AdapterLayer(StandIn, LayerAdapters):
             found = type(self.base_layer).__name__
             raise ConfigError(f'Method "{self.info.name}" cannot adapt "{name}", a {found}; it adapts: {able}.')
         self.in_features, self.out_features = features(self.base_layer, self.op)
-
-    @property
-    def base_weight(self) -> Tensor:
-        """Unmerged weight that tells device, dtype and identity of the base."""
-        weight = self._unmerged[0] if self._unmerged else reference_weight(self.base_layer)
-        assert weight is not None, "a base module has weights"
-        return weight
 
     # What a method supplies -------------------------------------------------------------------------------------
 
@@ -106,10 +97,6 @@ class AdapterLayer(StandIn, LayerAdapters):
 
     def mixed(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
         """Output for a batch whose rows have adapters of their own."""
-        raise NotImplementedError
-
-    def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Base weight and bias with one adapter merged, float32 or wider."""
         raise NotImplementedError
 
     def rows_output(
@@ -206,56 +193,22 @@ class AdapterLayer(StandIn, LayerAdapters):
                 raise ValueError("Rows cannot have different adapters while adapters are merged; call unmerge_adapter.")
             return self.mixed(x, rows, *args, **kwargs)
         # An active adapter may have no part in this layer.
-        active = [name for name in self.active_adapters if name in self.configs]
-        if self.merged or not active:
+        active = [name for name in self.active_adapters if name in self.configs and name not in self.merged_adapters]
+        if not active:
             return self.base_layer(x, *args, **kwargs)
         return self.adapted(x, active, *args, **kwargs)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the base weight.
-
-        The unmerged weight is kept, so that `unmerge` is exact.
-
-        Raises:
-            NotImplementedError: the method cannot be merged.
-            ValueError: with `safe_merge`, the merged weight is not finite.
-        """
-        if not self.info.can("merge"):
-            raise NotImplementedError(no_merge(self.info))
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.configs]
-        if not names:
-            return
-        # All adapters are folded in float32 or wider and rounded to the base's dtype once.
-        base = self.base_layer
-        bias = getattr(base, "bias", None)
-        weight, new_bias = self._wide(base.weight), None if bias is None else self._wide(bias)
-        for name in names:
-            weight, new_bias = self.folded(name, weight, new_bias)
-        if safe_merge and not (weight.isfinite().all() and (new_bias is None or new_bias.isfinite().all())):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
-        # A second merge adds to a merged weight: the one to come back to is that of the first.
-        if self._unmerged is None:
-            self._unmerged = (base.weight, bias)
-        base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
-        if new_bias is not None:
-            base.bias = nn.Parameter(new_bias.to(base.weight.dtype), requires_grad=False)
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Put the unmerged base weight back, bit for bit."""
-        if self._unmerged is None:
-            return
-        # The parameters themselves come back, so that no subtraction rounds them.
-        base = self.base_layer
-        base.weight, bias = self._unmerged
-        if hasattr(base, "bias"):
-            base.bias = bias
-        self._unmerged = None
-        self.merged_adapters.clear()
 
     def fingerprint(self) -> dict[str, Any]:
         """Fingerprint of the base weight without anything merged into it."""
         return module_fingerprint(self.base_layer, self.base_weight)
+
+    def derived_buffers(self) -> list[str]:
+        """Names of the buffers outside of the state dict, without those of the base module."""
+        found = []
+        for path, module in self.named_modules():
+            if not path.startswith("base_layer"):
+                found += [f"{path}.{name}".lstrip(".") for name in module._non_persistent_buffers_set]
+        return found
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
@@ -268,22 +221,8 @@ class AdapterLayer(StandIn, LayerAdapters):
         # peft's own also casts to the base dtype; trainable parameters stay float32 here.
         self.move_adapter(adapter_name, device if device is not None else self.base_weight.device)
 
-    @staticmethod
-    def _wide(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
     def __repr__(self) -> str:
         return f"{self.info.name}." + super().__repr__()
-
-
-def no_merge(info: MethodInfo) -> str:
-    """Error message for a method without the capability `merge`."""
-    reasons = {
-        "sequence": "its prompts are tokens of the sequence, and no weight of the base stands for them",
-        "input": "it changes what goes into the base, and no weight of the base stands for that",
-    }
-    reason = reasons.get(info.place, f"it does not declare that it {CAPABILITIES['merge']}")
-    return f'Method "{info.name}" cannot be merged, because {reason}.'
 
 
 class WeightLayer(AdapterLayer):
@@ -294,6 +233,7 @@ class WeightLayer(AdapterLayer):
     """
 
     general_forms: ClassVar[Mapping[str, str]] = {"folded": "delta_weight", "mixed": "delta_weight"}
+    additive = True
 
     def delta_weight(self, adapter: str) -> Tensor:
         """Delta as a float32 matrix (out, in), for embeddings (tokens, dim)."""

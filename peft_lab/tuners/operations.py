@@ -175,9 +175,12 @@ def norm_offset(module: Any) -> float:
         return 0.0
     weight = module.weight
     probe = torch.linspace(-1.0, 2.0, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
-    # With a weight of minus the offset the output is zero whatever the input.
+    # With a weight of minus the offset, and without its bias, the output is zero whatever the input.
+    bias = getattr(module, "bias", None)
+    values = {} if bias is None else {"bias": torch.zeros_like(bias)}
     for offset in (0.0, 1.0):
-        out = torch.func.functional_call(module, {"weight": torch.full_like(weight, -offset)}, (probe,))
+        values["weight"] = torch.full_like(weight, -offset)
+        out = torch.func.functional_call(module, values, (probe,))
         if bool((out == 0).all()):
             return offset
     raise ConfigError(f"{type(module).__name__} is not linear in its weight, so a scale cannot be merged into it.")

@@ -9,9 +9,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -22,12 +22,12 @@ from peft_lab.backbones.frozen_norms import keep_statistics, release_statistics
 from peft_lab.backbones.heads import PEFT_HEADS
 from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.registry import MethodInfo
 from peft_lab.tuners.active_adapters import KeepsTrainability
 from peft_lab.tuners.adapter_names import check_adapter_name, check_base_names
 from peft_lab.tuners.backbone_mode import set_backbone_mode
 from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_forward, wrap_model
-from peft_lab.tuners.layer import AdapterLayer, no_merge
+from peft_lab.tuners.layer import AdapterLayer
+from peft_lab.tuners.merging import MergingTuner
 from peft_lab.tuners.mixed_batch import BASE, batch_sizes, check_count, mixed_batch
 from peft_lab.tuners.saved_module import adopt_saved_modules
 from peft_lab.tuners.weighted_adapter import add_weighted_adapter
@@ -37,13 +37,12 @@ _LOG = logging.getLogger("peft_lab")
 _PEFT_HEADS = list(PEFT_HEADS["SEQ_CLS"])
 
 
-class AdapterTuner(BaseTuner):
+class AdapterTuner(MergingTuner):
     """Tuner that puts a method's layers into a model.
 
     `peft_lab.tuners.register` derives one subclass per method.
     """
 
-    info: ClassVar[MethodInfo]
     tuner_layer_cls: type[AdapterLayer]
     target_module_mapping = {}  # noqa: RUF012 - peft's own declaration; targets come from roles here
 
@@ -61,6 +60,10 @@ class AdapterTuner(BaseTuner):
         disabled = [m for m in model.modules() if isinstance(m, KeepsTrainability) and m.disable_adapters]
         before = [module.trained_before for module in disabled]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # peft copies a head that is saved whole, with the layers inside of it and all that they refer to.
+        for layer in model.modules():
+            if isinstance(layer, self.tuner_layer_cls):
+                layer.owners = self._owners()
         adopt_saved_modules(model)
         for module, trained in zip(disabled, before, strict=True):
             module.trained_before = trained
@@ -68,6 +71,7 @@ class AdapterTuner(BaseTuner):
             self._enable_adapter_layers(False)
         # peft calls it for the first adapter alone, but another one may need hooks that the first does not.
         self._post_injection_hook(model, config, adapter_name)
+        self._keep_out_of_broadcasts(model)
         keep_statistics(model)
         if config.backbone_eval:
             wrap_forward(model, opens=True).prepare = set_backbone_mode
@@ -173,6 +177,16 @@ class AdapterTuner(BaseTuner):
         layer.owners = self._owners()
         return layer
 
+    @staticmethod
+    def _keep_out_of_broadcasts(model: Any) -> None:
+        """Tell DistributedDataParallel not to send what every process derives from the base at each step."""
+        names = []
+        for path, layer in model.named_modules():
+            if isinstance(layer, AdapterLayer):
+                names += [f"{path}.{name}" for name in layer.derived_buffers()]
+        # It reads this attribute of the module that it wraps: the model itself, or peft's around it.
+        model._ddp_params_and_buffers_to_ignore = [*names, *(PEFT_PREFIX + name for name in names)]
+
     def _owners(self) -> dict[Any, AdapterLayer]:
         """Owners of shared parameters, one mapping for all layers of this method."""
         # In __dict__, because peft's tuner is a module that looks up missing attributes in the model.
@@ -223,6 +237,7 @@ class AdapterTuner(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         release_statistics(self.model)
         unwrap_forwards(self.model)
+        self.model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
         return model
 
     def _check_row_names(self, names: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -282,11 +297,6 @@ class AdapterTuner(BaseTuner):
                 or settings, there is not one finite weight for each, or the arguments ask for an approximation.
         """
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, kw)
-
-    def _check_merge_allowed(self) -> None:
-        if not self.info.can("merge"):
-            raise NotImplementedError(no_merge(self.info))
-        super()._check_merge_allowed()
 
 
 class BlockTuner(AdapterTuner):

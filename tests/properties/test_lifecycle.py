@@ -64,7 +64,13 @@ def test_life_of_an_adapter(base, method, family, tmp_path):
         assert type(unloaded) is type(base)
         assert torch.equal(output(unloaded, inputs), plain)
         return
-    model.merge_adapter()
+    try:
+        model.merge_adapter()
+    except ConfigError as error:  # the family has no place for a bias; test_merging.py has all of this
+        assert str(error).startswith(f"{type(base).__name__} has no place")  # noqa: PT017
+        assert torch.equal(output(model, inputs), moved)
+        assert torch.equal(output(model.unload(), inputs), plain)
+        return
     assert_close(output(model, inputs), moved)
     with model.disable_adapter():
         assert torch.equal(output(model, inputs), plain)

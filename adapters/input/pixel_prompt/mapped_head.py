@@ -113,7 +113,7 @@ class MappedHead(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
-        self.unread: set[str] = set()
+        self.unread: dict[str, float | None] = {}  # and the sum of the parameters at the last step
         for buffers in self.other_param_names:
             setattr(self, buffers, BufferDict(persistent=True))
 
@@ -174,7 +174,7 @@ class MappedHead(AdapterLayer):
         self.mappings[adapter] = order(self.source_classes)[:targets].to(self.base_weight.device)
         # The other ways start there too, until they have read the training data.
         if MAPPINGS[config.mapping]:
-            self.unread.add(adapter)
+            self.unread[adapter] = None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         # Two adapters would need two images and two sets of labels at once.
@@ -189,7 +189,7 @@ class MappedHead(AdapterLayer):
         self._follow()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.unread.discard(adapter_name)
+        self.unread.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         self._follow()
 
@@ -222,7 +222,8 @@ class MappedHead(AdapterLayer):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         # A loaded mapping has read its data.
-        self.unread -= {n for n in self.unread if f"{prefix}{self.other_param_names[0]}.{n}" in state_dict}
+        start = f"{prefix}{self.other_param_names[0]}."
+        self.unread = {name: begun for name, begun in self.unread.items() if start + name not in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -250,9 +251,10 @@ class MappedHead(AdapterLayer):
         return (), kwargs
 
     def _has_moved(self, adapter: str) -> bool:
-        """Test whether an optimizer has changed the adapter's parameters."""
-        # torch counts the changes of a tensor in place as its version.
-        return any(getattr(self, name)[adapter]._version > 0 for name in self.adapter_layer_names)
+        """Test whether the adapter's parameters have changed since the last step."""
+        now = sum(float(getattr(self, name)[adapter].detach().abs().sum()) for name in self.adapter_layer_names)
+        before, self.unread[adapter] = self.unread[adapter], now
+        return before not in (None, now)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Tensor:
         first = self.first[0]
@@ -289,7 +291,7 @@ class MappedHead(AdapterLayer):
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.data = value
         self.mappings[adapter].copy_(torch.tensor(greedy_mapping(counts)))
-        self.unread.discard(adapter)
+        self.unread.pop(adapter, None)
 
     @torch.no_grad()
     def _count(self, adapter: str, batches: Iterable[Mapping[str, Tensor]]) -> np.ndarray:

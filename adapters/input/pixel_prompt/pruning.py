@@ -6,18 +6,18 @@ The base is pruned for one adapter at a time, and the dense weights come back.
 from __future__ import annotations
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from peft_lab.errors import ConfigError
 
 
-class Pruning:
+class Pruning(nn.Module):
     """Global unstructured L1 pruning of linear and convolution weights.
 
-    Layers whose weights are all zero count for nothing: a share of them would be no pruning. While the base is pruned
-    its dense weights are kept aside, which takes the memory of the base once more. The pruned entries are found on the
-    CPU, so that ties fall alike on every device.
+    Layers whose weights are all zero count for nothing: a share of them would be no pruning. The dense weights are kept
+    in buffers meanwhile. The pruned entries are found on the CPU, so that ties fall alike on every device.
 
     Args:
         model: the base.
@@ -25,15 +25,16 @@ class Pruning:
     """
 
     def __init__(self, model: nn.Module, spared: list[nn.Module]) -> None:
+        super().__init__()
         kept: set[nn.Module] = set()
         for module in spared:
             kept.update(module.modules())
         layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        self._modules = [layer for layer in layers if layer not in kept]
-        self._dense: list[Tensor] = []
-        self._masks: dict[float, list[Tensor]] = {}
+        self.layers = [layer for layer in layers if layer not in kept]  # parts of the base, not of this module
+        self.dense, self.masks = BufferDict(), BufferDict()
         self.sparsity = 0.0
 
+    @torch.inference_mode(False)  # for training may come after
     def set(self, sparsity: float) -> None:
         """Set a share of the weights to zero.
 
@@ -45,22 +46,23 @@ class Pruning:
         if sparsity == self.sparsity:
             return
         # Back to the dense weights first: the masks of another sparsity are made from them.
-        for module, dense in zip(self._modules, self._dense, strict=False):
+        for module, dense in zip(self.layers, self.dense.values(), strict=False):
             module.weight.data = dense.to(module.weight)
-        self._dense, self.sparsity = [], 0.0
+        self.dense, self.sparsity = BufferDict(), 0.0
         if not sparsity:
             return
         # Masks are kept, so that switching between adapters searches once per sparsity.
-        if sparsity not in self._masks:
-            self._masks[sparsity] = self._find(sparsity)
-        self._dense = [module.weight.data for module in self._modules]
-        for module, mask in zip(self._modules, self._masks[sparsity], strict=True):
-            module.weight.data = module.weight.data * mask.to(module.weight.device)
+        names = [f"{sparsity}/{index}".replace(".", "_") for index in range(len(self.layers))]
+        if not names or names[0] not in self.masks:
+            self.masks.update(zip(names, self._find(sparsity), strict=True))
+        for name, module in zip(names, self.layers, strict=True):
+            self.dense[name] = module.weight.data
+            module.weight.data = module.weight.data * self.masks[name].to(module.weight.device)
         self.sparsity = sparsity
 
     def _find(self, sparsity: float) -> list[Tensor]:
         """Masks of the weights by module, bool, False at pruned entries."""
-        weights: list[Tensor] = [module.weight for module in self._modules]
+        weights: list[Tensor] = [module.weight for module in self.layers]
         if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
             raise ConfigError(
                 f"sparsity={sparsity} prunes the base by the size of its weights: load it into memory, not quantised."

@@ -195,11 +195,12 @@ class IAPTLayer(SequenceLayer):
         tokens = tokens.to(down.dtype).contiguous()  # one copy is kept for both uses
         hidden = nn.functional.linear(tokens, down).float()
         if config.normalize:  # behind the projection, so that no normalised copy is kept
-            norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=torch.float32)
+            wide = torch.promote_types(tokens.dtype, torch.float32)
+            norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide).float()
             hidden = hidden * (norms.square() / self.width + 1e-6).rsqrt()
         down_bias = self.parameter(adapter, "iapt_down_bias")
         if down_bias is not None:
-            hidden = hidden + down_bias
+            hidden = (hidden + down_bias).float()
         pooled = self._pooled(adapter, hidden, mask)
         if config.activation == "rational":
             pooled = rational(pooled, self.iapt_numerator[adapter].float(), self.iapt_denominator[adapter].float())

@@ -95,7 +95,16 @@ class SVFitLayer(WeightLayer):
         super().__init__(base_layer, name)
         for part in self.other_param_names:
             setattr(self, part, BufferDict({}, persistent=True))
-        self._shared: Any = None
+        self.shared = BufferDict(persistent=False)
+
+    @property
+    def _shared(self) -> Any:
+        """Bases that the adapters share, in buffers, so that they are moved and copied with the layer."""
+        return svd.Bases(**self.shared) if len(self.shared) else None
+
+    @_shared.setter
+    def _shared(self, bases: svd.Bases) -> None:
+        self.shared.update(vars(bases))
 
     def initial_values(self, adapter: str, config: SVFitConfig) -> dict[str, Tensor]:
         # Only an adapter that saves its bases has some of its own; the others share those of the largest rank.
@@ -242,27 +251,21 @@ class SVFitLayer(WeightLayer):
 
     def _bases_of_weight(self, rank: int | str) -> svd.Bases:
         """Singular bases of the unmerged base weight, up to a rank."""
-        weight = self._unmerged[0] if self._unmerged else self.base_layer.weight
+        weight = self.base_weight
         if weight.is_meta:
             raise RuntimeError("SVFit needs the base weights to build its bases; load the backbone before the adapter.")
-        wanted = svd.parse_rank(rank)
-        side = min(self.op.matrix(weight).shape)
+        wanted, side = svd.parse_rank(rank), min(self.op.matrix(weight).shape)
         # Shared bases of at least this rank hold the wanted ones; a share of energy needs the whole spectrum.
         if self._shared is not None and not isinstance(wanted, float) and (wanted or side) <= self._shared.rank:
             return self._shared.select(min(wanted or side, side), "principal")
         return svd.bases(self.op.matrix(weight), rank, key=self.fingerprint()["sha256"])
 
     def _apply(self, fn: Any, recurse: bool = True) -> SVFitLayer:
+        bases = self._shared
         super()._apply(fn, recurse)
-        if self._shared is not None:
-            # Plain tensors, not buffers: DistributedDataParallel would broadcast them at every step.
-            self._shared = self._shared.to(fn(torch.empty(0, device=self._shared.s.device)).device)
+        if bases is not None:  # a cast of the model rounds the adapter, but not what it stands on
+            self._shared = bases.to(self._shared.s.device)
         return self
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        if self._shared is not None:
-            self._shared = self._shared.to(device if device is not None else self.base_layer.weight.device)
 
 
 register(METHOD, SVFitConfig, SVFitLayer)

@@ -208,6 +208,19 @@ def test_errors_name_the_mend(tmp_path):
         tenants(**inputs, adapter_names=["alice"] * 2)
 
 
+@pytest.mark.parametrize("method", SERVED)
+def test_a_base_may_be_cast_after_loading_but_not_moved(method, tmp_path):
+    base = TINY["bert"]()
+    folder, inputs = save(adapt(method, base), tmp_path / "a", 0), tiny_inputs(base)
+    tenants = load_many(copy.deepcopy(base), {"a": folder})
+    tenants.model.double()
+    answers = main_tensor(tenants(**inputs, adapter_names=["a", "a"]))
+    assert_close(answers, alone(base, folder, inputs).double())
+    tenants.model.to("meta")
+    with pytest.raises(ConfigError, match="moved to meta after its adapters were loaded to cpu"):
+        tenants(**inputs, adapter_names=["a", "a"])
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
     base = TINY["bert"]()
     for method in ("svfit", "ssf"):
