@@ -54,6 +54,13 @@ class AdapterConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the module list that holds the blocks, for unusual models."}
     )
+    backbone_eval: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Frozen backbone in evaluation mode while training: no dropout, no drop path; nothing means as the "
+            "method's authors train."
+        },
+    )
     fingerprints: dict[str, dict[str, Any]] | None = field(
         default=None, metadata={"help": "Filled in when saved: which base weights the adapter belongs to."}
     )
@@ -74,6 +81,8 @@ class AdapterConfig(PeftConfig):
 
     #: Folder without weights that the config was read from; "" for none.
     read_alone: ClassVar[str] = ""
+    #: The method's own choice of `backbone_eval`, that of the authors' code.
+    authors_backbone_eval: ClassVar[bool] = False
 
     #: Set by `peft_lab.tuners.register`.
     peft_method_type: ClassVar[Any] = None
@@ -154,6 +163,9 @@ class AdapterConfig(PeftConfig):
             getattr(self.peft_method_type, "value", self.peft_method_type)
         ):
             raise ConfigError(f'{type(self).__name__} cannot hold an adapter of type "{self.peft_type}".')
+        # A file that does not know the choice, as only a file gives a type, was trained in training mode.
+        if self.backbone_eval is None:
+            self.backbone_eval = self.authors_backbone_eval and self.peft_type is None
         self.peft_type = self.peft_method_type
         # JSON has neither sets nor tuples; as sorted lists, equal choices are saved alike.
         for name in ("target_modules", "exclude_modules", "modules_to_save"):

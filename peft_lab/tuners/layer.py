@@ -42,6 +42,9 @@ class AdapterLayer(StandIn, LayerAdapters):
     #: True if the change of the op's output is linear in the distance of `row_fields` from those numbers; then
     #: `add_weighted_adapter` is exact.
     linear: ClassVar[bool] = False
+    #: Parameters of one dimension that weight decay takes back to the base, because that is their value zero. Other
+    #: vectors (scales, whose neutral value is one, and biases) get none.
+    decayed_vectors: ClassVar[tuple[str, ...]] = ()
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:

@@ -25,7 +25,8 @@ from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.active_adapters import KeepsTrainability
 from peft_lab.tuners.adapter_names import check_adapter_name, check_base_names
-from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_model
+from peft_lab.tuners.backbone_mode import set_backbone_mode
+from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_forward, wrap_model
 from peft_lab.tuners.layer import AdapterLayer, no_merge
 from peft_lab.tuners.mixed_batch import BASE, batch_sizes, check_count, mixed_batch
 from peft_lab.tuners.saved_module import adopt_saved_modules
@@ -68,6 +69,8 @@ class AdapterTuner(BaseTuner):
         # peft calls it for the first adapter alone, but another one may need hooks that the first does not.
         self._post_injection_hook(model, config, adapter_name)
         keep_statistics(model)
+        if config.backbone_eval:
+            wrap_forward(model, opens=True).prepare = set_backbone_mode
         if config.row_inputs():
             for wrapper in wrap_model(model):
                 wrapper.declared[adapter_name] = config.row_inputs()
