@@ -14,6 +14,7 @@ from support.backbones import TINY, tiny_inputs
 from support.cover import cover, each_place
 from support.properties import (
     EVERY_OWN,
+    UNTRAINED,
     adapt,
     adapter_parameters,
     config,
@@ -117,7 +118,7 @@ def test_deleting_the_active_adapter_gives_way_to_the_next_one_whole(method, tmp
     assert sum(_trained(model).values()) == sum(before.values())
 
 
-@own
+@pytest.mark.parametrize("method", [method for method in EVERY_OWN if method not in UNTRAINED])
 def test_the_next_adapter_has_its_head_in_transformers_too(method):
     base = TINY[text_or_image(method)]()
     base.add_adapter(config(method), adapter_name="default")
