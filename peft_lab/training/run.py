@@ -30,7 +30,7 @@ from peft_lab.errors import ConfigError
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, count_parameters, load_base
-from peft_lab.metrics.baselines import comparison, shortfall
+from peft_lab.metrics.baselines import Baseline, comparison, shortfall
 from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
@@ -159,7 +159,7 @@ class _Run:
         scored = [split for split in ("validation", "test") if split in self.rows]
         train = self.rows["train"]
         found = {split: self.kind.baseline(self.task, self.labels, train, self.rows[split]) for split in scored}
-        self.baselines = {split: baseline for split, baseline in found.items() if baseline is not None}
+        self.baselines: dict[str, Baseline] = {split: each for split, each in found.items() if each is not None}
         self._claim_folder(checkpoint)
         # memory and time are those of the training steps, without loading and evaluation at the end
         with PeakMemory(self.arguments.device) as memory:
@@ -329,7 +329,7 @@ class _Run:
         # methods are compared by the parameters of the adapter, without those of the task head
         head = {id(p) for p in self.trainer.head_parameters(self.model)}
         adapter = sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
-        baselines = {split: found for split, found in self.baselines.items() if split in scores}
+        baselines: dict[str, Baseline] = {split: self.baselines[split] for split in scores if split in self.baselines}
         values = {
             # a token must not lie in a file that is meant to be shared
             "run": self.config.to_dict() | {"hub_token": None},

@@ -188,10 +188,11 @@ class LabTrainer(Trainer):
         self._guard.check_step(self, norm)
         return norm
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate, and refuse a loss that is not finite."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        check_evaluation(output.metrics.get(f"{metric_key_prefix}_loss"), metric_key_prefix, self.state.global_step)
+        output = super().evaluation_loop(*args, **kwargs)
+        rows = kwargs.get("metric_key_prefix", "eval")
+        check_evaluation((output.metrics or {}).get(f"{rows}_loss"), rows, self.state.global_step)
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

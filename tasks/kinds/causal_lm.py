@@ -220,7 +220,7 @@ class CausalLM(Kind):
         # one more of each token, so that none of them is impossible
         counts = np.bincount(known, minlength=int(wanted.max()) + 1) + 1
         log_probabilities = np.log(counts / counts.sum())[wanted]
-        found = {}
+        found: dict[str, float] = {}
         if "perplexity" in task.metrics:
             found |= load_metric("perplexity").compute(predictions=log_probabilities)
         if "token_accuracy" in task.metrics:

@@ -117,6 +117,18 @@ def test_deleting_the_active_adapter_gives_way_to_the_next_one_whole(method, tmp
     assert sum(_trained(model).values()) == sum(before.values())
 
 
+@own
+def test_the_next_adapter_has_its_head_in_transformers_too(method):
+    base = TINY[text_or_image(method)]()
+    base.add_adapter(config(method), adapter_name="default")
+    before, first = _trained(base), output(base, tiny_inputs(base))
+    base.add_adapter(config(method, modules_to_save=[]), adapter_name="other")
+    move(base, "other")
+    base.delete_adapter("other")
+    assert _trained(base) == before
+    assert torch.equal(output(base, tiny_inputs(base)), first)
+
+
 def test_adapters_of_different_modules_give_way_to_one_for_all():
     fields = {"layers_to_transform": [0]}, {"layers_to_transform": [1]}
     for method in EVERY_OWN:
