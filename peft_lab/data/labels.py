@@ -138,7 +138,7 @@ def _combinations(names: Collection[str]) -> list[str]:
         uses: Counter[str] = Counter()
         for found in parts.values():
             uses.update(set(found))
-        joined = [name for name, found in parts.items() if len(found) > 1 and min(map(uses.get, found)) > 1]
+        joined = [name for name, found in parts.items() if len(found) > 1 and min(map(uses.__getitem__, found)) > 1]
         if joined:
             return joined
     return []
@@ -209,7 +209,8 @@ def _index_of(task: Task, dataset: Dataset, labels: Sequence[str]) -> Callable[[
     # whole numbers may be names too: ratings from 1 to 5 are no positions
     if by_name or None in numbers.values() or all(str(value) in position for value in values):
         return lambda value: position.get(str(value))
-    return lambda value: numbers[value] if 0 <= numbers[value] < len(labels) else None
+    known = {value: number for value, number in numbers.items() if number is not None and 0 <= number < len(labels)}
+    return known.get
 
 
 def _whole(value: Any) -> int | None:

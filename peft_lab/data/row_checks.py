@@ -128,7 +128,7 @@ def warn_of_cut(task: Task, dataset: Dataset | None, cut: Mapping[str, Sequence[
         if rows:
             shown, quoted = rows, ""
             if dataset is not None:
-                shown = source_rows(dataset, rows[:_NAMED] + rows[_NAMED : _NAMED + 1])
+                shown = source_rows(dataset, rows[: _NAMED + 1])
                 quoted = f', the first begins "{_beginning(dataset[rows[0]])}"'
             count = "" if dataset is None else f" of {len(dataset)}"
             called = "inputs" if dataset is None else "rows"
