@@ -7,11 +7,13 @@ methods are registered at once, otherwise in the moment peft is imported.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from peft_lab._register_on_import import register_with_peft
 from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError, did_you_mean
 from peft_lab.registry import list_kinds, list_methods, list_recipes
+from peft_lab.utils.text import VisibleRecords
 
 if TYPE_CHECKING:
     from peft_lab.comparison.run.recommend import recommend
@@ -93,4 +95,5 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY, *configs])
 
 
+logging.getLogger("peft_lab").addFilter(VisibleRecords())
 register_with_peft()

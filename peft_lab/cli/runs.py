@@ -5,15 +5,15 @@ The functions behind them are imported once the arguments are checked, because t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from peft_lab.cli.options import Adapter, Base, BatchSize, OtherBase
 from peft_lab.cli.output import format_metric, new_table, print_out
+from peft_lab.utils.terminal import shown
+from peft_lab.utils.text import json_line
 
 
 def register(app: typer.Typer) -> None:
@@ -106,7 +106,7 @@ def predict(
     options: dict[str, Any] = {"batch_size": per_device_eval_batch_size, "allow_other_base": allow_other_base}
     # not printed by rich, which would break long lines and read brackets as markup
     for answer in run_prediction(folder, inputs, task, model_name_or_path, **options):
-        typer.echo(json.dumps(answer, ensure_ascii=False))
+        typer.echo(json_line(answer))
 
 
 def merge(
@@ -123,7 +123,7 @@ def merge(
     from peft_lab.export.merge import merge as run_merge
 
     run_merge(folder, out, model_name_or_path, allow_other_base=allow_other_base)
-    print_out(f"Merged model written to {escape(str(out))}")
+    print_out(f"Merged model written to {shown(out)}")
 
 
 def _show_metrics(metrics: dict[str, Any]) -> None:
@@ -135,6 +135,6 @@ def _show_metrics(metrics: dict[str, Any]) -> None:
     size = metrics["adapter_bytes"] / 1024
     print_out(
         f"{metrics['parameters']['trainable']:,} trainable parameters, {size:,.0f} KB in "
-        f"{escape(metrics['run']['output_dir'])}, {metrics['train_seconds']:.1f} s, "
+        f"{shown(metrics['run']['output_dir'])}, {metrics['train_seconds']:.1f} s, "
         f"peak memory {metrics['peak_memory_bytes'] / 2**20:,.0f} MB"
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peft_lab.data import prompt_column
+from peft_lab.data import foreign_files, prompt_column
 from peft_lab.data.task_registry import data_files, kind
 from peft_lab.data.task_schema import PROMPT_IDS, QUOTING, Task
 from peft_lab.errors import TaskError, did_you_mean
@@ -192,8 +194,11 @@ def _read(task: Task, split: str) -> Dataset:
     data, source = task.data, task.splits[split]
     try:
         if data.path:
+            _check_hub_name(task)
             return datasets.load_dataset(data.path, data.name or None, revision=data.revision or None, split=source)
         files: Any = data_files(task, split)
+        if task.foreign:
+            foreign_files.check_files(task, files)
         if data.builder == "imagefolder":
             files = [f"{folder}/**" for folder in files]  # else images in folders of folders are missed
         options = dict(data.options)
@@ -205,11 +210,25 @@ def _read(task: Task, split: str) -> Dataset:
     # a TaskError is a ValueError too, and says already what is wrong
     except TaskError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         where = f'"{data.path}" of the Hub' if data.path else f"the {data.builder} files"
         # datasets wraps the error of its reader, which names the cause
         reason = " ".join(str(error.__cause__ or error).split())
         raise TaskError(f'Task "{task.name}": the {split} data cannot be read from {where}: {reason}') from error
+
+
+def _check_hub_name(task: Task) -> None:
+    """Refuse the name of a data set that `datasets` would find in the working directory.
+
+    It looks for a folder of that name first, and takes the name of one of its builders for the builder.
+    """
+    name = task.data.path
+    is_builder = name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
+    if Path(name).exists() or is_builder:
+        raise TaskError(
+            f'Task "{task.name}": "{name}" stands for a data set of the Hub, but means a folder of the working directory '
+            'or a builder here; work in another folder, or give "builder" and "files" for local files.'
+        )
 
 
 def _label_names(task: Task, train: Dataset) -> tuple[str, ...] | None:

@@ -32,7 +32,7 @@ from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, count_parameters, load, load_base
 from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
-from peft_lab.runs import run_folder
+from peft_lab.runs import own_tasks, run_folder
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.arguments import as_run_config, build_or_refuse, check_best_metric, training_arguments
 from peft_lab.training.callbacks.bilevel import (
@@ -100,7 +100,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
         logger.warning(
             'The run in "%s" is finished; pass --overwrite_output_dir to repeat it.%s', config.output_dir, also
         )
-        return TrainResult(folder, run_folder.read_metrics(folder), load(folder).model)
+        return TrainResult(folder, run_folder.read_metrics(folder), load(folder, task).model)
     return _Run(config, info, task, arguments, folder).execute()
 
 
@@ -363,6 +363,7 @@ class _Run:
         # your own task file may change or move later, so the run keeps a copy of it
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
+            own_tasks.remember(origin)
         write_record(self.model, self.folder)
         self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
         # the items are those of the split evaluated last, which is test only if test was scored

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.data.kind import Kind, length_limit
 from peft_lab.data.prompt_template import Template, fields, fill
 from peft_lab.data.task_schema import PROMPT_IDS
@@ -73,7 +74,7 @@ class CausalLM(Kind):
     def load_processor(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> Any:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False, **hub_kwargs)
         if tokenizer.eos_token is None:
             raise TaskError(f'The tokenizer of "{model_name_or_path}" has no end token, so no answer could ever end.')
         # the end token can pad, because padding is masked by position and not by its id
@@ -89,7 +90,7 @@ class CausalLM(Kind):
         self, model_name_or_path: str, task: Task, labels: Sequence[str] | None, **hub_kwargs: Any
     ) -> PreTrainedModel:
         hub_kwargs.setdefault("dtype", KIND.default_dtype)
-        return self.auto_class().from_pretrained(model_name_or_path, **hub_kwargs)
+        return load_checkpoint(self.auto_class(), model_name_or_path, **hub_kwargs)[0]
 
     def preprocess(self, dataset: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
         """Data set of `input_ids`, `attention_mask` and `labels`.

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.text import visible
 
 
 def register(app: typer.Typer) -> None:
@@ -74,8 +75,13 @@ def attention_maps(
         loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
         model, processor = loaded.model, loaded.processor
     names = named_classes(model, classes) if classes else None
-    write(model, processor, opened, output, typer.echo, classes=names, keep=heads)
-    typer.echo(f"Picture written to {output}")
+    write(model, processor, opened, output, _say, classes=names, keep=heads)
+    _say(f"Picture written to {output}")
+
+
+def _say(line: str) -> None:
+    # The names of classes come from the adapter's folder.
+    typer.echo(visible(line))
 
 
 def _check_method(folder: Path) -> None:
