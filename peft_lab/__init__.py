@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
+
+# `python -m peft_lab` has put the working directory before the standard library, whose modules the next lines import
+if sys.argv[:1] == ["-m"] and sys.orig_argv[sys.orig_argv.index("-m") :][1:2] == ["peft_lab"]:
+    import peft_lab.utils._safe_path  # noqa: F401
+
 from typing import TYPE_CHECKING, Any
 
 from peft_lab._register_on_import import register_with_peft

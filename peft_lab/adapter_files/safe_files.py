@@ -96,7 +96,7 @@ def _entries(folder: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-# Records of base weights ------------------------------------------------------------------------------------------------
+# Records of base weights ----------------------------------------------------------------------------------------------
 
 
 class _Fingerprint(Schema):

@@ -15,8 +15,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peft_lab.errors import ConfigError
 from peft_lab.utils.bounded_files import check_size, read_bytes, read_json
 from peft_lab.utils.patterns import may_take_for_ever
@@ -74,6 +72,8 @@ def bounded_build(name: str, revision: str | None = None) -> Iterator[None]:
     Raises:
         ConfigError: the config asks for more.
     """
+    from torch.nn.modules import module as hooks
+
     budget, thread = _Budget(name, revision), threading.get_ident()
 
     # the hooks see every model of the process
@@ -85,7 +85,6 @@ def bounded_build(name: str, revision: str | None = None) -> Iterator[None]:
         if threading.get_ident() == thread and parameter is not None:
             budget.add(parameters=parameter.numel())
 
-    hooks = torch.nn.modules.module
     handles = [
         hooks.register_module_module_registration_hook(on_module),
         hooks.register_module_parameter_registration_hook(on_parameter),

@@ -91,7 +91,9 @@ def recommend(
     # sentences may hold square brackets, which rich would take for markup
     for sentence in (*found.reasons, *found.dropped):
         console.print(shown(sentence))
-    console.print(f"[bold]{shown(found.arm)}[/], learning rate {found.learning_rate:g}: peft-lab train {shown(found.file)}")
+    console.print(
+        f"[bold]{shown(found.arm)}[/], learning rate {found.learning_rate:g}: peft-lab train {shown(found.file)}"
+    )
 
 
 def report(

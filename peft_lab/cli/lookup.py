@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from peft_lab import registry
 from peft_lab.cli.output import new_table, print_out
 from peft_lab.utils.terminal import shown

@@ -226,8 +226,8 @@ def _check_hub_name(task: Task) -> None:
     is_builder = name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
     if Path(name).exists() or is_builder:
         raise TaskError(
-            f'Task "{task.name}": "{name}" stands for a data set of the Hub, but means a folder of the working directory '
-            'or a builder here; work in another folder, or give "builder" and "files" for local files.'
+            f'Task "{task.name}": "{name}" stands for a data set of the Hub, but means a builder or a folder of the '
+            'working directory here; work in another folder, or give "builder" and "files" for local files.'
         )
 
 

@@ -38,6 +38,7 @@ from peft_lab.loading.load_adapter import load_folder
 from peft_lab.loading.load_run import load
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
+from peft_lab.runs.metrics_schema import check_complete
 from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.operations import Operation, operation
 from peft_lab.tuners.registration import has_trait
@@ -305,6 +306,7 @@ def _write(done: Converted, folder: Path, out: Path) -> None:
     metrics = run_folder.read_metrics(folder)
     if not metrics.get("run"):
         return
+    check_complete(metrics, f'"{folder / run_folder.METRICS}"')
     metrics["adapter_bytes"] = run_folder.weights_bytes(out)
     metrics["lora_export"] = {
         "method": done.origin.name,

@@ -70,7 +70,7 @@ def load_folder(
     Arguments and errors are those of `load_adapter`.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    folder.check_weights(4 * sum(p.numel() * p.element_size() for p in base.parameters()) + _SPARE_BYTES)
+    folder.check_weights(most_bytes(base))
     with tempfile.TemporaryDirectory() as scratch, base_fingerprint.any_base(allow_other_base):
         try:
             if isinstance(folder.config, AdapterConfig):
@@ -87,6 +87,11 @@ def load_folder(
             raise AdapterMismatchError(
                 f'The adapter in "{folder.path}" does not fit {type(base).__name__}: {shown}'
             ) from error
+
+
+def most_bytes(base: Any) -> int:
+    """Largest file of an adapter on a base, in bytes."""
+    return 4 * sum(p.numel() * p.element_size() for p in base.parameters()) + _SPARE_BYTES
 
 
 def _load_foreign(

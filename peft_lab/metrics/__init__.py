@@ -59,7 +59,9 @@ def metric_path(name: str, folder: Path | None = None, extra: Iterable[str] = ()
         script = path / f"{path.name}.py" if path.is_dir() else path
         # the name stands in results, tables and files
         if not re.fullmatch(r"\w[\w-]*", script.stem):
-            raise TaskError(f'Metric "{name}": the name of its file must be letters, digits, "_" and "-", not "{script.name}".')
+            raise TaskError(
+                f'Metric "{name}": the name of its file must be letters, digits, "_" and "-", not "{script.name}".'
+            )
         if not script.is_file():
             raise TaskError(
                 f'Metric "{name}": no metric file or folder at {path}. What strangers keep on the Hub is not run '

@@ -39,7 +39,7 @@ class _Data(_Part):
     version: str = ""
     labels: int | None = None
     fingerprint: str = ""
-    rows: dict[str, int] = {}
+    rows: Mapping[str, int] = {}
 
 
 class _Export(_Part):
@@ -50,7 +50,7 @@ class _Export(_Part):
 
 class _Metrics(_Part):
     run: _Run = _Run()
-    metrics: dict[str, dict[str, _Number]] = {}
+    metrics: Mapping[str, Mapping[str, _Number]] = {}
     main_metric: str = ""
     learning_rate: float = 0.0
     seed: int = 0
@@ -62,8 +62,8 @@ class _Metrics(_Part):
     train_seconds: float = 0.0
     step_seconds: _Number = None
     data: _Data = _Data()
-    method_config: dict[str, Any] = {}
-    versions: dict[str, str] = {}
+    method_config: Mapping[str, Any] = {}
+    versions: Mapping[str, str] = {}
     device: str = ""
     lora_export: _Export = _Export()
 

@@ -25,7 +25,7 @@ def remember(path: Path) -> None:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
     except OSError as error:
-        logger.warning("The task file cannot be noted in %s (%s): pass it by --task later.", mark.parent, error.strerror)
+        logger.warning("The task file cannot be noted in %s (%s): later pass it by --task.", mark.parent, error)
 
 
 def is_remembered(path: Path, copy: Path) -> bool:

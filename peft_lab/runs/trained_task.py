@@ -84,7 +84,7 @@ def _foreign(task: Task) -> Task:
     for pattern in (task.template.extract, task.template.required) if task.template else ():
         if may_take_for_ever(pattern):
             raise TaskError(
-                f"The task file beside the adapter has the pattern {pattern[:80]!r}, which may take for ever as a regular "
-                "expression; name a task with --task."
+                f"The task file beside the adapter has the pattern {pattern[:80]!r}, which may take for ever as a "
+                "regular expression; name a task with --task."
             )
     return task.as_foreign()

@@ -56,6 +56,7 @@ def _numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    # very deep nesting ends the parser itself
+    except (OSError, ValueError, RecursionError):
         return False
     return True

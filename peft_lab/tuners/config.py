@@ -103,7 +103,9 @@ class AdapterConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if not folder.is_dir():
             _check_repository(pretrained_model_name_or_path, subfolder, kwargs)
-        elif not (folder / ADAPTER_WEIGHTS).is_file():
+        else:
+            safe_files.check_folder(folder)
+        if folder.is_dir() and not (folder / ADAPTER_WEIGHTS).is_file():
             raise ConfigError(f'"{folder}" has no {ADAPTER_WEIGHTS}; only safetensors files are read.')
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 

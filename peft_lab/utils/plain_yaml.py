@@ -58,10 +58,13 @@ def read_file(path: Path, error: type[PeftLabError] = ConfigError) -> Any:
     Raises:
         PeftLabError: of the given class: the file cannot be read, or as `read`.
     """
+    data = read_bytes(path, MAX_BYTES, error)
     try:
-        return read(read_bytes(path, MAX_BYTES, error).decode("utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as failure:
-        raise error(f'"{path}" is not plain YAML: {" ".join(str(failure).split())}.') from failure
+        return read(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as failure:
+        raise error(f'"{path}" cannot be read as UTF-8: {failure}.') from failure
+    except yaml.YAMLError as failure:
+        raise error(f'"{path}" is not readable YAML or JSON: {" ".join(str(failure).split())}.') from failure
 
 
 def _check_limits(text: str) -> None:

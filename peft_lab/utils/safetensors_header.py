@@ -31,7 +31,9 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
             # a false length would be allocated, and a true one of this size takes a gigabyte to parse
             length = int.from_bytes(start.read(8), "little")
         if length > _MAX_HEADER_BYTES:
-            raise ConfigError(f'"{path}" is no safetensors file that can be read: its header would have {length:,} bytes.')
+            raise ConfigError(
+                f'"{path}" is no safetensors file that can be read: its header would have {length:,} bytes.'
+            )
         # The reader for numpy needs no torch.
         with safe_open(path, framework="np") as file:
             names = list(file.keys())

@@ -11,6 +11,7 @@ import os
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 

@@ -63,7 +63,7 @@ def results_csv(records: Sequence[Record]) -> str:
     """All runs with their scores and measures as CSV, one line each."""
     frame = run_frame(records)
     columns = {}
-    for position, name in enumerate(frame.columns):
+    for position in range(frame.shape[1]):
         # not DataFrame.map, which makes floats of the counts of a column that lacks some; by position, because a
         # measure may have the name of a score
         columns[position] = pd.Series([_csv_value(value) for value in frame.iloc[:, position]], dtype=object)
