@@ -22,8 +22,8 @@ def load_checkpoint(auto_class: Any, name: str, **options: Any) -> tuple[PreTrai
     """`auto_class.from_pretrained(name, ...)` and its loading info.
 
     Code that the checkpoint brings is never run, and no more is built than its weights account for. A new task head is
-    what every fine-tuning starts with, so the report that transformers prints of it is left out. Weights of the backbone
-    that start at random, which no adapter would mend, are warned of.
+    what every fine-tuning starts with, so the report that transformers prints of it is left out. Weights of the
+    backbone that start at random, which no adapter would mend, are warned of.
 
     Raises:
         ConfigError: its config asks for a model far larger than its weights, or for code from the Hub.

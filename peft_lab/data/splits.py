@@ -6,10 +6,10 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -224,7 +224,7 @@ def _check_hub_name(task: Task) -> None:
     """
     name = task.data.path
     is_builder = name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
-    if Path(name).exists() or is_builder:
+    if os.path.exists(name) or is_builder:
         raise TaskError(
             f'Task "{task.name}": "{name}" stands for a data set of the Hub, but means a builder or a folder of the '
             'working directory here; work in another folder, or give "builder" and "files" for local files.'

@@ -94,10 +94,10 @@ def load_metric(name: str) -> Metric | EvaluationModule:
                 f"Metric \"{name}\" needs the package {metric.package}: pip install 'peft-lab[{metric.extra}]'"
             )
         return metric
-    if path is None and Path(name, f"{name}.py").exists():
+    if path is None and os.path.exists(f"{name}/{name}.py"):
         # evaluate looks there before it fetches its own
         raise TaskError(
-            f'Metric "{name}" means the one of the evaluate library, but {Path(name, f"{name}.py")} of the working '
+            f'Metric "{name}" means the one of the evaluate library, but {name}/{name}.py of the working '
             f'directory would be run in its place; work in another folder, or name your own file as "./{name}".'
         )
     import evaluate
