@@ -26,7 +26,7 @@ _MAX_SIZE, _MAX_PARTS = 2**28, 2**16
 #: Fields that count parts of a model.
 _PARTS = re.compile(r"layer|depth|block|stage|expert|repeat")
 #: Modules and parameters of a model beyond those that its weights account for: new heads, tied weights.
-_SPARE_MODULES, _SPARE_PARAMETERS = 10_000, 2**26
+_SPARE_MODULES, _SPARE_PARAMETERS = 2_000, 2**26
 #: Largest files of a tokenizer, and of anything else that transformers reads whole beside the weights.
 _MAX_TOKENIZER_BYTES, _MAX_OTHER_BYTES = 64 * 2**20, 32 * 2**20
 _READ_WHOLE = ("vocab.*", "merges.txt", "*.model", "chat_template.*")
