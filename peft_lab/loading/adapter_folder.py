@@ -144,8 +144,8 @@ class AdapterFolder:
         place = os.path.expanduser(named)
         if os.path.exists(place) and Path(place).resolve().is_relative_to(self.path.resolve()):
             raise ConfigError(
-                f'"{self.path}" names "{named}" as its base, which lies in the folder itself; pass --model_name_or_path '
-                "with a base that you trust."
+                f'"{self.path}" names "{named}" as its base, which lies in the folder itself; pass '
+                "--model_name_or_path with a base that you trust."
             )
         if self.is_download and not _is_public(named):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Hostile files at every door that reads them: each call works or is refused in a sentence, quickly and in little memory.
+"""Hostile files at every door that reads them: each is read or refused in a sentence, quickly and in little memory.
 
 Each case runs in a child, because some of these files have ended the interpreter.
 """

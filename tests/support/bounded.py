@@ -8,6 +8,7 @@ import resource
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft_lab.errors import PeftLabError
@@ -42,7 +43,7 @@ def outcome(call: Callable[[], Any]) -> Outcome:
         # the library prints what it likes, and warns
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
-        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + _BYTES, size + _BYTES))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         how, words = _ended(call)
