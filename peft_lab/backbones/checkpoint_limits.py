@@ -169,9 +169,9 @@ def _check_config(values: Mapping[str, Any], where: str) -> None:
             # the parts of all stages are counted together
             left.append((key, sum(part for part in value if isinstance(part, int)) if _counts_parts(key) else 0))
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            # a base of angles or an epsilon is a float, and allocates nothing
-            most = _MAX_PARTS if _counts_parts(key) else _MAX_SIZE if isinstance(value, int) else 1e12
-            if abs(value) > most:
+            most = _MAX_PARTS if _counts_parts(key) else _MAX_SIZE
+            # a base of angles or a limit of times is a float, and allocates nothing
+            if abs(value) > most and (isinstance(value, int) or _counts_parts(key)):
                 raise ConfigError(
                     f'"{where}" sets {key}={str(value)[:40]}, larger than in any model: at most {most:,}.'
                 )
