@@ -140,7 +140,7 @@ def _pattern(folder: Path) -> None:
 #: Edits of the folder of a base, or of a whole model.
 BASE: dict[str, Edit] = {
     "wide": _base_config(hidden_size=10**9),
-    "wide within the limits": _base_config(hidden_size=2**17, intermediate_size=2**17),
+    "wide within the limits": _base_config(hidden_size=2**13, intermediate_size=2**13),
     "of many words": _base_config(vocab_size=2**27),
     "of many layers": _base_config(num_hidden_layers=10**7),
     "of many layers within the limits": _base_config(num_hidden_layers=60_000),
