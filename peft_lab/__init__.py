@@ -17,7 +17,7 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[sys.orig_argv.index("-m") :][1:2] ==
 from typing import TYPE_CHECKING, Any
 
 from peft_lab._register_on_import import register_with_peft
-from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError, did_you_mean
+from peft_lab.errors import AdapterMismatchError, ConfigError, DivergedError, PeftLabError, TaskError, did_you_mean
 from peft_lab.registry import list_kinds, list_methods, list_recipes
 from peft_lab.utils.text import VisibleRecords
 
@@ -43,6 +43,7 @@ __all__ = [
     "AdapterMismatchError",
     "AlternatingActivation",
     "ConfigError",
+    "DivergedError",
     "PeftLabError",
     "ReadTrainingData",
     "TaskError",

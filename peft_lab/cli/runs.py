@@ -12,6 +12,8 @@ import typer
 
 from peft_lab.cli.options import Adapter, Base, BatchSize, OtherBase
 from peft_lab.cli.output import format_metric, new_table, print_out
+from peft_lab.metrics.baselines import shortfall
+from peft_lab.utils import strict_json
 from peft_lab.utils.terminal import shown
 from peft_lab.utils.text import json_line
 
@@ -85,7 +87,10 @@ def predict(
     adapter: Adapter,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT...", help="Texts, image files, or a .txt, .csv or .jsonl file of inputs."),
+        typer.Argument(
+            metavar="INPUT...",
+            help="Texts, image files, or one file of inputs: .txt, .csv, .tsv, .json, .jsonl or .parquet.",
+        ),
     ],
     task: Annotated[
         str | None, typer.Option(help="The task whose kind and labels apply, if the adapter names none.")
@@ -106,7 +111,7 @@ def predict(
     options: dict[str, Any] = {"batch_size": per_device_eval_batch_size, "allow_other_base": allow_other_base}
     # not printed by rich, which would break long lines and read brackets as markup
     for answer in run_prediction(folder, inputs, task, model_name_or_path, **options):
-        typer.echo(json_line(answer))
+        typer.echo(json_line(strict_json.finite(answer)))
 
 
 def merge(
@@ -138,3 +143,5 @@ def _show_metrics(metrics: dict[str, Any]) -> None:
         f"{shown(metrics['run']['output_dir'])}, {metrics['train_seconds']:.1f} s, "
         f"peak memory {metrics['peak_memory_bytes'] / 2**20:,.0f} MB"
     )
+    if shortfall(metrics):
+        print_out(f"[bold red]{shown(shortfall(metrics))}[/]")

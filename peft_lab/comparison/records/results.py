@@ -6,7 +6,6 @@ metrics.json and, if the run was scored on the test rows, items.csv. Imports not
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, fields
 from functools import partial
@@ -20,6 +19,7 @@ from peft_lab.errors import ConfigError
 from peft_lab.metrics import predictions as row_predictions
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.runs.metrics_schema import check_form
+from peft_lab.utils import strict_json
 from peft_lab.utils.bounded_files import MAX_JSON_BYTES, check_size, parse_json, read_json
 
 RESULTS, STUDY, COMPARISON, RUNS = "results.jsonl", "study.yaml", "comparison.json", "runs"
@@ -117,7 +117,7 @@ def append_record(folder: str | Path, record: Record) -> None:
     """
     path = Path(folder) / RESULTS
     # one write of one line, so that a killed process leaves at most one incomplete line
-    line = json.dumps(asdict(record), ensure_ascii=False, default=str) + "\n"
+    line = strict_json.dumps(asdict(record)) + "\n"
     with FileLock(f"{path}.lock"):
         # otherwise the record would be joined to what a killed process left, and neither could be read
         _cut_incomplete_line(path)
