@@ -7,11 +7,19 @@ methods are registered at once, otherwise in the moment peft is imported.
 from __future__ import annotations
 
 import importlib
+import logging
+import sys
+
+# `python -m peft_lab` has put the working directory before the standard library, whose modules the next lines import
+if sys.argv[:1] == ["-m"] and sys.orig_argv[sys.orig_argv.index("-m") :][1:2] == ["peft_lab"]:
+    import peft_lab.utils._safe_path  # noqa: F401
+
 from typing import TYPE_CHECKING, Any
 
 from peft_lab._register_on_import import register_with_peft
 from peft_lab.errors import AdapterMismatchError, ConfigError, DivergedError, PeftLabError, TaskError, did_you_mean
 from peft_lab.registry import list_kinds, list_methods, list_recipes
+from peft_lab.utils.text import VisibleRecords
 
 if TYPE_CHECKING:
     from peft_lab.comparison.run.recommend import recommend
@@ -94,4 +102,5 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY, *configs])
 
 
+logging.getLogger("peft_lab").addFilter(VisibleRecords())
 register_with_peft()

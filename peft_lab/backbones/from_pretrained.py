@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.backbones.checkpoint_limits import bounded_build, check_files
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -19,11 +21,17 @@ _SHOWN = 3
 def load_checkpoint(auto_class: Any, name: str, **options: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """`auto_class.from_pretrained(name, ...)` and its loading info.
 
-    A new task head is what every fine-tuning starts with, so the report that transformers prints of it is left out.
-    Weights of the backbone that start at random, which no adapter would mend, are warned of.
+    Code that the checkpoint brings is never run, and no more is built than its weights account for. A new task head is
+    what every fine-tuning starts with, so the report that transformers prints of it is left out. Weights of the
+    backbone that start at random, which no adapter would mend, are warned of.
+
+    Raises:
+        ConfigError: its config asks for a model far larger than its weights, or for code from the Hub.
     """
-    with _without_report():
-        model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    revision = options.get("revision")
+    check_files(name, revision)
+    with _without_report(), bounded_build(name, revision):
+        model, info = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
     # A new head is missing too, but only the backbone's weights lie below this prefix.
     absent = sorted(key for key in info.get("missing_keys", ()) if key.startswith(f"{model.base_model_prefix}."))
     if absent:

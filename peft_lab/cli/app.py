@@ -10,12 +10,11 @@ import sys
 import warnings
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from peft_lab import registry
 from peft_lab.cli import compare, demo, lookup, runs, share
 from peft_lab.errors import PeftLabError
+from peft_lab.utils.terminal import SafeConsole, shown
 
 app = typer.Typer(
     name="peft-lab",
@@ -43,5 +42,5 @@ def main() -> None:
     try:
         app()
     except PeftLabError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}")
+        SafeConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]Error:[/] {shown(error)}")
         sys.exit(2)

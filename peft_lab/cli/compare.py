@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.terminal import SafeConsole, shown
 
 if TYPE_CHECKING:
     from peft_lab.comparison import Comparison, Study
@@ -88,11 +87,13 @@ def recommend(
         task, model_name_or_path, minutes, output, output_dir=output_dir, max_steps=max_steps, workers=workers
     )
     _summarise(found.comparison)
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     # sentences may hold square brackets, which rich would take for markup
     for sentence in (*found.reasons, *found.dropped):
-        console.print(escape(sentence))
-    console.print(f"[bold]{escape(found.arm)}[/], learning rate {found.learning_rate:g}: peft-lab train {found.file}")
+        console.print(shown(sentence))
+    console.print(
+        f"[bold]{shown(found.arm)}[/], learning rate {found.learning_rate:g}: peft-lab train {shown(found.file)}"
+    )
 
 
 def report(
@@ -102,7 +103,7 @@ def report(
     """Write the report of a comparison again, or a copy to share."""
     from peft_lab.comparison.report.report import write_report
 
-    Console(highlight=False, soft_wrap=True).print(f"Report: {escape(str(write_report(folder, out)))}")
+    SafeConsole(highlight=False, soft_wrap=True).print(f"Report: {shown(write_report(folder, out))}")
 
 
 def _study(file: Path | None, task: str | None, backbone: str | None, max_steps: int | None) -> Study:
@@ -121,17 +122,17 @@ def _study(file: Path | None, task: str | None, backbone: str | None, max_steps:
 
 def _summarise(done: Comparison) -> None:
     """Print the folder of the results and the runs that failed."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     for record in done.failed:
         console.print(
-            f"[red]failed[/] {escape(f'{record.arm}, {record.task}, seed {record.seed}: {record.error}')} "
-            f"({escape(str(done.folder / record.folder))})"
+            f"[red]failed[/] {shown(f'{record.arm}, {record.task}, seed {record.seed}: {record.error}')} "
+            f"({shown(done.folder / record.folder)})"
         )
     if done.failed:
         console.print("`--retry_failed` makes them again.")
-    console.print(f"{len(done.records)} runs, {len(done.failed)} failed: {escape(str(done.folder))}")
+    console.print(f"{len(done.records)} runs, {len(done.failed)} failed: {shown(done.folder)}")
     if done.report is not None:
-        console.print(f"Report: {escape(str(done.report))}")
+        console.print(f"Report: {shown(done.report)}")
 
 
 def show_study(values: dict[str, Any], file: str) -> str:

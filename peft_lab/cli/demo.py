@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from peft_lab import registry
 from peft_lab.errors import PeftLabError, check_keys
 from peft_lab.metrics.baselines import shortfall
 from peft_lab.utils.processes import forkserver, quiet
+from peft_lab.utils.terminal import SafeConsole
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def demo(
         known |= dict.fromkeys(RECIPES[task].learning_rates)
     picked = list(methods or known)
     check_keys(picked, known, "the methods of the demo")
-    console, start = Console(highlight=False), time.perf_counter()
+    console, start = SafeConsole(highlight=False), time.perf_counter()
     context = forkserver("peft_lab.training.run")  # imports torch once for all runs
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in chosen:

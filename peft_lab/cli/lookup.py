@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from peft_lab import registry
 from peft_lab.cli.output import new_table, print_out
+from peft_lab.utils.terminal import shown
 
 if TYPE_CHECKING:
     from peft_lab.utils.source_reader import Field
@@ -39,21 +39,19 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show the arguments 
 
 
 def _show_method(info: Any, fields: dict[str, Field]) -> None:
-    print_out(f"[bold]{info.name}[/]: {escape(info.title)} {_paper(info.paper)}".rstrip())
+    print_out(f"[bold]{info.name}[/]: {shown(info.title)} {shown(_paper(info.paper))}".rstrip())
     if not fields:
         print_out("It takes no method_args.")
         return
     table = new_table("method_args", "type", "default", "meaning")
     for field in fields.values():
-        table.add_row(
-            field.name, escape(field.annotation), escape(str(field.default)), escape(" ".join(field.help.split()))
-        )
+        table.add_row(field.name, field.annotation, field.default, " ".join(field.help.split()))
     print_out(table)
     for name, values in info.presets.items():
-        shown = []
+        fields_of = []
         for key, value in values.items():
-            shown.append(f"{key}=?" if value is ... else f"{key}={value}")  # `...` must be given by the user
-        print_out(f"preset={name} stands for {escape(', '.join(shown))}")
+            fields_of.append(f"{key}=?" if value is ... else f"{key}={value}")  # `...` must be given by the user
+        print_out(f"preset={name} stands for {shown(', '.join(fields_of))}")
 
 
 def tasks() -> None:
@@ -62,7 +60,7 @@ def tasks() -> None:
 
     table = new_table("task", "kind", "metrics", "licence", "data")
     for task in list_tasks().values():
-        table.add_row(task.name, task.kind, ", ".join(task.metrics), escape(task.licence), escape(task.where))
+        table.add_row(task.name, task.kind, ", ".join(task.metrics), task.licence, task.where)
     print_out(table)
     print_out("Your own data: write a task YAML and pass its path as --task; `peft-lab validate FILE` checks it.")
 
@@ -78,16 +76,17 @@ def validate(file: Annotated[str, typer.Argument(help="A task, run or study YAML
     if is_study(values):
         from peft_lab.cli.compare import show_study
 
-        print_out(f"[green]ok[/] {escape(show_study(values, file))}")
+        print_out(f"[green]ok[/] {shown(show_study(values, file))}")
         return
     if "kind" in values or ("data" in values and "method" not in values):
         task = validate_task(file)
-        print_out(f'[green]ok[/] task "{task.name}" ({task.kind}), metrics: {", ".join(task.metrics)}')
+        print_out(f'[green]ok[/] task "{task.name}" ({task.kind}), metrics: {shown(", ".join(task.metrics))}')
         return
     config = run_config.load_run(file)
     run_folder.check_run(config)
-    print_out(f'[green]ok[/] run: method "{config.method}" on task "{config.task}" with {config.model_name_or_path}')
+    where = f'on task "{config.task}" with {config.model_name_or_path}'
+    print_out(f'[green]ok[/] run: method "{config.method}" {shown(where)}')
 
 
 def _paper(paper: str) -> str:
-    return f"arXiv:{paper}" if paper and paper[0].isdigit() else escape(paper)
+    return f"arXiv:{paper}" if paper and paper[0].isdigit() else paper

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
+
+from peft_lab.utils.terminal import PlainTable, SafeConsole
 
 
 def print_out(content: str | Table) -> None:
     """Print a line with rich's markup, or a table, to standard output."""
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     if not console.is_terminal:
         # A pipe has no width: 80 columns would break the tables that scripts read.
-        console = Console(highlight=False, width=160, soft_wrap=True)
+        console = SafeConsole(highlight=False, width=160, soft_wrap=True)
     console.print(content)
 
 
-def new_table(*columns: str, title: str | None = None) -> Table:
+def new_table(*columns: str, title: str | None = None) -> PlainTable:
     """Make a table that folds long cells instead of cutting them."""
-    table = Table(*columns, title=title, title_justify="left")
-    for column in table.columns:
-        column.overflow = "fold"
-    return table
+    return PlainTable(*columns, title=title)
 
 
 def format_metric(value: object) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from peft_lab.cli.options import Adapter, Base, BatchSize, OtherBase
 from peft_lab.cli.output import format_metric, new_table, print_out
 from peft_lab.metrics.baselines import shortfall
 from peft_lab.utils import strict_json
+from peft_lab.utils.terminal import shown
+from peft_lab.utils.text import json_line
 
 
 def register(app: typer.Typer) -> None:
@@ -110,7 +111,7 @@ def predict(
     options: dict[str, Any] = {"batch_size": per_device_eval_batch_size, "allow_other_base": allow_other_base}
     # not printed by rich, which would break long lines and read brackets as markup
     for answer in run_prediction(folder, inputs, task, model_name_or_path, **options):
-        typer.echo(strict_json.dumps(answer))
+        typer.echo(json_line(strict_json.finite(answer)))
 
 
 def merge(
@@ -127,7 +128,7 @@ def merge(
     from peft_lab.export.merge import merge as run_merge
 
     run_merge(folder, out, model_name_or_path, allow_other_base=allow_other_base)
-    print_out(f"Merged model written to {escape(str(out))}")
+    print_out(f"Merged model written to {shown(out)}")
 
 
 def _show_metrics(metrics: dict[str, Any]) -> None:
@@ -139,8 +140,8 @@ def _show_metrics(metrics: dict[str, Any]) -> None:
     size = metrics["adapter_bytes"] / 1024
     print_out(
         f"{metrics['parameters']['trainable']:,} trainable parameters, {size:,.0f} KB in "
-        f"{escape(metrics['run']['output_dir'])}, {metrics['train_seconds']:.1f} s, "
+        f"{shown(metrics['run']['output_dir'])}, {metrics['train_seconds']:.1f} s, "
         f"peak memory {metrics['peak_memory_bytes'] / 2**20:,.0f} MB"
     )
     if shortfall(metrics):
-        print_out(f"[bold red]{escape(shortfall(metrics))}[/]")
+        print_out(f"[bold red]{shown(shortfall(metrics))}[/]")

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from peft_lab.cli.options import Base
+from peft_lab.utils.text import visible
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +56,7 @@ def push(
         commit_message=commit_message,
         base_model=base_model,
     )
-    typer.echo(f"Pushed to {done.commit_url}")
+    typer.echo(visible(f"Pushed to {done.commit_url}"))
 
 
 def to_lora(
@@ -76,7 +77,8 @@ def to_lora(
     done = run_conversion(folder, out, rank=rank, model_name_or_path=model_name_or_path)
     # the worst module tells how far a conversion at a smaller rank is from the original
     worst = max(done.errors, key=lambda name: done.errors[name])
-    typer.echo(
+    text = (
         f"LoRA adapter written to {out}: {len(done.ranks)} modules, rank up to {max(done.ranks.values())}, "
         f"largest relative error {done.errors[worst]:.1e} ({worst})"
     )
+    typer.echo(visible(text))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from peft_lab.data import foreign_files, prompt_column, read_files
 from peft_lab.data import labels as label_column
-from peft_lab.data import prompt_column, read_files
 from peft_lab.data.row_checks import rows_to_drop
 from peft_lab.data.task_registry import data_files, kind
 from peft_lab.data.task_schema import PROMPT_IDS, Task
@@ -218,8 +220,11 @@ def _read(task: Task, split: str) -> Dataset:
     data, source = task.data, task.splits[split]
     try:
         if data.path:
+            _check_hub_name(task)
             return datasets.load_dataset(data.path, data.name or None, revision=data.revision or None, split=source)
         files: Any = data_files(task, split)
+        if task.foreign:
+            foreign_files.check_files(task, files)
         if data.builder in ("csv", "json"):
             rows = read_files.read_rows(data.builder, files, data.options)
             names = read_files.column_names(rows)
@@ -232,11 +237,25 @@ def _read(task: Task, split: str) -> Dataset:
     # a TaskError is a ValueError too, and says already what is wrong
     except TaskError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         where = f'"{data.path}" of the Hub' if data.path else f"the {data.builder} files"
         # datasets wraps the error of its reader, which names the cause
         reason = " ".join(str(error.__cause__ or error).split())
         raise TaskError(f'Task "{task.name}": the {split} data cannot be read from {where}: {reason}') from error
+
+
+def _check_hub_name(task: Task) -> None:
+    """Refuse the name of a data set that `datasets` would find in the working directory.
+
+    It looks for a folder of that name first, and takes the name of one of its builders for the builder.
+    """
+    name = task.data.path
+    is_builder = name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
+    if os.path.exists(name) or is_builder:
+        raise TaskError(
+            f'Task "{task.name}": "{name}" stands for a data set of the Hub, but means a builder or a folder of the '
+            'working directory here; work in another folder, or give "builder" and "files" for local files.'
+        )
 
 
 def _read_folders(folders: list[str], split: str) -> Dataset:

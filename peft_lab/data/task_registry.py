@@ -18,8 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from peft_lab.data import foreign_files
 from peft_lab.data.prompt_template import Template
 from peft_lab.data.task_schema import SPLITS, DataSource, Task, build, builtin_folders
 from peft_lab.errors import ConfigError, TaskError, did_you_mean
@@ -111,6 +110,8 @@ def data_files(task: Task, split: str) -> list[str]:
         TaskError: `${PEFT_LAB_DATA}` is needed and not set, or a file does not exist.
     """
     found: list[str] = []
+    if task.foreign:
+        foreign_files.check_names(task, task.data.files[split])
     for name in task.data.files[split]:
         path = _expand(task, name)
         # the order of files in a folder differs between machines, and the fingerprint depends on it
@@ -146,20 +147,9 @@ def _expand(task: Task, name: str) -> Path:
 
 
 def _read(path: Path) -> Task:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise TaskError(f'Task file "{path}" does not exist; `peft-lab tasks` lists the built-in tasks.') from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f'Task file "{path}" cannot be read: {error}.') from error
-    try:
-        mapping = plain_yaml.read(text)
-    except yaml.YAMLError as error:
-        raise TaskError(f"{path} is not plain YAML: {' '.join(str(error).split())}.") from error
-    # deep nesting overflows PyYAML's parser in Python, and a date such as 2024-13-45 is a plain ValueError
-    except (RecursionError, ValueError) as error:
-        raise TaskError(f"{path} is not a task file: {error}.") from error
-    return parse_task(mapping, path.absolute())
+    if not path.exists():
+        raise TaskError(f'Task file "{path}" does not exist; `peft-lab tasks` lists the built-in tasks.')
+    return parse_task(plain_yaml.read_file(path, TaskError), path.absolute())
 
 
 @lru_cache(maxsize=1)

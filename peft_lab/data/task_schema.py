@@ -23,6 +23,9 @@ SPLITS = ("train", "validation", "test")
 #: The column, of any kind of task, whose values choose a row's prompts; also the argument of a forward that does.
 PROMPT_IDS = "prompt_ids"
 
+#: Labels of one task; no data set of classes has more.
+MAX_LABELS = 100_000
+
 #: Keys that only some kinds read; a kind names its own in `KindInfo.settings`.
 _SETTINGS = ("labels", "problem_type", "template", "max_length", "max_new_tokens", "image_size")
 
@@ -166,8 +169,12 @@ def _names(values: Any, what: str, least: int) -> tuple[str, ...]:
 
 def _double(names: Iterable[str]) -> str | None:
     """First name that is there twice; None if all differ."""
-    names = list(names)
-    return next((name for name in names if names.count(name) > 1), None)
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _split_names(values: Any) -> dict[str, str]:
@@ -236,11 +243,23 @@ class Task(Schema):
     shifted: str = ""
     control: str = ""
     _origin: Path | None = None
+    _foreign: bool = False
 
     @property
     def origin(self) -> Path | None:
         """The YAML file, None for a task built from a mapping."""
         return self._origin
+
+    @property
+    def foreign(self) -> bool:
+        """True for a task that came in an adapter's folder: it reads plain files of that folder alone."""
+        return self._foreign
+
+    def as_foreign(self) -> Task:
+        """Copy of the task as one that came in an adapter's folder."""
+        found = self.model_copy()
+        found._foreign = True
+        return found
 
     @property
     def main_metric(self) -> str:

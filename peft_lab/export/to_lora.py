@@ -27,15 +27,18 @@ from torch import Tensor, nn
 from peft_lab import registry
 from peft_lab.adapter_files import safe_files
 from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, write_json
+from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.backbones.pypi_weights import resolve_model
 from peft_lab.errors import ConfigError
 from peft_lab.hub.model_card import card_text
 from peft_lab.hub.public_copy import PROCESSOR_FILES, head_outputs
 from peft_lab.loading.adapter_folder import AdapterFolder
+from peft_lab.loading.load_adapter import load_folder
 from peft_lab.loading.load_run import load
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
+from peft_lab.runs.metrics_schema import check_complete
 from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.operations import Operation, operation
 from peft_lab.tuners.registration import has_trait
@@ -86,7 +89,7 @@ def to_lora(
         raise ConfigError(f'"{adapter}" is a whole model: there is no adapter to convert.')
     config = safe_files.read_json(folder / ADAPTER_CONFIG)
     _check_method(registry.method(str(config.get("peft_type", "")).lower()))
-    done = convert(_load(folder, config, model_name_or_path), rank=rank)
+    done = convert(_load(folder, model_name_or_path), rank=rank)
     _write(done, folder, out)
     if config.get("fingerprints"):  # of our own methods; those of peft have the file beside their config
         write_json(out / BASE_RECORD, {"modules": config["fingerprints"]})
@@ -268,26 +271,28 @@ def _heads(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return {key: value.detach().clone().contiguous() for key, value in saved.items() if key.startswith(heads)}
 
 
-def _load(folder: Path, config: dict[str, Any], base: str | None) -> PeftModel:
+def _load(folder: Path, base: str | None) -> PeftModel:
     """Load the adapter on its base, by its run or by adapter_config.json."""
     if run_folder.read_metrics(folder).get("run"):
         model: Any = load(folder, None, base).model
         return model
-    path = resolve_model(base or AdapterFolder(folder).base_name())
-    mapping, task_type = config.get("auto_mapping") or {}, config.get("task_type")
+    found = AdapterFolder(folder)
+    path = resolve_model(base or found.base_name())
+    # the values are checked by now, but the name of a class may still be that of anything in transformers
+    mapping, task_type = found.config.auto_mapping or {}, found.config.task_type
+    cls: Any = getattr(transformers, str(mapping.get("base_model_class")), None)
     if task_type:
         auto = peft.auto.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task_type].__name__.replace("PeftModelFor", "AutoModelFor")
         cls = getattr(transformers, auto, transformers.AutoModel)
-    elif mapping.get("parent_library", "").startswith("transformers."):
-        cls = getattr(transformers, mapping["base_model_class"])
-    else:
+    elif not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ConfigError(f'"{folder}" does not say which class its base is; convert it in Python by convert(model).')
     outputs = head_outputs(folder)
     labels = {"num_labels": outputs, "ignore_mismatched_sizes": True} if outputs else {}
     try:
-        return PeftModel.from_pretrained(cls.from_pretrained(path, **labels), str(folder)).eval()
+        model = load_checkpoint(cls, path, **labels)[0]
     except OSError as error:
         raise ConfigError(f'The base "{path}" cannot be loaded: {str(error).strip().splitlines()[0]}') from error
+    return load_folder(model, found).eval()
 
 
 def _write(done: Converted, folder: Path, out: Path) -> None:
@@ -301,6 +306,7 @@ def _write(done: Converted, folder: Path, out: Path) -> None:
     metrics = run_folder.read_metrics(folder)
     if not metrics.get("run"):
         return
+    check_complete(metrics, f'"{folder / run_folder.METRICS}"')
     metrics["adapter_bytes"] = run_folder.weights_bytes(out)
     metrics["lora_export"] = {
         "method": done.origin.name,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,7 @@ from peft_lab.metrics.baselines import shortfall
 from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
 from peft_lab.tuners.registration import has_trait
-from peft_lab.utils.text import markdown_text
+from peft_lab.utils.text import json_line, markdown_code, markdown_text, visible
 
 if TYPE_CHECKING:
     from peft_lab.data.kind import Kind
@@ -191,7 +192,7 @@ def plain_card(
         method=_method(info),
         base=base,
         revision=_revision(base),
-        usage=Usage("peft", auto, f'{auto}.from_pretrained("{name}"{options})', _registers(info)),
+        usage=Usage("peft", auto, f"{auto}.from_pretrained({_literal(name)}{options})", _registers(info)),
         run=None,
         info=info,
         # the template raises on a missing key, and adapters from elsewhere may lack any of these
@@ -223,14 +224,10 @@ def _template() -> Template:
         trim_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML
+        finalize=lambda value: visible(value) if isinstance(value, str) else value,
     )
-    environment.filters |= {"cell": _cell, "markdown_text": markdown_text}
+    environment.filters |= {"markdown_text": markdown_text, "code": markdown_code}
     return environment.get_template("model_card.md.jinja")
-
-
-def _cell(value: object) -> str:
-    """Escape a value for a cell of a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _usage(
@@ -247,15 +244,20 @@ def _usage(
     """
     auto = kind.auto_class().__name__
     if not is_adapter:
-        return Usage("transformers", auto, f'{auto}.from_pretrained("{source}")')
+        return Usage("transformers", auto, f"{auto}.from_pretrained({_literal(source)})")
     if not peft_finds_base:
-        return Usage("peft_lab.loading.load_run", "load", f'load("{source}").model')
+        return Usage("peft_lab.loading.load_run", "load", f"load({_literal(source)}).model")
     options = "" if labels is None or has_trait(info, "uses_source_head") else f", num_labels={labels}"
     if kind.info.task_type is None:
         # peft loads the class that the base was; a head for other labels is replaced by the saved one
         auto, options = "AutoModel", f"{options}, ignore_mismatched_sizes=True" if options else ""
     auto = auto.replace("AutoModel", "AutoPeftModel")
-    return Usage("peft", auto, f'{auto}.from_pretrained("{source}"{options})', _registers(info))
+    return Usage("peft", auto, f"{auto}.from_pretrained({_literal(source)}{options})", _registers(info))
+
+
+def _literal(name: str) -> str:
+    """Name as a literal in a block of code, which it cannot leave."""
+    return json_line(name).replace("`", "\\u0060")
 
 
 def _registers(info: MethodInfo) -> bool:
@@ -271,18 +273,20 @@ def _tags(base: Base, info: MethodInfo, is_adapter: bool = True) -> list[str]:
 def _method(info: MethodInfo, lora_export: Mapping[str, Any] | None = None) -> str:
     """Name of the method with its paper or its origin."""
     if lora_export:
-        return f"LoRA adapter, converted from {lora_export['title']},"
+        return f"LoRA adapter, converted from {markdown_text(lora_export['title'])},"
     paper = f" ([arXiv:{info.paper}](https://arxiv.org/abs/{info.paper}))" if info.paper[:1].isdigit() else ""
     return f"{info.title}{paper}" if info.place == "baseline" else f"{info.title} adapter{paper}"
 
 
 def _revision(base: Base) -> str:
-    return f" (revision `{base.revision}`)" if base.revision else ""
+    return f" (revision {markdown_code(base.revision)})" if base.revision else ""
 
 
 def _data(task: Task) -> str:
-    title = task.title or task.name
-    return f"[{title}]({task.homepage})" if task.homepage else title
+    title = markdown_text(task.title or task.name)
+    # a scheme such as javascript, or a bracket, would make another link of it
+    linked = re.fullmatch(r"https?://[^\s()<>\[\]`|\\\"']+", task.homepage)
+    return f"[{title}]({visible(task.homepage)})" if linked else title
 
 
 def _options(run: Mapping[str, Any], task: Task, base: Base) -> dict[str, Any]:

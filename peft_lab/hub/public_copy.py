@@ -24,9 +24,12 @@ from peft_lab.errors import ConfigError
 from peft_lab.hub.evaluation_results import eval_entries
 from peft_lab.hub.model_card import LOCAL_OPTIONS, Base, card_text, items_of, plain_card
 from peft_lab.runs import run_folder
-from peft_lab.runs.run_config import dump_yaml
+from peft_lab.runs.metrics_schema import check_complete
+from peft_lab.runs.run_config import dump_yaml, read_run_file
 from peft_lab.runs.standing import Standing, read_standing
+from peft_lab.utils.bounded_files import read_bytes, read_json
 from peft_lab.utils.cache import cache_dir
+from peft_lab.utils.safetensors_header import read_header
 
 #: Files of tokenizers and of image processors; nothing else of them is published.
 PROCESSOR_FILES = (
@@ -43,6 +46,8 @@ _SETTINGS = (
 )
 
 EVAL_RESULTS = ".eval_results"
+#: Largest file beside the weights, which is searched for paths and secrets.
+_MAX_BYTES = 128 * 2**20
 
 
 def stage(
@@ -66,6 +71,9 @@ def stage(
     """
     metrics = run_folder.read_metrics(folder)
     standing = read_standing(folder)
+    # what is copied as it is, is read by those who load it
+    for path in folder.glob("*.safetensors"):
+        read_header(path)
     adapter = (folder / ADAPTER_CONFIG).is_file()
     base = find_base(folder, metrics, base_model, needed=adapter)
     # only listed files are copied, because a file that is not known could hold anything
@@ -98,7 +106,7 @@ def find_base(folder: Path, metrics: Mapping[str, Any], given: str | None = None
     run = metrics.get("run") or {}
     if given is not None:
         return Base(_checked_id(given), on_hub=True)
-    config = _read(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
+    config = _adapter_config(folder)
     named = [str(name) for name in (run.get("model_name_or_path"), config.get("base_model_name_or_path")) if name]
     for name in named:
         public = public_name(name)
@@ -133,6 +141,7 @@ def _stage_run(
     """Write the records and the card of a run of peft-lab."""
     from peft_lab.runs.trained_task import trained_task  # imports datasets
 
+    check_complete(metrics, f'"{folder / run_folder.METRICS}"')
     run = metrics["run"]
     # a converted run still names its old method, but what is uploaded is a LoRA adapter
     info = registry.method("lora" if "lora_export" in metrics else run["method"])
@@ -174,7 +183,7 @@ def _stage_plain(folder: Path, repo_id: str, out: Path, base: Base) -> None:
     """Write the card of an adapter that peft-lab did not train."""
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(f'"{folder}" is a whole model without a run of peft-lab; push it with transformers.')
-    config = _read(folder / ADAPTER_CONFIG)
+    config = _adapter_config(folder)
     info = registry.method(str(config.get("peft_type", "")).lower())
     text = plain_card(repo_id, config, info, base, run_folder.weights_bytes(folder), head_outputs(folder))
     (out / run_folder.CARD).write_text(text, encoding="utf-8")
@@ -182,16 +191,23 @@ def _stage_plain(folder: Path, repo_id: str, out: Path, base: Base) -> None:
 
 def head_outputs(folder: Path) -> int | None:
     """Number of outputs of a saved classifier; None without one."""
-    from safetensors import safe_open
+    header = read_header(folder / ADAPTER_WEIGHTS)
+    heads = [key for key in header if re.search(r"\.(classifier|score)(\.\w+)?\.weight$", key)]
+    return next(iter(header[heads[-1]][1]), None) if heads else None
 
-    with safe_open(folder / ADAPTER_WEIGHTS, "np") as file:
-        heads = [key for key in file.keys() if re.search(r"\.(classifier|score)(\.\w+)?\.weight$", key)]  # noqa: SIM118
-        return file.get_slice(heads[-1]).get_shape()[0] if heads else None
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    """Content of adapter_config.json, {} without one; its names are texts."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    for name in ("peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version"):
+        if not isinstance(config.get(name, ""), str | None):
+            raise ConfigError(f'"{folder / ADAPTER_CONFIG}" sets {name} to something else than a text.')
+    return config
 
 
 def local_paths(folder: Path) -> list[str]:
     """Paths of this machine that no published file may contain."""
-    config = _read(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
+    config = _adapter_config(folder)
     base = str(config.get("base_model_name_or_path") or "")
     found = {str(folder), str(folder.resolve()), str(folder.resolve().parent), f"{Path.home()}/", str(cache_dir())}
     found |= {base} if is_local(base) else set()
@@ -206,7 +222,7 @@ def refuse_private(folder: Path, texts: Iterable[str]) -> None:
     """
     needles = [text.encode() for text in texts if text]
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        content = _header(path) if path.suffix == ".safetensors" else path.read_bytes()
+        content = _header(path) if path.suffix == ".safetensors" else read_bytes(path, _MAX_BYTES)
         for needle in needles:
             if needle in content:
                 raise ConfigError(
@@ -221,18 +237,8 @@ def _header(path: Path) -> bytes:
         return file.read(int.from_bytes(file.read(8), "little"))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        # JSON is YAML too, so one reader serves both kinds of file
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f'"{path}" cannot be read: {" ".join(str(error).split())}') from error
-    if not isinstance(values, dict):
-        raise ConfigError(f'"{path}" must hold a mapping.')
-    return values
-
-
 def _rewrite(source: Path, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    values = change(_read(source))
-    text = dump_yaml(values) if target.suffix == ".yaml" else json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    is_yaml = target.suffix == ".yaml"
+    values = change(read_run_file(source) if is_yaml else read_json(source, lenient=True))
+    text = dump_yaml(values) if is_yaml else json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     target.write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ Its config, weights' header, record of the base, origin and labels.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,7 +132,7 @@ class AdapterFolder:
         It is that of its run, else that of its adapter_config.json.
 
         Raises:
-            ConfigError: it names none, or a download names a folder of this machine.
+            ConfigError: it names none or one in itself, or a download names a folder of this machine.
         """
         if not self.has_adapter:
             return str(self.path)
@@ -139,6 +140,13 @@ class AdapterFolder:
         if not named or not isinstance(named, str):
             raise ConfigError(f'"{self.path}" does not name its base; pass model_name_or_path.')
         named = reachable_name(named)
+        # from within the folder even a name on the Hub would mean what lies there
+        place = os.path.expanduser(named)
+        if os.path.exists(place) and Path(place).resolve().is_relative_to(self.path.resolve()):
+            raise ConfigError(
+                f'"{self.path}" names "{named}" as its base, which lies in the folder itself; pass '
+                "--model_name_or_path with a base that you trust."
+            )
         if self.is_download and not _is_public(named):
             raise ConfigError(
                 f'The download names "{named}" as its base, which is not a name on the Hub; pass --model_name_or_path '
@@ -153,4 +161,4 @@ def _is_public(name: str) -> bool:
     That is one of ours, or one on the Hub.
     """
     # transformers prefers a folder to a Hub id of the same name, so no such folder may exist.
-    return name in BACKBONES or (bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists())
+    return name in BACKBONES or (bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not os.path.exists(name))

@@ -73,7 +73,7 @@ def load_folder(
     Arguments and errors are those of `load_adapter`.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    folder.check_weights(4 * sum(p.numel() * p.element_size() for p in base.parameters()) + _SPARE_BYTES)
+    folder.check_weights(most_bytes(base))
     with tempfile.TemporaryDirectory() as scratch, base_fingerprint.any_base(allow_other_base):
         try:
             tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
@@ -94,6 +94,11 @@ def load_folder(
             raise AdapterMismatchError(
                 f'The adapter in "{folder.path}" does not fit {type(base).__name__}: {shown}'
             ) from error
+
+
+def most_bytes(base: Any) -> int:
+    """Largest file of an adapter on a base, in bytes."""
+    return 4 * sum(p.numel() * p.element_size() for p in base.parameters()) + _SPARE_BYTES
 
 
 def _load_foreign(

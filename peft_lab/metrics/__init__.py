@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,11 @@ def metric_path(name: str, folder: Path | None = None, extra: Iterable[str] = ()
         path = ((folder or Path.cwd()) / name).absolute()
         # evaluate keeps a metric in a folder as NAME/NAME.py
         script = path / f"{path.name}.py" if path.is_dir() else path
+        # the name stands in results, tables and files
+        if not re.fullmatch(r"\w[\w-]*", script.stem):
+            raise TaskError(
+                f'Metric "{name}": the name of its file must be letters, digits, "_" and "-", not "{script.name}".'
+            )
         if not script.is_file():
             raise TaskError(
                 f'Metric "{name}": no metric file or folder at {path}. What strangers keep on the Hub is not run '
@@ -88,10 +94,16 @@ def load_metric(name: str) -> Metric | EvaluationModule:
                 f"Metric \"{name}\" needs the package {metric.package}: pip install 'peft-lab[{metric.extra}]'"
             )
         return metric
+    if path is None and os.path.exists(f"{name}/{name}.py"):
+        # evaluate looks there before it fetches its own
+        raise TaskError(
+            f'Metric "{name}" means the one of the evaluate library, but {name}/{name}.py of the working '
+            f'directory would be run in its place; work in another folder, or name your own file as "./{name}".'
+        )
     import evaluate
 
     try:
         # else evaluate writes the predictions to a cache file and locks it
         return evaluate.load(str(path or name), keep_in_memory=True)
-    except (OSError, ImportError, ValueError, TypeError) as error:
+    except (OSError, ImportError, ValueError, TypeError, AttributeError) as error:
         raise TaskError(f'Metric "{name}" cannot be loaded: {" ".join(str(error).split())}') from error

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.bounded_files import first_line, read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
 
 #: Name of the file in a run's folder.
 PREDICTIONS = "items.csv"
+_MAX_BYTES, _MAX_COLUMNS = 64 * 2**20, 64
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,20 @@ def read_predictions(path: Path) -> Predictions:
     """
     import numpy as np
 
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f'There is no "{path}": that run was not scored on the test rows.')
-    with path.open(encoding="utf-8", newline="") as file:
+    try:
+        file = io.StringIO(read_bytes(path, _MAX_BYTES).decode("utf-8"), newline="")
         head = next(csv.reader(file), [""])
         output_type, colon, _ = head[0].partition(":")
-        if not colon:
+        if not colon or len(head) > _MAX_COLUMNS:
             raise ConfigError(f'"{path}" is not a file of items: its first column must be "KIND:row".')
         values = np.loadtxt(file, delimiter=",", ndmin=2, usecols=range(1, len(head)))
+    except (ValueError, csv.Error) as error:
+        # a ConfigError is a ValueError too, and says already what is wrong
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f'"{path}" is not a file of items: {first_line(error)}.') from error
     if not len(values):
         values = np.empty((0, len(head) - 1))  # a file without rows has its columns all the same
     return Predictions(output_type, dict(zip(head[1:], values.T, strict=True)))

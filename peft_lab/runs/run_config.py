@@ -273,18 +273,13 @@ def read_run_file(path: str | Path) -> dict[str, Any]:
         ConfigError: there is no such file, it cannot be parsed, gives a key twice, or is not a mapping.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         near = did_you_mean(path.name, [f.name for f in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
         raise ConfigError(f'There is no run file "{path}".{near}')
-    import yaml
-
     from peft_lab.utils import plain_yaml
 
-    try:
-        # JSON is read by the same parser, because YAML includes it but for rare cases
-        values = plain_yaml.read(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f'"{path}" is not readable YAML or JSON: {" ".join(str(error).split())}') from error
+    # JSON is read by the same parser, because YAML includes it but for rare cases
+    values = plain_yaml.read_file(path)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f'"{path}" must hold a mapping of option names to values.')
     return values
@@ -317,10 +312,12 @@ def _plain(text: Any) -> Any:
     """
     import yaml
 
+    from peft_lab.utils import plain_yaml
+
     if not isinstance(text, str):
         return text
     try:
-        return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else yaml.safe_load(text)
+        return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else plain_yaml.read(text)
     except yaml.YAMLError:
         return text
 

@@ -28,10 +28,11 @@ from peft_lab.adapter_files.names import (
     write_json,
 )
 from peft_lab.data.task_registry import validate_task
-from peft_lab.data.task_schema import Task, check_classes
+from peft_lab.data.task_schema import MAX_LABELS, Task, check_classes
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.metrics.predictions import PREDICTIONS
 from peft_lab.registry import MethodInfo
+from peft_lab.runs.metrics_schema import check_form
 from peft_lab.runs.run_config import DTYPES, RunConfig, dump_yaml, read_run_file
 
 State = Literal["new", "started", "finished"]
@@ -112,9 +113,11 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """Content of metrics.json; empty for an adapter from elsewhere.
 
     Raises:
-        ConfigError: the file is not a JSON mapping.
+        ConfigError: the file is not a JSON mapping, or not of the form of a run's metrics.
     """
-    return safe_files.read_json(folder / METRICS)
+    metrics = safe_files.read_json(folder / METRICS)
+    check_form(metrics, f'"{folder / METRICS}"')
+    return metrics
 
 
 def read_origin(folder: Path) -> dict[str, str]:
@@ -125,12 +128,11 @@ def read_origin(folder: Path) -> dict[str, str]:
     Raises:
         ConfigError: a value is not what it should be; a folder may come from anywhere.
     """
-    run = read_metrics(folder).get("run") or {}
+    run = read_metrics(folder).get("run", {})
     names = ("task", "model_name_or_path", "model_revision", "dtype")
-    found = {name: run[name] for name in names if run.get(name) is not None} if isinstance(run, dict) else {}
-    for name, value in found.items():
-        if not isinstance(value, str) or (name == "dtype" and value not in DTYPES):
-            raise ConfigError(f'"{folder / METRICS}" names {value!r} as {name}, which cannot be.')
+    found = {name: run[name] for name in names if run.get(name) is not None}
+    if found.get("dtype", "auto") not in DTYPES:
+        raise ConfigError(f'"{folder / METRICS}" names {found["dtype"]!r} as dtype, which cannot be.')
     return found
 
 
@@ -145,7 +147,10 @@ def read_labels(folder: Path) -> list[str] | None:
         return None
     if not isinstance(id2label, dict) or sorted(id2label) != sorted(str(i) for i in range(len(id2label))):
         raise ConfigError(f'"{folder / LABELS}" must map 0, 1, ... to class names under "id2label".')
-    return [str(id2label[str(index)]) for index in range(len(id2label))]
+    labels = [id2label[str(index)] for index in range(len(id2label))]
+    if len(labels) > MAX_LABELS or not all(isinstance(label, str) for label in labels):
+        raise ConfigError(f'"{folder / LABELS}" must hold at most {MAX_LABELS:,} class names, which are texts.')
+    return labels
 
 
 def write_labels(folder: Path, labels: list[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from peft_lab.adapter_files import safe_files
 from peft_lab.adapter_files.names import write_json
 from peft_lab.errors import ConfigError
@@ -38,6 +40,9 @@ class Standing:
     words: str
 
 
+_CHECKED = TypeAdapter(Standing)
+
+
 def write_standing(folder: Path, standing: Standing) -> None:
     """Write the standing of a run into its folder."""
     write_json(folder / STANDING, asdict(standing))
@@ -53,7 +58,8 @@ def read_standing(folder: Path) -> Standing | None:
     if not path.is_file():
         return None
     values = safe_files.read_json(path)
-    names = {f.name for f in fields(Standing)}
-    if set(values) != names or not isinstance(values["seeds"], list):
-        raise ConfigError(f'"{path}" is no standing of a run: it must hold {", ".join(sorted(names))}.')
-    return Standing(**{**values, "seeds": tuple(values["seeds"])})
+    try:
+        return _CHECKED.validate_python(values, extra="forbid")
+    except ValidationError as error:
+        names = ", ".join(f.name for f in fields(Standing))
+        raise ConfigError(f'"{path}" is no standing of a run: it must hold {names}, each of its type.') from error

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_lab.adapter_files import safe_files
 from peft_lab.data.task_registry import list_tasks, load_task
 from peft_lab.errors import ConfigError, TaskError, did_you_mean
-from peft_lab.runs import run_folder
+from peft_lab.metrics import METRICS
+from peft_lab.registry import kind_info
+from peft_lab.runs import own_tasks, run_folder
+from peft_lab.utils.patterns import may_take_for_ever
 
 if TYPE_CHECKING:
     from peft_lab.data.task_schema import Task
@@ -23,8 +24,9 @@ def trained_task(
 
     That is a built-in one by its name, else the copy in the folder.
 
-    A task file of your own is followed to its place at training time if it is still the same as the copy in the folder,
-    so that its data are found beside it. Otherwise the copy is taken, and reads only data in the folder itself.
+    A task file of your own is followed to its place at training time if you trained on it here and it is still the same
+    as the copy in the folder, so that its data are found beside it. Otherwise the copy is taken, and reads only data in
+    the folder itself.
 
     Args:
         folder: folder of the adapter.
@@ -43,33 +45,46 @@ def trained_task(
         return load_task(named)
     # A file of the user's own: found where it was, or its copy.
     if copy.is_file():
-        # the folder may be a stranger's, so the size is checked before the file is parsed
-        safe_files.check_size(copy, safe_files.MAX_JSON_BYTES)
-        if named and not download and _is_same_file(Path(named), copy):
-            return load_task(Path(named))
-        return _confined(load_task(copy))
+        if named and not download and own_tasks.is_remembered(Path(named).expanduser(), copy):
+            return load_task(Path(named).expanduser())
+        return _foreign(load_task(copy))
     if named:
         raise TaskError(f'Unknown task "{named}".{did_you_mean(named, list_tasks())} Name one with --task.')
     raise ConfigError(f'"{folder}" does not say which task it was trained on; name one.')
 
 
-def _is_same_file(path: Path, copy: Path) -> bool:
-    return path.is_file() and path.stat().st_size == copy.stat().st_size and path.read_bytes() == copy.read_bytes()
+def check_metrics(task: Task) -> None:
+    """Check that a task that came in a folder has no metrics but those that ship with peft-lab.
 
-
-def _confined(task: Task) -> Task:
-    """Return the task without data files outside its folder.
-
-    A folder from elsewhere must not open them.
+    Raises:
+        TaskError: the code of one would be fetched and run.
     """
-    names = [name for group in task.data.files.values() for name in group]
-    inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts and "$" not in name for name in names)
-    # A metric by path would be run.
+    known = (*METRICS, *kind_info(task.kind).metrics_for(task.problem_type))
+    other = next((metric for metric in task.metrics if metric not in known), None)
+    if task.foreign and other is not None:
+        raise TaskError(
+            f'The task file beside the adapter names the metric "{other}", whose code would be fetched and run; name a '
+            "task file of your own with --task."
+        )
+
+
+def _foreign(task: Task) -> Task:
+    """Return the task as one that came in a folder from anywhere.
+
+    It reads plain files of that folder alone, and runs no code.
+
+    Raises:
+        TaskError: it names a metric's file, which would be run, or a pattern that may take for ever.
+    """
     for metric in task.metrics:
-        if metric.endswith(".py") or "/" in metric or os.sep in metric:
+        if Path(metric).is_absolute():
             raise TaskError(
                 f'The task file beside the adapter names a metric to run, "{metric}"; name a task with --task.'
             )
-    # the task stays usable where no rows are needed; reading them fails with a name that explains itself
-    files = task.data.files if inside else {split: (f"{split} data of {task.name}",) for split in task.data.files}
-    return task.model_copy(update={"data": task.data.model_copy(update={"files": files})})
+    for pattern in (task.template.extract, task.template.required) if task.template else ():
+        if may_take_for_ever(pattern):
+            raise TaskError(
+                f"The task file beside the adapter has the pattern {pattern[:80]!r}, which may take for ever as a "
+                "regular expression; name a task with --task."
+            )
+    return task.as_foreign()

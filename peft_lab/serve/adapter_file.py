@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_lab import registry
-from peft_lab.adapter_files import safe_files
 from peft_lab.adapter_files.completeness import check_complete
 from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.errors import ConfigError
@@ -60,8 +59,10 @@ class AdapterFile:
         return found
 
 
-def read_adapter(adapter: str | Path) -> AdapterFile:
+def read_adapter(adapter: str | Path, most: int = 2**36) -> AdapterFile:
     """Read an adapter from a folder or the Hub.
+
+    Its file may have at most `most` bytes.
 
     Raises:
         ConfigError: there is no such adapter, or its files cannot be read or hold values that are not finite numbers.
@@ -70,7 +71,7 @@ def read_adapter(adapter: str | Path) -> AdapterFile:
     if not folder.has_adapter:
         raise ConfigError(f'"{adapter}" is a whole model, not an adapter; load it by itself.')
     # an untrusted file is checked by its header before anything large is read
-    safe_files.read_header(folder.weights)
+    folder.check_weights(most)
     config: Any = folder.config
     try:
         state = load_file(folder.weights)

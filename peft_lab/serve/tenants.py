@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peft_lab import registry
 from peft_lab.adapter_files import base_fingerprint, module_matching
 from peft_lab.errors import AdapterMismatchError, ConfigError, did_you_mean
+from peft_lab.loading.load_adapter import most_bytes
 from peft_lab.serve.adapter_file import AdapterFile, check_shapes, read_adapter, row_layer_class
 from peft_lab.serve.parameter_banks import ParameterBank, RowLayout, Values
 from peft_lab.serve.request import HEADS, MethodAtModule, PerRowHead, Request, ServedModule, Snapshot
@@ -179,7 +180,7 @@ class Tenants:
         # before reading too, so that a name that is taken costs no download
         self._check_free(name)
         # reading is slow, so it happens before the lock is taken
-        file = read_adapter(adapter)
+        file = read_adapter(adapter, most_bytes(self.model))
         # called only to refuse a method that cannot be served by row, before the lock is taken
         row_layer_class(file.info.name)
         with self._lock, torch.no_grad():

@@ -17,6 +17,7 @@ from peft_lab.data.splits import load_splits, subset
 from peft_lab.data.task_registry import check_split
 from peft_lab.errors import ConfigError
 from peft_lab.loading.load_run import load
+from peft_lab.runs.trained_task import check_metrics
 from peft_lab.training.trainer import LabTrainer, scores
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def evaluate(
     """
     check_split(split)
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
+    check_metrics(loaded.task)
     splits = load_splits(loaded.task, test=split == "test")
     if loaded.labels and splits.labels and list(splits.labels) != loaded.labels:
         raise ConfigError(

@@ -33,7 +33,7 @@ from peft_lab.loading.load_run import adapt, count_parameters, load_base
 from peft_lab.metrics.baselines import Baseline, comparison, shortfall
 from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
-from peft_lab.runs import run_folder
+from peft_lab.runs import own_tasks, run_folder
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.arguments import as_run_config, build_or_refuse, check_best_metric, training_arguments
 from peft_lab.training.callbacks.bilevel import (
@@ -373,6 +373,7 @@ class _Run:
         # your own task file may change or move later, so the run keeps a copy of it
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
+            own_tasks.remember(origin)
         write_record(self.model, self.folder)
         # not by Trainer's own method, which writes NaN where a best metric is undefined
         write_json(self.folder / run_folder.HISTORY, asdict(self.trainer.state))

@@ -125,7 +125,9 @@ class AdapterConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if not folder.is_dir():
             _check_repository(pretrained_model_name_or_path, subfolder, kwargs)
-        elif not (folder / ADAPTER_WEIGHTS).is_file() and (folder / WEIGHTS_NAME).exists():
+        else:
+            safe_files.check_folder(folder)
+        if folder.is_dir() and not (folder / ADAPTER_WEIGHTS).is_file() and (folder / WEIGHTS_NAME).exists():
             raise ConfigError(f'"{folder}" has no {ADAPTER_WEIGHTS}; only safetensors files are read.')
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if folder.is_dir() and not (folder / ADAPTER_WEIGHTS).is_file():

@@ -173,8 +173,10 @@ def _plain(value: Any) -> Any:
         return value
     import yaml
 
+    from peft_lab.utils import plain_yaml
+
     try:
-        read = yaml.safe_load(value)
+        read = plain_yaml.read(value)
     except yaml.YAMLError:
         return value
     if isinstance(read, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read):

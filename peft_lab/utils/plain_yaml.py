@@ -1,13 +1,22 @@
-"""YAML of tasks, runs and studies: plain values, and no key twice.
+"""YAML of tasks, runs and studies: plain values, no key twice, within limits.
 
-One of two equal keys would have no effect.
+One of two equal keys would have no effect. The limits are checked before anything is built: the parser recurses in C,
+where a deep text would end the interpreter, and an alias stands for all that it refers to.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from peft_lab.errors import ConfigError, PeftLabError
+from peft_lab.utils.bounded_files import MAX_DEPTH, read_bytes
+
+MAX_BYTES = 512 * 1024
+#: Values of one file, those behind aliases counted each time.
+MAX_VALUES = 50_000
 
 
 # PyYAML may be installed without the fast parser in C
@@ -31,6 +40,57 @@ def read(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is not YAML, builds more than plain values, or gives a key twice.
+        yaml.YAMLError: it is not YAML, builds more than plain values, gives a key twice, or is beyond the limits.
     """
-    return yaml.load(text, Loader=_Loader)
+    if len(text) > MAX_BYTES:
+        raise yaml.YAMLError(f"it has {len(text):,} characters, more than {MAX_BYTES:,}")
+    _check_limits(text)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    # a date such as 2024-13-45, a number of 5,000 digits, an unhashable key
+    except (ValueError, TypeError) as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
+def read_file(path: Path, error: type[PeftLabError] = ConfigError) -> Any:
+    """The value of a YAML file, or of one of JSON.
+
+    Raises:
+        PeftLabError: of the given class: the file cannot be read, or as `read`.
+    """
+    data = read_bytes(path, MAX_BYTES, error)
+    try:
+        return read(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as failure:
+        raise error(f'"{path}" cannot be read as UTF-8: {failure}.') from failure
+    except yaml.YAMLError as failure:
+        raise error(f'"{path}" is not readable YAML or JSON: {" ".join(str(failure).split())}.') from failure
+
+
+def _check_limits(text: str) -> None:
+    """Raise `yaml.YAMLError` for a text that is too deep, or too large with its aliases."""
+    sizes: dict[str, int] = {}
+    # the anchors of the open collections, and the number of values before each
+    open_collections: list[tuple[str | None, int]] = []
+    values = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            # without a size it is an alias of what it stands in, or of nothing
+            if event.anchor not in sizes:
+                raise yaml.YAMLError(f'the alias "{event.anchor}" refers to nothing before it')
+            values += sizes[event.anchor]
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_collections.append((event.anchor, values))
+            values += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_collections.pop()
+            if anchor is not None:
+                sizes[anchor] = values - before
+        elif isinstance(event, yaml.ScalarEvent):
+            values += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        if len(open_collections) > MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} levels deep")
+        if values > MAX_VALUES:
+            raise yaml.YAMLError(f"it holds more than {MAX_VALUES:,} values, those behind aliases included")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.data.kind import Kind, length_limit, longer_rows
 from peft_lab.data.prompt_template import Template, fields, fill, values_in
 from peft_lab.data.row_checks import RowFault, check_inputs, numbered, source_rows, warn_of_cut
@@ -81,7 +82,7 @@ class CausalLM(Kind):
     def load_processor(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> Any:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False, **hub_kwargs)
         if tokenizer.eos_token is None:
             raise TaskError(f'The tokenizer of "{model_name_or_path}" has no end token, so no answer could ever end.')
         # the end token can pad, because padding is masked by position and not by its id
@@ -97,7 +98,7 @@ class CausalLM(Kind):
         self, model_name_or_path: str, task: Task, labels: Sequence[str] | None, **hub_kwargs: Any
     ) -> PreTrainedModel:
         hub_kwargs.setdefault("dtype", KIND.default_dtype)
-        return self.auto_class().from_pretrained(model_name_or_path, **hub_kwargs)
+        return load_checkpoint(self.auto_class(), model_name_or_path, **hub_kwargs)[0]
 
     def row_faults(self, dataset: Dataset, task: Task) -> list[RowFault]:
         template = _template(task)

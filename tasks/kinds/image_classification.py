@@ -76,7 +76,9 @@ class ImageClassification(ClassificationKind):
         from transformers import AutoImageProcessor
 
         # one backend on every machine: torchvision resizes to slightly different pixels
-        processor = AutoImageProcessor.from_pretrained(model_name_or_path, backend="pil", **hub_kwargs)
+        processor = AutoImageProcessor.from_pretrained(
+            model_name_or_path, backend="pil", trust_remote_code=False, **hub_kwargs
+        )
         if task.image_size is None:
             return processor
         if _has_fixed_grid(model_name_or_path, hub_kwargs):
@@ -201,6 +203,6 @@ def _has_fixed_grid(model_name_or_path: str, hub_kwargs: dict[str, Any]) -> bool
     """
     from transformers import AutoConfig, AutoModelForImageClassification
 
-    config = AutoConfig.from_pretrained(model_name_or_path, **hub_kwargs)
+    config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False, **hub_kwargs)
     model_class: Any = AutoModelForImageClassification._model_mapping[type(config)]
     return "interpolate_pos_encoding" in inspect.signature(model_class.forward).parameters

@@ -66,7 +66,7 @@ class TextClassification(ClassificationKind):
     def load_processor(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> Any:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False, **hub_kwargs)
         # decoders such as GPT-2 come without a padding token, and a batch needs one
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

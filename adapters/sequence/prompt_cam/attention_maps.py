@@ -336,7 +336,8 @@ def draw(rows: Sequence[Panel]) -> Figure:
 def _draw_image(axes: Axes, panel: Panel) -> None:
     _bare(axes, _FAINT, 0.5)
     axes.imshow(panel.pixels, interpolation="nearest", alpha=1.0 if panel.first else 0.35)
-    axes.set_xlabel(panel.title, size=7.5, color=_INK)
+    # matplotlib takes what stands between dollar signs for a formula
+    axes.set_xlabel(panel.title.replace("$", r"\$"), size=7.5, color=_INK)
 
 
 def _draw_map(axes: Axes, panel: Panel, head: int) -> None:
@@ -375,7 +376,11 @@ def write(
         raise ConfigError(
             f"{len(images)} images make a picture higher than a file can hold; give at most {most} at a time."
         )
+    from matplotlib import style
+
     rows = panels(model, processor, images, **options)
     for panel in rows:
         progress(f"{' '.join(panel.title.split())}: heads {', '.join(str(h + 1) for h in panel.needed)}")
-    draw(rows).savefig(output)
+    # a matplotlibrc of the working directory may be anybody's, and ask for a run of LaTeX
+    with style.context("default"):
+        draw(rows).savefig(output)

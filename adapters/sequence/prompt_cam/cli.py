@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.text import visible
 
 
 def register(app: typer.Typer) -> None:
@@ -76,8 +77,13 @@ def attention_maps(
     opened = [open_image(image) for image in images]
     model, processor = _load(adapter, folder, task, model_name_or_path, allow_other_base)
     names = named_classes(model, classes) if classes else None
-    write(model, processor, opened, output, typer.echo, classes=names, keep=heads, blur=blur)
-    typer.echo(f"Picture written to {output}")
+    write(model, processor, opened, output, _say, classes=names, keep=heads, blur=blur)
+    _say(f"Picture written to {output}")
+
+
+def _say(line: str) -> None:
+    # The names of classes come from the adapter's folder.
+    typer.echo(visible(line))
 
 
 def _load(adapter: str, folder: Path, task: str | None, base: str | None, allow_other_base: bool) -> tuple[Any, Any]:

@@ -138,7 +138,8 @@ class SoftPromptConfig(StaticConfig):
         if tokenizer is not None:
             from transformers import AutoTokenizer
 
-            self.prompt_tuning_init_text = AutoTokenizer.from_pretrained(tokenizer)(text)["input_ids"]
+            read = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+            self.prompt_tuning_init_text = read(text)["input_ids"]
             self.tokenizer_name_or_path = None
         if self.prompt_tuning_init_text is not None and not self.prompt_tuning_init_text:
             raise ConfigError("prompt_tuning_init_text has no tokens.")

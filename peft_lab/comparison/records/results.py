@@ -6,24 +6,27 @@ metrics.json and, if the run was scored on the test rows, items.csv. Imports not
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
 
 from peft_lab.comparison.records.run import Record
 from peft_lab.errors import ConfigError
 from peft_lab.metrics import predictions as row_predictions
 from peft_lab.metrics.predictions import Predictions
+from peft_lab.runs.metrics_schema import check_form
 from peft_lab.utils import strict_json
+from peft_lab.utils.bounded_files import MAX_JSON_BYTES, check_size, parse_json, read_json
 
 RESULTS, STUDY, COMPARISON, RUNS = "results.jsonl", "study.yaml", "comparison.json", "runs"
 
 _FIELDS = frozenset(each.name for each in fields(Record))
+_RECORD = TypeAdapter(Record)
+_MAX_BYTES, _MAX_RECORDS = 512 * 2**20, 50_000
 
 
 def read_results(folder: str | Path) -> list[Record]:
@@ -44,7 +47,10 @@ def read_results(folder: str | Path) -> list[Record]:
     included = Path(folder) / COMPARISON
     if not included.is_file():
         return list(journal.records.values())
-    ids = set(json.loads(included.read_text(encoding="utf-8"))["runs"])
+    runs = read_json(included).get("runs")
+    if not isinstance(runs, list) or not all(isinstance(run, str) for run in runs):
+        raise ConfigError(f'"{included}" must hold a list of the runs of the comparison under "runs".')
+    ids = set(runs)
     return [record for record in journal.records.values() if record.id in ids]
 
 
@@ -67,27 +73,41 @@ class Journal:
         """
         if not self._path.is_file():
             return
+        check_size(self._path, _MAX_BYTES)
         # bytes, because a position in a text file is not a count of its characters
         with self._path.open("rb") as file:
             file.seek(self._position)
-            for line in file:
+            for line in iter(partial(file.readline, MAX_JSON_BYTES), b""):
+                if len(line) == MAX_JSON_BYTES:
+                    raise ConfigError(f'Line {self._lines + 1} of "{self._path}" is too long for a record.')
                 # another process may be writing this line
                 if not line.endswith(b"\n"):
                     break
                 self._position += len(line)
                 self._lines += 1
-                record = _parsed(line.decode("utf-8", errors="replace"), f'line {self._lines} of "{self._path}"')
+                record = _parsed(line, f'line {self._lines} of "{self._path}"')
                 self.records[record.id] = record
+                if len(self.records) > _MAX_RECORDS:
+                    raise ConfigError(f'"{self._path}" holds more than {_MAX_RECORDS:,} runs.')
 
 
-def _parsed(line: str, where: str) -> Record:
+def _parsed(line: bytes, where: str) -> Record:
     """Parse a line; keys of a later version are ignored."""
+    # a run that diverged may have NaN among its curves
+    values = parse_json(line, where, lenient=True)
+    known = {name: value for name, value in values.items() if name in _FIELDS}
     try:
         # a record of an earlier version lacks fields that have defaults
-        values: Mapping[str, Any] = json.loads(line)
-        return Record(**{name: value for name, value in values.items() if name in _FIELDS})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where} is not a record of a comparison: {error}.") from error
+        record = _RECORD.validate_python(known)
+    except ValidationError as failure:
+        first = failure.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f'{where} is not a record of a comparison: "{key}", {first["msg"]}.') from failure
+    check_form(record.metrics, f'"metrics" in {where}')
+    # files of the folder are read and written below this name
+    if Path(record.folder).is_absolute() or ".." in Path(record.folder).parts or "\0" in record.folder:
+        raise ConfigError(f'{where} names the folder "{record.folder}", which lies outside of the comparison.')
+    return record
 
 
 def append_record(folder: str | Path, record: Record) -> None:
@@ -144,4 +164,7 @@ def read_predictions(folder: str | Path, record: Record) -> Predictions:
     Raises:
         ConfigError: the run was not scored on the test rows, or its folder is gone.
     """
-    return row_predictions.read_predictions(Path(folder) / record.folder / row_predictions.PREDICTIONS)
+    path = Path(folder) / record.folder / row_predictions.PREDICTIONS
+    if not path.resolve().is_relative_to(Path(folder).resolve()):
+        raise ConfigError(f'"{path}" leads out of the comparison by a link; replace it by the file itself.')
+    return row_predictions.read_predictions(path)

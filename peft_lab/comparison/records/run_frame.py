@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from peft_lab.comparison.records.run import Record
+from peft_lab.utils.text import csv_cell
 
 #: Fields of a record in the first columns, and in the last ones.
 SETTINGS = ("id", "study", "stage", "arm", "method", "task", "backbone", "seed", "learning_rate", "round", "status")
@@ -61,10 +62,13 @@ def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def results_csv(records: Sequence[Record]) -> str:
     """All runs with their scores and measures as CSV, one line each."""
     frame = run_frame(records)
-    for name in frame.columns:
-        # not DataFrame.map, which makes floats of the counts of a column that lacks some
-        frame[name] = pd.Series([_csv_value(value) for value in frame[name]], dtype=object)
-    return str(frame.to_csv(index=False, lineterminator="\n"))
+    columns = {}
+    for position in range(frame.shape[1]):
+        # not DataFrame.map, which makes floats of the counts of a column that lacks some; by position, because a
+        # measure may have the name of a score
+        columns[position] = pd.Series([_csv_value(value) for value in frame.iloc[:, position]], dtype=object)
+    head = [csv_cell(name) for name in frame.columns]
+    return str(pd.DataFrame(columns).to_csv(index=False, header=head, lineterminator="\n"))
 
 
 def _csv_value(value: Any) -> Any:
@@ -72,8 +76,5 @@ def _csv_value(value: Any) -> Any:
 
     A score that is not a number is written as nan, a missing one is left empty.
     """
-    # a spreadsheet takes what follows an apostrophe as text
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return f"'{value}"
     # pandas would leave nan empty too, like a score that is missing
-    return "nan" if value is not None and value != value else value
+    return "nan" if value is not None and value != value else csv_cell(value)

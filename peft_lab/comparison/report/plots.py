@@ -65,11 +65,14 @@ def render(draw: Callable[[ColourScheme], Figure], scheme: ColourScheme) -> byte
 
     It has 256 colours, which makes it a third of the size of one with all.
     """
+    from matplotlib import style
     from PIL import Image
 
     # a report holds dozens of figures, twice each, in one file
     drawn, buffer = io.BytesIO(), io.BytesIO()
-    draw(scheme).savefig(drawn, format="png", dpi=DPI, facecolor=scheme.paper)
+    # a matplotlibrc of the working directory may be anybody's, and ask for a run of LaTeX
+    with style.context("default"):
+        draw(scheme).savefig(drawn, format="png", dpi=DPI, facecolor=scheme.paper)
     Image.open(drawn).convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 

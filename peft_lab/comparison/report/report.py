@@ -25,7 +25,7 @@ from peft_lab.comparison.stats.over_tasks import over_tasks
 from peft_lab.comparison.stats.pareto import front_of_all
 from peft_lab.comparison.stats.statistics import CellResult, ReadPredictions, rank_arms
 from peft_lab.runs.run_config import dump_yaml
-from peft_lab.utils.text import markdown_text
+from peft_lab.utils.text import markdown_text, visible
 
 HTML, MARKDOWN, CSV, PLOTS = "report.html", "report.md", "results.csv", "plots"
 
@@ -388,6 +388,8 @@ def as_html(report: Report) -> str:
         # undefined names must not pass as empty text
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        # markup that autoescape has made is a text of its own type
+        finalize=lambda value: visible(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
     )

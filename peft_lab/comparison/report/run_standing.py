@@ -35,7 +35,9 @@ def write_standings(folder: Path, records: Sequence[Record]) -> None:
     """
     for record in records:
         run = folder / record.folder
-        if record.stage == "final" and record.ok and record.folder and run.is_dir():
+        # a link may lead out of a comparison that was copied
+        inside = run.resolve().is_relative_to(folder.resolve())
+        if record.stage == "final" and record.ok and record.folder and run.is_dir() and inside:
             standing = _standing(folder, record, records)
             if standing is not None:
                 write_standing(run, standing)

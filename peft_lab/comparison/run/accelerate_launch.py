@@ -6,6 +6,7 @@ that is started again waits for them instead of training the same run a second t
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], plac
     command = [sys.executable, "-m", "peft_lab.comparison.run.accelerate_launch", str(lock)]
     flags = {"main_process_port": _free_port(), **launcher["accelerate"]}
     command += [*_flags(flags), "-m", "peft_lab", "train", str(file)]
-    ended = subprocess.run(command, check=False)
+    # the module path begins with the working directory otherwise, and a file there could be imported for a library
+    ended = subprocess.run(command, check=False, env={**os.environ, "PYTHONSAFEPATH": "1"})
     # a launch that left no metrics has failed too
     if ended.returncode or not (place / run_folder.METRICS).is_file():
         reason = _last_error(place.with_name(f"{place.name}.log"))

@@ -7,11 +7,11 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
 from peft_lab.comparison.records.run import Record
+from peft_lab.utils.terminal import SafeConsole, shown
 
 
 class Progress:
@@ -24,13 +24,13 @@ class Progress:
     """
 
     def __init__(self, name: str, total: int, workers: int) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
         self._total, self._workers = total, workers
         self._done = self._failed = self._running = 0
         self._seconds: list[float] = []
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = RichProgress(*columns, TextColumn("{task.fields[state]}"), console=self._console)
-        self._task = self._bar.add_task(name, total=total, state="")
+        self._task = self._bar.add_task(shown(name), total=total, state="")
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:

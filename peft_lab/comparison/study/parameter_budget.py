@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from peft_lab.adapter_files.names import write_json
 from peft_lab.comparison.records.results import RUNS
 from peft_lab.data import prompt_column
 from peft_lab.errors import ConfigError
+from peft_lab.utils.bounded_files import read_json
 
 if TYPE_CHECKING:
     from peft_lab.comparison.records.run import Run
@@ -122,9 +122,11 @@ def read_size(file: Path) -> dict[str, int]:
     Raises:
         ConfigError: there is no such value.
     """
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(file)
     if "error" in found:
-        raise ConfigError(found["error"])
+        raise ConfigError(str(found["error"]))
+    if not isinstance(found.get("field"), str) or not isinstance(found.get("value"), int):
+        raise ConfigError(f'"{file}" holds no size of an arm; remove it, and it is found again.')
     return {found["field"]: found["value"]}
 
 

@@ -214,13 +214,13 @@ def test_a_wrong_task_is_refused_in_one_sentence(base: dict[str, Any], change: d
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: !!python/object/apply:os.system ['true']", "is not plain YAML"),
-        ("name: !mine x", "is not plain YAML"),
+        ("name: !!python/object/apply:os.system ['true']", "is not readable YAML or JSON"),
+        ("name: !mine x", "is not readable YAML or JSON"),
         ("name: a\nname: b", 'the key "name" is given twice'),
         ("data: {path: a, path: b}", 'the key "path" is given twice'),
         ("- a\n- b", "must be a mapping"),
         ("", "must be a mapping"),
-        ("name: [a", "is not plain YAML"),
+        ("name: [a", "is not readable YAML or JSON"),
         ("[" * 5000, "is not"),
         ("a: &a [x]\nb: [*a, *a]", 'unknown key "a"'),
     ],
@@ -241,7 +241,7 @@ def test_unknown_names_and_files_get_an_answer(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match='Did you mean "causal_lm"'):
         kind("causal-lm")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TaskError, match="cannot be read"):
+    with pytest.raises(TaskError, match="cannot be read as UTF-8"):
         load_task(tmp_path / "bytes.yaml")
 
 

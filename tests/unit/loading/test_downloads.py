@@ -9,6 +9,7 @@ import pytest
 from peft_lab.data.task_registry import data_files
 from peft_lab.errors import PeftLabError
 from peft_lab.loading.adapter_folder import AdapterFolder
+from peft_lab.runs import own_tasks
 from peft_lab.runs.run_folder import is_download, read_labels
 from peft_lab.runs.trained_task import trained_task
 
@@ -55,16 +56,19 @@ def test_task_of_a_folder_reads_no_data_outside(snapshot, file, monkeypatch, tmp
     (snapshot / "task.yaml").write_text(TASK.replace("FILE", file))
     task = trained_task(snapshot, {"task": "elsewhere.yaml"}, download=True)
     assert task.labels == ("a", "b")
-    with pytest.raises(PeftLabError, match="does not exist"):
+    with pytest.raises(PeftLabError, match="lies outside of it"):
         data_files(task, "train")
 
 
-def test_task_file_is_followed_only_if_it_is_the_same(snapshot, tmp_path):
+def test_task_file_is_followed_only_if_its_user_trained_on_it_and_it_is_the_same(snapshot, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFT_LAB_CACHE", str(tmp_path / "cache"))
     own = tmp_path / "mine.yaml"
     own.write_text(TASK.replace("FILE", "train.csv"))
     (tmp_path / "train.csv").write_text("text,label\n")
     (snapshot / "task.yaml").write_text(own.read_text())
     run = {"task": str(own)}
+    assert trained_task(snapshot, run).folder == snapshot  # nobody has trained on it here
+    own_tasks.remember(own)
     assert trained_task(snapshot, run).folder == tmp_path
     assert trained_task(snapshot, run, download=True).folder == snapshot
     (snapshot / "task.yaml").write_text(own.read_text() + "title: another\n")
