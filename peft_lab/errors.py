@@ -24,6 +24,10 @@ class TaskError(PeftLabError):
     """Error in a task, its YAML file, its data or its metrics."""
 
 
+class WriteError(PeftLabError):
+    """Error of a disk that is full, or of a file or folder that cannot be made."""
+
+
 class AdapterMismatchError(PeftLabError):
     """Error of an adapter that was trained on other base weights."""
 

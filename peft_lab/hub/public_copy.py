@@ -26,6 +26,7 @@ from peft_lab.hub.model_card import LOCAL_OPTIONS, Base, card_text, items_of, pl
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import dump_yaml
 from peft_lab.runs.standing import Standing, read_standing
+from peft_lab.utils.atomic_files import write_text
 from peft_lab.utils.cache import cache_dir
 
 #: Files of tokenizers and of image processors; nothing else of them is published.
@@ -159,15 +160,14 @@ def _stage_run(
     write_json(out / run_folder.METRICS, shown)
     # after a conversion these options would train the original method, not this adapter
     if "lora_export" not in metrics:
-        (out / run_folder.RUN).write_text(dump_yaml(public), encoding="utf-8")
+        write_text(out / run_folder.RUN, dump_yaml(public))
     title, items = repo_id.rpartition("/")[2], items_of(folder)
     card = card_text(title, shown | {"run": public}, info, task, base, repo_id, items, standing)
-    (out / run_folder.CARD).write_text(card, encoding="utf-8")
+    write_text(out / run_folder.CARD, card)
     entries = eval_entries(metrics, info, task, standing)
     if entries:
-        (out / EVAL_RESULTS).mkdir()
         text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
-        (out / EVAL_RESULTS / f"{task.name}.yaml").write_text(text, encoding="utf-8")
+        write_text(out / EVAL_RESULTS / f"{task.name}.yaml", text)
 
 
 def _stage_plain(folder: Path, repo_id: str, out: Path, base: Base) -> None:
@@ -177,7 +177,7 @@ def _stage_plain(folder: Path, repo_id: str, out: Path, base: Base) -> None:
     config = _read(folder / ADAPTER_CONFIG)
     info = registry.method(str(config.get("peft_type", "")).lower())
     text = plain_card(repo_id, config, info, base, run_folder.weights_bytes(folder), head_outputs(folder))
-    (out / run_folder.CARD).write_text(text, encoding="utf-8")
+    write_text(out / run_folder.CARD, text)
 
 
 def head_outputs(folder: Path) -> int | None:
@@ -235,4 +235,4 @@ def _read(path: Path) -> dict[str, Any]:
 def _rewrite(source: Path, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     values = change(_read(source))
     text = dump_yaml(values) if target.suffix == ".yaml" else json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    target.write_text(text, encoding="utf-8")
+    write_text(target, text)

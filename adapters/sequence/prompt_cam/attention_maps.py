@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners import split
 from peft_lab.tuners.sequence import SequenceLayer
+from peft_lab.utils.atomic_files import new_file
 from peft_lab.utils.text import plain
 
 if TYPE_CHECKING:
@@ -349,4 +350,5 @@ def write(
     rows = panels(model, processor, images, **options)
     for panel in rows:
         progress(f"{' '.join(panel.title.split())}: heads {', '.join(str(h + 1) for h in panel.needed)}")
-    draw(rows).savefig(output)
+    with new_file(output) as partial:
+        draw(rows).savefig(partial)

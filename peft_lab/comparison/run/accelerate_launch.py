@@ -6,6 +6,8 @@ that is started again waits for them instead of training the same run a second t
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from filelock import FileLock
 from peft_lab.errors import PeftLabError
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import dump_yaml
+from peft_lab.utils.atomic_files import write_text
+from peft_lab.utils.interruption import Stopped, signals_as_stops
 
 
 def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], place: Path) -> dict[str, Any]:
@@ -32,19 +36,28 @@ def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], plac
         PeftLabError: the processes ended with an error; their output is in the run's log.
     """
     file = place.with_name(f"{place.name}.yaml")
-    file.write_text(dump_yaml(options), encoding="utf-8")
+    write_text(file, dump_yaml(options))
     lock = place.with_name(f"{place.name}.launch")
     # the lock is held by the launched process itself, which may outlive this one
     command = [sys.executable, "-m", "peft_lab.comparison.run.accelerate_launch", str(lock)]
     flags = {"main_process_port": _free_port(), **launcher["accelerate"]}
     command += [*_flags(flags), "-m", "peft_lab", "train", str(file)]
-    ended = subprocess.run(command, check=False)
+    code = _wait(command)
     # a launch that left no metrics has failed too
-    if ended.returncode or not (place / run_folder.METRICS).is_file():
-        raise PeftLabError(
-            f"accelerate launch ended with exit code {ended.returncode}; its output is in {place.name}.log."
-        )
+    if code or not (place / run_folder.METRICS).is_file():
+        raise PeftLabError(f"accelerate launch ended with exit code {code}; its output is in {place.name}.log.")
     return run_folder.read_metrics(place)
+
+
+def _wait(command: Sequence[str]) -> int:
+    """Run a command to its end; a signal to this process ends it too."""
+    # a group of its own, to which the launcher passes the signal on
+    with signals_as_stops(), subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            raise
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:
@@ -70,8 +83,14 @@ def main(arguments: Sequence[str]) -> None:
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    with FileLock(arguments[0]):
-        launch_command(launch_command_parser().parse_args(list(arguments[1:])))
+    try:
+        with FileLock(arguments[0]), signals_as_stops():
+            launch_command(launch_command_parser().parse_args(list(arguments[1:])))
+    except Stopped:
+        # accelerate leaves its children to themselves
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
+        raise
 
 
 if __name__ == "__main__":
