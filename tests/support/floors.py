@@ -26,6 +26,8 @@ def floors(pyproject: Path = PYPROJECT) -> dict[str, str]:
     found = {}
     for requirement in map(Requirement, texts):
         lowest = [each.version for each in requirement.specifier if each.operator in (">=", "==")]
+        if not lowest:
+            raise ValueError(f'"{requirement}" has no lowest version.')
         found[requirement.name] = lowest[0]
     return found
 

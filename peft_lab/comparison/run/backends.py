@@ -134,6 +134,9 @@ class LocalBackend:
 
 def ending(exitcode: int) -> str:
     """Describe the exit code of a run's process."""
+    # a process that has ended itself after signal N leaves with 128 + N
+    if exitcode - 128 in (signal.SIGINT, signal.SIGTERM):
+        exitcode = 128 - exitcode
     if exitcode >= 0:
         return f"The run's process left with exit code {exitcode}; its log says more."
     # multiprocessing gives -N as the exit code if signal N ended the process

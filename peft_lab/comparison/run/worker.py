@@ -26,6 +26,7 @@ from peft_lab.comparison.records.run import Record, Run
 from peft_lab.errors import PeftLabError, WriteError
 from peft_lab.runs import run_folder
 from peft_lab.utils.atomic_files import write_errors, write_text
+from peft_lab.utils.interruption import signals_as_stops
 
 ERROR = "error.txt"
 #: Files that are kept of a search's run. Its adapter will not be used.
@@ -67,7 +68,9 @@ def execute_in_process(job: Job) -> None:
 
     end_with_parent()
     try:
-        execute(job)
+        # a process that is asked to end leaves no lock of the system behind, which Python would complain of
+        with signals_as_stops():
+            execute(job)
     except WriteError:
         sys.exit(REFUSED)
 

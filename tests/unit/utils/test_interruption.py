@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
@@ -43,10 +44,8 @@ def test_the_innermost_hint_counts_and_others_pass() -> None:
 def test_a_second_signal_at_once_and_an_ignored_one_change_nothing(number: int) -> None:
     with signals_as_stops():
         for _ in range(2):
-            try:
+            with contextlib.suppress(Stopped):
                 os.kill(os.getpid(), number)
-            except Stopped:
-                pass
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with signals_as_stops():
