@@ -23,7 +23,7 @@ from rich.table import Table
 from peft_lab import registry
 from peft_lab.errors import PeftLabError, check_keys
 from peft_lab.utils.atomic_files import check_can_be_made, write_errors
-from peft_lab.utils.interruption import Stopped, going_on
+from peft_lab.utils.interruption import Stopped, going_on, signals_as_stops
 from peft_lab.utils.processes import end_with_parent, forkserver, quiet
 
 
@@ -192,7 +192,7 @@ def _in_process(context: Any, options: dict[str, Any]) -> dict[str, Any]:
         except Stopped:
             # the pool would wait for the end of the run
             for process in set(multiprocessing.active_children()) - set(others):
-                process.kill()
+                process.terminate()
             raise
 
 
@@ -201,8 +201,9 @@ def _train(options: dict[str, Any]) -> dict[str, Any]:
     from peft_lab.training.run import train
 
     quiet()
-
-    return train(options).metrics
+    # a process that is asked to end leaves no lock of the system behind, which Python would complain of
+    with signals_as_stops():
+        return train(options).metrics
 
 
 def _lines(folder: Path) -> str:

@@ -147,14 +147,20 @@ def load_all() -> None:
             warnings.warn(f'Method "{info.name}" of {info.module} cannot be loaded: {error}', stacklevel=2)
 
 
+def newer_peft_needed() -> str:
+    """Version of peft that transformers' own `add_adapter` asks for, if it is newer than the installed one; else ""."""
+    # modeling_utils, which peft imports, has imported it already
+    needed: str = getattr(importlib.import_module("transformers.integrations.peft"), "MIN_PEFT_VERSION", "0")
+    return needed if Version(peft.__version__) < Version(needed) else ""
+
+
 def warn_of_old_peft() -> None:
     """Warn in one line if transformers asks for a newer peft than the installed one.
 
-    Only transformers' own `add_adapter` and `load_adapter` do; they then fail for the methods of peft too.
+    Only its own `add_adapter` and `load_adapter` do; they then fail for the methods of peft too.
     """
-    # modeling_utils, which peft imports, has imported it already
-    needed = getattr(importlib.import_module("transformers.integrations.peft"), "MIN_PEFT_VERSION", "0")
-    if Version(peft.__version__) < Version(needed):
+    needed = newer_peft_needed()
+    if needed:
         theirs = transformers.__version__
         logger.warning(
             "transformers %s asks for peft %s in model.add_adapter and model.load_adapter, and peft %s is installed: "
