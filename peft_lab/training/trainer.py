@@ -211,7 +211,7 @@ class LabTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Trainer keeps the checkpoints that were changed last, which are the wrong ones once a clock was set back
         if self.args.should_save:
-            order_times(self.args.output_dir)
+            order_times(str(self.args.output_dir))
         super()._save_checkpoint(*args, **kwargs)
 
     def _is_finished(self, checkpoint: str) -> bool:
