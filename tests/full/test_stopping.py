@@ -96,9 +96,8 @@ def test_a_comparison_ends_its_runs_and_goes_on(place: Path, tmp_path: Path, num
 def test_the_demo_does_not_wait_for_its_run(tmp_path: Path) -> None:
     process = _start("demo", "--output_dir", tmp_path / "demo", "--task", "snips")
     _until(lambda: [*tmp_path.glob("demo/*/*/run.yaml")], process)
-    started = time.monotonic()
     assert "the same command starts again" in _stop(process, signal.SIGINT, group=True)
-    assert time.monotonic() - started < 20
+    assert not [*tmp_path.glob("demo/*/*/metrics.json")]
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -42,10 +42,14 @@ def test_the_innermost_hint_counts_and_others_pass() -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_at_once_and_an_ignored_one_change_nothing(number: int) -> None:
+    stops = 0
     with signals_as_stops():
         for _ in range(2):
             with contextlib.suppress(Stopped):
                 os.kill(os.getpid(), number)
+                stops -= 1
+            stops += 1
+    assert stops == 1
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with signals_as_stops():
