@@ -10,7 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from peft_lab._register_on_import import register_with_peft
-from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError, WriteError, did_you_mean
+from peft_lab.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    DivergedError,
+    PeftLabError,
+    TaskError,
+    WriteError,
+    did_you_mean,
+)
 from peft_lab.registry import list_kinds, list_methods, list_recipes
 
 if TYPE_CHECKING:
@@ -35,6 +43,7 @@ __all__ = [
     "AdapterMismatchError",
     "AlternatingActivation",
     "ConfigError",
+    "DivergedError",
     "PeftLabError",
     "ReadTrainingData",
     "TaskError",

@@ -28,6 +28,10 @@ class WriteError(PeftLabError):
     """Error of a disk that is full, or of a file or folder that cannot be made."""
 
 
+class DivergedError(PeftLabError):
+    """Error of a training whose loss, gradient or weights are not finite."""
+
+
 class AdapterMismatchError(PeftLabError):
     """Error of an adapter that was trained on other base weights."""
 

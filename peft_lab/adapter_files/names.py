@@ -5,11 +5,11 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft_lab.utils import strict_json
 from peft_lab.utils.atomic_files import write_text
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -24,9 +24,9 @@ _NO_TARGETS = "dummy-target-modules"
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file in one step.
 
-    A reader sees all of it or none.
+    A reader sees all of it or none, and null for a number that is not finite.
     """
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_text(path, strict_json.dumps(values, indent=2) + "\n")
 
 
 def is_head_alone(config: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ from peft_lab.data.task_registry import load_task
 from peft_lab.errors import ConfigError, WriteError
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.foreign_adapters import write_record
-from peft_lab.loading.load_run import adapt, count_parameters, load, load_base
+from peft_lab.loading.load_run import adapt, count_parameters, load_base
+from peft_lab.metrics.baselines import Baseline, comparison, shortfall
 from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
@@ -41,10 +42,12 @@ from peft_lab.training.callbacks.bilevel import (
     AlternatingActivation,
     activation_parameters,
 )
-from peft_lab.training.checkpoints import last_complete_checkpoint, remove_checkpoints
+from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
 from peft_lab.training.peak_memory import PeakMemory
+from peft_lab.training.run_inputs import base_hash, check_finished, check_inputs, inputs_of, load_finished
 from peft_lab.training.trainer import LabTrainer, scores
 from peft_lab.tuners.registration import has_trait
+from peft_lab.utils import strict_json
 from peft_lab.utils.atomic_files import write_errors, write_text
 from peft_lab.utils.interruption import going_on
 from peft_lab.utils.versions import device_name, versions
@@ -101,11 +104,14 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
     arguments = training_arguments(config, info)
     check_best_metric(arguments, task)
     if state == "finished":
+        metrics = run_folder.read_metrics(folder)
+        check_finished(metrics, task, folder)
+        result = TrainResult(folder, metrics, load_finished(folder, task))
         also = " `peft-lab push` uploads it." if arguments.push_to_hub else ""
         logger.warning(
             'The run in "%s" is finished; pass --overwrite_output_dir to repeat it.%s', config.output_dir, also
         )
-        return TrainResult(folder, run_folder.read_metrics(folder), load(folder).model)
+        return result
     run = _Run(config, info, task, arguments, folder)
     try:
         with going_on(run.how_to_go_on), write_errors(folder, _NO_ROOM):
@@ -142,14 +148,31 @@ class _Run:
         self.process = PartialState()
         #: State of the folder once it is this run's; before, nothing was written.
         self.claimed, self.was_empty = False, False
+        #: True if checkpoints are written or read, which record what is trained on; hashing it takes time.
+        self.keeps_record, self.base = False, ""
+        self.inputs: dict[str, Any] = {}
         self.items: Predictions | None = None  # of the split that was evaluated last, which is test if there is one
 
     def execute(self) -> TrainResult:
         """Train, evaluate and save."""
         # in this order every refusal comes before `_claim_folder` removes or writes anything
-        checkpoint = self._checkpoint()
+        checkpoint = checkpoint_to_resume(
+            self.folder,
+            self.arguments.resume_from_checkpoint,
+            self.process.num_processes,
+            overwrite=self.config.overwrite_output_dir,
+        )
+        self.keeps_record = checkpoint is not None or self.arguments.save_strategy != "no"
         self._load()
+        if self.keeps_record:
+            self.inputs = inputs_of(self.config, self.rows, self.base)
+        if checkpoint is not None:
+            check_inputs(checkpoint, self.inputs, own=Path(checkpoint).parent.resolve() == self.folder.resolve())
         self._build_trainer()
+        scored = [split for split in ("validation", "test") if split in self.rows]
+        train = self.rows["train"]
+        found = {split: self.kind.baseline(self.task, self.labels, train, self.rows[split]) for split in scored}
+        self.baselines: dict[str, Baseline] = {split: each for split, each in found.items() if each is not None}
         self._claim_folder(checkpoint)
         # memory and time are those of the training steps, without loading and evaluation at the end
         with PeakMemory(self.arguments.device) as memory:
@@ -164,31 +187,11 @@ class _Run:
             self._write()
         # no process may return or push before the first one has written the folder
         self.process.wait_for_everyone()
+        if shortfall(self.metrics) and self.process.is_main_process:
+            logger.warning("%s", shortfall(self.metrics))
         if self.arguments.push_to_hub:
             self.trainer.push_to_hub()
         return TrainResult(self.folder, self.metrics, self.model, self.trainer, self.process.is_main_process)
-
-    def _checkpoint(self) -> str | None:
-        """Checkpoint to start from: the one asked for, else the run's last."""
-        asked = self.arguments.resume_from_checkpoint
-        # the flag is a text on the command line, and may be a boolean in a file or in Python
-        word = str(asked).lower()
-        own = None
-        if not self.config.overwrite_output_dir:
-            own = last_complete_checkpoint(self.folder, self.process.num_processes)
-        if asked is None or word == "true":
-            if asked is not None and own is None:
-                raise ConfigError(f'There is no complete checkpoint in "{self.config.output_dir}" to resume from.')
-            return own
-        if word == "false":
-            if own is not None:
-                raise ConfigError(
-                    f'"{self.config.output_dir}" holds checkpoints; to start afresh pass --overwrite_output_dir.'
-                )
-            return None
-        if not (Path(asked) / "trainer_state.json").is_file():
-            raise ConfigError(f'"{asked}" is not a checkpoint folder of Trainer: it has no trainer_state.json.')
-        return str(asked)
 
     def _load(self) -> None:
         seed = self.arguments.seed
@@ -221,6 +224,8 @@ class _Run:
         self.kind.check_processor(self.processor, base)
         # found before the adapter is on it, because peft wraps the head and its paths change
         self.head_modules = [] if keeps_head else module_roles.head_modules(base)
+        if self.keeps_record:
+            self.base = base_hash(base, self.head_modules)
         set_seed(seed)  # the backbone's own random draws must not shift the adapter's
         settings = self.kind.adapter_settings(self.processor, self.labels)
         settings |= prompt_column.settings(self.splits.prompt_values)
@@ -282,6 +287,7 @@ class _Run:
             head_learning_rate=self.config.head_learning_rate,
             head_modules=self.head_modules,
             max_seconds=self.config.max_seconds,
+            inputs=self.inputs,
         )
 
     def _keeping_items(self, compute: Callable[[EvalPrediction], dict[str, float]]) -> Callable[..., dict[str, float]]:
@@ -314,7 +320,7 @@ class _Run:
         """Sentence for a run that is stopped."""
         if not self.claimed:
             return "Stopped before the first step; nothing was written, and the same command starts again."
-        last = last_complete_checkpoint(self.folder, self.process.num_processes)
+        last = last_whole_checkpoint(self.folder, self.process.num_processes)
         where = f"goes on from {Path(last).name}" if last else "starts again, because there is no checkpoint yet"
         return f"Stopped at step {self.trainer.state.global_step}; the same command {where}."
 
@@ -322,7 +328,7 @@ class _Run:
         """Remove what was not written whole, so that the same command works once there is room."""
         if not self.claimed or not self.process.is_main_process or (self.folder / run_folder.METRICS).is_file():
             return
-        last = last_complete_checkpoint(self.folder, self.process.num_processes)
+        last = last_whole_checkpoint(self.folder, self.process.num_processes)
         remove_checkpoints(self.folder, after=last)
         if last is None and self.was_empty:
             shutil.rmtree(self.folder)
@@ -357,11 +363,13 @@ class _Run:
         # methods are compared by the parameters of the adapter, without those of the task head
         head = {id(p) for p in self.trainer.head_parameters(self.model)}
         adapter = sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
-        return {
+        baselines: dict[str, Baseline] = {split: self.baselines[split] for split in scores if split in self.baselines}
+        values = {
             # a token must not lie in a file that is meant to be shared
             "run": self.config.to_dict() | {"hub_token": None},
             "metrics": scores,
             "main_metric": self.task.main_metric,
+            **comparison(scores, baselines, self.task.main_metric),
             "learning_rate": self.arguments.learning_rate,
             "seed": self.arguments.seed,
             "global_step": self.trainer.state.global_step,
@@ -389,6 +397,8 @@ class _Run:
             "versions": versions(),
             "device": device_name(),
         }
+        # as metrics.json holds them: None for a metric that is undefined
+        return strict_json.finite(values)
 
     def _write(self) -> None:
         if self.labels:
@@ -398,7 +408,8 @@ class _Run:
         if origin is not None and self.config.task != self.task.name:
             write_text(self.folder / run_folder.TASK, origin.read_text(encoding="utf-8"))
         write_record(self.model, self.folder)
-        self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
+        # not by Trainer's own method, which writes NaN where a best metric is undefined
+        write_json(self.folder / run_folder.HISTORY, asdict(self.trainer.state))
         # the items are those of the split evaluated last, which is test only if test was scored
         if self.items is not None and "test" in self.metrics["metrics"]:
             write_predictions(self.folder, self.items)

@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters, current_row_adapters
-from peft_lab.tuners.sequence import window_attention
+from peft_lab.tuners.sequence import key_values, window_attention
 from peft_lab.tuners.sequence.attention_inputs import align_keys, extend_bias, extend_mask, extend_rotary
 from peft_lab.tuners.sequence.prompt_state import (
     CACHED_PROMPTS,
@@ -140,6 +140,13 @@ class SequenceLayer(AdapterLayer):
         """
         raise NotImplementedError
 
+    def key_values(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Trained keys and values (prompts, width of keys) of this block.
+
+        For a config with `key_value_tokens`; they stand where attention would make its own of the prompts.
+        """
+        raise NotImplementedError
+
     def prepare_block(self, active: Sequence[str], rows: RowAdapters | None, state: PromptState, at: int) -> None:
         """Prepare the method's hooks inside the block; prompts stand at `at`."""
 
@@ -178,6 +185,7 @@ class SequenceLayer(AdapterLayer):
         kept, state.states = split(hidden, state.states.shape[1], at)
         if self.depth == self.num_blocks - 1:
             self._leave_stack(active, rows, state)
+        key_values.drop(self, active, rows, state)
         return type(out)((kept, *out[1:])) if isinstance(out, tuple | list) else kept
 
     def _adapters(self, adapter_names: Any) -> tuple[list[str], RowAdapters | None]:
@@ -186,6 +194,15 @@ class SequenceLayer(AdapterLayer):
             return [], None
         rows = current_row_adapters() if adapter_names is None else RowAdapters.of(adapter_names)
         return [name for name in self.active_adapters if name in self.configs], rows
+
+    def text_shift(self, batch: int, device: torch.device) -> int | Tensor:
+        """Number of positions before the text in this call, for all rows or int64 (batch, 1)."""
+        active, rows = self._adapters(None)
+        names = active if rows is None else rows.names
+        shifts = [self.configs[name].key_value_tokens if name in self.configs else 0 for name in names]
+        if rows is None or not any(shifts):
+            return max(shifts, default=0)
+        return torch.tensor(shifts, device=device)[rows.index(batch, device)][:, None]
 
     def _run(self, hidden: Tensor, positional: Sequence[str], kwargs: dict[str, Any]) -> Any:
         """Run the block itself.
@@ -213,6 +230,7 @@ class SequenceLayer(AdapterLayer):
             block = partial(self._run, positional=positional, kwargs=kwargs)
             return window_attention.run(self.base_layer, prompts, block, insert(tokens, state.states, at))
         kwargs = self._prefill(state, tokens, kwargs, at)
+        key_values.place(self, active, rows, state, at)
         self.prepare_block(active, rows, state, at)
         return self._run(insert(tokens, state.states, at), positional, kwargs)
 
@@ -305,10 +323,10 @@ class SequenceLayer(AdapterLayer):
         if readout is not None:
             state.context.shared[READOUT] = readout
         if self.config_cls.produces_logits:
-            state.context.shared[HEAD_LOGITS] = self._head_logits(active, rows, state.states)
+            state.context.shared[HEAD_LOGITS] = self._head_logits(active, rows, state.states, state.unused)
 
     def _head_logits(
-        self, active: list[str], rows: RowAdapters | None, prompts: Tensor
+        self, active: list[str], rows: RowAdapters | None, prompts: Tensor, unused: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Class logits (batch, classes) from the prompts, and their rows.
 
@@ -322,7 +340,9 @@ class SequenceLayer(AdapterLayer):
         for name in rows.names:
             if name != BASE and name in self.configs:
                 index = rows.of_adapter(name, len(prompts), prompts.device)
-                out = out.index_copy(0, index, self.logits(name, prompts[index]).to(out.dtype))
+                # The rows of one adapter have the same prompts, at the right of those that they do not have.
+                first = 0 if unused is None else int(unused[index[0]].sum())
+                out = out.index_copy(0, index, self.logits(name, prompts[index, first:]).to(out.dtype))
                 scored[index] = True
         return out, scored
 

@@ -17,6 +17,7 @@ from transformers.masking_utils import find_first_full_attention_index
 
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.forward_context import ForwardContext
+from peft_lab.tuners.sequence.key_values import shift_positions
 from peft_lab.tuners.tokens import parameter_names, split
 
 #: Key of the state in `ForwardContext.shared`.
@@ -123,7 +124,7 @@ def run_with_prompts(stack: nn.Module, forward: Callable[..., Any], kwargs: dict
     """
     context = ForwardContext.current()
     assert context is not None, "the wrapper of the stack has opened one"
-    state = _begin(type(stack).forward, context, kwargs)
+    state = _begin(stack, context, kwargs)
     # The stacks of one model (encoder and decoder, text and vision) share a context, each with its own state.
     outer = context.shared.get(_PROMPTS)
     context.shared[_PROMPTS] = state
@@ -141,9 +142,9 @@ def run_with_prompts(stack: nn.Module, forward: Callable[..., Any], kwargs: dict
     return output
 
 
-def _begin(own_forward: Any, context: ForwardContext, kwargs: dict[str, Any]) -> PromptState:
+def _begin(stack: nn.Module, context: ForwardContext, kwargs: dict[str, Any]) -> PromptState:
     """Make a call's state and account for prompts in the cache."""
-    names = parameter_names(own_forward)
+    names = parameter_names(type(stack).forward)
     cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
     state = PromptState(context, mask=mask.bool() if mask is not None and mask.ndim == 2 else None)
     past = int(cache.get_seq_length()) if cache is not None else 0
@@ -157,6 +158,7 @@ def _begin(own_forward: Any, context: ForwardContext, kwargs: dict[str, Any]) ->
             state.refused = _count_cached(state.cache, cache, past, kwargs, names)
     elif _is_packed(kwargs.get("position_ids"), state.mask):
         state.refused = "Packed sequences have no place for prompts: pass one sequence per row of the batch."
+    shift_positions(stack, state, kwargs)
     return state
 
 
