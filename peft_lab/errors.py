@@ -39,6 +39,10 @@ class TaskError(PeftLabError):
     """Error in a task, its YAML file, its data or its metrics."""
 
 
+class WriteError(PeftLabError):
+    """Error of a disk that is full, or of a file or folder that cannot be made."""
+
+
 class DivergedError(PeftLabError):
     """Error of a training whose loss, gradient or weights are not finite."""
 

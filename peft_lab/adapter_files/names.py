@@ -5,12 +5,12 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft_lab.utils import strict_json
+from peft_lab.utils.atomic_files import write_text
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
@@ -26,9 +26,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
     A reader sees all of it or none, and null for a number that is not finite.
     """
-    partial = path.with_suffix(".partial")
-    partial.write_text(strict_json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, strict_json.dumps(values, indent=2) + "\n")
 
 
 def is_head_alone(config: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.atomic_files import write_errors
 from peft_lab.utils.cache import cache_dir
 from peft_lab.utils.data_root import DATA_PREFIX, below_data
 
@@ -170,11 +171,16 @@ def _convert(backbone: Backbone, source: Path, target: Path) -> None:
     if backbone.convert is None:
         raise ConfigError(f'Backbone "{backbone.name}" needs no conversion.')
     logger.info('Converting backbone "%s" into %s.', backbone.name, target)
+    with write_errors(target):
+        _convert_and_rename(backbone.convert, source, target)
+
+
+def _convert_and_rename(convert: Callable[[Path, Path], None], source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     # The folder lies beside the target because a rename to another file system is not one step.
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        backbone.convert(source, folder)
+        convert(source, folder)
         folder.chmod(0o755)  # mkdtemp makes a private folder
         try:
             os.rename(folder, target)

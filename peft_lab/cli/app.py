@@ -6,6 +6,7 @@ Names, keys, values and files are checked before torch is imported.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 
@@ -13,7 +14,8 @@ import typer
 
 from peft_lab import registry
 from peft_lab.cli import compare, demo, lookup, runs, share
-from peft_lab.errors import PeftLabError
+from peft_lab.errors import PeftLabError, WriteError
+from peft_lab.utils.atomic_files import write_errors
 from peft_lab.utils.terminal import SafeConsole, shown
 
 app = typer.Typer(
@@ -40,7 +42,25 @@ def main() -> None:
     # peft asks transformers for a property by its old name, which nobody who types a command can change
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
-        app()
+        with write_errors("the output"):
+            try:
+                app()
+            finally:
+                # otherwise a full disk behind a pipe or file would be noticed after the exit status is decided
+                sys.stdout.flush()
     except PeftLabError as error:
+        if isinstance(error, WriteError):
+            _leave_output()
         SafeConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]Error:[/] {shown(error)}")
         sys.exit(2)
+
+
+def _leave_output() -> None:
+    """Send what is still buffered nowhere, if standard output cannot take it.
+
+    Python would try again at its end, and print a traceback.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

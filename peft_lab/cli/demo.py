@@ -6,6 +6,7 @@ everything once, so that one run's peak memory says nothing about the run before
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ from rich.table import Table
 from peft_lab import registry
 from peft_lab.errors import PeftLabError, check_keys
 from peft_lab.metrics.baselines import shortfall
-from peft_lab.utils.processes import forkserver, quiet
+from peft_lab.utils.atomic_files import check_can_be_made, write_errors
+from peft_lab.utils.interruption import Stopped, going_on, signals_as_stops
+from peft_lab.utils.processes import end_with_parent, forkserver, quiet
 from peft_lab.utils.terminal import SafeConsole
 
 
@@ -69,7 +72,9 @@ def demo_command(
     max_steps: Annotated[int | None, typer.Option("--max_steps", min=1, help="Train for fewer steps.")] = None,
 ) -> None:
     """Train LoRA, SVFit and SSF on two tasks, from PyPI packages alone."""
-    demo(output_dir, seeds=seeds, tasks=task, methods=method, max_steps=max_steps)
+    hint = "Stopped; the demo keeps no part of a run, and the same command starts again."
+    with going_on(lambda: hint), write_errors(output_dir):
+        demo(output_dir, seeds=seeds, tasks=task, methods=method, max_steps=max_steps)
 
 
 def demo(
@@ -100,6 +105,7 @@ def demo(
         known |= dict.fromkeys(RECIPES[task].learning_rates)
     picked = list(methods or known)
     check_keys(picked, known, "the methods of the demo")
+    check_can_be_made(output_dir / chosen[0])
     console, start = SafeConsole(highlight=False), time.perf_counter()
     context = forkserver("peft_lab.training.run")  # imports torch once for all runs
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -182,12 +188,18 @@ def _options(task: str, method: str, seed: int, folder: Path, max_steps: int | N
 
 
 def _in_process(context: Any, options: dict[str, Any]) -> dict[str, Any]:
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=end_with_parent) as pool:
         try:
             return pool.submit(_train, options).result()
         except BrokenProcessPool as error:
             run = f"{options['method']} on {options['task']}"
             raise PeftLabError(f"The run of {run} was ended from outside, perhaps for want of memory.") from error
+        except Stopped:
+            # the pool would wait for the end of the run
+            for process in set(multiprocessing.active_children()) - set(others):
+                process.terminate()
+            raise
 
 
 def _train(options: dict[str, Any]) -> dict[str, Any]:
@@ -195,8 +207,9 @@ def _train(options: dict[str, Any]) -> dict[str, Any]:
     from peft_lab.training.run import train
 
     quiet()
-
-    return train(options).metrics
+    # a process that is asked to end leaves no lock of the system behind, which Python would complain of
+    with signals_as_stops():
+        return train(options).metrics
 
 
 def _lines(folder: Path) -> str:

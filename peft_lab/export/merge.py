@@ -9,6 +9,7 @@ from peft_lab.adapter_files.names import ADAPTER_CONFIG
 from peft_lab.errors import ConfigError
 from peft_lab.loading.load_run import load
 from peft_lab.runs.run_folder import refuse_filled, write_labels
+from peft_lab.utils.atomic_files import new_folder
 
 
 def merge(
@@ -21,6 +22,7 @@ def merge(
     Raises:
         ConfigError: the method cannot be merged, there is no adapter, the merged model would lose weights when loaded
             again, or `out` already holds something.
+        WriteError: `out` cannot be written; then nothing of it is left.
     """
     out = Path(out).expanduser()
     refuse_filled(out)
@@ -34,8 +36,9 @@ def merge(
     except (NotImplementedError, AttributeError, ValueError) as error:
         reason = str(error) or "peft has no merge for it"
         raise ConfigError(f'The adapter in "{adapter}" cannot be merged: {reason}') from error
-    merged.save_pretrained(out)
-    loaded.processor.save_pretrained(out)
-    if loaded.labels:
-        write_labels(out, loaded.labels)
+    with new_folder(out) as place:
+        merged.save_pretrained(place)
+        loaded.processor.save_pretrained(place)
+        if loaded.labels:
+            write_labels(place, loaded.labels)
     return out

@@ -42,6 +42,7 @@ from peft_lab.runs.metrics_schema import check_complete
 from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.operations import Operation, operation
 from peft_lab.tuners.registration import has_trait
+from peft_lab.utils.atomic_files import new_folder, write_text
 
 #: Relative error (Frobenius norm) that counts as exact: what float32 rounding leaves of a low-rank product.
 _EXACT = 5e-7
@@ -81,6 +82,7 @@ def to_lora(
 
     Raises:
         ConfigError: the method's effect is no weight delta, peft's LoRA cannot express it, or `out` holds something.
+        WriteError: `out` cannot be written; then nothing of it is left.
     """
     out = Path(out).expanduser()
     run_folder.refuse_filled(out)
@@ -90,9 +92,10 @@ def to_lora(
     config = safe_files.read_json(folder / ADAPTER_CONFIG)
     _check_method(registry.method(str(config.get("peft_type", "")).lower()))
     done = convert(_load(folder, model_name_or_path), rank=rank)
-    _write(done, folder, out)
-    if config.get("fingerprints"):  # of our own methods; those of peft have the file beside their config
-        write_json(out / BASE_RECORD, {"modules": config["fingerprints"]})
+    with new_folder(out) as place:
+        _write(done, folder, place, out.name)
+        if config.get("fingerprints"):  # of our own methods; those of peft have the file beside their config
+            write_json(place / BASE_RECORD, {"modules": config["fingerprints"]})
     return done
 
 
@@ -295,9 +298,8 @@ def _load(folder: Path, base: str | None) -> PeftModel:
     return load_folder(model, found).eval()
 
 
-def _write(done: Converted, folder: Path, out: Path) -> None:
+def _write(done: Converted, folder: Path, out: Path, title: str) -> None:
     """Write the converted adapter; metrics and card tell of the conversion."""
-    out.mkdir(parents=True, exist_ok=True)
     done.config.save_pretrained(str(out))
     save_file(done.state, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     for pattern in (*PROCESSOR_FILES, run_folder.LABELS, run_folder.TASK, BASE_RECORD):
@@ -316,5 +318,5 @@ def _write(done: Converted, folder: Path, out: Path) -> None:
         "modules": {name: {"rank": rank, "relative_error": done.errors[name]} for name, rank in done.ranks.items()},
     }
     task = trained_task(folder, run_folder.read_origin(folder))
-    (out / run_folder.CARD).write_text(card_text(out.name, metrics, registry.method("lora"), task), encoding="utf-8")
+    write_text(out / run_folder.CARD, card_text(title, metrics, registry.method("lora"), task))
     write_json(out / run_folder.METRICS, metrics)

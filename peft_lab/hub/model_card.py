@@ -22,6 +22,7 @@ from peft_lab.metrics.baselines import shortfall
 from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
 from peft_lab.tuners.registration import has_trait
+from peft_lab.utils.atomic_files import write_text
 from peft_lab.utils.text import json_line, markdown_code, markdown_text, visible
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Interval:
 def write_card(folder: Path, metrics: Mapping[str, Any], info: MethodInfo, task: Task) -> None:
     """Write README.md from the content of metrics.json."""
     text = card_text(folder.name, metrics, info, task, items=items_of(folder))
-    (folder / run_folder.CARD).write_text(text, encoding="utf-8")
+    write_text(folder / run_folder.CARD, text)
 
 
 def items_of(folder: Path) -> Predictions | None:

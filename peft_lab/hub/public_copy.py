@@ -27,6 +27,7 @@ from peft_lab.runs import run_folder
 from peft_lab.runs.metrics_schema import check_complete
 from peft_lab.runs.run_config import dump_yaml, read_run_file
 from peft_lab.runs.standing import Standing, read_standing
+from peft_lab.utils.atomic_files import write_text
 from peft_lab.utils.bounded_files import read_bytes, read_json
 from peft_lab.utils.cache import cache_dir
 from peft_lab.utils.safetensors_header import read_header
@@ -168,15 +169,14 @@ def _stage_run(
     write_json(out / run_folder.METRICS, shown)
     # after a conversion these options would train the original method, not this adapter
     if "lora_export" not in metrics:
-        (out / run_folder.RUN).write_text(dump_yaml(public), encoding="utf-8")
+        write_text(out / run_folder.RUN, dump_yaml(public))
     title, items = repo_id.rpartition("/")[2], items_of(folder)
     card = card_text(title, shown | {"run": public}, info, task, base, repo_id, items, standing)
-    (out / run_folder.CARD).write_text(card, encoding="utf-8")
+    write_text(out / run_folder.CARD, card)
     entries = eval_entries(metrics, info, task, standing)
     if entries:
-        (out / EVAL_RESULTS).mkdir()
         text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
-        (out / EVAL_RESULTS / f"{task.name}.yaml").write_text(text, encoding="utf-8")
+        write_text(out / EVAL_RESULTS / f"{task.name}.yaml", text)
 
 
 def _stage_plain(folder: Path, repo_id: str, out: Path, base: Base) -> None:
@@ -186,7 +186,7 @@ def _stage_plain(folder: Path, repo_id: str, out: Path, base: Base) -> None:
     config = _adapter_config(folder)
     info = registry.method(str(config.get("peft_type", "")).lower())
     text = plain_card(repo_id, config, info, base, run_folder.weights_bytes(folder), head_outputs(folder))
-    (out / run_folder.CARD).write_text(text, encoding="utf-8")
+    write_text(out / run_folder.CARD, text)
 
 
 def head_outputs(folder: Path) -> int | None:
@@ -240,5 +240,4 @@ def _header(path: Path) -> bytes:
 def _rewrite(source: Path, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     is_yaml = target.suffix == ".yaml"
     values = change(read_run_file(source) if is_yaml else read_json(source, lenient=True))
-    text = dump_yaml(values) if is_yaml else json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    target.write_text(text, encoding="utf-8")
+    write_text(target, dump_yaml(values) if is_yaml else json.dumps(values, indent=2, ensure_ascii=False) + "\n")

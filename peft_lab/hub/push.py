@@ -17,6 +17,7 @@ from huggingface_hub.utils import get_token, validate_repo_id
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.hub.public_copy import stage
 from peft_lab.runs import run_folder
+from peft_lab.utils.atomic_files import write_errors
 
 
 def push(
@@ -53,7 +54,7 @@ def push(
     check_repo_id(repo_id)
     folder = local_adapter(adapter)
     # the copy is checked for paths and secrets before the Hub is asked for anything
-    with tempfile.TemporaryDirectory() as scratch:
+    with write_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
         # the token of the login counts too: no file that holds it may be uploaded
         secrets = [token or get_token() or ""]
         stage(folder, repo_id, Path(scratch), base_model, secrets)

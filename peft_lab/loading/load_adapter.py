@@ -20,6 +20,7 @@ from peft_lab.loading.config_files import check_sizes
 from peft_lab.loading.foreign_adapters import adapt_folder, check_record
 from peft_lab.tuners.adapter_names import check_adapter_name
 from peft_lab.tuners.config import AdapterConfig
+from peft_lab.utils.atomic_files import write_errors
 
 #: An adapter's file may be larger than its base by this many bytes: heads, embeddings of new tokens.
 _SPARE_BYTES = 2**26
@@ -83,7 +84,9 @@ def load_folder(
             if isinstance(folder.config, AdapterConfig):
                 _check_sizes(folder, base)
                 return _inject(model, folder, adapter_name, is_trainable=is_trainable)
-            return _load_foreign(model, base, folder, Path(scratch), adapter_name, is_trainable)
+            # before the errors below, because a full disk is no fault of the adapter
+            with write_errors(scratch):
+                return _load_foreign(model, base, folder, Path(scratch), adapter_name, is_trainable)
         # These are ValueErrors too, but say already what is wrong.
         except PeftLabError:
             raise

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.atomic_files import new_file
 from peft_lab.utils.bounded_files import first_line, read_bytes
 
 if TYPE_CHECKING:
@@ -54,16 +54,12 @@ def write_predictions(folder: str | Path, predictions: Predictions) -> None:
 
     The file has the number of the row and a column each; its head holds the output type.
     """
-    path = Path(folder) / PREDICTIONS
-    # a killed run leaves a whole file or none
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    with new_file(Path(folder) / PREDICTIONS) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([f"{predictions.output_type}:row", *predictions.columns])
         for row, values in enumerate(zip(*predictions.columns.values(), strict=True)):
             # nine digits bring back a float32 exactly
             writer.writerow([row, *(f"{value:.9g}" for value in values)])
-    os.replace(partial, path)
 
 
 def read_predictions(path: Path) -> Predictions:

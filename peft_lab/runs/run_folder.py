@@ -34,6 +34,7 @@ from peft_lab.metrics.predictions import PREDICTIONS
 from peft_lab.registry import MethodInfo
 from peft_lab.runs.metrics_schema import check_form
 from peft_lab.runs.run_config import DTYPES, RunConfig, dump_yaml, read_run_file
+from peft_lab.utils.atomic_files import check_can_be_made, write_text
 
 State = Literal["new", "started", "finished"]
 
@@ -71,8 +72,10 @@ def check_output_dir(config: RunConfig) -> State:
 
     Raises:
         ConfigError: the folder holds something else, which the run would overwrite.
+        WriteError: the folder cannot be made or written.
     """
     folder = Path(config.output_dir).expanduser()
+    check_can_be_made(folder / RUN)
     if config.overwrite_output_dir or not folder.is_dir() or not any(folder.iterdir()):
         return "new"
     mend = "choose another --output_dir, or pass --overwrite_output_dir to replace it"
@@ -101,12 +104,19 @@ def remove_run(folder: Path) -> None:
                 path.unlink()
 
 
+def remove_results(folder: Path) -> None:
+    """Remove what a run writes at its end, and leave its options and checkpoints."""
+    for pattern in _OF_A_RUN:
+        for path in folder.glob(pattern):
+            if path.name != RUN:
+                path.unlink()
+
+
 def write_run(config: RunConfig, folder: Path) -> None:
     """Write the options of a run, without a token among them."""
-    folder.mkdir(parents=True, exist_ok=True)
     # run.yaml repeats the run, and must not replace a folder that nobody asked to replace
     values = {key: value for key, value in config.to_dict().items() if key not in ("hub_token", "overwrite_output_dir")}
-    (folder / RUN).write_text(dump_yaml(values), encoding="utf-8")
+    write_text(folder / RUN, dump_yaml(values))
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -197,9 +207,15 @@ def find_adapter(name: str | Path, revision: str | None = None) -> Path:
 
 
 def refuse_filled(folder: Path) -> None:
-    """Raise `ConfigError` if `folder` is a file or already holds something."""
+    """Raise an error if `folder` is a file, holds something, or cannot be made.
+
+    Raises:
+        ConfigError: it is a file, or already holds something.
+        WriteError: it cannot be made or written.
+    """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ConfigError(f'"{folder}" already exists and is not empty; name a new folder.')
+    check_can_be_made(folder)
 
 
 def _may_be_hub_id(name: str) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from peft_lab.errors import ConfigError
@@ -89,6 +91,17 @@ def remove_checkpoints(output_dir: str | Path, after: str | None = None) -> None
     for step, path in _numbered(output_dir):
         if step > newest:
             shutil.rmtree(path)
+
+
+def order_times(output_dir: str | Path) -> None:
+    """Set the times of a run's checkpoints back where they are not in the order of steps, or lie in the future."""
+    limit = time.time()
+    for _, path in sorted(_numbered(output_dir), reverse=True):
+        changed = path.stat().st_mtime
+        # two seconds, because Trainer takes times within one second for unreliable
+        limit = min(changed, limit - 2)
+        if changed > limit:
+            os.utime(path, (limit, limit))
 
 
 def _named_checkpoint(path: Path, world_size: int) -> str:

@@ -19,6 +19,7 @@ from peft_lab.errors import ConfigError
 from peft_lab.loading.load_run import load
 from peft_lab.runs.trained_task import check_metrics
 from peft_lab.training.trainer import LabTrainer, scores
+from peft_lab.utils.atomic_files import write_errors
 
 if TYPE_CHECKING:
     from peft_lab.data.task_schema import Task
@@ -77,7 +78,7 @@ def evaluate(
     rows = loaded.kind.preprocess(raw, loaded.processor, loaded.task, loaded.model)
     prompt_column.check_kept(rows, raw, loaded.kind.name)
     # Trainer makes its output folder even if nothing is written, so it gets one that vanishes
-    with tempfile.TemporaryDirectory() as scratch:
+    with write_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
         trainer = LabTrainer(
             model=loaded.model,
             args=TrainingArguments(

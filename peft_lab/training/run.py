@@ -6,6 +6,7 @@ The result is a folder with the adapter, its metrics and its model card.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from peft_lab.data import prompt_column
 from peft_lab.data.splits import Splits, carve, load_splits, per_class, subset
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
-from peft_lab.errors import ConfigError
+from peft_lab.errors import ConfigError, WriteError
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, count_parameters, load_base
@@ -41,12 +42,14 @@ from peft_lab.training.callbacks.bilevel import (
     AlternatingActivation,
     activation_parameters,
 )
-from peft_lab.training.checkpoints import checkpoint_to_resume, remove_checkpoints
+from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.run_inputs import base_hash, check_finished, check_inputs, inputs_of, load_finished
 from peft_lab.training.trainer import LabTrainer, scores
 from peft_lab.tuners.registration import has_trait
 from peft_lab.utils import strict_json
+from peft_lab.utils.atomic_files import write_errors, write_text
+from peft_lab.utils.interruption import going_on
 from peft_lab.utils.versions import device_name, versions
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ logger = logging.getLogger("peft_lab")
 
 #: Split that bi-level training holds out of train, and its share unless the run gives another.
 HELD_OUT, HELD_OUT_FRACTION = "held_out", 0.1
+_NO_ROOM = "make room, and repeat the command: the run goes on from its last whole checkpoint"
 
 
 @dataclass
@@ -92,6 +96,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
         ConfigError: an option or the backbone is not what it should be; raised before anything is written.
         TaskError: the task or its data are not what they should be.
         AdapterMismatchError: the adapter of a finished run does not fit its base any more.
+        WriteError: the output folder cannot be written; the same call goes on from the last whole checkpoint.
     """
     config = as_run_config(config, options)
     info, task, state = run_folder.check_run(config)
@@ -107,7 +112,13 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
             'The run in "%s" is finished; pass --overwrite_output_dir to repeat it.%s', config.output_dir, also
         )
         return result
-    return _Run(config, info, task, arguments, folder).execute()
+    run = _Run(config, info, task, arguments, folder)
+    try:
+        with going_on(run.how_to_go_on), write_errors(folder, _NO_ROOM):
+            return run.execute()
+    except WriteError:
+        run.clear_unfinished()
+        raise
 
 
 @contextmanager
@@ -116,7 +127,7 @@ def prepare(options: Mapping[str, Any]) -> Iterator[LabTrainer]:
 
     Nothing is trained, and nothing stays on the disk.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with write_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
         config = as_run_config(None, {**options, "output_dir": scratch})
         info, task = config.check(), load_task(config.task)
         run = _Run(config, info, task, training_arguments(config, info), Path(scratch))
@@ -135,6 +146,8 @@ class _Run:
         self.kind = task_kind(task.kind)
         self.start = time.perf_counter()
         self.process = PartialState()
+        #: State of the folder once it is this run's; before, nothing was written.
+        self.claimed, self.was_empty = False, False
         #: True if checkpoints are written or read, which record what is trained on; hashing it takes time.
         self.keeps_record, self.base = False, ""
         self.inputs: dict[str, Any] = {}
@@ -291,7 +304,9 @@ class _Run:
 
     def _claim_folder(self, checkpoint: str | None) -> None:
         """Clear the folder and write run.yaml: nothing is refused from here on."""
+        self.claimed = True
         if self.process.is_main_process:
+            self.was_empty = not (self.folder.is_dir() and any(self.folder.iterdir()))
             if self.config.overwrite_output_dir:
                 run_folder.remove_run(self.folder)
             # a checkpoint from elsewhere says nothing of those here, so all of them go
@@ -300,6 +315,25 @@ class _Run:
             run_folder.write_run(self.config, self.folder)
         # the other processes must not save into the folder while it is being cleared
         self.process.wait_for_everyone()
+
+    def how_to_go_on(self) -> str:
+        """Sentence for a run that is stopped."""
+        if not self.claimed:
+            return "Stopped before the first step; nothing was written, and the same command starts again."
+        last = last_whole_checkpoint(self.folder, self.process.num_processes)
+        where = f"goes on from {Path(last).name}" if last else "starts again, because there is no checkpoint yet"
+        return f"Stopped at step {self.trainer.state.global_step}; the same command {where}."
+
+    def clear_unfinished(self) -> None:
+        """Remove what was not written whole, so that the same command works once there is room."""
+        if not self.claimed or not self.process.is_main_process or (self.folder / run_folder.METRICS).is_file():
+            return
+        last = last_whole_checkpoint(self.folder, self.process.num_processes)
+        remove_checkpoints(self.folder, after=last)
+        if last is None and self.was_empty:
+            shutil.rmtree(self.folder)
+        else:
+            run_folder.remove_results(self.folder)
 
     def _evaluate(self) -> dict[str, dict[str, Any]]:
         """Score the validation rows and then, once, the test rows."""
@@ -372,7 +406,7 @@ class _Run:
         origin = self.task.origin
         # your own task file may change or move later, so the run keeps a copy of it
         if origin is not None and self.config.task != self.task.name:
-            (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
+            write_text(self.folder / run_folder.TASK, origin.read_text(encoding="utf-8"))
             own_tasks.remember(origin)
         write_record(self.model, self.folder)
         # not by Trainer's own method, which writes NaN where a best metric is undefined

@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from peft_lab.backbones.frozen_norms import set_frozen_norms
 from peft_lab.hub.push import create_repository, push
 from peft_lab.training.checkpoint_manifest import WriteManifest
+from peft_lab.training.checkpoints import order_times
 from peft_lab.training.non_finite import NonFiniteGuard, check_evaluation, check_weights
 from peft_lab.training.read_training_data import ReadTrainingData
 from peft_lab.training.step_timer import StepTimer, factor
@@ -259,6 +260,12 @@ class LabTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # a pickle, which nothing here reads
             (Path(str(output_dir or self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer keeps the checkpoints that were changed last, which are the wrong ones once a clock was set back
+        if self.args.should_save:
+            order_times(str(self.args.output_dir))
+        super()._save_checkpoint(*args, **kwargs)
 
     def _is_finished(self, checkpoint: str) -> bool:
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import peft
+import transformers
+from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
@@ -17,6 +21,8 @@ from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo, builtin_methods, check_method_args, method, third_party_methods, with_preset
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.tuner import AdapterTuner
+
+logger = logging.getLogger("peft_lab")
 
 #: Roles for peft's own tuners on families that peft has no targets for; query and value for all others.
 _PEFT_ROLES = {"ia3": ("attn.k", "attn.v", "mlp.down"), "ln_tuning": ("norm", "norm.final")}
@@ -144,6 +150,28 @@ def load_all() -> None:
             importlib.import_module(info.module)
         except Exception as error:  # a broken plug-in must not take peft down with it
             warnings.warn(f'Method "{info.name}" of {info.module} cannot be loaded: {error}', stacklevel=2)
+
+
+def newer_peft_needed() -> str:
+    """Version of peft that transformers' own `add_adapter` asks for, if it is newer than the installed one; else ""."""
+    # modeling_utils, which peft imports, has imported it already
+    needed: str = getattr(importlib.import_module("transformers.integrations.peft"), "MIN_PEFT_VERSION", "0")
+    return needed if Version(peft.__version__) < Version(needed) else ""
+
+
+def warn_of_old_peft() -> None:
+    """Warn in one line if transformers asks for a newer peft than the installed one.
+
+    Only its own `add_adapter` and `load_adapter` do; they then fail for the methods of peft too.
+    """
+    needed = newer_peft_needed()
+    if needed:
+        theirs = transformers.__version__
+        logger.warning(
+            "transformers %s asks for peft %s in model.add_adapter and model.load_adapter, and peft %s is installed: "
+            'both fail for every method; use get_peft_model and PeftModel.from_pretrained, or "transformers<%s".',
+            *(theirs, needed, peft.__version__, theirs),
+        )
 
 
 def _extend_peft_type(name: str) -> Any:

@@ -11,12 +11,13 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from peft_lab.errors import WriteError
 from peft_lab.utils import source_reader
+from peft_lab.utils.atomic_files import write_text
 from peft_lab.utils.cache import cache_dir
 
 logger = logging.getLogger("peft_lab")
@@ -124,11 +125,7 @@ def _read_cache() -> list[PeftTuner] | None:
 
 def _write_cache(found: list[PeftTuner]) -> None:
     file, key = _cache_file()
-    # processes may write at once, and a rename replaces the file whole
-    partial = file.with_suffix(f".{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"key": key, "tuners": found}), encoding="utf-8")
-        os.replace(partial, file)
-    except OSError as error:  # a home that cannot be written costs time and nothing else
+        write_text(file, json.dumps({"key": key, "tuners": found}))
+    except WriteError as error:  # a home that cannot be written costs time and nothing else
         logger.debug("The cache %s cannot be written: %s", file, error)

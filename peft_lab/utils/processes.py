@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from typing import Any
 
@@ -40,10 +41,14 @@ def quiet() -> None:
 
 
 def end_with_parent() -> None:
-    """End this process when its parent is gone, even if killed."""
+    """End this process when its parent is gone, even if killed.
+
+    Ctrl+C reaches the processes of a terminal all at once, and is left to the parent, which ends this one.
+    """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         # it waits for the end of a pipe, which closes however the parent ends

@@ -25,6 +25,7 @@ from support.properties import (
     equal_states,
     equal_weights,
     move,
+    needs_add_adapter,
     output,
     pairs,
 )
@@ -107,6 +108,7 @@ def test_several_adapters_on_one_model(base, method, family):
         model.add_adapter("second", config(method))
 
 
+@needs_add_adapter
 @pytest.mark.parametrize("method", [*OWN, *KEEPS_HEAD])
 def test_transformers_own_adapter_methods(method, tmp_path):
     base = TINY["vit"]()

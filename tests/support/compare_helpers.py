@@ -12,7 +12,7 @@ from typing import Any
 
 from peft_lab.comparison.records.results import append_record
 from peft_lab.comparison.records.run import Record, Run
-from peft_lab.comparison.run.worker import Job, record_of
+from peft_lab.comparison.run.worker import Job, Start, record_of
 from support import tiny_runs
 
 #: Seconds that a made-up run takes before and after training.
@@ -78,8 +78,8 @@ class PretendBackend:
             # the times of the record are made up too, so that no test depends on the speed of the machine
             ended = datetime.now(timezone.utc)
             started = ended - timedelta(seconds=OVERHEAD + values["measures"]["train_seconds"])
-            record = record_of(run, started.isoformat(), **values)
-            append_record(job.folder, replace(record, finished=ended.isoformat()))
+            record = record_of(run, Start.now(), **values)
+            append_record(job.folder, replace(record, started=started.isoformat(), finished=ended.isoformat()))
             future.set_result(None)
         except RuntimeError as error:
             future.set_exception(error)

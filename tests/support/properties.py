@@ -12,9 +12,12 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_lab import registry
-from peft_lab.tuners.registration import has_trait, make_config
+from peft_lab.tuners.registration import has_trait, make_config, newer_peft_needed
 from support.backbones import tiny_inputs
 from support.cover import Needs, cover, each_family
+
+#: For tests of transformers' own `add_adapter`, which some releases refuse to every method beside the newest peft.
+needs_add_adapter = pytest.mark.skipif(bool(newer_peft_needed()), reason="transformers asks for a newer peft")
 
 _ALL = [name for name, info in registry.list_methods().items() if info.place not in ("peft", "baseline")]
 #: Those that keep the head of an image classifier: in none of the next lists.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners import split
 from peft_lab.tuners.sequence import SequenceLayer
+from peft_lab.utils.atomic_files import new_file
 from peft_lab.utils.text import plain
 
 if TYPE_CHECKING:
@@ -382,5 +383,5 @@ def write(
     for panel in rows:
         progress(f"{' '.join(panel.title.split())}: heads {', '.join(str(h + 1) for h in panel.needed)}")
     # a matplotlibrc of the working directory may be anybody's, and ask for a run of LaTeX
-    with style.context("default"):
-        draw(rows).savefig(output)
+    with style.context("default"), new_file(output) as partial:
+        draw(rows).savefig(partial)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.atomic_files import check_can_be_made
 from peft_lab.utils.text import visible
 
 
@@ -63,6 +64,7 @@ def attention_maps(
             raise ConfigError(f'There is no image file "{image}".')
     if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir() or output.is_dir():
         raise ConfigError(f'--output "{output}" must be a .png file in a folder that exists.')
+    check_can_be_made(output)
     if blur not in ("keys", "patches"):
         raise ConfigError(f'--blur "{blur}" must be "keys" or "patches".')
     if importlib.util.find_spec("matplotlib") is None:

@@ -8,9 +8,7 @@ and signs are made canonical (the largest entry of each right vector is positive
 from __future__ import annotations
 
 import logging
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_lab.errors import ConfigError
+from peft_lab.errors import ConfigError, WriteError
+from peft_lab.utils.atomic_files import new_file
 from peft_lab.utils.cache import cache_dir
 
 logger = logging.getLogger("peft_lab")
@@ -206,12 +205,8 @@ def _read(path: Path, matrix: Tensor) -> Bases | None:
 
 def _write(path: Path, found: Bases) -> None:
     state = {"u": found.u, "s": found.s, "vh": found.vh}
-    # Written beside and moved into place, so that a process that reads meanwhile never sees half a file.
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        save_file({k: v.cpu().contiguous() for k, v in state.items()}, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        logger.warning("The bases could not be kept in the cache %s: %s.", path.parent, error)
+        with new_file(path) as partial:
+            save_file({k: v.cpu().contiguous() for k, v in state.items()}, partial)
+    except WriteError as error:
+        logger.warning("The bases could not be kept in the cache. %s", error)

@@ -59,12 +59,15 @@ class Journal:
 
     Attributes:
         records: id -> record, the last one of each.
+        line_of: id -> number of that record's line, from 1.
+        lines: number of lines that were read.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self._path = Path(folder) / RESULTS
-        self._position = self._lines = 0
+        self._position = self.lines = 0
         self.records: dict[str, Record] = {}
+        self.line_of: dict[str, int] = {}
 
     def read(self) -> None:
         """Read the lines added since the last call.
@@ -84,11 +87,23 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break
                 self._position += len(line)
-                self._lines += 1
-                record = _parsed(line, f'line {self._lines} of "{self._path}"')
+                self.lines += 1
+                record = _parsed(line, f'line {self.lines} of "{self._path}"')
                 self.records[record.id] = record
+                self.line_of[record.id] = self.lines
                 if len(self.records) > _MAX_RECORDS:
                     raise ConfigError(f'"{self._path}" holds more than {_MAX_RECORDS:,} runs.')
+
+    def standing(self, run_id: str, retry_until: int = 0) -> Record | None:
+        """Record of a run that is not to be repeated; None if there is none.
+
+        Args:
+            run_id: the run.
+            retry_until: failures up to this line are to be tried again. Lines tell what came first, which times do not
+                once a clock was set back.
+        """
+        record = self.records.get(run_id)
+        return record if record is not None and (record.ok or self.line_of[run_id] > retry_until) else None
 
 
 def _parsed(line: bytes, where: str) -> Record:

@@ -19,6 +19,7 @@ from peft_lab.comparison.report.sentences import join, metric_title
 from peft_lab.comparison.stats.over_tasks import arm_labels
 from peft_lab.comparison.stats.pareto import pareto_front
 from peft_lab.comparison.stats.statistics import CellResult
+from peft_lab.utils.atomic_files import new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -175,6 +176,6 @@ def draw(spec: FigureSpec, folder: Path, prefix: str) -> EmbeddedFigure:
     # both, because the page follows the reader's colour scheme
     light, dark = (plots.render(spec.draw, scheme) for scheme in (plots.LIGHT, plots.DARK))
     file = f"{prefix}-{spec.name}.png"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_bytes(light)
+    with new_file(folder / file) as partial:
+        partial.write_bytes(light)
     return EmbeddedFigure(file, spec.caption, *(base64.b64encode(png).decode() for png in (light, dark)))

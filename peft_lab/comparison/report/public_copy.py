@@ -14,6 +14,13 @@ from peft_lab.errors import ConfigError
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import dump_yaml, read_run_file
 from peft_lab.utils import strict_json
+from peft_lab.utils.atomic_files import write_text
+
+
+def check_copy(out: Path) -> None:
+    """Raise `ConfigError` if a folder for a copy is a file, or holds runs."""
+    if (out / RUNS).exists() or (out.exists() and not out.is_dir()):
+        raise ConfigError(f'"{out}" is a file or holds runs; name a new folder for the copy.')
 
 
 def copy_records(folder: Path, out: Path, records: Sequence[Record]) -> None:
@@ -25,16 +32,13 @@ def copy_records(folder: Path, out: Path, records: Sequence[Record]) -> None:
         records: its records, as `without_paths` returns them.
 
     Raises:
-        ConfigError: `out` is a file, or holds runs; the study is no YAML mapping.
+        ConfigError: the study is no YAML mapping.
     """
-    if (out / RUNS).exists() or (out.exists() and not out.is_dir()):
-        raise ConfigError(f'"{out}" is a file or holds runs; name a new folder for the copy.')
-    out.mkdir(parents=True, exist_ok=True)
     lines = [strict_json.dumps(dataclasses.asdict(record)) + "\n" for record in records]
-    (out / RESULTS).write_text("".join(lines), encoding="utf-8")
+    write_text(out / RESULTS, "".join(lines))
     if (folder / STUDY).is_file():
         study = run_folder.without_paths(read_run_file(folder / STUDY))
-        (out / STUDY).write_text(dump_yaml(study), encoding="utf-8")
+        write_text(out / STUDY, dump_yaml(study))
 
 
 def without_paths(records: Sequence[Record]) -> list[Record]:

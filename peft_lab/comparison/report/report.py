@@ -18,13 +18,14 @@ from peft_lab.comparison.records.run_frame import results_csv
 from peft_lab.comparison.records.search_budget import overlapping, search_budgets
 from peft_lab.comparison.report import figures, tables
 from peft_lab.comparison.report.further_metrics import FurtherMetrics, further_metrics_table
-from peft_lab.comparison.report.public_copy import copy_records, without_paths
+from peft_lab.comparison.report.public_copy import check_copy, copy_records, without_paths
 from peft_lab.comparison.report.run_standing import write_standings
 from peft_lab.comparison.report.sentences import describe, join, metric_title
 from peft_lab.comparison.stats.over_tasks import over_tasks
 from peft_lab.comparison.stats.pareto import front_of_all
 from peft_lab.comparison.stats.statistics import CellResult, ReadPredictions, rank_arms
 from peft_lab.runs.run_config import dump_yaml
+from peft_lab.utils.atomic_files import check_can_be_made, new_folder, write_text
 from peft_lab.utils.text import markdown_text, visible
 
 HTML, MARKDOWN, CSV, PLOTS = "report.html", "report.md", "results.csv", "plots"
@@ -129,19 +130,27 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
     Raises:
         ConfigError: the folder holds no results.jsonl, or a broken one, or `out` is a comparison's folder itself.
+        WriteError: the disk refuses; a copy is then whole or not there.
     """
     folder, place = Path(folder), Path(out or folder)
     records = without_paths(read_results(folder))
-    if out is not None:
-        copy_records(folder, place, records)
-    report = build(folder, records, place)
-    (place / CSV).write_text(results_csv(records), encoding="utf-8")
-    (place / MARKDOWN).write_text(as_markdown(report), encoding="utf-8")
-    page = place / HTML
-    page.write_text(as_html(report), encoding="utf-8")
+    check_can_be_made(place / HTML)
     if out is None:
+        _write(folder, records, place)
         write_standings(folder, records)
-    return page
+        return place / HTML
+    check_copy(place)
+    with new_folder(place) as partial:
+        copy_records(folder, partial, records)
+        _write(folder, records, partial)
+    return place / HTML
+
+
+def _write(folder: Path, records: Sequence[Record], place: Path) -> None:
+    report = build(folder, records, place)
+    write_text(place / CSV, results_csv(records))
+    write_text(place / MARKDOWN, as_markdown(report))
+    write_text(place / HTML, as_html(report))
 
 
 def build(folder: Path, records: Sequence[Record], out: Path | None = None) -> Report:

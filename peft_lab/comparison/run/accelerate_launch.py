@@ -7,6 +7,7 @@ that is started again waits for them instead of training the same run a second t
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from filelock import FileLock
 from peft_lab.errors import PeftLabError
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import dump_yaml
+from peft_lab.utils.atomic_files import write_text
+from peft_lab.utils.interruption import Stopped, signals_as_stops
 
 
 def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], place: Path) -> dict[str, Any]:
@@ -33,20 +36,17 @@ def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], plac
         PeftLabError: the processes ended with an error; their output is in the run's log.
     """
     file = place.with_name(f"{place.name}.yaml")
-    file.write_text(dump_yaml(options), encoding="utf-8")
+    write_text(file, dump_yaml(options))
     lock = place.with_name(f"{place.name}.launch")
     # the lock is held by the launched process itself, which may outlive this one
     command = [sys.executable, "-m", "peft_lab.comparison.run.accelerate_launch", str(lock)]
     flags = {"main_process_port": _free_port(), **launcher["accelerate"]}
     command += [*_flags(flags), "-m", "peft_lab", "train", str(file)]
-    # the module path begins with the working directory otherwise, and a file there could be imported for a library
-    ended = subprocess.run(command, check=False, env={**os.environ, "PYTHONSAFEPATH": "1"})
+    code = _wait(command)
     # a launch that left no metrics has failed too
-    if ended.returncode or not (place / run_folder.METRICS).is_file():
+    if code or not (place / run_folder.METRICS).is_file():
         reason = _last_error(place.with_name(f"{place.name}.log"))
-        raise PeftLabError(
-            f"accelerate launch ended with exit code {ended.returncode}; {reason}its output is in {place.name}.log."
-        )
+        raise PeftLabError(f"accelerate launch ended with exit code {code}; {reason}its output is in {place.name}.log.")
     return run_folder.read_metrics(place)
 
 
@@ -55,6 +55,19 @@ def _last_error(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     told = [line.partition("Error:")[2].strip() for line in lines if line.startswith("Error:")]
     return f'it said "{told[-1]}"; ' if told else ""
+
+
+def _wait(command: Sequence[str]) -> int:
+    """Run a command to its end; a signal to this process ends it too."""
+    # the module path begins with the working directory otherwise, and a file there could be imported for a library
+    env = {**os.environ, "PYTHONSAFEPATH": "1"}
+    # a group of its own, to which the launcher passes the signal on
+    with signals_as_stops(), subprocess.Popen(command, start_new_session=True, env=env) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            raise
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:
@@ -80,8 +93,14 @@ def main(arguments: Sequence[str]) -> None:
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    with FileLock(arguments[0]):
-        launch_command(launch_command_parser().parse_args(list(arguments[1:])))
+    try:
+        with FileLock(arguments[0]), signals_as_stops():
+            launch_command(launch_command_parser().parse_args(list(arguments[1:])))
+    except Stopped:
+        # accelerate leaves its children to themselves
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
+        raise
 
 
 if __name__ == "__main__":

@@ -6,16 +6,19 @@ import multiprocessing
 import os
 import queue
 import signal
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol
 
-from peft_lab.comparison.run.worker import Job, execute
-from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.comparison.run.worker import REFUSED, Job, execute_in_process
+from peft_lab.errors import ConfigError, WriteError, did_you_mean
 from peft_lab.utils.cores import usable_cores
 from peft_lab.utils.processes import forkserver
 
 BACKENDS = ("local", "ray")
+#: Seconds for runs to end in once they are asked to.
+_GRACE = 10.0
 
 
 class RunEndedError(RuntimeError):
@@ -97,7 +100,7 @@ class LocalBackend:
             raise RunEndedError("The comparison was ended.")
         device = self._slots.get()
         job = replace(job, threads=self._threads, device=device)
-        process = self._context.Process(target=execute, args=(job,))
+        process = self._context.Process(target=execute_in_process, args=(job,))
         try:
             process.start()
             self._processes.add(process)
@@ -105,6 +108,11 @@ class LocalBackend:
         finally:
             self._processes.discard(process)
             self._slots.put(device)
+        if process.exitcode == REFUSED:
+            raise WriteError(
+                f'"{job.folder}" cannot be written: the disk refused the files of a run (the log in its folder runs '
+                "says more); make room, and repeat the command: finished runs are kept."
+            )
         # a run that fails records that itself and exits with 0
         if process.exitcode:
             raise RunEndedError(ending(process.exitcode))
@@ -113,14 +121,22 @@ class LocalBackend:
         """End what is still running."""
         # set first, so that no waiting thread starts another process after this
         self._closed = True
-        # killed, not asked to end: a run can be made again at any time
-        for process in list(self._processes):
+        running = list(self._processes)
+        # asked to end first, because a run of several processes passes that on; nothing is lost by either
+        for process in running:
+            process.terminate()
+        deadline = time.monotonic() + _GRACE
+        for process in running:
+            process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
         self._threads_pool.shutdown(wait=True, cancel_futures=True)
 
 
 def ending(exitcode: int) -> str:
     """Describe the exit code of a run's process."""
+    # a process that has ended itself after signal N leaves with 128 + N
+    if exitcode - 128 in (signal.SIGINT, signal.SIGTERM):
+        exitcode = 128 - exitcode
     if exitcode >= 0:
         return f"The run's process left with exit code {exitcode}; its log says more."
     # multiprocessing gives -N as the exit code if signal N ended the process

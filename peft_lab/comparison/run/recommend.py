@@ -23,6 +23,7 @@ from peft_lab.comparison.study.schema import default_study
 from peft_lab.comparison.study.study import Arm, Limits, Search, Study
 from peft_lab.errors import ConfigError
 from peft_lab.runs.run_config import dump_yaml
+from peft_lab.utils.atomic_files import check_can_be_made, write_text
 
 #: Steps of the runs that only show how long others will take.
 PILOT_STEPS = 8
@@ -125,6 +126,7 @@ def recommend(
     # checked first, so that no time is spent on a result that could not be written
     if output.exists():
         raise ConfigError(f'"{output}" is there already; name another --output.')
+    check_can_be_made(output)
     study = study or _usual_study(task, model_name_or_path, max_steps)
     folder = Path(output_dir or Path("comparisons") / study.name).expanduser().absolute()
     carrier = backend or make_backend("local", workers)
@@ -157,9 +159,8 @@ def _usual_study(task: str, backbone: str, max_steps: int | None) -> Study:
 
 def _write_run_file(found: Recommendation) -> None:
     """Write the options as YAML, below the sentences as comments."""
-    found.file.parent.mkdir(parents=True, exist_ok=True)
     comment = "".join(f"# {sentence}\n" for sentence in (*found.reasons, *found.dropped))
-    found.file.write_text(f"{comment}{dump_yaml(found.options)}", encoding="utf-8")
+    write_text(found.file, f"{comment}{dump_yaml(found.options)}")
 
 
 def _pilot(study: Study, arm: Arm) -> Generator[list[Run], Sequence[Record], Choice]:

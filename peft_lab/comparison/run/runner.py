@@ -30,12 +30,14 @@ from peft_lab.comparison.run import plan
 from peft_lab.comparison.run.backends import Backend, is_import_of_main, make_backend
 from peft_lab.comparison.run.plan import Choice
 from peft_lab.comparison.run.progress import Progress
-from peft_lab.comparison.run.worker import Job, counts, lock_file, now, one_line, record_of
+from peft_lab.comparison.run.worker import Job, Start, lock_file, one_line, record_of
 from peft_lab.comparison.study import parameter_budget
 from peft_lab.comparison.study.schema import load_study
 from peft_lab.comparison.study.study import Arm, Cell, Study
-from peft_lab.errors import ConfigError
+from peft_lab.errors import ConfigError, WriteError
 from peft_lab.runs.run_config import dump_yaml
+from peft_lab.utils.atomic_files import check_can_be_made, write_errors, write_text
+from peft_lab.utils.interruption import going_on
 
 #: Seconds between two looks at what other processes have done.
 POLL = 0.5
@@ -97,23 +99,24 @@ def compare(
 
     Raises:
         ConfigError, TaskError: the study is not what it should be; a failing run raises nothing.
+        WriteError: the folder cannot be written; the same call goes on once it can.
     """
     # a child imports the user's script; without this it would start the comparison again
     if is_import_of_main():
         raise ConfigError('A script that compares must do so below `if __name__ == "__main__":`.')
     study = load_study(study)
     folder = Path(output_dir or Path("comparisons") / study.name).expanduser().absolute()
-    _open(folder, study)
-    carrier = make_backend(backend, workers, address) if isinstance(backend, str) else backend
-    try:
-        # only failures from before this moment are tried again, or the runs that always fail would never end
-        runner = _Runner(study, folder, carrier, now() if retry_failed else "", deadline)
-        runner.execute(runner.groups(), plan.count_runs(study))
-    finally:
-        # a backend that the caller made is the caller's to close
-        if isinstance(backend, str):
-            carrier.close()
-    page = _report(folder) if report and any(record.ok for record in runner.records()) else None
+    with going_on(lambda: _how_to_go_on(folder)), write_errors(folder):
+        _open(folder, study)
+        carrier = make_backend(backend, workers, address) if isinstance(backend, str) else backend
+        try:
+            runner = _Runner(study, folder, carrier, retry_failed, deadline)
+            runner.execute(runner.groups(), plan.count_runs(study))
+        finally:
+            # a backend that the caller made is the caller's to close
+            if isinstance(backend, str):
+                carrier.close()
+        page = _report(folder) if report and any(record.ok for record in runner.records()) else None
     return Comparison(folder, study, runner.records(), runner.choices, runner.unfinished, page)
 
 
@@ -133,9 +136,10 @@ def carry_out(
         waves: generators of runs, like `plan.arm_runs`.
         deadline: as for `compare`.
     """
-    _open(folder, study)
-    runner = _Runner(study, folder, backend, "", deadline)
-    runner.execute([_ArmRuns(each) for each in waves])
+    with going_on(lambda: _how_to_go_on(folder)), write_errors(folder):
+        _open(folder, study)
+        runner = _Runner(study, folder, backend, False, deadline)
+        runner.execute([_ArmRuns(each) for each in waves])
     return runner.records()
 
 
@@ -143,6 +147,7 @@ def _open(folder: Path, study: Study) -> None:
     """Prepare the folder: empty, or with a comparison of that name."""
     if folder.is_file():
         raise ConfigError(f'output_dir "{folder}" is a file; name a folder.')
+    check_can_be_made(folder / STUDY)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / STUDY).is_file():
         raise ConfigError(f'output_dir "{folder}" is not empty and holds no comparison; choose another --output_dir.')
     if (folder / STUDY).is_file():
@@ -151,13 +156,19 @@ def _open(folder: Path, study: Study) -> None:
             raise ConfigError(
                 f'output_dir "{folder}" holds the comparison "{name}", not "{study.name}"; choose another --output_dir.'
             )
-    (folder / RUNS).mkdir(parents=True, exist_ok=True)
+    # first, because a folder without it is taken for something else when the command is repeated
+    write_text(folder / STUDY, dump_yaml(study.to_dict()))
+    (folder / RUNS).mkdir(exist_ok=True)
+    # taken once now, so that a lock that cannot be opened is found before any work
     with FileLock(folder / f"{COMPARISON}.lock"):
-        # another process may read the study at any time
-        partial = folder / f"{STUDY}.partial"
-        partial.write_text(dump_yaml(study.to_dict()), encoding="utf-8")
-        partial.replace(folder / STUDY)
-    repair(folder)
+        repair(folder)
+
+
+def _how_to_go_on(folder: Path) -> str:
+    """Sentence for a comparison that is stopped."""
+    journal = Journal(folder)
+    journal.read()
+    return f"Stopped with {len(journal.records)} runs recorded in {folder}; the same command goes on."
 
 
 def _report(folder: Path) -> Path:
@@ -189,13 +200,17 @@ class _ArmRuns:
 class _Runner:
     """Loop that submits runs by what results.jsonl holds."""
 
-    def __init__(self, study: Study, folder: Path, backend: Backend, since: str, deadline: float | None) -> None:
-        self.study, self.folder, self.backend = study, folder, backend
-        self.since, self.deadline = since, deadline
+    def __init__(
+        self, study: Study, folder: Path, backend: Backend, retry_failed: bool, deadline: float | None
+    ) -> None:
+        self.study, self.folder, self.backend, self.deadline = study, folder, backend, deadline
         self.journal = Journal(folder)
+        self.journal.read()
+        # only failures that are there now are tried again, or the runs that always fail would never end
+        self.retry_until = self.journal.lines if retry_failed else 0
         self.running: dict[Future[None], Run] = {}
         self.planned: dict[str, Run] = {}
-        self.started: dict[str, str] = {}
+        self.started: dict[str, Start] = {}
         self.shown: set[str] = set()
         self.choices: list[Choice] = []
         self.unfinished = 0
@@ -242,8 +257,7 @@ class _Runner:
 
     def _record(self, run: Run) -> Record | None:
         """Record of the run; None if it is to be made."""
-        found = self.journal.records.get(run.id)
-        return found if counts(found, self.since) else None
+        return self.journal.standing(run.id, self.retry_until)
 
     def _advance(self, groups: Sequence[_ArmRuns]) -> list[Run]:
         """Read new records, advance groups; returns runs without a record."""
@@ -291,9 +305,9 @@ class _Runner:
             # another process of the same comparison may be at it
             if run.id in under_way or not _is_free(lock_file(self.folder, run.id)):
                 continue
-            job = Job("run", str(self.folder), run, self.since)
+            job = Job("run", str(self.folder), run, self.retry_until)
             # kept here because a process that dies cannot record its start
-            self.started[run.id] = now()
+            self.started[run.id] = Start.now()
             self.running[self.backend.submit(job)] = run
         self.progress.running(len(self.running))
 
@@ -308,6 +322,8 @@ class _Runner:
             run, error = self.running.pop(future), future.exception()
             if error is None:
                 continue
+            if isinstance(error, WriteError):
+                raise error
             # the process died without a word, unless another one has recorded the run meanwhile
             self.journal.read()
             if self._record(run) is None and not self._over():

@@ -11,19 +11,22 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from peft_lab.comparison.records.results import RUNS, Journal, append_record
 from peft_lab.comparison.records.run import Record, Run
-from peft_lab.errors import PeftLabError
+from peft_lab.errors import PeftLabError, WriteError
 from peft_lab.runs import run_folder
+from peft_lab.utils.atomic_files import write_errors, write_text
+from peft_lab.utils.interruption import signals_as_stops
 
 ERROR = "error.txt"
 #: Files that are kept of a search's run. Its adapter will not be used.
@@ -38,7 +41,7 @@ class Job:
         task: "run", or "size" to find the argument value that gives an arm its number of trainable parameters.
         folder: absolute path of the comparison's folder, the same on every machine that takes part.
         run: the run.
-        since: a failed run recorded before this time is made again.
+        retry_until: a failed run recorded up to this line of results.jsonl is made again.
         threads: threads of the process; None leaves torch's own choice.
         device: value of CUDA_VISIBLE_DEVICES, None to leave it as it is.
         size_argument: for "size", the argument of the method.
@@ -48,31 +51,51 @@ class Job:
     task: str
     folder: str
     run: Run
-    since: str = ""
+    retry_until: int = 0
     threads: int | None = None
     device: str | None = None
     size_argument: str = ""
     limit: int = 0
 
 
+#: Exit code of a process whose output the disk refused (`EX_CANTCREAT` of sysexits.h).
+REFUSED = 73
+
+
+def execute_in_process(job: Job) -> None:
+    """Carry out a job as the whole of a process; its exit code tells of a full disk."""
+    from peft_lab.utils.processes import end_with_parent
+
+    end_with_parent()
+    try:
+        # a process that is asked to end leaves no lock of the system behind, which Python would complain of
+        with signals_as_stops():
+            execute(job)
+    except WriteError:
+        sys.exit(REFUSED)
+
+
 def execute(job: Job) -> None:
     """Carry out a job and write its result to the disk.
 
     A run that another process has locked, or has recorded already, is left to it.
-    """
-    from peft_lab.utils.processes import end_with_parent, quiet
 
-    end_with_parent()
+    Raises:
+        WriteError: the comparison's folder cannot be written.
+    """
+    from peft_lab.utils.processes import quiet
+
     # CUDA reads the variable when it is first used, so this comes before any work
     if job.device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = job.device
     folder, run = Path(job.folder), job.run
     lock = FileLock(lock_file(folder, run.id))
     try:
-        lock.acquire(timeout=0)
+        with write_errors(folder):
+            lock.acquire(timeout=0)
     except Timeout:
         return
-    with lock, _logged(folder / RUNS / f"{run.id}.log"):
+    with lock, write_errors(folder), _logged(folder / RUNS / f"{run.id}.log"):
         quiet()
         if job.threads:
             import torch
@@ -83,7 +106,7 @@ def execute(job: Job) -> None:
 
             find_size(folder, run, job.size_argument, job.limit)
         # another process may have recorded the run just before it released the lock
-        elif not is_recorded(folder, run.id, job.since):
+        elif not is_recorded(folder, run.id, job.retry_until):
             _make_and_record(folder, run)
 
 
@@ -95,27 +118,28 @@ def lock_file(folder: Path, run_id: str) -> Path:
     return folder / RUNS / f"{run_id}.lock"
 
 
-def is_recorded(folder: Path, run_id: str, since: str = "") -> bool:
+def is_recorded(folder: Path, run_id: str, retry_until: int = 0) -> bool:
     """Test whether a run has a record that stands."""
     journal = Journal(folder)
     journal.read()
-    return counts(journal.records.get(run_id), since)
+    return journal.standing(run_id, retry_until) is not None
 
 
-def counts(record: Record | None, since: str) -> bool:
-    """Test whether a record stands: its run is not repeated.
+class Start(NamedTuple):
+    """Start of a run.
 
-    Args:
-        record: the record, None if the run has none.
-        since: failures recorded before this time are to be tried again; "" for none.
+    Attributes:
+        time: UTC time, for the record.
+        clock: `time.monotonic()`, which measures the duration whatever is done to the time of the day.
     """
-    # times of one ISO format compare as texts
-    return record is not None and (record.ok or not since or record.finished >= since)
 
+    time: datetime
+    clock: float
 
-def now() -> str:
-    """UTC time in the format of records, ISO 8601 with milliseconds."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    @classmethod
+    def now(cls) -> Start:
+        """Start of a run that begins now."""
+        return cls(datetime.now(timezone.utc), time.monotonic())
 
 
 @contextlib.contextmanager
@@ -135,14 +159,17 @@ def _logged(file: Path) -> Iterator[None]:
 
 def _make_and_record(folder: Path, run: Run) -> None:
     """Make the run and record its end, an error too."""
-    place, started = folder / RUNS / run.id, now()
+    place, started = folder / RUNS / run.id, Start.now()
     # a run that is made again may succeed, and then the old error would mislead
     (place / ERROR).unlink(missing_ok=True)
     try:
         outcome: dict[str, Any] = {"status": "ok", **perform(run, place)}
+    # the disk would refuse the record and the other runs too, so the comparison ends; the run can be made again
+    except WriteError:
+        traceback.print_exc()
+        raise
     except Exception as error:  # one run that fails must not end the others
-        place.mkdir(parents=True, exist_ok=True)
-        (place / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
+        write_text(place / ERROR, traceback.format_exc())
         traceback.print_exc()
         outcome = {"status": "failed", "error": one_line(error)}
     append_record(folder, record_of(run, started, **outcome, environment=environment()))
@@ -151,17 +178,19 @@ def _make_and_record(folder: Path, run: Run) -> None:
         _prune(place, run.stage)
 
 
-def record_of(run: Run, started: str, **outcome: Any) -> Record:
+def record_of(run: Run, started: Start, **outcome: Any) -> Record:
     """Build the record of a run that ends now.
 
     Args:
         run: the run.
-        started: time of its start.
+        started: its start.
         outcome: `status`, and what else is known of its end.
     """
+    times = (started.time, started.time + timedelta(seconds=time.monotonic() - started.clock))
+    first, last = (each.isoformat(timespec="milliseconds") for each in times)
     # a token must not reach a file that is made to be shared
     options = {name: value for name, value in run.options.items() if name != "hub_token"}
-    return Record.of(run, options=options, started=started, finished=now(), folder=f"{RUNS}/{run.id}", **outcome)
+    return Record.of(run, options=options, started=first, finished=last, folder=f"{RUNS}/{run.id}", **outcome)
 
 
 def one_line(error: BaseException) -> str:

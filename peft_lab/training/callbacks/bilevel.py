@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.atomic_files import new_file
 
 logger = logging.getLogger("peft_lab")
 
@@ -119,10 +120,8 @@ class AlternatingActivation(TrainerCallback):
             for name, value in self._optimizer.state[parameter].items():
                 moments[f"{index}.{name}"] = value
         # a killed run leaves no half-written file under the final name
-        path = _kept(args, state)
-        partial = path.with_suffix(".partial")
-        save_file({**moments, "steps": torch.tensor(self._steps)}, partial)
-        partial.replace(path)
+        with new_file(_kept(args, state)) as partial:
+            save_file({**moments, "steps": torch.tensor(self._steps)}, partial)
 
     def _restore(self, path: Path) -> None:
         """Restore the moments and the position in the held-out batches."""

@@ -33,7 +33,7 @@ from peft_lab.tuners.sequence.prompt_state import (
     READOUT,
     CachedPrompts,
     PromptState,
-    self_attention_cache,
+    given_cache,
 )
 from peft_lab.tuners.sequence.stack import StackInfo
 from peft_lab.tuners.sequence.supported_models import explained
@@ -177,7 +177,7 @@ class SequenceLayer(AdapterLayer):
         self._write(active, rows, tokens, state)
         # No block so far has written prompts: the block runs as it is, and the cache records that.
         if state.states is None:
-            self._enter_cache(state, _cache_of(kwargs), 0)
+            self._enter_cache(state, given_cache(kwargs), 0)
             return self._run(tokens, positional, kwargs)
         at = self._position(active if rows is None else rows.names)
         out = self._run_with_prompts(active, rows, tokens, positional, kwargs, state, at)
@@ -392,7 +392,7 @@ class SequenceLayer(AdapterLayer):
         # A bias that the block makes for itself is extended by `_extend_own_bias`, which reads the position here.
         for module in self._biases:
             module.prompts_at = at
-        self._enter_cache(state, _cache_of(kwargs), count)
+        self._enter_cache(state, given_cache(kwargs), count)
         return kwargs
 
     def _enter_cache(self, state: PromptState, cache: Any, count: int) -> None:
@@ -408,7 +408,7 @@ class SequenceLayer(AdapterLayer):
 
     def _decode(self, state: PromptState, tokens: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the block beside the hidden states, for a decoding step."""
-        cache = _cache_of(kwargs)
+        cache = given_cache(kwargs)
         if state.cache is None:
             raise ConfigError("The KV cache was not filled with these prompts; let generate() make a cache of its own.")
         if cache is not None:
@@ -429,11 +429,6 @@ class SequenceLayer(AdapterLayer):
                 f"{cache.get_seq_length(self.depth) + new - count} tokens and {count} prompts do not fit into the "
                 f"sliding window of {window} that the cache keeps: the prompts would leave it; pass use_cache=False."
             )
-
-
-def _cache_of(kwargs: dict[str, Any]) -> Any:
-    """Cache of self-attention in a block's arguments, whatever its name there."""
-    return self_attention_cache(kwargs.get("past_key_values", kwargs.get("layer_past")))
 
 
 def _extend_own_bias(module: nn.Module, args: Any, kwargs: dict[str, Any], bias: Tensor) -> Tensor:

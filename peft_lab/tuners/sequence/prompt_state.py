@@ -24,6 +24,7 @@ from peft_lab.tuners.tokens import parameter_names, split
 _PROMPTS = "prompts"
 #: Keys by which the stack hands class logits and prompts on to the head behind it.
 HEAD_LOGITS, READOUT = "head_logits", "readout"
+_CACHE_NAMES = ("past_key_values", "cache", "layer_past")
 #: Attribute of a KV cache that holds its `CachedPrompts`. It is stored on the cache, because a copy of the cache takes
 #: it along, and because `torch.compile` fails on a table of caches from which one dies meanwhile.
 CACHED_PROMPTS = "peft_lab_prompts"
@@ -144,7 +145,7 @@ def run_with_prompts(stack: nn.Module, forward: Callable[..., Any], kwargs: dict
 def _begin(stack: nn.Module, context: ForwardContext, kwargs: dict[str, Any]) -> PromptState:
     """Make a call's state and account for prompts in the cache."""
     names = parameter_names(type(stack).forward)
-    cache, mask = self_attention_cache(kwargs.get("past_key_values")), kwargs.get("attention_mask")
+    cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
     state = PromptState(context, mask=mask.bool() if mask is not None and mask.ndim == 2 else None)
     past = int(cache.get_seq_length()) if cache is not None else 0
     # A reason is kept, not raised: a stack without prompts in this call must run.
@@ -247,6 +248,10 @@ def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:
     return bool(anew.any())
 
 
-def self_attention_cache(cache: Any) -> Any:
-    """Cache of self-attention, also of an encoder-decoder's cache."""
+def given_cache(kwargs: dict[str, Any]) -> Any:
+    """Cache of self-attention among the arguments of a stack or block, whatever its name there.
+
+    transformers 5.24 renamed `past_key_values` to `cache`; some blocks have names of their own.
+    """
+    cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

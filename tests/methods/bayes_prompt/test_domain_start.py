@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from support.backbones import TINY, VARIANTS, tiny_inputs
-from support.properties import adapt, adapter_parameters, config, move, output
+from support.properties import adapt, adapter_parameters, config, move, needs_add_adapter, output
 from support.tiny_runs import make_backbone, make_task, options, same_weights
 from transformers import Trainer, TrainingArguments
 
@@ -300,6 +300,7 @@ def test_the_active_adapter_gets_the_values():
         domain_prompts(model, [inputs])
 
 
+@needs_add_adapter
 def test_without_peft_model_a_script_reads_by_itself():
     """`add_adapter` of transformers keeps no tuner that a Trainer could find."""
     base = TINY["vit"]()

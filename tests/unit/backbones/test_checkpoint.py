@@ -18,7 +18,11 @@ def checkpoint(tmp_path: Path) -> Path:
     return make_backbone(tmp_path / "bert")
 
 
-def test_a_new_head_is_no_news(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_head_is_no_news(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers keeps its messages from the root logger, where older versions of pytest listen
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         model, info = load_checkpoint(AutoModelForSequenceClassification, str(checkpoint), num_labels=5)
     assert model.classifier.out_features == 5

@@ -11,6 +11,22 @@ from support.properties import adapt, adapter_parameters
 
 from peft_lab.errors import ConfigError
 from peft_lab.tuners import AdapterConfig, FeatureLayer, MethodInfo, WeightLayer, register
+from peft_lab.tuners.registration import warn_of_old_peft
+
+
+@pytest.mark.parametrize(("installed", "warned"), [("0.21.2", True), ("0.22.0", False), ("0.22.1.dev0", False)])
+def test_a_peft_older_than_transformers_asks_for_is_one_line(
+    installed: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.22.0")
+    monkeypatch.setattr("peft.__version__", installed)
+    with caplog.at_level("WARNING", logger="peft_lab"):
+        warn_of_old_peft()
+    lines = [line.getMessage() for line in caplog.records if line.name == "peft_lab"]
+    assert len(lines) == warned
+    for line in lines:
+        assert "asks for peft 0.22.0" in line
+        assert "\n" not in line
 
 
 @pytest.mark.parametrize(
