@@ -254,18 +254,15 @@ class LabTrainer(Trainer):
         check_weights(self)
         # Trainer starts from an infinite metric, which JSON does not have
         self.state.best_metric = strict_json.finite(self.state.best_metric)
+        # Trainer keeps the checkpoints that were changed last, which are the wrong ones once a clock was set back
+        if self.args.should_save:
+            order_times(str(self.args.output_dir))
         super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # a pickle, which nothing here reads
             (Path(str(output_dir or self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer keeps the checkpoints that were changed last, which are the wrong ones once a clock was set back
-        if self.args.should_save:
-            order_times(str(self.args.output_dir))
-        super()._save_checkpoint(*args, **kwargs)
 
     def _is_finished(self, checkpoint: str) -> bool:
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))

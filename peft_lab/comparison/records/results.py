@@ -82,7 +82,7 @@ class Journal:
             file.seek(self._position)
             for line in iter(partial(file.readline, MAX_JSON_BYTES), b""):
                 if len(line) == MAX_JSON_BYTES:
-                    raise ConfigError(f'Line {self._lines + 1} of "{self._path}" is too long for a record.')
+                    raise ConfigError(f'Line {self.lines + 1} of "{self._path}" is too long for a record.')
                 # another process may be writing this line
                 if not line.endswith(b"\n"):
                     break
