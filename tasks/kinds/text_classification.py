@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft_lab.data.kind import ClassificationKind, Record, length_limit
+from peft_lab.data.kind import ClassificationKind, Record, length_limit, padding_side, padding_tokenizer
 from peft_lab.errors import TaskError
 from peft_lab.registry import KindInfo
 
@@ -86,7 +86,7 @@ class TextClassification(ClassificationKind):
     def data_collator(self, processor: Any, model: Any) -> Any:
         from transformers import DataCollatorWithPadding
 
-        return DataCollatorWithPadding(processor)
+        return DataCollatorWithPadding(padding_tokenizer(processor, model))
 
     def predict(
         self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32
@@ -95,12 +95,13 @@ class TextClassification(ClassificationKind):
 
         An input is a text, a pair of texts, or a mapping with the keys `text` and `text_pair`.
         """
-        limit = length_limit(task, MAX_LENGTH, processor, model)
+        limit, side = length_limit(task, MAX_LENGTH, processor, model), padding_side(model)
         pairs = [_texts(value, pair="text_pair" in task.columns) for value in inputs]
 
         def encode(batch: Sequence[tuple[str, ...]]) -> Any:
             columns = [list(column) for column in zip(*batch, strict=True)]
-            return processor(*columns, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+            settings = {"truncation": True, "max_length": limit, "padding": True, "padding_side": side}
+            return processor(*columns, **settings, return_tensors="pt")
 
         return self.batches(model, pairs, encode, batch_size)
 
