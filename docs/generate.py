@@ -43,7 +43,7 @@ PACKAGES = {"adapters": "peft_lab.adapters", "tasks": "peft_lab.tasks", "peft_la
 _WORDS = 8
 #: Capabilities that are types of op.
 _OPS = ("linear", "conv1d", "conv2d", "embedding", "norm")
-_SERVED = "load_many"
+_SERVED, _SUMS = "load_many", "weighted_sums"
 #: Columns of cost.md that a method's page shows, and their headings there.
 _COSTS = {
     "trainable": "trainable",
@@ -355,8 +355,10 @@ def _compatibility() -> str:
         "\n".join(meanings),
         "## The same for all methods",
         "- gradient checkpointing, reentrant or not, changes no gradient\n"
-        "- trainable parameters are float32 on a bfloat16 base and under autocast\n"
-        "- several adapters on one model, `set_adapter`, `disable_adapter`, `delete_adapter`\n"
+        "- trainable parameters are float32 on a bfloat16 base and under autocast, and in the dtype of the base with "
+        "`autocast_adapter_dtype=False`\n"
+        "- several adapters on one model, `set_adapter`, `disable_adapter`, `delete_adapter`, which leave trained and "
+        'frozen what was so; names of letters, digits, "_" and "-" that mean nothing else in the model\n'
         "- `low_cpu_mem_usage=True` in `PeftModel.from_pretrained`",
         "The tests of `tests/properties` check these for every method that they list, on tiny models. No method of "
         "ours works on quantised weights yet: that raises an error.",
@@ -384,12 +386,17 @@ def _able(info: registry.MethodInfo) -> list[str]:
     from peft_lab.tuners.registration import has_trait
 
     found = [name for name in _class_traits() if has_trait(info, name)]
-    return [*info.capabilities, *found, *([_SERVED] if _served(info) else [])]
+    return [*info.capabilities, *found, *_layer_traits(info)]
 
 
 def _traits() -> dict[str, str]:
     """Properties of single methods, which their classes have and no card declares, with their meaning."""
-    return {**_class_traits(), _SERVED: "it is served by `peft_lab.load_many`, hundreds of adapters on one base"}
+    return {
+        **_class_traits(),
+        _SERVED: "it is served by `peft_lab.load_many`, hundreds of adapters on one base",
+        _SUMS: "`add_weighted_adapter` makes one adapter of the weighted sum of several, exact in the change of each "
+        "module; LoRA has peft's own, which is not",
+    }
 
 
 def _class_traits() -> dict[str, str]:
@@ -403,19 +410,20 @@ def _spaced(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _served(info: registry.MethodInfo) -> bool:
-    """True if `peft_lab.load_many` serves the method: its layer, or a class beside its card, names values by row."""
+def _layer_traits(info: registry.MethodInfo) -> list[str]:
+    """Properties of a method's layer, or of a class beside its card, that names values by row."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     from peft_lab.tuners.registration import load_all
 
     load_all()
     if not info.config:
-        return False
+        return []
     tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
     layer = getattr(tuners.get(info.name.upper()), "tuner_layer_cls", None)
     described = getattr(importlib.import_module(info.card_module), "ROWS", None)
-    return bool(getattr(layer, "row_fields", None) or getattr(described, "row_fields", None))
+    served = getattr(layer, "row_fields", None) or getattr(described, "row_fields", None)
+    return [*([_SERVED] if served else []), *([_SUMS] if getattr(layer, "linear", False) else [])]
 
 
 # Architecture and README --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from peft_lab._register_on_import import register_with_peft
-from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError, TaskError, did_you_mean
+from peft_lab.errors import AdapterMismatchError, ConfigError, DivergedError, PeftLabError, TaskError, did_you_mean
 from peft_lab.registry import list_kinds, list_methods, list_recipes
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "AdapterMismatchError",
     "AlternatingActivation",
     "ConfigError",
+    "DivergedError",
     "PeftLabError",
     "ReadTrainingData",
     "TaskError",

@@ -24,6 +24,10 @@ class TaskError(PeftLabError):
     """Error in a task, its YAML file, its data or its metrics."""
 
 
+class DivergedError(PeftLabError):
+    """Error of a training whose loss, gradient or weights are not finite."""
+
+
 class AdapterMismatchError(PeftLabError):
     """Error of an adapter that was trained on other base weights."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
@@ -35,11 +34,14 @@ METHOD = MethodInfo(
 class VPTConfig(StaticConfig):
     """Configuration of VPT.
 
-    Trainable parameters: `num_prompts` x width for each block that writes prompts.
+    Trainable parameters: `num_prompts` x width for each block that writes prompts. The authors keep the backbone in
+    evaluation mode, which is the default of `backbone_eval`.
 
     Raises:
         ConfigError: a number of prompts, a dropout or a projection out of range; a projection with `domain_components`.
     """
+
+    authors_backbone_eval = True
 
     num_prompts: int | list[int] = field(
         default=10,
@@ -102,9 +104,10 @@ class VPTLayer(StoredPrompts):
     def shared_values(self, adapter: str, config: VPTConfig) -> dict[str, Tensor]:
         if config.projection is None or self.share_key(config) is None:
             return {}
-        weight = torch.empty(self.width, config.projection)
-        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="linear")
-        return {"vpt_projection_weight": weight, "vpt_projection_bias": torch.zeros(self.width)}
+        # As the authors start it: the weight by Kaiming's rule with a gain of sqrt(2), the bias as any nn.Linear's.
+        start = nn.Linear(config.projection, self.width)
+        nn.init.kaiming_normal_(start.weight, mode="fan_out")
+        return {"vpt_projection_weight": start.weight.detach(), "vpt_projection_bias": start.bias.detach()}
 
     def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
         config, weight = self.configs[adapter], self.parameter(adapter, "vpt_projection_weight")

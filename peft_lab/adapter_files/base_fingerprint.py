@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -37,6 +37,19 @@ def weight_hash(weight: Tensor) -> str:
     # numpy has no bfloat16, so the bytes are read as integers.
     data = weight.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().data).hexdigest()
+
+
+def model_hash(model: nn.Module, without: Sequence[str] = ()) -> str:
+    """Return the sha256 over names, shapes, dtypes and bytes of all parameters.
+
+    Those below the module paths `without` are left out, and those on the meta device, which have no bytes.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or name.startswith(tuple(f"{path}." for path in without)):
+            continue
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {weight_hash(parameter)}\n".encode())
+    return digest.hexdigest()
 
 
 def fingerprint(weight: Tensor) -> dict[str, Any]:

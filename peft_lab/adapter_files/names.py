@@ -5,11 +5,12 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from peft_lab.utils import strict_json
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
@@ -23,10 +24,10 @@ _NO_TARGETS = "dummy-target-modules"
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file in one step.
 
-    A reader sees all of it or none.
+    A reader sees all of it or none, and null for a number that is not finite.
     """
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    partial.write_text(strict_json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -183,7 +183,9 @@ class Family:
                 # Every stack is tried: a path that one lacks (cross-attention in an encoder) matches nothing.
                 found += [(block, path.removeprefix("{block}.")) for block in self.blocks]
             else:
-                found.append(("", path))
+                # A made-up family spells the block out, because each of its stacks has paths of its own.
+                block = next((block for block in self.blocks if path.startswith(f"{block}.")), "")
+                found.append((block, path.removeprefix(f"{block}.") if block else path))
         return tuple(found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 #: Prefix of all module names of the base below a `PeftModel`, in state dicts and adapter files.
@@ -22,6 +22,19 @@ def model_type(module: Any) -> str | None:
     if not hasattr(module, "base_model_prefix"):
         return None
     return getattr(getattr(module, "config", None), "model_type", None)
+
+
+def without_adapters(module: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the modules of a base by path, as if no adapter were on it.
+
+    An adapter around a module gives the module in its place, under the path of the wrapper.
+    """
+    # The attributes in which peft's layers, ours and peft's wrappers of saved modules keep the base.
+    while "base_layer" in module._modules or "original_module" in module._modules:
+        module = module._modules.get("base_layer", module._modules.get("original_module"))
+    yield path, module
+    for name, child in module.named_children():
+        yield from without_adapters(child, join(path, name))
 
 
 def join(path: str, name: str) -> str:

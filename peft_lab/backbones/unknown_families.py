@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 from peft_lab.backbones.family import Family
-from peft_lab.backbones.names import path_regex
+from peft_lab.backbones.names import path_regex, without_adapters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +40,7 @@ def made_up_family(model: nn.Module, name: str, heads: Collection[str]) -> Famil
     stacks = [(path, stack) for path, stack in stacks if _size(stack) >= _STACK_SHARE * largest]
     # The tower accepts the prefix by itself, so without it the paths fit a bare backbone too.
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    blocks = {f"{path.removeprefix(prefix)}.*": dict(stack.named_modules()) for path, stack in stacks}
+    blocks = {f"{path.removeprefix(prefix)}.*": dict(without_adapters(stack)) for path, stack in stacks}
     linear = _paths_in(blocks, lambda m: isinstance(m, nn.Linear | Conv1D))
     if not linear:
         linear = _paths_in(blocks, lambda m: isinstance(m, nn.Conv2d) and m.groups == 1)
@@ -63,7 +63,8 @@ def _stacks(module: nn.Module, path: str, heads: Collection[str]) -> Iterator[tu
 
     for name, child in module.named_children():
         here = f"{path}.{name}" if path else name
-        members = [getattr(m, "base_layer", m) for m in child.children()]  # an adapter may be around some of them
+        _, child = next(without_adapters(child))
+        members = [next(without_adapters(member))[1] for member in child.children()]
         alike = len({type(m) for m in members}) == 1 and any(members[0].children()) and _size(child) > 0
         if alike and (isinstance(child, nn.ModuleList) or (isinstance(child, nn.Sequential) and len(members) > 1)):
             if not any(head.startswith(f"{here}.") for head in heads):

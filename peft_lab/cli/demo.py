@@ -21,6 +21,7 @@ from rich.table import Table
 
 from peft_lab import registry
 from peft_lab.errors import PeftLabError, check_keys
+from peft_lab.metrics.baselines import shortfall
 from peft_lab.utils.processes import forkserver, quiet
 
 
@@ -113,6 +114,11 @@ def demo(
                 results[task][method].append(_in_process(context, _options(task, method, seed, folder, max_steps)))
     for task, runs in results.items():
         console.print(table(task, runs))
+        for method, found in runs.items():
+            words = {f"{method}-{seed}": shortfall(metrics) for seed, metrics in enumerate(found)}
+            for run, sentence in words.items():
+                if sentence:
+                    console.print(f"[bold red]{run}: {sentence}[/]")
         # by seed 0 alone, because the lines below load the adapter of that seed
         best = max(runs, key=lambda method: runs[method][0]["metrics"]["test"]["accuracy"])
         others = ", ".join(f"{method}-0" for method in runs if method != best)

@@ -24,5 +24,7 @@ def new_table(*columns: str, title: str | None = None) -> Table:
 
 
 def format_metric(value: object) -> str:
-    """Format a metric with four decimals, and a count as it is."""
+    """Format a metric with four decimals, a count as it is, None as undefined."""
+    if value is None:
+        return "undefined"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -5,7 +5,6 @@ The functions behind them are imported once the arguments are checked, because t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,8 @@ from rich.markup import escape
 
 from peft_lab.cli.options import Adapter, Base, BatchSize, OtherBase
 from peft_lab.cli.output import format_metric, new_table, print_out
+from peft_lab.metrics.baselines import shortfall
+from peft_lab.utils import strict_json
 
 
 def register(app: typer.Typer) -> None:
@@ -85,7 +86,10 @@ def predict(
     adapter: Adapter,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT...", help="Texts, image files, or a .txt, .csv or .jsonl file of inputs."),
+        typer.Argument(
+            metavar="INPUT...",
+            help="Texts, image files, or one file of inputs: .txt, .csv, .tsv, .json, .jsonl or .parquet.",
+        ),
     ],
     task: Annotated[
         str | None, typer.Option(help="The task whose kind and labels apply, if the adapter names none.")
@@ -106,7 +110,7 @@ def predict(
     options: dict[str, Any] = {"batch_size": per_device_eval_batch_size, "allow_other_base": allow_other_base}
     # not printed by rich, which would break long lines and read brackets as markup
     for answer in run_prediction(folder, inputs, task, model_name_or_path, **options):
-        typer.echo(json.dumps(answer, ensure_ascii=False))
+        typer.echo(strict_json.dumps(answer))
 
 
 def merge(
@@ -138,3 +142,5 @@ def _show_metrics(metrics: dict[str, Any]) -> None:
         f"{escape(metrics['run']['output_dir'])}, {metrics['train_seconds']:.1f} s, "
         f"peak memory {metrics['peak_memory_bytes'] / 2**20:,.0f} MB"
     )
+    if shortfall(metrics):
+        print_out(f"[bold red]{escape(shortfall(metrics))}[/]")

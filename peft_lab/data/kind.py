@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_lab.backbones.from_pretrained import load_checkpoint
+from peft_lab.data.row_checks import RowFault, column_faults
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import ConfigError, TaskError
-from peft_lab.metrics import METRICS, load_metric
+from peft_lab.metrics import HUB_METRICS, METRICS, load_metric
+from peft_lab.metrics.baselines import Baseline
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.registry import KindInfo
 
@@ -34,10 +36,14 @@ class Kind:
 
     Attributes:
         info: the card.
+        text_columns: canonical columns of texts, in which a blank one is a fault.
+        predicts_texts: inputs of a prediction are texts, so that the name of a file among them is a mistake.
         preprocess_logits_for_metrics: `Trainer`'s hook, for kinds whose logits are too big to be kept.
     """
 
     info: ClassVar[KindInfo]
+    text_columns: ClassVar[tuple[str, ...]] = ()
+    predicts_texts: ClassVar[bool] = False
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
 
     @property
@@ -57,6 +63,13 @@ class Kind:
         Raises `TaskError` if they cannot have them.
         """
         return dataset
+
+    def row_faults(self, dataset: Dataset, task: Task) -> list[RowFault]:
+        """Rows that no model can learn from, such as those without a text; `label` has a check of its own.
+
+        What becomes of them is said by `empty_rows` of the task.
+        """
+        return column_faults(dataset, task, self.text_columns)
 
     def auto_class(self) -> Any:
         """Auto class of transformers that loads a backbone with this kind's head."""
@@ -105,6 +118,16 @@ class Kind:
 
     def row_predictions(self, prediction: EvalPrediction) -> Predictions | None:
         """Predictions for each row of an evaluation; None without any."""
+        return None
+
+    def baseline(self, task: Task, labels: Sequence[str] | None, train: Dataset, rows: Dataset) -> Baseline | None:
+        """Scores of a predictor that sees no input; None if undefined.
+
+        Args:
+            task, labels: as for `compute_metrics`.
+            train: preprocessed training rows, whose answers the predictor knows.
+            rows: preprocessed rows that it is scored on.
+        """
         return None
 
     def generation_scores(
@@ -215,6 +238,23 @@ class ClassificationKind(Kind):
 
         return compute
 
+    def baseline(self, task: Task, labels: Sequence[str] | None, train: Dataset, rows: Dataset) -> Baseline:
+        """Scores of the most frequent training class, or of the training mean."""
+        import numpy as np
+        from transformers import EvalPrediction
+
+        known, wanted = (np.asarray(part["labels"][:]) for part in (train, rows))
+        if labels is None:
+            predictor, logits = "the mean of the training rows", np.asarray([known.mean()])
+        else:
+            predictor = "the most frequent class of the training rows"
+            logits = np.eye(len(labels))[np.bincount(known, minlength=len(labels)).argmax()]
+        # one answer for all rows has no confidence, and what a file of the user's own would make of it is not known
+        kept = tuple(name for name in task.metrics if name in HUB_METRICS or name in METRICS)
+        kept = tuple(name for name in kept if name not in METRICS or not METRICS[name].takes_probabilities)
+        compute = self.compute_metrics(task.model_copy(update={"metrics": kept}), labels)
+        return Baseline(predictor, compute(EvalPrediction(np.tile(logits, (len(wanted), 1)), wanted)))
+
     def row_predictions(self, prediction: EvalPrediction) -> Predictions:
         import numpy as np
 
@@ -304,8 +344,25 @@ def length_limit(task: Task, default: int, tokenizer: Any, model: Any, reserve: 
 
     It is the task's, or the default, but at most what tokenizer and model take, less `reserve`.
     """
+    return int(min(task.max_length or default, _most_tokens(tokenizer, model) - reserve))
+
+
+def longer_rows(limit: int, tokenizer: Any, model: Any, reserve: int = 0) -> str:
+    """Mend for rows that are longer than the limit on their tokens."""
+    if limit < _most_tokens(tokenizer, model) - reserve:
+        return f'the limit is {limit} tokens: raise "max_length" in the task file'
+    if reserve:
+        return (
+            f"the model takes no more than {limit} tokens beside the {reserve} that it may write: shorten the texts, "
+            'or lower "max_new_tokens"'
+        )
+    return f"the model takes no more than {limit} tokens: shorten the texts"
+
+
+def _most_tokens(tokenizer: Any, model: Any) -> float:
+    """Number of tokens that tokenizer and model take."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
     # models with relative positions, such as T5, state no limit
     positions = getattr(text, "max_position_embeddings", None) or math.inf
-    return int(min(task.max_length or default, min(tokenizer.model_max_length or math.inf, positions) - reserve))
+    return min(tokenizer.model_max_length or math.inf, positions)

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.data.row_checks import keep_source_rows, numbered
 from peft_lab.data.task_schema import PROMPT_IDS, Task
 from peft_lab.errors import ConfigError, TaskError, did_you_mean
 
@@ -47,9 +48,12 @@ def texts(task: Task, split: str, dataset: Dataset) -> list[str]:
             f'Task "{task.name}": the column "{column}" of the {split} data chooses prompts, so it must hold texts or '
             f"whole numbers, not {held}."
         )
-    missing = sum(value is None for value in values)
+    missing = [row for row, value in enumerate(values) if value is None or not str(value).strip()]
     if missing:
-        raise TaskError(f'Task "{task.name}": {missing} {split} rows have no value in column "{column}".')
+        raise TaskError(
+            f'Task "{task.name}": {len(missing)} {split} rows have no value in column "{column}", which chooses '
+            f"prompts ({numbered(missing)} of {len(values)}); give each row one."
+        )
     return [str(value) for value in values]
 
 
@@ -103,7 +107,9 @@ def for_model(dataset: Dataset, model: Any, task: Task) -> Dataset:
             )
         return dataset
     plain = dataset.remove_columns(PROMPT_IDS)
-    return plain if ids_of is None else plain.add_column(PROMPT_IDS, ids_of(dataset[PROMPT_IDS][:]))
+    if ids_of is None:
+        return plain
+    return keep_source_rows(plain.add_column(PROMPT_IDS, ids_of(dataset[PROMPT_IDS][:])), plain)
 
 
 def check_kept(dataset: Dataset, raw_dataset: Dataset, kind: str, drops: bool = False) -> None:

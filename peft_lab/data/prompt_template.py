@@ -130,14 +130,27 @@ def fields(text: str) -> list[str]:
     return names
 
 
+def values_in(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a row that a template text reads, by field."""
+    return {name: _value(row, name) for name in fields(text)}
+
+
 def fill(text: str, row: Mapping[str, Any]) -> str:
-    """Fill a template text with a row's values; missing ones are empty."""
+    """Fill a template text with a row's values; missing ones are empty.
+
+    Raises:
+        TaskError: a value is a list or an object, which could be written in several ways.
+    """
     # str.format would follow attributes of the values, and a task file is not trusted
     parts = []
     for literal, name, _, _ in string.Formatter().parse(text):
         parts.append(literal)
         if name is not None:
             value = _value(row, name)
+            if isinstance(value, (list, Mapping)):
+                raise TaskError(
+                    f'Template: "{{{name}}}" is a {type(value).__name__}; name one of its entries, like {{{name}.0}}.'
+                )
             parts.append("" if value is None else str(value))
     return "".join(parts)
 

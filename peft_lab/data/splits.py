@@ -6,15 +6,17 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peft_lab.data import prompt_column
+from peft_lab.data import labels as label_column
+from peft_lab.data import prompt_column, read_files
+from peft_lab.data.row_checks import rows_to_drop
 from peft_lab.data.task_registry import data_files, kind
-from peft_lab.data.task_schema import PROMPT_IDS, QUOTING, Task
+from peft_lab.data.task_schema import PROMPT_IDS, Task
 from peft_lab.errors import TaskError, did_you_mean
 
 if TYPE_CHECKING:
@@ -66,19 +68,20 @@ def load_splits(task: Task, seed: int | None = None, *, test: bool = False) -> S
         raise TaskError(f'Task "{task.name}" has no test rows: name a "test" split or set "test_fraction".')
     # labels and prompts are those of all training rows, so they are read before any rows are carved
     train = _canonical(task, "train")
-    labels, prompt_values = _label_names(task, train), prompt_column.values_of(task, train)
-    train = _encode_labels(task, "train", train, labels)
+    dropped = _faulty(task, "train", train)
+    labels, prompt_values = label_column.names_of(task, train, dropped), prompt_column.values_of(task, train)
+    train = _prepared(task, "train", train, labels, dropped)
     parts: dict[str, Dataset] = {}
     # test rows are carved first and even if nobody asked: train must be the same with and without them
     if "test" not in task.splits and task.test_fraction:
         train, parts["test"] = carve(task, train, "test", task.test_fraction, seed)
     if "validation" in task.splits:
-        validation = _encode_labels(task, "validation", _canonical(task, "validation"), labels)
+        validation = _prepared(task, "validation", _canonical(task, "validation"), labels)
     else:
         train, validation = carve(task, train, "validation", task.validation_fraction, seed)
     parts |= {"train": train, "validation": validation}
     if test and "test" in task.splits:
-        parts["test"] = _encode_labels(task, "test", _canonical(task, "test"), labels)
+        parts["test"] = _prepared(task, "test", _canonical(task, "test"), labels)
     # never handed out unasked, so that no choice can be made on them
     if not test:
         parts.pop("test", None)
@@ -168,12 +171,7 @@ def _file_bytes(value: dict[str, Any]) -> bytes:
 def _canonical(task: Task, split: str) -> Dataset:
     """One split of the source with the canonical columns only."""
     dataset = _read(task, split)
-    for name, source in task.columns.items():
-        if source not in dataset.column_names:
-            raise TaskError(
-                f'Task "{task.name}": the {split} data has no column "{source}" for "{name}".'
-                f"{did_you_mean(source, dataset.column_names)} Columns: {', '.join(dataset.column_names)}."
-            )
+    _check_columns(task, split, dataset.column_names)
     if len(dataset) == 0:
         raise TaskError(f'Task "{task.name}": the {split} data has no rows.')
     texts = prompt_column.texts(task, split, dataset) if PROMPT_IDS in task.columns else None
@@ -186,6 +184,34 @@ def _canonical(task: Task, split: str) -> Dataset:
     return kind(task.kind).cast(dataset, task)
 
 
+def _faulty(task: Task, split: str, dataset: Dataset) -> set[int]:
+    """Positions of the rows that the task drops."""
+    faults = [*kind(task.kind).row_faults(dataset, task), *label_column.faults(dataset, task)]
+    dropped = rows_to_drop(task, split, len(dataset), faults)
+    if len(dropped) == len(dataset):
+        raise TaskError(f'Task "{task.name}": no row of the {split} data is left.')
+    return dropped
+
+
+def _prepared(
+    task: Task, split: str, dataset: Dataset, labels: tuple[str, ...] | None, dropped: set[int] | None = None
+) -> Dataset:
+    """Rows of one split with encoded labels, without those that the task drops."""
+    dropped = _faulty(task, split, dataset) if dropped is None else dropped
+    dataset = label_column.encode(task, split, dataset, labels, dropped)
+    # dropped last, because what `map` makes of chosen rows has lost their numbers in the file
+    return dataset.select([row for row in range(len(dataset)) if row not in dropped]) if dropped else dataset
+
+
+def _check_columns(task: Task, split: str, names: list[str]) -> None:
+    for name, source in task.columns.items():
+        if source not in names:
+            raise TaskError(
+                f'Task "{task.name}": the {split} data has no column "{source}" for "{name}".'
+                f"{did_you_mean(source, names)} Columns: {', '.join(names)}."
+            )
+
+
 def _read(task: Task, split: str) -> Dataset:
     import datasets
 
@@ -194,14 +220,15 @@ def _read(task: Task, split: str) -> Dataset:
         if data.path:
             return datasets.load_dataset(data.path, data.name or None, revision=data.revision or None, split=source)
         files: Any = data_files(task, split)
+        if data.builder in ("csv", "json"):
+            rows = read_files.read_rows(data.builder, files, data.options)
+            names = read_files.column_names(rows)
+            if rows:
+                _check_columns(task, split, names)
+            return read_files.as_dataset(rows, sorted(set(task.columns.values())))
         if data.builder == "imagefolder":
-            files = [f"{folder}/**" for folder in files]  # else images in folders of folders are missed
-        options = dict(data.options)
-        if data.builder == "csv":
-            # pandas would turn the texts "null", "None" and "NA" into missing values
-            options["keep_default_na"] = False
-            options["quoting"] = QUOTING[options.get("quoting", "minimal")]
-        return datasets.load_dataset(data.builder, data_files={split: files}, split=split, **options)
+            return _read_folders(files, split)
+        return datasets.load_dataset(data.builder, data_files={split: files}, split=split, **data.options)
     # a TaskError is a ValueError too, and says already what is wrong
     except TaskError:
         raise
@@ -212,83 +239,18 @@ def _read(task: Task, split: str) -> Dataset:
         raise TaskError(f'Task "{task.name}": the {split} data cannot be read from {where}: {reason}') from error
 
 
-def _label_names(task: Task, train: Dataset) -> tuple[str, ...] | None:
-    """Label names in the order of the model's outputs; None without classes.
+def _read_folders(folders: list[str], split: str) -> Dataset:
+    """Images of folders, by the table beside them or by the names of their folders."""
+    import datasets
 
-    They are the task's, else those that the data declares, else the sorted values of the train rows.
-    """
-    from datasets import ClassLabel
+    from peft_lab.data.image_column import read_described, warn_of_other_files
 
-    if "label" not in train.column_names or task.problem_type == "regression":
-        return None
-    feature = train.features["label"]
-    if isinstance(feature, ClassLabel):
-        if task.labels and set(task.labels) == set(feature.names) and list(task.labels) != feature.names:
-            # the classes of image folders are matched by name, all others by position
-            if task.data.builder != "imagefolder":
-                raise TaskError(
-                    f'Task "{task.name}": the data has the labels in this order: {", ".join(feature.names)}.'
-                )
-        elif task.labels and len(task.labels) != feature.num_classes and task.data.builder != "imagefolder":
-            raise TaskError(f'Task "{task.name}" names {len(task.labels)} labels, the data {feature.num_classes}.')
-        return task.labels or tuple(feature.names)
-    if task.labels:
-        return task.labels
-    values = sorted(set(train.unique("label")) - {None})
-    if len(values) < 2 or len(values) > 1000:
-        raise TaskError(
-            f'Task "{task.name}": the label column has {len(values)} different values, which is no classification; '
-            'name another column, or set "problem_type: regression".'
-        )
-    return tuple(str(value) for value in values)
-
-
-def _encode_labels(task: Task, split: str, dataset: Dataset, labels: tuple[str, ...] | None) -> Dataset:
-    """Data set with `label` as a `ClassLabel` over `labels`, or as float32."""
-    from datasets import ClassLabel, Value
-
-    if "label" not in dataset.column_names:
-        return dataset
-    if labels is None:
-        return dataset.cast_column("label", Value("float32"))
-    number = _numbering(dataset, labels, by_name=not task.labels or task.data.builder == "imagefolder")
-
-    def encode(values: list[Any]) -> dict[str, list[int]]:
-        return {"label": [_index(task, split, value, number, labels) for value in values]}
-
-    # without features, map would infer the type, and the labels would have the old names or none
-    features = dataset.features.copy()
-    features["label"] = ClassLabel(names=list(labels))
-    return dataset.map(encode, input_columns="label", batched=True, features=features, desc=f"Labels of {split}")
-
-
-def _numbering(dataset: Dataset, labels: Sequence[str], by_name: bool) -> Callable[[Any], int | None]:
-    """Function from a value of the label column to its class index.
-
-    Whole numbers are indices unless they are names of labels; None for a value that is neither.
-    """
-    from datasets import ClassLabel
-
-    feature, position = dataset.features["label"], {name: index for index, name in enumerate(labels)}
-    if isinstance(feature, ClassLabel):
-        # datasets writes a missing class as -1, which Python would take for the last name
-        if by_name:
-            return lambda value: position.get(feature.names[value]) if value is not None and value >= 0 else None
-        return lambda value: value if value is not None and 0 <= value < len(labels) else None
-    values = set(dataset.unique("label"))
-    # whole numbers may be names too: ratings from 1 to 5 are no positions
-    if by_name or not all(isinstance(v, int) for v in values) or all(str(v) in position for v in values):
-        return lambda value: position.get(str(value))
-    return lambda value: value if 0 <= value < len(labels) else None
-
-
-def _index(task: Task, split: str, value: Any, number: Callable[[Any], int | None], labels: Sequence[str]) -> int:
-    index = number(value)
-    if index is None:
-        shown = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
-        hint = did_you_mean(value, labels) if isinstance(value, str) else ""
-        raise TaskError(f'Task "{task.name}": label "{value}" of the {split} rows is not one of {shown}.{hint}')
-    return index
+    described = read_described(folders)
+    if described is not None:
+        return described
+    warn_of_other_files(folders)
+    files = [f"{folder}/**" for folder in folders]  # else images in folders of folders are missed
+    return datasets.load_dataset("imagefolder", data_files={split: files}, split=split)
 
 
 def carve(task: Task, dataset: Dataset, split: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -23,9 +23,6 @@ SPLITS = ("train", "validation", "test")
 #: The column, of any kind of task, whose values choose a row's prompts; also the argument of a forward that does.
 PROMPT_IDS = "prompt_ids"
 
-#: Names for the constants of Python's csv module.
-QUOTING = {"minimal": 0, "all": 1, "nonnumeric": 2, "none": 3}
-
 #: Keys that only some kinds read; a kind names its own in `KindInfo.settings`.
 _SETTINGS = ("labels", "problem_type", "template", "max_length", "max_new_tokens", "image_size")
 
@@ -203,6 +200,8 @@ class Task(Schema):
         labels: label names in the order of the model's outputs; empty if they are read from the data.
         prompt_values: values of `prompt_ids` in the order of the sets of prompts; empty for the sorted values of train.
         metrics: names or paths, the first one chooses the best checkpoint.
+        empty_rows: what to do about rows without a value, a text, a label or an answer: refuse the data, drop these
+            rows, or keep those that are empty and not missing; both with their count.
         validation_fraction, test_fraction: share of train to carve where the source has no such split.
         split_seed: seed of that carving, the same for every run.
         shifted: another task (name, or path beside the YAML file) with the same labels, whose test rows are scored too.
@@ -222,6 +221,7 @@ class Task(Schema):
     prompt_values: Annotated[tuple[str, ...], BeforeValidator(partial(_names, what="prompt_value", least=1))] = ()
     problem_type: Literal["single_label_classification", "regression"] = "single_label_classification"
     metrics: Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_as_list)] = ()
+    empty_rows: Literal["refuse", "drop", "keep"] = "refuse"
     template: Annotated[Template, BeforeValidator(_template)] | None = None
     validation_fraction: _Fraction = 0.1
     test_fraction: _Fraction = 0.0

@@ -40,7 +40,8 @@ def eval_results(
     found = []
     for split, values in metrics["metrics"].items():
         for name, value in values.items():
-            if name == "loss":  # no metric that others could compare
+            # no metric that others could compare, or one that is undefined for the predictions
+            if name == "loss" or value is None:
                 continue
             result = entry(
                 dataset_split=task.splits.get(split, split),

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from peft_lab.backbones.pypi_weights import BACKBONES, is_local, public_name
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.hub.evaluation_results import eval_results, mean_of_arm
+from peft_lab.metrics.baselines import shortfall
 from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
 from peft_lab.tuners.registration import has_trait
@@ -158,6 +159,7 @@ def card_text(
         task=task,
         data=_data(task),
         interval=_interval(metrics, task, items),
+        shortfall=shortfall(metrics),
         standing=_standing(standing, metrics["seed"]) if standing else "",
         options=_options(metrics["run"], task, base),
     )

@@ -18,7 +18,7 @@ from torch import nn
 from peft_lab.adapter_files.name_patterns import without_patterns
 from peft_lab.backbones import module_roles
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.tuners.config import AdapterConfig, check_patterns, fits, shorten, type_hints
+from peft_lab.tuners.config import AdapterConfig, check_patterns, fits, known_values, shorten, type_hints
 
 #: Settings that name other files, modules to import or arguments of other functions.
 _REFUSED = ("megatron_config", "tokenizer_kwargs", "adapters", "corda_config", "eva_config", "runtime_config")
@@ -65,8 +65,7 @@ def parse_config(values: dict[str, Any], path: str) -> PeftConfig:
         hint = did_you_mean(peft_type, names) if isinstance(peft_type, str) else ""
         raise ConfigError(f'"{path}" has peft_type {shorten(peft_type)}, which is not known.{hint}')
     cls = known[peft_type]
-    if not issubclass(cls, AdapterConfig):
-        values = _checked(values, cls, path)
+    values = known_values(cls, values) if issubclass(cls, AdapterConfig) else _checked(values, cls, path)
     try:
         return cls(**values)
     # Configs check their own values, those of peft with errors of many types.

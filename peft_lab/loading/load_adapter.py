@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 
 from peft_lab.adapter_files import base_fingerprint
@@ -16,6 +18,7 @@ from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.config_files import check_sizes
 from peft_lab.loading.foreign_adapters import adapt_folder, check_record
+from peft_lab.tuners.adapter_names import check_adapter_name
 from peft_lab.tuners.config import AdapterConfig
 
 #: An adapter's file may be larger than its base by this many bytes: heads, embeddings of new tokens.
@@ -73,6 +76,10 @@ def load_folder(
     folder.check_weights(4 * sum(p.numel() * p.element_size() for p in base.parameters()) + _SPARE_BYTES)
     with tempfile.TemporaryDirectory() as scratch, base_fingerprint.any_base(allow_other_base):
         try:
+            tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+            tuner = tuners[folder.config.peft_type]
+            layer = getattr(tuner, "tuner_layer_cls", BaseTunerLayer)
+            check_adapter_name(adapter_name, base, getattr(tuner, "prefix", ""), layer)
             if isinstance(folder.config, AdapterConfig):
                 _check_sizes(folder, base)
                 return _inject(model, folder, adapter_name, is_trainable=is_trainable)

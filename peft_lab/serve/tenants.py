@@ -23,7 +23,7 @@ from peft_lab.errors import AdapterMismatchError, ConfigError, did_you_mean
 from peft_lab.serve.adapter_file import AdapterFile, check_shapes, read_adapter, row_layer_class
 from peft_lab.serve.parameter_banks import ParameterBank, RowLayout, Values
 from peft_lab.serve.request import HEADS, MethodAtModule, PerRowHead, Request, ServedModule, Snapshot
-from peft_lab.tuners.mixed_batch import BASE, RowLayer
+from peft_lab.tuners.mixed_batch import BASE, RowLayer, batch_sizes
 
 
 def load_many(model: nn.Module, adapters: Mapping[str, str | Path] | None = None) -> Tenants:
@@ -110,10 +110,9 @@ class Tenants:
             ConfigError: as for a call.
         """
         model: Any = self.model
-        given = _batch_size(model, args, kwargs)
         request = Request(self._snapshot, adapter_names)
-        if given is not None:
-            request.check(given)
+        for rows in batch_sizes(model, args, kwargs).values():
+            request.check(rows)
         request.exact = False  # beams and returned sequences repeat the rows
         with self._using(request):
             return model.generate(*args, **kwargs)
@@ -142,9 +141,10 @@ class Tenants:
 
     def _check_batch(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         request = self._request.get()
-        given = None if request is None else _batch_size(model, args, kwargs)
-        if request is not None and given is not None:
-            request.check(given)
+        if request is None:
+            return
+        for rows in batch_sizes(model, args, kwargs).values():
+            request.check(rows)
 
     # Adapters ---------------------------------------------------------------------------------------------------
 
@@ -362,13 +362,3 @@ class Tenants:
 def _order(layout: RowLayout) -> int:
     """Sort key: weight deltas, then output transforms, then heads."""
     return 2 if layout.owner == HEADS else int(registry.method(layout.owner).place == "feature")
-
-
-def _batch_size(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """Number of rows of a batch; None if unknown."""
-    main = getattr(model, "main_input_name", "input_ids")
-    names = (main, "inputs", "input_ids", "inputs_embeds", "pixel_values")
-    for value in (*args[:1], *map(kwargs.get, names)):
-        if isinstance(value, Tensor) and value.dim():
-            return int(value.shape[0])
-    return None

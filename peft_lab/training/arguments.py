@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
-from peft_lab.metrics import METRICS
+from peft_lab.metrics import METRICS, greater_is_better
 from peft_lab.registry import MethodInfo
 from peft_lab.runs.run_config import RunConfig, load_run
 
@@ -58,6 +58,10 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
     flags.setdefault("restore_callback_states_from_checkpoint", True)  # else early stopping forgets its count at resume
     flags.setdefault("remove_unused_columns", False)  # the collator reads what the kind's preprocessing made
     flags.setdefault("label_names", ["labels"])
+    flags.setdefault("logging_nan_inf_filter", False)  # it would leave batches out of an evaluation's loss in silence
+    if flags.get("metric_for_best_model"):
+        # Trainer takes every metric but a loss for one of which more is better
+        flags.setdefault("greater_is_better", greater_is_better(flags["metric_for_best_model"]))
     # an upload is private unless the run says otherwise, as with `peft-lab push`
     flags.setdefault("hub_private_repo", True)
     flags.setdefault("hub_strategy", "end")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from peft_lab.data import prompt_column
+from peft_lab.data.read_files import read_rows
 from peft_lab.data.splits import load_splits, subset
 from peft_lab.data.task_registry import check_split
 from peft_lab.errors import ConfigError
@@ -22,8 +22,15 @@ from peft_lab.training.trainer import LabTrainer, scores
 if TYPE_CHECKING:
     from peft_lab.data.task_schema import Task
 
-#: Endings of files of inputs for `predict`: one input a line, or one row a line.
-INPUT_FILES = (".txt", ".csv", ".jsonl")
+#: Endings of files of inputs for `predict` -> builder and options that read them. They may be packed, as `.csv.gz`.
+INPUT_FILES: dict[str, tuple[str, dict[str, str]]] = {
+    ".txt": ("text", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
 
 
 def evaluate(
@@ -78,6 +85,7 @@ def evaluate(
                 remove_unused_columns=False,  # the collator reads what the kind's preprocessing made
                 dataloader_pin_memory=torch.cuda.is_available(),
                 label_names=["labels"],
+                logging_nan_inf_filter=False,  # it would leave batches out of the loss in silence
             ),
             data_collator=loaded.kind.data_collator(loaded.processor, loaded.model),
             compute_metrics=loaded.kind.compute_metrics(loaded.task, loaded.labels),
@@ -103,7 +111,8 @@ def predict(
     Args:
         adapter, task, model_name_or_path: as for `load`.
         inputs: one input or several: texts, pairs of texts, image files, PIL images, or mappings of the task's columns;
-            or one .txt, .csv or .jsonl file. The column that chooses prompts may be among those of a mapping.
+            or one file of them (.txt, .csv, .tsv, .json, .jsonl, .parquet). The column that chooses prompts may be
+            among those of a mapping.
         batch_size: rows in one batch.
         allow_other_base: as for `load`.
 
@@ -115,37 +124,48 @@ def predict(
     # inputs are read first, because a wrong file should be refused before a model is loaded
     rows = read_inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
+    file = next((row for row in rows if isinstance(row, str | Path) and os.path.isfile(row)), None)
+    if loaded.kind.predicts_texts and file is not None:
+        raise ConfigError(f'"{file}" is a file, and not one of inputs: these end with {", ".join(INPUT_FILES)}.')
     # the column that chooses prompts is read now, because `_input` keeps only those of the task
     ids = prompt_column.ids_of_inputs(rows, loaded.model, loaded.task)
-    rows = [_input(row, loaded.task) for row in rows]
+    rows = [_input(row, loaded.task, number) for number, row in enumerate(rows, start=1)]
     return loaded.kind.predict_with_prompts(loaded.model, loaded.processor, rows, loaded.task, batch_size, ids)
 
 
 def read_inputs(inputs: list[Any]) -> list[Any]:
-    """Inputs as given, or read from a .txt, .csv or .jsonl file.
+    """Inputs as given, or the rows of a file, read as those of training are.
 
     Raises:
-        ConfigError: the file does not exist or is empty.
+        ConfigError: the file does not exist or is empty, or there are further inputs beside it.
+        TaskError: it cannot be read, or a row does not have the cells of its header.
     """
-    if len(inputs) != 1 or not str(inputs[0]).lower().endswith(INPUT_FILES):
+    files = [value for value in inputs if isinstance(value, str | Path) and _ending(value)]
+    if len(inputs) > 1:
+        # a text may end like the name of a file, so only files that are there count
+        file = next((value for value in files if os.path.isfile(os.path.expanduser(value))), None)
+        if file is not None:
+            raise ConfigError(f'"{file}" is a file of inputs, which must be the only input.')
         return inputs
-    path = Path(inputs[0]).expanduser()
-    if not path.is_file():
+    if not files:
+        return inputs
+    path = Path(files[0]).expanduser()
+    if not os.path.isfile(path):
         raise ConfigError(f'There is no input file "{path}".')
-    # csv needs the line ends as they are, because a quoted cell may hold some
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix.lower() == ".csv":
-            rows: list[Any] = list(csv.DictReader(file))
-        elif path.suffix.lower() == ".jsonl":
-            rows = [json.loads(line) for line in file if line.strip()]
-        else:
-            rows = [line.rstrip("\r\n") for line in file if line.strip()]
+    builder, options = INPUT_FILES[_ending(path)]
+    rows: list[Any] = read_rows(builder, [path], options, bare=True)
     if not rows:
         raise ConfigError(f'"{path}" holds no input.')
-    return rows
+    return [row["text"] for row in rows] if builder == "text" else rows
 
 
-def _input(row: Any, task: Task) -> Any:
+def _ending(value: str | Path) -> str:
+    """Ending of a file of inputs; empty for other inputs."""
+    name = str(value).lower().removesuffix(".gz")
+    return next((ending for ending in INPUT_FILES if name.endswith(ending)), "")
+
+
+def _input(row: Any, task: Task, number: int) -> Any:
     """Input columns of a mapping; an input of another type is returned as it is.
 
     The columns may have the canonical names or those of the task's own data; further columns are left out.
@@ -162,7 +182,7 @@ def _input(row: Any, task: Task) -> Any:
         else:
             missing.append(name)
     if missing:
-        raise ConfigError(f"A row of the input file lacks {', '.join(sorted(missing))}; it has {', '.join(row)}.")
+        raise ConfigError(f"Row {number} of the inputs lacks {', '.join(sorted(missing))}; it has {', '.join(row)}.")
     # a template refers to its columns by name, so it needs the mapping even if there is only one
     if len(chosen) == 1 and task.template is None:
         return next(iter(chosen.values()))

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ from peft_lab.data.task_registry import load_task
 from peft_lab.errors import ConfigError
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.foreign_adapters import write_record
-from peft_lab.loading.load_run import adapt, count_parameters, load, load_base
+from peft_lab.loading.load_run import adapt, count_parameters, load_base
+from peft_lab.metrics.baselines import comparison, shortfall
 from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
@@ -40,10 +41,12 @@ from peft_lab.training.callbacks.bilevel import (
     AlternatingActivation,
     activation_parameters,
 )
-from peft_lab.training.checkpoints import last_complete_checkpoint, remove_checkpoints
+from peft_lab.training.checkpoints import checkpoint_to_resume, remove_checkpoints
 from peft_lab.training.peak_memory import PeakMemory
+from peft_lab.training.run_inputs import base_hash, check_finished, check_inputs, inputs_of, load_finished
 from peft_lab.training.trainer import LabTrainer, scores
 from peft_lab.tuners.registration import has_trait
+from peft_lab.utils import strict_json
 from peft_lab.utils.versions import device_name, versions
 
 if TYPE_CHECKING:
@@ -96,11 +99,14 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
     arguments = training_arguments(config, info)
     check_best_metric(arguments, task)
     if state == "finished":
+        metrics = run_folder.read_metrics(folder)
+        check_finished(metrics, task, folder)
+        result = TrainResult(folder, metrics, load_finished(folder, task))
         also = " `peft-lab push` uploads it." if arguments.push_to_hub else ""
         logger.warning(
             'The run in "%s" is finished; pass --overwrite_output_dir to repeat it.%s', config.output_dir, also
         )
-        return TrainResult(folder, run_folder.read_metrics(folder), load(folder).model)
+        return result
     return _Run(config, info, task, arguments, folder).execute()
 
 
@@ -129,14 +135,31 @@ class _Run:
         self.kind = task_kind(task.kind)
         self.start = time.perf_counter()
         self.process = PartialState()
+        #: True if checkpoints are written or read, which record what is trained on; hashing it takes time.
+        self.keeps_record, self.base = False, ""
+        self.inputs: dict[str, Any] = {}
         self.items: Predictions | None = None  # of the split that was evaluated last, which is test if there is one
 
     def execute(self) -> TrainResult:
         """Train, evaluate and save."""
         # in this order every refusal comes before `_claim_folder` removes or writes anything
-        checkpoint = self._checkpoint()
+        checkpoint = checkpoint_to_resume(
+            self.folder,
+            self.arguments.resume_from_checkpoint,
+            self.process.num_processes,
+            overwrite=self.config.overwrite_output_dir,
+        )
+        self.keeps_record = checkpoint is not None or self.arguments.save_strategy != "no"
         self._load()
+        if self.keeps_record:
+            self.inputs = inputs_of(self.config, self.rows, self.base)
+        if checkpoint is not None:
+            check_inputs(checkpoint, self.inputs, own=Path(checkpoint).parent.resolve() == self.folder.resolve())
         self._build_trainer()
+        scored = [split for split in ("validation", "test") if split in self.rows]
+        train = self.rows["train"]
+        found = {split: self.kind.baseline(self.task, self.labels, train, self.rows[split]) for split in scored}
+        self.baselines = {split: baseline for split, baseline in found.items() if baseline is not None}
         self._claim_folder(checkpoint)
         # memory and time are those of the training steps, without loading and evaluation at the end
         with PeakMemory(self.arguments.device) as memory:
@@ -151,31 +174,11 @@ class _Run:
             self._write()
         # no process may return or push before the first one has written the folder
         self.process.wait_for_everyone()
+        if shortfall(self.metrics) and self.process.is_main_process:
+            logger.warning("%s", shortfall(self.metrics))
         if self.arguments.push_to_hub:
             self.trainer.push_to_hub()
         return TrainResult(self.folder, self.metrics, self.model, self.trainer, self.process.is_main_process)
-
-    def _checkpoint(self) -> str | None:
-        """Checkpoint to start from: the one asked for, else the run's last."""
-        asked = self.arguments.resume_from_checkpoint
-        # the flag is a text on the command line, and may be a boolean in a file or in Python
-        word = str(asked).lower()
-        own = None
-        if not self.config.overwrite_output_dir:
-            own = last_complete_checkpoint(self.folder, self.process.num_processes)
-        if asked is None or word == "true":
-            if asked is not None and own is None:
-                raise ConfigError(f'There is no complete checkpoint in "{self.config.output_dir}" to resume from.')
-            return own
-        if word == "false":
-            if own is not None:
-                raise ConfigError(
-                    f'"{self.config.output_dir}" holds checkpoints; to start afresh pass --overwrite_output_dir.'
-                )
-            return None
-        if not (Path(asked) / "trainer_state.json").is_file():
-            raise ConfigError(f'"{asked}" is not a checkpoint folder of Trainer: it has no trainer_state.json.')
-        return str(asked)
 
     def _load(self) -> None:
         seed = self.arguments.seed
@@ -208,6 +211,8 @@ class _Run:
         self.kind.check_processor(self.processor, base)
         # found before the adapter is on it, because peft wraps the head and its paths change
         self.head_modules = [] if keeps_head else module_roles.head_modules(base)
+        if self.keeps_record:
+            self.base = base_hash(base, self.head_modules)
         set_seed(seed)  # the backbone's own random draws must not shift the adapter's
         settings = self.kind.adapter_settings(self.processor, self.labels)
         settings |= prompt_column.settings(self.splits.prompt_values)
@@ -269,6 +274,7 @@ class _Run:
             head_learning_rate=self.config.head_learning_rate,
             head_modules=self.head_modules,
             max_seconds=self.config.max_seconds,
+            inputs=self.inputs,
         )
 
     def _keeping_items(self, compute: Callable[[EvalPrediction], dict[str, float]]) -> Callable[..., dict[str, float]]:
@@ -323,11 +329,13 @@ class _Run:
         # methods are compared by the parameters of the adapter, without those of the task head
         head = {id(p) for p in self.trainer.head_parameters(self.model)}
         adapter = sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
-        return {
+        baselines = {split: found for split, found in self.baselines.items() if split in scores}
+        values = {
             # a token must not lie in a file that is meant to be shared
             "run": self.config.to_dict() | {"hub_token": None},
             "metrics": scores,
             "main_metric": self.task.main_metric,
+            **comparison(scores, baselines, self.task.main_metric),
             "learning_rate": self.arguments.learning_rate,
             "seed": self.arguments.seed,
             "global_step": self.trainer.state.global_step,
@@ -355,6 +363,8 @@ class _Run:
             "versions": versions(),
             "device": device_name(),
         }
+        # as metrics.json holds them: None for a metric that is undefined
+        return strict_json.finite(values)
 
     def _write(self) -> None:
         if self.labels:
@@ -364,7 +374,8 @@ class _Run:
         if origin is not None and self.config.task != self.task.name:
             (self.folder / run_folder.TASK).write_text(origin.read_text(encoding="utf-8"), encoding="utf-8")
         write_record(self.model, self.folder)
-        self.trainer.state.save_to_json(str(self.folder / run_folder.HISTORY))
+        # not by Trainer's own method, which writes NaN where a best metric is undefined
+        write_json(self.folder / run_folder.HISTORY, asdict(self.trainer.state))
         # the items are those of the split evaluated last, which is test only if test was scored
         if self.items is not None and "test" in self.metrics["metrics"]:
             write_predictions(self.folder, self.items)

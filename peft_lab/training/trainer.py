@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_lab.backbones.frozen_norms import set_frozen_norms
 from peft_lab.hub.push import create_repository, push
+from peft_lab.training.checkpoint_manifest import WriteManifest
+from peft_lab.training.non_finite import NonFiniteGuard, check_evaluation, check_weights
 from peft_lab.training.read_training_data import ReadTrainingData
 from peft_lab.training.step_timer import StepTimer, factor
+from peft_lab.tuners.layer import AdapterLayer
+from peft_lab.utils import strict_json
 
 #: Trainer's own measurements of an evaluation; they are no property of the model.
 _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
@@ -26,18 +30,23 @@ class LabTrainer(Trainer):
 
     Everything not named here is `transformers.Trainer`'s own.
 
-    - Parameters with at most one dimension get no weight decay, whatever their name; all others get it. (Trainer goes
-      by name, and would decay `q_proj.ssf_scale` but not `layernorm.ssf_scale`.)
+    - Parameters with at most one dimension get no weight decay, whatever their name, unless the method declares that
+      zero is the base's own value (SVFit's singular values); all others get it. (Trainer goes by name, and would decay
+      `q_proj.ssf_scale` but not `layernorm.ssf_scale`.)
     - Normalisation layers whose parameters are frozen keep their running statistics: these are not in an adapter file.
     - The gradient of a batch is the same however it is divided into accumulation steps and processes, also for the
       many heads that take `num_items_in_batch` and ignore it.
     - A checkpoint of a finished training is recognised, so that resuming from it trains no further step.
+    - A checkpoint has a manifest, by which `checkpoints.checkpoint_to_resume` finds every later damage.
+    - The first loss, gradient or weight that is not finite ends the training by a `DivergedError`, and none of them is
+      saved.
     - No pickle is written beside the weights. A push uploads what `peft-lab push` does, when the run is over.
 
     Args:
         head_learning_rate: learning rate of the parameters below `head_modules`, if it is to differ.
         head_modules: module paths of the task head, as they were before the adapter was put on.
         max_seconds: end training after this time of steps; the learning rate then falls to 0 over time, not steps.
+        inputs: what is trained on, for the manifest of each checkpoint (`run_inputs.inputs_of`).
     """
 
     model: Any
@@ -49,18 +58,29 @@ class LabTrainer(Trainer):
         head_learning_rate: float | None = None,
         head_modules: Sequence[str] = (),
         max_seconds: float | None = None,
+        inputs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        # behind the callbacks that were given, which may add files to a checkpoint, and before the timer's clock
+        self.add_callback(WriteManifest(inputs or {}))
         self.add_callback(StepTimer(max_seconds))
         self.add_callback(ReadTrainingData())
         self.head_learning_rate = head_learning_rate
         self.head_modules = tuple(head_modules)
         self._loss_divides: bool | None = None
+        self._guard = NonFiniteGuard()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters with weight decay: two dimensions or more."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+        """Names of the parameters with weight decay.
+
+        Those of two dimensions or more, and the `decayed_vectors` of a method.
+        """
+        vectors: set[int] = set()
+        for layer in model.modules():
+            for name in layer.decayed_vectors if isinstance(layer, AdapterLayer) else ():
+                vectors |= {id(parameter) for parameter in getattr(layer, name).values()}
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1 or id(parameter) in vectors]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with groups of their own for the head's parameters.
@@ -156,11 +176,37 @@ class LabTrainer(Trainer):
         once, halved = (loss.mean().item() for loss in losses)
         return None if once == 0 or not math.isfinite(once) else math.isclose(once, 2 * halved, rel_tol=0.1)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on one batch, and keep its loss for the check of the step."""
+        loss = super().training_step(*args, **kwargs)
+        self._guard.add_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer asks for it once before each update of the weights, with the norm from before clipping
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self._guard.check_step(self, norm)
+        return norm
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate, and refuse a loss that is not finite."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        check_evaluation(output.metrics.get(f"{metric_key_prefix}_loss"), metric_key_prefix, self.state.global_step)
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with None in the history for numbers that are not finite."""
+        super().log(logs, *args, **kwargs)
+        self.state.log_history[-1] = strict_json.finite(self.state.log_history[-1])
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; of a finished training only load the weights."""
         if isinstance(resume_from_checkpoint, str) and self._is_finished(resume_from_checkpoint):
-            return self._restore(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            found = self._restore(resume_from_checkpoint)
+        else:
+            found = super().train(resume_from_checkpoint, *args, **kwargs)
+        check_weights(self)
+        return found
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository before training, so that a refusal comes early."""
@@ -201,6 +247,12 @@ class LabTrainer(Trainer):
             token=token,
             commit_message=commit_message,
         )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        check_weights(self)
+        # Trainer starts from an infinite metric, which JSON does not have
+        self.state.best_metric = strict_json.finite(self.state.best_metric)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from peft.config import PeftConfig
-from peft.utils import TaskType
+from peft.utils import WEIGHTS_NAME, TaskType
 
 from peft_lab.adapter_files import safe_files
-from peft_lab.adapter_files.name_patterns import check_key_pattern, check_pattern, without_patterns
+from peft_lab.adapter_files.name_patterns import check_key_pattern, check_pattern, pattern_fields, without_patterns
 from peft_lab.adapter_files.names import ADAPTER_WEIGHTS
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.registry import MethodInfo, with_preset
@@ -54,6 +54,13 @@ class AdapterConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the module list that holds the blocks, for unusual models."}
     )
+    backbone_eval: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Frozen backbone in evaluation mode while training: no dropout, no drop path; nothing means as the "
+            "method's authors train."
+        },
+    )
     fingerprints: dict[str, dict[str, Any]] | None = field(
         default=None, metadata={"help": "Filled in when saved: which base weights the adapter belongs to."}
     )
@@ -72,14 +79,27 @@ class AdapterConfig(PeftConfig):
     #: True if it converts exactly to LoRA.
     exports_lora: ClassVar[bool] = False
 
+    #: Folder without weights that the config was read from; "" for none.
+    read_alone: ClassVar[str] = ""
+    #: The method's own choice of `backbone_eval`, that of the authors' code.
+    authors_backbone_eval: ClassVar[bool] = False
+
     #: Set by `peft_lab.tuners.register`.
     peft_method_type: ClassVar[Any] = None
     info: ClassVar[MethodInfo]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
-        # peft drops unknown keys of a file with a warning; a knob that is ignored must be an error instead.
-        check_keys(kwargs, (f.name for f in fields(cls)), f'the config of method "{cls.info.name}"')
+        # peft drops unknown keys of a file with a warning; a knob that is ignored must be an error instead. A newer
+        # peft writes its new fields into each file, and an empty one has no effect: that one is left to peft.
+        given = (key for key, value in kwargs.items() if value is not None or "peft_type" not in kwargs)
+        check_keys(given, (f.name for f in fields(cls)), f'the config of method "{cls.info.name}"')
         return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # All that loads an adapter sets this before the weights, for which peft would turn to the Hub and to pickles.
+        if name == "inference_mode" and self.read_alone:
+            raise ConfigError(f'"{self.read_alone}" has no {ADAPTER_WEIGHTS}; only safetensors files are read.')
+        super().__setattr__(name, value)
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> Any:
@@ -94,29 +114,41 @@ class AdapterConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read the config of a folder or Hub id with safetensors weights.
+        """Read the config of a folder, or of a Hub id with safetensors weights.
+
+        A folder may hold the config alone, as `save_pretrained` of a config leaves it; no adapter is loaded from it.
 
         Raises:
-            ConfigError: there is no safetensors file, or the config is not what it should be.
+            ConfigError: there are weights that are no safetensors, or the config is not what it should be.
         """
         # Without a safetensors file peft would go on to pickled weights, so that is refused before it reads any.
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if not folder.is_dir():
             _check_repository(pretrained_model_name_or_path, subfolder, kwargs)
-        elif not (folder / ADAPTER_WEIGHTS).is_file():
+        elif not (folder / ADAPTER_WEIGHTS).is_file() and (folder / WEIGHTS_NAME).exists():
             raise ConfigError(f'"{folder}" has no {ADAPTER_WEIGHTS}; only safetensors files are read.')
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if folder.is_dir() and not (folder / ADAPTER_WEIGHTS).is_file():
+            config.read_alone = str(folder)
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Read an adapter_config.json within the limits of `safe_files`.
 
-        No regex of modules in it is run.
+        No regex of modules in it is run, but for a fast one in a config without weights. Empty values of unknown keys,
+        which a newer peft writes, are left out.
         """
         path = Path(path_json_file)
         weights = path.parent / ADAPTER_WEIGHTS
-        header = safe_files.read_header(weights) if weights.is_file() else {}
-        return without_patterns(safe_files.read_json(path), header, f"{cls.info.name}_", f'"{path}"')
+        values = known_values(cls, safe_files.read_json(path))
+        if weights.is_file() or values.get("fingerprints"):
+            header = safe_files.read_header(weights) if weights.is_file() else {}
+            return without_patterns(values, header, f"{cls.info.name}_", f'"{path}"')
+        # Nothing tells the modules of a config alone, so its regexes stay for the model that it will be put on.
+        for name in pattern_fields(values):
+            check_key_pattern(name, values[name])
+        return values
 
     def __post_init__(self) -> None:
         # peft's own `__post_init__` reads its fields, so they are checked before it runs.
@@ -131,6 +163,9 @@ class AdapterConfig(PeftConfig):
             getattr(self.peft_method_type, "value", self.peft_method_type)
         ):
             raise ConfigError(f'{type(self).__name__} cannot hold an adapter of type "{self.peft_type}".')
+        # A file that does not know the choice, as only a file gives a type, was trained in training mode.
+        if self.backbone_eval is None:
+            self.backbone_eval = self.authors_backbone_eval and self.peft_type is None
         self.peft_type = self.peft_method_type
         # JSON has neither sets nor tuples; as sorted lists, equal choices are saved alike.
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -196,6 +231,15 @@ class AdapterConfig(PeftConfig):
                     f'{name}={shorten(value)} does not fit method "{self.info.name}": expected {_spell(hints[name])}.'
                     + (did_you_mean(value, typing.get_args(hints[name])) if isinstance(value, str) else "")
                 )
+
+
+def known_values(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the empty values of keys that a config class does not know.
+
+    A newer peft writes new fields into every file, and an empty one has no effect.
+    """
+    known = {f.name for f in fields(cls)}
+    return {key: value for key, value in values.items() if value is not None or key in known}
 
 
 #: peft's own fields, which peft takes as they come.

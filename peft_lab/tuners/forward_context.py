@@ -25,6 +25,8 @@ from transformers import PreTrainedModel
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.tokens import parameter_names
 
+#: Key in `ForwardContext.shared`: True if the frozen backbone is in evaluation mode during this call.
+EVALUATED = "evaluated"
 #: Arguments by which the number of rows of a call is known, the first that is there.
 _BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "hidden_states")
 
@@ -231,12 +233,14 @@ class WrappedForward:
             is open.
         declared: adapter name -> row inputs that it declares.
         around: code that runs around the module's own forward; None for none.
+        prepare: code that runs before each call of a whole model; None for none.
     """
 
     def __init__(self, module: nn.Module, opens: bool) -> None:
         self.module, self.opens = module, opens
         self.declared: dict[str, tuple[RowInput, ...]] = {}
         self.around: Around | None = None
+        self.prepare: Callable[[ForwardContext], None] | None = None
         # Another library (accelerate's hooks) may have wrapped the instance before.
         self._inner: Callable[..., Any] | None = module.__dict__.get("forward")
         self.__name__ = "forward"
@@ -280,11 +284,16 @@ class WrappedForward:
         rows = None if like is None else len(like)
         inputs = {**_given_around(specs, like), **_checked(given, specs, rows)}
         self._keep_context_in_checkpoints()
-        token = _CURRENT.set(ForwardContext(self.module, arguments, inputs, specs))
+        context, training = ForwardContext(self.module, arguments, inputs, specs), self.module.training
+        token = _CURRENT.set(context)
         try:
+            if self.prepare is not None:
+                self.prepare(context)
             return self._run(args, kwargs)
         finally:
             _CURRENT.reset(token)
+            if self.module.training != training:
+                self.module.training = training
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = self._inner or MethodType(type(self.module).forward, self.module)
@@ -310,27 +319,32 @@ class WrappedForward:
             if getattr(module, "gradient_checkpointing", False):
                 function = module.__dict__.get("_gradient_checkpointing_func")
                 if function is not None and not isinstance(function, _CheckpointInContext):
-                    module._gradient_checkpointing_func = _CheckpointInContext(function)
+                    module._gradient_checkpointing_func = _CheckpointInContext(function, module)
 
 
 class _CheckpointInContext:
     """Checkpointing function whose recomputation runs in the context of the forward."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.function, self.module = function, module
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Backward recomputes the block when the forward's context is closed, so the block takes it along.
         context = _CURRENT.get()
-        return self.function(run if context is None else partial(_in_context, context, run), *args, **kwargs)
+        if context is not None:
+            run = partial(_in_context, context, self.module, run)
+        return self.function(run, *args, **kwargs)
 
 
-def _in_context(context: ForwardContext, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    token = _CURRENT.set(context)
+def _in_context(context: ForwardContext, module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    token, training = _CURRENT.set(context), module.training
+    # A frozen block is in training mode so that it is checkpointed; its own dropout looks at the mode in here.
+    module.training = training and not context.shared.get(EVALUATED, False)
     try:
         return run(*args, **kwargs)
     finally:
         _CURRENT.reset(token)
+        module.training = training
 
 
 def wrap_forward(module: nn.Module, opens: bool) -> WrappedForward:

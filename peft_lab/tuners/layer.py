@@ -12,19 +12,20 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_lab.adapter_files.base_fingerprint import module_fingerprint, reference_weight
 from peft_lab.errors import ConfigError
 from peft_lab.registry import CAPABILITIES, MethodInfo
+from peft_lab.tuners.active_adapters import LayerAdapters
 from peft_lab.tuners.config import AdapterConfig
 from peft_lab.tuners.forward_context import ForwardContext, on_rows
-from peft_lab.tuners.mixed_batch import BASE, RowAdapters, current_row_adapters
-from peft_lab.tuners.operations import Operation, StandIn, apply_matrix, operation
+from peft_lab.tuners.mixed_batch import BASE, RowAdapters, check_count, current_row_adapters
+from peft_lab.tuners.operations import Operation, StandIn, apply_matrix, features, operation
 
 
-class AdapterLayer(StandIn, BaseTunerLayer):
+class AdapterLayer(StandIn, LayerAdapters):
     """Wrapped base module with any number of named adapters.
 
     A subclass names its parameters in `adapter_layer_names` (each starts with the method's prefix), gives their start
@@ -38,6 +39,12 @@ class AdapterLayer(StandIn, BaseTunerLayer):
     row_fields: ClassVar[Mapping[str, float]] = {}
     #: Those with one value per output channel, likewise; if all are, an adapter can move in and out of a fused layer.
     per_channel: ClassVar[Mapping[str, float]] = {}
+    #: True if the change of the op's output is linear in the distance of `row_fields` from those numbers; then
+    #: `add_weighted_adapter` is exact.
+    linear: ClassVar[bool] = False
+    #: Parameters of one dimension that weight decay takes back to the base, because that is their value zero. Other
+    #: vectors (scales, whose neutral value is one, and biases) get none.
+    decayed_vectors: ClassVar[tuple[str, ...]] = ()
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
@@ -64,6 +71,7 @@ class AdapterLayer(StandIn, BaseTunerLayer):
             able = ", ".join(c for c in ("linear", "conv1d", "conv2d", "embedding", "norm") if self.info.can(c))
             found = type(self.base_layer).__name__
             raise ConfigError(f'Method "{self.info.name}" cannot adapt "{name}", a {found}; it adapts: {able}.')
+        self.in_features, self.out_features = features(self.base_layer, self.op)
 
     @property
     def base_weight(self) -> Tensor:
@@ -190,6 +198,8 @@ class AdapterLayer(StandIn, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            check_count(adapter_names, len(x))
         rows = current_row_adapters() if adapter_names is None else RowAdapters.of(adapter_names)
         if rows is not None:
             if self.merged:
@@ -249,18 +259,14 @@ class AdapterLayer(StandIn, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
-        config = self.configs.pop(adapter_name, None)
+        config = self.configs.get(adapter_name)
         if config is not None:
             self.owners.pop((adapter_name, self.share_key(config)), None)
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # peft's own also casts to the base dtype; trainable parameters stay float32 here.
-        target = device if device is not None else self.base_weight.device
-        for name in self.adapter_layer_names:
-            values = getattr(self, name)
-            if adapter_name in values and not values[adapter_name].is_meta:
-                values[adapter_name] = values[adapter_name].to(target)
+        self.move_adapter(adapter_name, device if device is not None else self.base_weight.device)
 
     @staticmethod
     def _wide(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from peft_lab.errors import ConfigError
 from peft_lab.tuners.forward_context import expand_rows
 
 #: peft's name for "no adapter on this row".
@@ -84,6 +85,42 @@ def mixed_batch(adapter_names: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         _CURRENT.reset(token)
+
+
+#: Inputs of a model with one entry for each row of the batch, and the number of axes that they then have.
+_BATCHED = {"input_ids": 2, "inputs_embeds": 3, "pixel_values": 4, "input_features": 3, "input_values": 2}
+
+
+def batch_sizes(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """Number of rows of each input of a call of `forward` or `generate`, by the name of the input.
+
+    Inputs of unusual shape are left out: where text and images are mixed, the latter may be counted through all rows.
+    """
+    main = getattr(model, "main_input_name", "input_ids")
+    given = {**kwargs, **({main: args[0]} if args else {})}
+    if isinstance(given.get("inputs"), Tensor):
+        given[main] = given.pop("inputs")
+    found = {}
+    for name in dict.fromkeys((main, *_BATCHED)):
+        value = given.get(name)
+        if isinstance(value, Tensor) and value.dim() and (name == main or value.dim() == _BATCHED[name]):
+            found[name] = len(value)
+    return found
+
+
+def check_count(adapter_names: Sequence[str], rows: int, name: str = "the batch") -> None:
+    """Check that a batch has as many rows as names.
+
+    Raises:
+        ConfigError: it has another number, with both counts.
+    """
+    if isinstance(adapter_names, str):
+        raise ConfigError(f"adapter_names must be a list with one name per row, got {adapter_names!r}.")
+    if len(adapter_names) != rows:
+        raise ConfigError(
+            f'adapter_names has {len(adapter_names)} names, but {name} has {rows} rows; pass one per row, "{BASE}" for '
+            "rows without an adapter."
+        )
 
 
 class RowLayer(Protocol):

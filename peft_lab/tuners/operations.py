@@ -118,6 +118,19 @@ def _recognise(module: nn.Module, weight: Tensor) -> Operation | None:
     return None
 
 
+def features(module: Any, op: Operation) -> tuple[int, int]:
+    """Numbers of input and output features of a base module, as peft's layers name them.
+
+    Channels of a convolution, tokens and width of an embedding, channels of a norm twice.
+    """
+    weight = module.weight
+    if op.op_type == "conv2d":
+        return int(module.in_channels), op.channels
+    if op.op_type == "norm":
+        return op.channels, op.channels
+    return int(weight.shape[1 if op.op_type == "linear" else 0]), op.channels
+
+
 def apply_matrix(module: Any, op: Operation, x: Tensor, matrix: Tensor) -> Tensor:
     """Run the base operation with another matrix (out, in) and no bias.
 

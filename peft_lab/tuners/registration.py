@@ -128,6 +128,11 @@ def _check_capabilities(info: MethodInfo, layer_cls: type[AdapterLayer]) -> None
                 f'Method "{info.name}" declares the capability {capability}, but {layer_cls.__name__} has no '
                 f"{missing}; write it, or take the capability out of the card."
             )
+    if layer_cls.linear and not {*layer_cls.adapter_layer_names} <= {*layer_cls.row_fields}:
+        raise ConfigError(
+            f'{layer_cls.__name__} of method "{info.name}" is declared linear, but row_fields does not name all of '
+            f"{', '.join(layer_cls.adapter_layer_names)} with the number that changes nothing."
+        )
 
 
 def load_all() -> None:

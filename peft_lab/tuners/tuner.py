@@ -6,7 +6,7 @@ It adds targets by role, a check of the base and vectorised mixed batches.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -21,11 +21,16 @@ from peft_lab.adapter_files.completeness import check_complete
 from peft_lab.backbones.frozen_norms import keep_statistics, release_statistics
 from peft_lab.backbones.heads import PEFT_HEADS
 from peft_lab.backbones.names import PEFT_PREFIX
-from peft_lab.errors import ConfigError
+from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.registry import MethodInfo
-from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_model
+from peft_lab.tuners.active_adapters import KeepsTrainability
+from peft_lab.tuners.adapter_names import check_adapter_name, check_base_names
+from peft_lab.tuners.backbone_mode import set_backbone_mode
+from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_forward, wrap_model
 from peft_lab.tuners.layer import AdapterLayer, no_merge
-from peft_lab.tuners.mixed_batch import BASE, mixed_batch
+from peft_lab.tuners.mixed_batch import BASE, batch_sizes, check_count, mixed_batch
+from peft_lab.tuners.saved_module import adopt_saved_modules
+from peft_lab.tuners.weighted_adapter import add_weighted_adapter
 
 _LOG = logging.getLogger("peft_lab")
 #: What peft puts into `modules_to_save` for text classification, whatever the model's head is called.
@@ -44,15 +49,28 @@ class AdapterTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check name and base, add the adapter and record the base's fingerprints."""
-        # peft tells adapters apart by text in parameter names, in which such a name would be found by mistake.
-        if adapter_name in self.prefix or adapter_name == BASE:
-            raise ConfigError(
-                f'Adapter name "{adapter_name}" cannot be used: it is part of the parameter prefix "{self.prefix}" '
-                "or reserved, and its weights would be lost at load; choose another name."
-            )
         config: Any = self.peft_config[adapter_name]
+        try:
+            check_adapter_name(adapter_name, model, self.prefix, self.tuner_layer_cls)
+            check_base_names(model, self.prefix)
+        except ConfigError:
+            self._forget(adapter_name)
+            raise
+        vars(config).pop("read_alone", None)
+        # peft sets `requires_grad` of all adapters on the way, which is not what counts once they are enabled again.
+        disabled = [m for m in model.modules() if isinstance(m, KeepsTrainability) and m.disable_adapters]
+        before = [module.trained_before for module in disabled]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        adopt_saved_modules(model)
+        for module, trained in zip(disabled, before, strict=True):
+            module.trained_before = trained
+        if disabled:
+            self._enable_adapter_layers(False)
+        # peft calls it for the first adapter alone, but another one may need hooks that the first does not.
+        self._post_injection_hook(model, config, adapter_name)
         keep_statistics(model)
+        if config.backbone_eval:
+            wrap_forward(model, opens=True).prepare = set_backbone_mode
         if config.row_inputs():
             for wrapper in wrap_model(model):
                 wrapper.declared[adapter_name] = config.row_inputs()
@@ -67,6 +85,13 @@ class AdapterTuner(BaseTuner):
             if adapted and not layer.base_weight.is_meta:
                 recorded[name] = {**layer.fingerprint(), **locations.get(name, {})}
         config.recorded_fingerprints = recorded
+
+    def _forget(self, adapter_name: str) -> None:
+        """Remove the config of a refused adapter."""
+        self.peft_config.pop(adapter_name, None)
+        # transformers notes that there is an adapter before it puts it on.
+        if not getattr(self.model, "peft_config", None) and "_hf_peft_config_loaded" in vars(self.model):
+            del self.model._hf_peft_config_loaded
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         loaded = peft_config.fingerprints is not None
@@ -174,6 +199,12 @@ class AdapterTuner(BaseTuner):
         _check_keys(model, cls.prefix, adapter_name, remapped)
         return remapped
 
+    def __getattr__(self, name: str) -> Any:
+        # peft's prompt learning keeps these on its model, and looks for them there whatever the method is.
+        if name in ("prompt_encoder", "prompt_tokens"):
+            raise AttributeError(f'Method "{self.info.name}" is no prompt learning of peft and has no {name}.')
+        return super().__getattr__(name)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
@@ -184,23 +215,9 @@ class AdapterTuner(BaseTuner):
             raise ConfigError(f'Method "{self.info.name}" does not serve rows of one batch with different adapters.')
         if self.training:
             raise ValueError("adapter_names is for inference; call model.eval() first.")
-        self._check_row_names(names)
-        # Beam search repeats the rows of a head that peft keeps a copy of, for which peft wants every name.
-        beams = kwargs.get("num_beams") or 1
-        per_row: list[str] = []
-        for name in names:
-            per_row += [name] * beams
-        handles = []
-        for module in self.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                hook = partial(_pass_names, adapter_names=per_row)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            with mixed_batch(names):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._check_row_names(names, args, kwargs)
+        with mixed_batch(names):
+            yield
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -208,18 +225,63 @@ class AdapterTuner(BaseTuner):
         unwrap_forwards(self.model)
         return model
 
-    def _check_row_names(self, names: Any) -> None:
+    def _check_row_names(self, names: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        for name, rows in batch_sizes(self.model, args, kwargs).items():
+            check_count(names, rows, name)
         unknown = sorted({*names} - {BASE} - set(self.peft_config))
         if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+            raise ConfigError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters, which become trainable unless in `inference_mode`."""
+        self._check_known(adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train or freeze adapters."""
+        self._check_known(adapter_names)
+        super().set_requires_grad(adapter_names, requires_grad)
+
+    def _check_known(self, adapter_names: str | Sequence[str]) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name not in self.peft_config:
+                raise ConfigError(f'There is no adapter "{name}".{did_you_mean(name, self.peft_config)}')
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and the row inputs that it declares."""
+        """Delete an adapter, and the row inputs that it declares.
+
+        If no other is active, the first by name becomes so; it is trained unless it was loaded frozen.
+        """
+        active = list(self.active_adapters)
         super().delete_adapter(adapter_name)
+        # Layers and heads do not know the adapters that they have no part of, so all are told here.
+        if active == [adapter_name] and self.peft_config:
+            successor = min(self.peft_config)
+            self.set_adapter([successor], inference_mode=self.peft_config[successor].inference_mode)
         for module in self.model.modules():
             wrapper = module.__dict__.get("forward")
             if isinstance(wrapper, WrappedForward):
                 wrapper.declared.pop(adapter_name, None)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for module in self.model.modules():
+            if isinstance(module, AdapterLayer) and adapter_name in module.configs:
+                module.cast_adapter(adapter_name, None if autocast_adapter_dtype else module.base_weight.dtype)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear", **kw: Any
+    ) -> None:
+        """Add an adapter whose change of each module is the weighted sum of the changes of others.
+
+        The arguments are those of peft's LoRA. It is exact, and so there are no other ways to combine adapters. The new
+        adapter is neither active nor trained.
+
+        Raises:
+            ConfigError: the method's changes do not add up to one adapter, the adapters differ in their shape, modules
+                or settings, there is not one finite weight for each, or the arguments ask for an approximation.
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, kw)
 
     def _check_merge_allowed(self) -> None:
         if not self.info.can("merge"):
@@ -245,10 +307,6 @@ def _heads(model: nn.Module, task_type: str | None) -> list[str]:
         around = [name for name in wrapped if f"{head}.".startswith(f"{name}.")]
         heads.append(around[0] if around else head)
     return heads
-
-
-def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 def _find_fingerprint(model: nn.Module, name: str) -> dict[str, Any] | None:

@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft_lab.data.kind import Kind, length_limit, padding_tokenizer
-from peft_lab.data.prompt_template import Template, fields, fill
+from peft_lab.data.kind import Kind, length_limit, longer_rows, padding_tokenizer
+from peft_lab.data.prompt_template import Template, fields, fill, values_in
+from peft_lab.data.row_checks import RowFault, check_inputs, numbered, source_rows, warn_of_cut
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import TaskError
 from peft_lab.metrics import load_metric
+from peft_lab.metrics.baselines import Baseline
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.registry import KindInfo
 
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 MAX_LENGTH = 512
 MAX_NEW_TOKENS = 64
 IGNORED = -100
+
+#: Column of the numbers of tokens that prompt and answer have before they are cut.
+_LENGTHS = "lengths"
+_CUT_PROMPT = "are longer than the limit, and their prompt loses its beginning"
+_CUT_ANSWER = "have an answer longer than the limit, which loses its end and the end token, and no prompt"
 
 #: Metrics of what the model writes by itself: each row has a value of its own, and the metric is their mean.
 WRITTEN = ("exact_match", "rouge_l", "coverage")
@@ -49,6 +56,7 @@ class CausalLM(Kind):
     """
 
     info = KIND
+    predicts_texts = True
 
     def check(self, task: Task) -> None:
         if task.template is None:
@@ -92,6 +100,26 @@ class CausalLM(Kind):
         hub_kwargs.setdefault("dtype", KIND.default_dtype)
         return self.auto_class().from_pretrained(model_name_or_path, **hub_kwargs)
 
+    def row_faults(self, dataset: Dataset, task: Task) -> list[RowFault]:
+        template = _template(task)
+        missing: list[int] = []
+        parts = ("prompt", "answer", "reference") if template.reference else ("prompt", "answer")
+        blank: dict[str, list[int]] = {part: [] for part in parts}
+        for row, values in enumerate(dataset):
+            try:
+                for part, rows in blank.items():
+                    found = values_in(getattr(template, part), values)
+                    if None in found.values():
+                        missing.append(row)
+                    elif _is_blank(found):
+                        rows.append(row)
+            except TaskError as error:
+                raise TaskError(f'Task "{task.name}", row {row + 1}: {error}') from error
+        return [
+            RowFault("have no value in a column of the template", list(dict.fromkeys(missing)), "empty"),
+            *[RowFault(f"have an empty {part}", rows, "empty") for part, rows in blank.items()],
+        ]
+
     def preprocess(self, dataset: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
         """Data set of `input_ids`, `attention_mask` and `labels`.
 
@@ -99,7 +127,7 @@ class CausalLM(Kind):
         """
         template, limit = _template(task), length_limit(task, MAX_LENGTH, processor, model)
 
-        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+        def encode(row: dict[str, Any]) -> dict[str, Any]:
             prompt, answer = template.render(row)
             if template.required:
                 template.demands(prompt)  # a row without any is found before the training and not after it
@@ -107,10 +135,24 @@ class CausalLM(Kind):
             start = prompt_ids(processor, prompt, template.chat)
             # the end token is learnt as well, else a written answer would never end
             end = [*processor(answer, add_special_tokens=False)["input_ids"], processor.eos_token_id]
-            return answer_only(start, end, limit, processor.bos_token_id)
+            return {**answer_only(start, end, limit, processor.bos_token_id), _LENGTHS: [len(start), len(end)]}
 
         read = [name for name in dataset.column_names if name != PROMPT_IDS]
-        return dataset.map(encode, remove_columns=read, desc="Tokenising")
+        rows = dataset.map(encode, remove_columns=read, desc="Tokenising")
+        lengths = rows[_LENGTHS][:]
+        empty = [row for row, (start, _) in enumerate(lengths) if not start]
+        if empty:
+            numbers = numbered(source_rows(dataset, empty))
+            raise TaskError(
+                f'Task "{task.name}": {len(empty)} of {len(rows)} rows have a prompt without a token ({numbers}); '
+                "write something in the template's prompt, or leave these rows out."
+            )
+        cut = {
+            _CUT_PROMPT: [row for row, (start, end) in enumerate(lengths) if start + end > limit],
+            _CUT_ANSWER: [row for row, (_, end) in enumerate(lengths) if end > limit],
+        }
+        warn_of_cut(task, dataset, cut, longer_rows(limit, processor, model))
+        return rows.remove_columns(_LENGTHS)
 
     def data_collator(self, processor: Any, model: Any) -> Any:
         from transformers import DataCollatorForSeq2Seq
@@ -171,6 +213,21 @@ class CausalLM(Kind):
         }
         return Predictions(self.name, columns)
 
+    def baseline(self, task: Task, labels: Sequence[str] | None, train: Dataset, rows: Dataset) -> Baseline:
+        """Scores of a predictor that knows the frequencies of the training answers' tokens."""
+        import numpy as np
+
+        known, wanted = _answer_tokens(train), _answer_tokens(rows)
+        # one more of each token, so that none of them is impossible
+        counts = np.bincount(known, minlength=int(wanted.max()) + 1) + 1
+        log_probabilities = np.log(counts / counts.sum())[wanted]
+        found = {}
+        if "perplexity" in task.metrics:
+            found |= load_metric("perplexity").compute(predictions=log_probabilities)
+        if "token_accuracy" in task.metrics:
+            found["token_accuracy"] = float((wanted == counts.argmax()).mean())
+        return Baseline("the frequencies of the training answers' tokens", found)
+
     def generation_scores(
         self, model: Any, processor: Any, dataset: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, list[float]]:
@@ -207,22 +264,31 @@ class CausalLM(Kind):
         template = _template(task)
         new_tokens = task.max_new_tokens or MAX_NEW_TOKENS
         limit = max(1, length_limit(task, MAX_LENGTH, processor, model, reserve=new_tokens))
-        prompts = [prompt_ids(processor, _prompt(template, value), template.chat)[-limit:] for value in inputs]
+        rows = [_columns(template, value) for value in inputs]
+        read = [values_in(template.prompt, row) for row in rows]
+        blank = [row for row, found in enumerate(read) if None in found.values() or _is_blank(found)]
+        check_inputs(task, [RowFault("have an empty prompt, or no value in one of its columns", blank, "empty")])
+        whole = [prompt_ids(processor, fill(template.prompt, row), template.chat) for row in rows]
+        empty = [row for row, ids in enumerate(whole) if not ids]
+        check_inputs(task, [RowFault("have a prompt without a token", empty)])
+        cut = {_CUT_PROMPT: [row for row, ids in enumerate(whole) if len(ids) > limit]}
+        warn_of_cut(task, None, cut, longer_rows(limit, processor, model, reserve=new_tokens))
+        prompts = [last_tokens(ids, limit, processor.bos_token_id) for ids in whole]
         written = [""] * len(prompts)
         training = model.training
         model.eval()
         try:
-            for rows in _batches([len(prompt) for prompt in prompts], batch_size, _skips_padding(model)):
+            for chosen in _batches([len(prompt) for prompt in prompts], batch_size, _skips_padding(model)):
                 # padded on the left: the new tokens must follow the prompt's last one
                 batch = processor.pad(
-                    {"input_ids": [prompts[row] for row in rows]}, padding_side="left", return_tensors="pt"
+                    {"input_ids": [prompts[row] for row in chosen]}, padding_side="left", return_tensors="pt"
                 ).to(model.device)
                 with torch.no_grad():
                     tokens = model.generate(
                         **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=processor.pad_token_id
                     )
                 texts = processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-                for row, text in zip(rows, texts, strict=True):
+                for row, text in zip(chosen, texts, strict=True):
                     written[row] = text.strip()
         finally:
             model.train(training)
@@ -264,11 +330,7 @@ def answer_only(start: list[int], end: list[int], limit: int, bos: int | None) -
     """
     # the answer has room first, because the loss is taken on it alone
     end = end[:limit]
-    room = limit - len(end)
-    if len(start) > room:
-        # a decoder that was trained with a first token needs it, however long the prompt is
-        keep_bos = room > 1 and start[0] == bos
-        start = [start[0], *start[len(start) - room + 1 :]] if keep_bos else start[len(start) - room :]
+    start = last_tokens(start, limit - len(end), bos)
     ids = start + end
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(start) + end}
 
@@ -296,6 +358,25 @@ def _batches(lengths: Sequence[int], size: int, mixed: bool) -> Iterator[list[in
             yield rows[start : start + size]
 
 
+def _answer_tokens(rows: Dataset) -> Any:
+    """Tokens of all answers that have a token before them, (n,)."""
+    import numpy as np
+
+    tokens = np.concatenate([row[1:] for row in rows["labels"][:]])
+    return tokens[tokens != IGNORED]
+
+
+def last_tokens(ids: list[int], room: int, bos: int | None) -> list[int]:
+    """The last `room` tokens of a prompt, in training as in prediction.
+
+    A decoder that was trained with a first token needs it, so that one is kept however long the prompt is.
+    """
+    if len(ids) <= room:
+        return ids
+    keep_bos = room > 1 and ids[0] == bos
+    return [ids[0], *ids[len(ids) - room + 1 :]] if keep_bos else ids[len(ids) - room :]
+
+
 def _written(task: Task) -> list[str]:
     return [name for name in WRITTEN if name in task.metrics]
 
@@ -312,10 +393,16 @@ def _template(task: Task) -> Template:
     return task.template
 
 
-def _prompt(template: Template, value: Any) -> str:
+def _is_blank(values: Mapping[str, Any]) -> bool:
+    """Test whether a text has nothing of a row's own in it."""
+    return not any(str(value).strip() for value in values.values())
+
+
+def _columns(template: Template, value: Any) -> Mapping[str, Any]:
+    """Columns of an input of a prediction."""
     names = list(dict.fromkeys(fields(template.prompt)))
     if isinstance(value, str) and len(names) == 1:
         value = {names[0]: value}
     if not isinstance(value, Mapping):
         raise TaskError(f"an input of this task is a mapping with the keys {', '.join(names)}, not {value!r}.")
-    return fill(template.prompt, value)
+    return value

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.data.kind import ClassificationKind, Record
+from peft_lab.data.row_checks import RowFault, check_inputs
 from peft_lab.errors import ConfigError, TaskError
 from peft_lab.registry import KindInfo
-from peft_lab.utils.images import open_image
+from peft_lab.utils.images import image_traits, open_image
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,9 @@ class ImageClassification(ClassificationKind):
     info = KIND
 
     def cast(self, dataset: Dataset, task: Task) -> Dataset:
-        from datasets import Image, Value
+        from datasets import Value
+
+        from peft_lab.data.image_column import RgbImage
 
         feature = dataset.features["image"]
         # datasets would cast texts too, and open them as paths to files
@@ -52,8 +55,13 @@ class ImageClassification(ClassificationKind):
                 f'Task "{task.name}": the column "{task.columns["image"]}" holds {feature.dtype}, not images; '
                 "use the builder imagefolder for image files."
             )
-        # files may be grey or have a palette, and backbones take three channels
-        return dataset.cast_column("image", Image(mode="RGB"))
+        # files may be grey, of 16 bits or have a palette, and backbones take three channels of 8 bits
+        return dataset.cast_column("image", RgbImage())
+
+    def row_faults(self, dataset: Dataset, task: Task) -> list[RowFault]:
+        from peft_lab.data.image_column import image_faults
+
+        return image_faults(dataset)
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForImageClassification
@@ -134,11 +142,19 @@ class ImageClassification(ClassificationKind):
         self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32
     ) -> list[Record]:
         """Label and score of each input, a path or a PIL image."""
+        from peft_lab.data.image_column import trait_faults
+
+        inputs = list(inputs)
+        traits: dict[str, list[int]] = {"animated": [], "transparent": []}
+        for row, value in enumerate(inputs):
+            for trait in image_traits(value):
+                traits[trait].append(row)
+        check_inputs(task, trait_faults(traits))
 
         def encode(batch: Sequence[Any]) -> Any:
             return processor([open_image(value) for value in batch], return_tensors="pt")
 
-        return self.batches(model, list(inputs), encode, batch_size)
+        return self.batches(model, inputs, encode, batch_size)
 
 
 def _pixel_statistics(processor: Any) -> dict[str, Any]:

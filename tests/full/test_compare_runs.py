@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -141,6 +142,26 @@ def test_a_failing_run_is_recorded_and_tried_again_on_demand(place: Path) -> Non
     assert lines(out) == 3
     assert [record.id for record in again.records] == [failed.id, fine.id]
     assert again.records[0].started > failed.finished
+
+
+def test_an_arm_that_diverges_fails_with_its_reason_and_the_study_goes_on(place: Path) -> None:
+    out = place / "diverged"
+    methods = [{"method": "full", "learning_rates": [1e38], "name": "much too fast"}, "head"]
+    done = compare(tiny_study(place, methods=methods, seeds=1, limits={"max_steps": 6}), out, workers=1)
+    (failed,) = done.failed
+    assert failed.arm == "much too fast"
+    assert "is not finite: most likely the learning rate 1e+38 is too high" in failed.error
+    assert not (out / failed.folder / "metrics.json").exists()
+    assert [record.arm for record in done.records if record.ok] == ["head"]
+    text = (out / "report.md").read_text()
+    assert "is too high" in text
+    assert "much too fast has no score" in text
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    for line in (out / RESULTS).read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
 
 
 def test_a_worker_ended_from_outside_is_a_failed_run(place: Path) -> None:

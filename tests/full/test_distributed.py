@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from support.tiny_runs import (
+    diverge_as_rank,
     environment,
     make_backbone,
     make_decoder,
@@ -114,6 +115,21 @@ def test_tokens_count_alike_in_whichever_process_they_are(server, place, tmp_pat
     train(values | {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 8})
     assert same_weights(tmp_path / "one", tmp_path / "two", tolerance=5e-6)
     assert max(v.abs().max() for n, v in weights(tmp_path / "two").items() if "lora_B" in n) > 1e-3  # it did move
+
+
+def test_both_processes_stop_at_the_loss_that_one_of_them_has_seen(server, place, tmp_path):
+    values = options(place["task"], place["backbone"], tmp_path, save_steps=1, max_steps=6)
+    port = free_port()
+    processes = [server.Process(target=diverge_as_rank, args=(values, rank, port)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [7, 7]
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "checkpoint-1", "checkpoint-2"}
+    manifest = json.loads((tmp_path / "checkpoint-2" / "manifest.json").read_text())
+    assert manifest["processes"] == 2
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
 
 
 def test_a_run_whose_process_was_killed_continues_to_the_same_weights(server, place, tmp_path):

@@ -64,6 +64,27 @@ def test_every_field_has_an_effect(method, field, tmp_path):
     assert seen[0] != seen[1]
 
 
+@pytest.mark.parametrize(
+    ("method", "field"),
+    cover([(m, f) for m, f in FIELDS if m in EVERY_OWN], lambda case: {case[0], case[1].name}),
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_field_of_a_second_adapter_acts_as_in_the_first(method, field):
+    """What the adapter that came first does not need, such as a hook, is put in for the second one."""
+    base = TINY[field.metadata.get("family", "vit")]()
+    fields = {field.name: field.metadata["other"], **field.metadata.get("with", {})}
+    alone = move(adapt(method, base, **fields))
+    both = adapt(method, base)
+    both.add_adapter("second", config(method, **fields))
+    both.set_adapter("second")
+    both.load_state_dict({_for("second", k): v for k, v in alone.state_dict().items()}, strict=False)
+    torch.testing.assert_close(output(both, tiny_inputs(base)), output(alone, tiny_inputs(base)))
+
+
+def _for(adapter: str, key: str) -> str:
+    return ".".join(adapter if part == "default" else part for part in key.split("."))
+
+
 @pairs(METHODS, TINY)
 def test_declared_roles_are_the_ones_adapted(base, method, family):
     model = adapt(method, base)

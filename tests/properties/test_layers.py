@@ -145,6 +145,15 @@ def test_half_precision_base_keeps_float32_adapter(method: str, op: str) -> None
     assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter_parameters(model).values())
 
 
+@cases
+def test_features_are_those_of_the_base(method: str, op: str) -> None:
+    base, model, x = adapted(method, op)
+    layer = model.base_model.model.op
+    weight, channels = layer.base_layer.weight, base(x).shape[layer.op.channel_dim]
+    inputs = {"conv2d": x.shape[1], "embedding": weight.shape[0], "norm": channels}.get(layer.op.op_type, x.shape[-1])
+    assert (layer.in_features, layer.out_features) == (inputs, channels)
+
+
 @pytest.mark.parametrize(("method", "op"), REFUSED)
 def test_undeclared_op_is_refused_with_reason(method: str, op: str) -> None:
     base, _ = make(op)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -10,19 +11,21 @@ import torch
 from peft import (
     AutoPeftModel,
     AutoPeftModelForSequenceClassification,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from support.backbones import TINY, tiny_inputs
-from support.cover import MAIN
+from support.backbones import TINY, tiny_inputs, unknown
+from support.cover import MAIN, cover, each_place
 from support.properties import (
     EVERY_OWN,
     IMAGES,
     KEEPS_HEAD,
     METHODS,
     ON_BLOCKS,
+    ON_OPS,
     OWN,
     adapt,
     adapter_parameters,
@@ -33,10 +36,14 @@ from support.properties import (
     move,
     output,
     pairs,
+    text_or_image,
 )
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
+import peft_lab
 from peft_lab.backbones import module_roles
+from peft_lab.errors import ConfigError
+from peft_lab.tuners import AdapterLayer
 
 own = pytest.mark.parametrize("method", EVERY_OWN)
 
@@ -140,3 +147,85 @@ def _old(name: str) -> str:
     return name.replace("attention.q_proj", "attention.attention.query").replace(
         "attention.v_proj", "attention.attention.value"
     )
+
+
+def _change_config(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+#: Ways to read an adapter's config, and ways to load it.
+READERS = {
+    "the method's config": lambda method, base, folder: type(config(method)).from_pretrained(folder),
+    "PeftConfig": lambda method, base, folder: PeftConfig.from_pretrained(folder),
+}
+LOADERS = {
+    "from_pretrained": lambda method, base, folder: PeftModel.from_pretrained(base, folder),
+    "from_pretrained, trainable": lambda method, base, folder: PeftModel.from_pretrained(
+        base, folder, is_trainable=True
+    ),
+    "load_adapter": lambda method, base, folder: adapt(method, base).load_adapter(folder, "more"),
+    "load_adapter of peft_lab": lambda method, base, folder: peft_lab.load_adapter(base, folder),
+    "load_adapter of transformers": lambda method, base, folder: base.load_adapter(folder),
+}
+
+
+@pytest.mark.parametrize("method", cover(EVERY_OWN, each_place))
+def test_empty_fields_of_a_newer_peft_are_read_and_others_refused(method, tmp_path):
+    base = TINY[text_or_image(method)]()
+    move(adapt(method, base)).save_pretrained(tmp_path)
+    for door, enter in {**READERS, **LOADERS}.items():
+        _change_config(tmp_path, of_a_newer_peft=None)
+        enter(method, copy.deepcopy(base), tmp_path)
+        for value in (0, ""):
+            _change_config(tmp_path, of_a_newer_peft=value)
+            with pytest.raises(ConfigError, match="of_a_newer_peft"):
+                pytest.fail(f"{door} takes {value!r}: {enter(method, copy.deepcopy(base), tmp_path)}")
+    with pytest.raises(ConfigError, match="of_a_newer_peft"):
+        config(method, of_a_newer_peft=None)
+
+
+@pytest.mark.parametrize("method", cover(EVERY_OWN, each_place))
+def test_a_config_alone_is_read_and_loads_nothing(method, tmp_path):
+    base = TINY[text_or_image(method)]()
+    fields = {} if method in ON_BLOCKS else {"target_modules": r".*(query|key)"}
+    saved = config(method, **fields)
+    saved.save_pretrained(tmp_path)
+    for enter in READERS.values():
+        assert enter(method, base, tmp_path) == saved
+    for door in ("from_pretrained", "from_pretrained, trainable", "load_adapter", "load_adapter of peft_lab"):
+        with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors"):
+            LOADERS[door](method, base, tmp_path)
+    # It is as good as the one that was saved, also to be saved again with weights.
+    again = get_peft_model(base, READERS["the method's config"](method, base, tmp_path))
+    again.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).inference_mode
+
+
+@pytest.mark.parametrize("method", [m for m in EVERY_OWN if m not in ON_BLOCKS])
+def test_a_slow_regex_of_a_config_alone_is_refused(method, tmp_path):
+    config(method, target_modules=r"(a+)+b").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="for ever"):
+        READERS["the method's config"](method, None, tmp_path)
+
+
+UNKNOWN = ["layoutlm", "pegasus", "gptj", "codegen", "starcoder2", "gpt_neox"]
+
+
+@pytest.mark.parametrize(("method", "name"), cover(itertools.product(ON_OPS, UNKNOWN)))
+def test_families_outside_of_the_table_take_a_second_adapter_and_a_choice_of_blocks(method, name):
+    """Default targets are found below the adapters that are there."""
+    base = unknown(name)
+    model = get_peft_model(base, config(method))
+    model.add_adapter("second", config(method))
+    model.add_adapter("first_block", config(method, layers_to_transform=[0]))
+    model.add_adapter("third", config(method))
+    adapted = {path: {*m.configs} for path, m in model.named_modules() if isinstance(m, AdapterLayer)}
+    chosen = {path for path, names in adapted.items() if "first_block" in names}
+    assert all({"default", "second", "third"} <= names for names in adapted.values())
+    assert chosen == {
+        path for path in adapted if module_roles.layer_index(base, path.split("base_model.model.")[1]) == 0
+    }
+    assert 0 < len(chosen) < len(adapted)
+    alone = get_peft_model(unknown(name), config(method, layers_to_transform=[0]))
+    assert {path for path, m in alone.named_modules() if isinstance(m, AdapterLayer)} == chosen

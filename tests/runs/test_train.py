@@ -15,7 +15,7 @@ from support.tiny_runs import make_backbone, make_task, options, same_weights, t
 import peft_lab
 from peft_lab import registry
 from peft_lab.adapter_files.names import write_json
-from peft_lab.errors import ConfigError, PeftLabError
+from peft_lab.errors import ConfigError, PeftLabError, TaskError
 from peft_lab.export.merge import merge
 from peft_lab.loading.load_run import load
 from peft_lab.training.evaluate import evaluate, predict
@@ -91,6 +91,19 @@ def test_evaluate_and_predict_give_what_training_measured(finished):
     assert found["loss"] == pytest.approx(finished.metrics["metrics"]["validation"]["loss"], abs=1e-5)
     answers = predict(finished.output_dir, ["the rain", "a song"])
     assert [set(answer) for answer in answers] == [{"label", "score"}] * 2
+
+
+def test_predict_refuses_what_training_refuses(finished, tmp_path):
+    """A row is named by its number; a file that is none of inputs is not taken for a text."""
+    (tmp_path / "rows.csv").write_text("sentence\nthe rain\n\na song\n")
+    with pytest.raises(TaskError, match=r"1 inputs have an empty text \(row 2\)"):
+        predict(finished.output_dir, str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.csv").write_text("sentence,topic\nthe rain, weather, sun\n")
+    with pytest.raises(TaskError, match=r"1 of 1 rows do not have the 2 cells of the header"):
+        predict(finished.output_dir, tmp_path / "rows.csv")
+    (tmp_path / "rows.xlsx").write_text("the rain")
+    with pytest.raises(ConfigError, match=r"rows.xlsx\" is a file, and not one of inputs"):
+        predict(finished.output_dir, ["a song", str(tmp_path / "rows.xlsx")])
 
 
 def test_a_merged_model_answers_as_the_adapter_does(finished, tmp_path):

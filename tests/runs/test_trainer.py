@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.backbones import TINY, tiny_inputs
+from support.properties import EVERY_OWN, adapt, adapter_parameters, move, output, text_or_image
 from torch import nn
 from transformers import (
     BertConfig,
@@ -20,10 +22,9 @@ from transformers import (
 )
 
 from peft_lab.backbones.frozen_norms import frozen_norms
-from peft_lab.training.checkpoints import last_complete_checkpoint, remove_checkpoints
+from peft_lab.training.checkpoints import last_whole_checkpoint
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.trainer import LabTrainer
-from peft_lab.tuners.registration import make_config
 
 
 def tiny_bert() -> BertForSequenceClassification:
@@ -72,15 +73,26 @@ def test_vectors_get_no_weight_decay_and_matrices_do_whatever_their_names(tmp_pa
         assert group_of(optimizer, parameter)["weight_decay"] == expected, name
 
 
-@pytest.mark.parametrize("method", ["ssf", "svfit", "ln_tuning"])
-def test_weight_decay_leaves_the_vectors_of_an_adapter_alone(method, tmp_path):
-    model = tiny_bert()
-    adapted = get_peft_model(model, make_config(method, {}, model=model))
+@pytest.mark.parametrize("method", ["ln_tuning", *EVERY_OWN])
+@torch.no_grad()
+def test_vectors_of_an_adapter_decay_where_zero_is_the_base(method, tmp_path):
+    """Matrices decay; a vector does exactly if the adapter with this one at zero gives the base's output."""
+    base = TINY[text_or_image(method)]()
+    adapted = move(adapt(method, base))
     optimizer = trainer(adapted, tmp_path, weight_decay=0.3).create_optimizer()
-    vectors = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad and p.ndim <= 1]
-    assert any(f"{method}_" in name for name, _ in vectors)
-    for name, parameter in vectors:
-        assert group_of(optimizer, parameter)["weight_decay"] == 0, name
+    adapters = {n: p for n, p in adapter_parameters(adapted).items() if p.requires_grad}
+    wanted, inputs = output(base, tiny_inputs(base)), tiny_inputs(base)
+    for kind in {name.rsplit(".", 2)[-2] for name in adapters}:
+        named = {n: p for n, p in adapters.items() if n.rsplit(".", 2)[-2] == kind}
+        vector = all(p.ndim <= 1 for p in named.values())
+        kept = {n: p.clone() for n, p in named.items()}
+        for parameter in named.values():
+            parameter.zero_()
+        is_base = torch.allclose(output(adapted, inputs), wanted, atol=1e-6)
+        for name, parameter in named.items():
+            parameter.copy_(kept[name])
+            decay = group_of(optimizer, parameter)["weight_decay"]
+            assert (decay > 0) == (not vector or is_base), (name, decay)
 
 
 def test_the_head_has_its_own_learning_rate_and_it_acts(tmp_path):
@@ -135,37 +147,6 @@ def test_a_norm_without_parameters_counts_as_frozen_only_in_a_frozen_model():
     assert frozen_norms(model) == [model[1]]
 
 
-def checkpoint(folder, number, state='{"global_step": 1}', processes=1):
-    path = folder / f"checkpoint-{number}"
-    path.mkdir(parents=True)
-    (path / "trainer_state.json").write_text(state)
-    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
-    for name in names:
-        torch.save({}, path / name)
-    return path
-
-
-def test_half_written_checkpoints_are_passed_over_and_removed(tmp_path):
-    good = checkpoint(tmp_path, 9)
-    checkpoint(tmp_path, 10, state='{"global_')  # cut short while writing
-    (tmp_path / "checkpoint-11").mkdir()  # only just begun
-    (checkpoint(tmp_path, 12) / "rng_state.pth").write_bytes(b"PK\x03\x04 cut")
-    (tmp_path / "checkpoint-best").mkdir()
-    assert last_complete_checkpoint(tmp_path) == str(good)
-    remove_checkpoints(tmp_path, after=str(good))
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-best"}
-    remove_checkpoints(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-best"}
-    assert last_complete_checkpoint(tmp_path) is None
-
-
-def test_a_checkpoint_is_complete_only_with_the_random_state_of_every_process(tmp_path):
-    path = checkpoint(tmp_path, 5, processes=2)
-    assert last_complete_checkpoint(tmp_path, world_size=2) == str(path)
-    (path / "rng_state_1.pth").unlink()
-    assert last_complete_checkpoint(tmp_path, world_size=2) is None
-
-
 def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
     with PeakMemory() as memory:
         block = mmap.mmap(-1, 256 * 2**20)  # fresh pages, where numpy may be given what was freed before
@@ -196,7 +177,7 @@ def test_the_state_file_of_trainer_has_the_fields_that_resuming_reads(tmp_path):
     run = trainer(tiny_bert(), tmp_path, rows)
     run.args.save_strategy = "steps"
     run.train()
-    path = last_complete_checkpoint(tmp_path)
+    path = last_whole_checkpoint(tmp_path)
     assert path is not None
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] is True

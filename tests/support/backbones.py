@@ -167,6 +167,20 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
 MODELS = {**TINY, **VARIANTS}
 
 
+def unknown(name: str) -> PreTrainedModel:
+    """A model of a family that is not in the role table."""
+    if name in ("gptj", "codegen"):
+        settings = {"n_embd": 16, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64, **_SPECIAL}
+        return hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(name, **settings))
+    if name in ("starcoder2", "gpt_neox"):
+        return hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(name, **_TEXT))
+    if name == "pegasus":
+        return hf.PegasusForConditionalGeneration(hf.PegasusConfig(**_SEQ2SEQ))
+    if name == "falcon":
+        return hf.FalconForSequenceClassification(hf.FalconConfig(**_TEXT))
+    return hf.LayoutLMForSequenceClassification(hf.LayoutLMConfig(**_TEXT))
+
+
 @cache
 def tiny(name: str) -> PreTrainedModel:
     """A model of `MODELS`, built once for all tests: only to look at."""

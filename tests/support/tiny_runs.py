@@ -168,6 +168,28 @@ def train_as_rank(values: dict[str, Any], rank: int, port: int, kill: tuple[str,
     train(values)
 
 
+def diverge_as_rank(values: dict[str, Any], rank: int, port: int) -> None:
+    """Train as one of two processes, the second of which alone meets an infinite loss; exit with 7 if it is told."""
+    from peft_lab.errors import DivergedError
+    from peft_lab.training.trainer import LabTrainer
+
+    step, calls = LabTrainer.training_step, 0
+
+    def infinite(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        loss = step(*args, **kwargs)
+        if rank and calls == 3:  # told to the guard alone, so no gradient carries it to the other process
+            args[0]._guard.add_loss(loss * float("inf"))
+        return loss
+
+    LabTrainer.training_step = infinite
+    try:
+        train_as_rank(values, rank, port)
+    except DivergedError as error:
+        sys.exit(7 if "step 3 because the loss" in str(error) and "checkpoint-2" in str(error) else 8)
+
+
 def make_decoder(folder: Path) -> Path:
     """A random Llama of about 20,000 parameters with the tokenizer of `make_backbone` and an end token."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

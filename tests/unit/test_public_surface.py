@@ -20,7 +20,8 @@ FUNCTIONS = (
     *("compare", "evaluate", "list_kinds", "list_methods", "list_recipes", "list_tasks", "load_adapter", "load_many"),
     *("merge", "predict", "push", "recommend", "to_lora", "train"),
 )
-OTHERS = ("AdapterMismatchError", "ConfigError", "PeftLabError", "ReadTrainingData", "TaskError", "row_inputs")
+ERRORS = ("AdapterMismatchError", "ConfigError", "DivergedError", "PeftLabError", "TaskError")
+OTHERS = (*ERRORS, "ReadTrainingData", "row_inputs")
 CONFIGS = sorted(info.config for info in registry.list_methods().values() if info.config and info.place != "peft")
 
 #: Arguments that each function refuses before it does anything, so that a call costs no training.

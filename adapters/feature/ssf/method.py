@@ -64,6 +64,7 @@ class SSFLayer(FeatureLayer):
     adapter_layer_names = ("ssf_scale", "ssf_shift")
     row_fields = MappingProxyType({"ssf_scale": 1.0, "ssf_shift": 0.0})
     per_channel = row_fields
+    linear = True
 
     def initial_values(self, adapter: str, config: SSFConfig) -> dict[str, Tensor]:
         values = {"ssf_scale": 1 + config.init_std * torch.randn(self.op.channels)}

@@ -54,7 +54,7 @@ class PixelPromptConfig(MappedHeadConfig):
     """Configuration of pixel prompts.
 
     Trainable: channels x the pixels of the border, or of the whole image. For an image of side S and a border of width
-    p that is 12 p (S - p) with three channels.
+    p that is 12 p (S - p) with three channels. `backbone_eval` is on by default, as in the authors' code.
 
     Raises:
         ConfigError: an unknown program or mapping, a size or a statistic out of range; the model is no image
@@ -62,6 +62,7 @@ class PixelPromptConfig(MappedHeadConfig):
     """
 
     uses_source_head = True
+    authors_backbone_eval = True
 
     program: str = field(
         default="frame",

@@ -7,11 +7,11 @@ Each generator projects the hidden states of the instruction down, pools them in
 activation and projects up to prompts, which stand at the left of the sequence. They are made once, when the text is
 read, and live on in the KV cache. Other choices of pooling, activation and insertion make it LPT or IDPG: the presets.
 
-Two things the papers leave open. The projection up starts at zero: prompts of zero are keys and values of zero in front
-of a norm without bias, which disturb a decoder little, while small random ones destroy its output (the perplexity of
-SmolLM2-135M on E2E: 14 without prompts, 25 with those of zero, more than 10,000 with random ones). And hidden states
-are scaled to root mean square 1 before they are projected (`normalize`), because decoders have some a hundred times
-larger than others, and then no learning rate fits.
+Two things IAPT's paper leaves open, and the presets have neither. The projection up starts at zero (`init_zero`):
+prompts of zero are keys and values of zero in front of a norm without bias, which disturb a decoder little, while small
+random ones destroy its output (the perplexity of SmolLM2-135M on E2E: 14 without prompts, 25 with those of zero, more
+than 10,000 with random ones). And hidden states are scaled to root mean square 1 before they are projected
+(`normalize`), because decoders have some a hundred times larger than others, and then no learning rate fits.
 
 The instruction is given by `instruction_mask`, an argument of the model's forward and of `generate`; else it is the
 tokens before the first that has a label (other than -100); else the whole text but its padding. What `generate` writes
@@ -51,6 +51,8 @@ METHOD = MethodInfo(
             "pool": "max",
             "activation": "relu",
             "biases": True,
+            "normalize": False,
+            "init_zero": False,
             "layers_to_transform": ...,
         },
         # Instance-Dependent Prompt Generation: prompts from the first token's state, at the input; the paper reads
@@ -61,6 +63,8 @@ METHOD = MethodInfo(
             "pool": "first",
             "activation": "relu",
             "biases": True,
+            "normalize": False,
+            "init_zero": False,
             "layers_to_transform": 0,
         },
     },
@@ -104,6 +108,10 @@ class IAPTConfig(SequenceConfig):
     biases: bool = field(default=False, metadata={"help": "Biases in the projections.", "other": True})
     normalize: bool = field(
         default=True, metadata={"help": "Scale hidden states to root mean square 1 before projecting.", "other": False}
+    )
+
+    init_zero: bool = field(
+        default=True, metadata={"help": "Start the projection up at zero, not as nn.Linear starts.", "other": False}
     )
 
     def row_inputs(self) -> tuple[RowInput, ...]:
@@ -156,16 +164,22 @@ class IAPTLayer(SequenceLayer):
         return values
 
     def _projection_start(self, name: str, config: IAPTConfig) -> dict[str, Tensor]:
-        """Start values of the projection "down", or "up", which starts at zero."""
+        """Start values of the projection "down" or "up", by nn.Linear's rule.
+
+        With `init_zero` the projection up and all biases start at zero.
+        """
         if name == "down":
-            weight = nn.init.kaiming_uniform_(torch.empty(config.bottleneck, self.width), math.sqrt(5))
+            outputs, inputs = config.bottleneck, self.width
         else:
             # One pooled token makes all prompts at once, so this projection is wider.
             one_for_all = config.pool in ("first", "last")
-            weight = torch.zeros(self.width * (config.num_prompts if one_for_all else 1), config.bottleneck)
+            outputs, inputs = self.width * (config.num_prompts if one_for_all else 1), config.bottleneck
+        weight, bias = torch.zeros(outputs, inputs), torch.zeros(outputs)
+        if name == "down" or not config.init_zero:
+            nn.init.kaiming_uniform_(weight, math.sqrt(5))
         values = {f"iapt_{name}": weight}
         if config.biases:
-            values[f"iapt_{name}_bias"] = torch.zeros(len(weight))
+            values[f"iapt_{name}_bias"] = bias if config.init_zero else bias.uniform_(-1, 1) / math.sqrt(inputs)
         return values
 
     def prompts(self, adapter: str, tokens: Tensor, state: PromptState) -> Tensor | None:

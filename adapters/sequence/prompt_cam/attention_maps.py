@@ -1,8 +1,9 @@
 """Attention maps of class prompts in the last block, head by head.
 
 For methods with one prompt per class (`image_logits`). Queries and keys of the last block are read where they are made,
-so any kind of attention kernel will do. A head is taken from a class by setting the class prompt's query to zero there:
-its attention is then uniform. The attention of other prompts and tokens stays the same.
+so any kind of attention kernel will do. A head is taken from a class by making the class prompt's attention uniform
+there: over all keys, by a query of zero, as in the authors' code, or over the patches alone, as in the paper (`blur`).
+The attention of other prompts and tokens stays the same.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
+#: What a head that a class has lost looks at evenly.
+Blur = Literal["keys", "patches"]
 #: Heads that are left for a class where nothing else is said, as in the paper, or half of them where there are few.
 KEPT_HEADS = 4
 #: Longest class name in the picture.
@@ -41,6 +44,11 @@ class LastBlock:
 
     The model is put into evaluation mode.
 
+    Args:
+        model: with an adapter of a method with class prompts.
+        pixel_values: images (batch, channels, height, width) as the model gets them.
+        blur: what a lost head looks at evenly: all "keys", or the "patches" alone.
+
     Attributes:
         logits: (batch, classes).
         attention: weights from each class prompt to each patch (batch, classes, heads, rows, columns); weights to
@@ -52,7 +60,7 @@ class LastBlock:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, pixel_values: Tensor) -> None:
+    def __init__(self, model: nn.Module, pixel_values: Tensor, blur: Blur = "keys") -> None:
         model.eval()
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         if pixel_values.ndim != 4:
@@ -64,6 +72,7 @@ class LastBlock:
         self.adapter = next(name for name in self.layer.active_adapters if name in self.layer.configs)
         block: Any = self.layer.base_layer
         self._queries, self._keys = (_projection(block, name) for name in ("q_proj", "k_proj"))
+        self.blur = blur
         # Read where they are made: kernels such as sdpa return no attention weights.
         seen: dict[str, Any] = {}
         handles = [
@@ -122,20 +131,36 @@ class LastBlock:
             heads: bool (n, heads), true for a head that the class prompt has lost.
         """
 
-        def blur(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            # A query of zero attends to all keys alike.
-            blurred = out.clone()
-            query = blurred[:, self.at + target].unflatten(-1, (self.heads, -1))
-            blurred[:, self.at + target] = query.masked_fill(heads[..., None], 0).flatten(-2)
-            return blurred
+        values: list[Tensor] = []
 
-        handle = self._queries.register_forward_hook(blur)
+        def lose(mixed: Tensor, uniform: Tensor | int) -> Tensor:
+            # What the class prompt has at the lost heads, in queries or in what attention makes of the values.
+            changed = mixed.clone()
+            own = changed[:, self.at + target].unflatten(-1, (self.heads, -1))
+            changed[:, self.at + target] = torch.where(heads[..., None], uniform, own).flatten(-2)
+            return changed
+
+        def over_patches(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            tokens, _ = split(values[0], self.layer.stack.classes, self.at)
+            patches = tokens[:, self.layer.stack.prefix_tokens :]
+            return (lose(args[0], patches.mean(1).unflatten(-1, (self.heads, -1))), *args[1:])
+
+        block = self.layer.base_layer
+        if self.blur == "patches":
+            handles = [
+                _projection(block, "v_proj").register_forward_hook(lambda m, a, out: values.append(out)),
+                _projection(block, "o_proj", "out_proj").register_forward_pre_hook(over_patches),
+            ]
+        else:
+            # A query of zero attends to all keys alike.
+            handles = [self._queries.register_forward_hook(lambda m, a, out: lose(out, 0))]
         try:
             hidden, *rest = self._args
             repeated = hidden[row : row + 1].expand(len(heads), -1, -1)
-            out = self.layer.base_layer(repeated, *rest, **self._kwargs)
+            out = block(repeated, *rest, **self._kwargs)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         out = out[0] if isinstance(out, tuple) else out
         _, prompts = split(out, self.layer.stack.classes, self.at)
         return self.layer.logits(self.adapter, prompts).float().softmax(-1)[:, target]
@@ -175,11 +200,13 @@ def _scoring_layer(model: nn.Module) -> Any:
     return last[0]
 
 
-def _projection(block: nn.Module, name: str) -> nn.Module:
+def _projection(block: nn.Module, *names: str) -> nn.Module:
     """Module of a block by the last part of its path."""
-    found = [module for path, module in block.named_modules() if path.rpartition(".")[2] == name]
+    found = [module for path, module in block.named_modules() if path.rpartition(".")[2] in names]
     if len(found) != 1:
-        raise ConfigError(f"{type(block).__name__} has {len(found)} modules named {name}; attention maps need one.")
+        raise ConfigError(
+            f"{type(block).__name__} has {len(found)} modules named {' or '.join(names)}; attention maps need one."
+        )
     return found[0]
 
 
@@ -212,6 +239,7 @@ def panels(
     classes: Sequence[str] | None = None,
     rivals: int = 2,
     keep: int | None = None,
+    blur: Blur = "keys",
 ) -> list[Panel]:
     """Make the rows of a picture, one for each image and class.
 
@@ -224,6 +252,7 @@ def panels(
         classes: names of the classes to show, in this order.
         rivals: number of the likeliest other classes, if none are named.
         keep: heads that remain when those that a class does not need are taken away.
+        blur: what a head that is taken away looks at evenly: all "keys", or the "patches" alone.
 
     Raises:
         ConfigError: an unknown class, or what `LastBlock` and `needed_heads` refuse.
@@ -234,7 +263,7 @@ def panels(
         if name not in names:
             raise ConfigError(f'"{name}" is no class of this model.{did_you_mean(name, names)}')
     pixels = processor(list(images), return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-    block = LastBlock(model, pixels)
+    block = LastBlock(model, pixels, blur)
     found = []
     for row, logits in enumerate(block.logits):
         probabilities = logits.softmax(-1)

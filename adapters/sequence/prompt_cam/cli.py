@@ -35,6 +35,13 @@ def attention_maps(
     heads: Annotated[
         int | None, typer.Option(min=1, help="Heads to keep for a class; 4, or half where there are fewer than 8.")
     ] = None,
+    blur: Annotated[
+        str,
+        typer.Option(
+            help="What a head that is taken away looks at evenly: all `keys` (the authors' code) or the `patches` (the "
+            "paper)."
+        ),
+    ] = "keys",
     task: Annotated[
         str | None, typer.Option(help="The task whose labels apply, instead of the adapter's or the base's own.")
     ] = None,
@@ -47,7 +54,7 @@ def attention_maps(
 ) -> None:
     """Draw attention maps of classes by head; needed heads are framed."""
     from peft_lab.data.task_registry import load_task
-    from peft_lab.runs.run_folder import TASK, find_adapter, read_origin
+    from peft_lab.runs.run_folder import find_adapter
 
     # All that can be refused without torch comes first, because importing it takes seconds.
     for image in images:
@@ -55,6 +62,8 @@ def attention_maps(
             raise ConfigError(f'There is no image file "{image}".')
     if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir() or output.is_dir():
         raise ConfigError(f'--output "{output}" must be a .png file in a folder that exists.')
+    if blur not in ("keys", "patches"):
+        raise ConfigError(f'--blur "{blur}" must be "keys" or "patches".')
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("Pictures need matplotlib: pip install 'peft-lab[plots]'.")
     if task is not None:
@@ -62,20 +71,25 @@ def attention_maps(
     folder = find_adapter(adapter)
     _check_method(folder)
     from peft_lab.adapters.sequence.prompt_cam.attention_maps import named_classes, write
-    from peft_lab.loading.load_run import load, load_image_classifier
     from peft_lab.utils.images import open_image
 
     opened = [open_image(image) for image in images]
-    # An adapter of no task and no run has the labels of its base alone.
-    model: Any
-    if task is None and "task" not in read_origin(folder) and not (folder / TASK).is_file():
-        model, processor = load_image_classifier(adapter, model_name_or_path, allow_other_base=allow_other_base)
-    else:
-        loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
-        model, processor = loaded.model, loaded.processor
+    model, processor = _load(adapter, folder, task, model_name_or_path, allow_other_base)
     names = named_classes(model, classes) if classes else None
-    write(model, processor, opened, output, typer.echo, classes=names, keep=heads)
+    write(model, processor, opened, output, typer.echo, classes=names, keep=heads, blur=blur)
     typer.echo(f"Picture written to {output}")
+
+
+def _load(adapter: str, folder: Path, task: str | None, base: str | None, allow_other_base: bool) -> tuple[Any, Any]:
+    """Load a model with the adapter, and its image processor."""
+    from peft_lab.loading.load_run import load, load_image_classifier
+    from peft_lab.runs.run_folder import TASK, read_origin
+
+    # An adapter of no task and no run has the labels of its base alone.
+    if task is None and "task" not in read_origin(folder) and not (folder / TASK).is_file():
+        return load_image_classifier(adapter, base, allow_other_base=allow_other_base)
+    loaded = load(adapter, task, base, allow_other_base=allow_other_base)
+    return loaded.model, loaded.processor
 
 
 def _check_method(folder: Path) -> None:

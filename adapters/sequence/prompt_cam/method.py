@@ -4,9 +4,10 @@ Source: Chowdhury et al. 2025, Prompt-CAM, arXiv:2501.09333. Written from the pa
 
 There is one prompt per class: its output scores the class, and its attention shows the patches that the class depends
 on. The prompts stand in front of the class token. Deep, each block has its own; shallow, those of the first block pass
-through all. What the last block makes of them goes through the final norm and one scoring vector, the same for all
-classes: that gives the logits, and the model's own head is neither used nor trained. `attention_maps.py` beside this
-file draws the attention.
+through all; interpolated (`class_block`), blocks before one in between have prompts of no class, and the class prompts
+of that one pass on to the last. What the last block makes of them goes through the final norm and one scoring vector,
+the same for all classes: that gives the logits, and the model's own head is neither used nor trained.
+`attention_maps.py` beside this file draws the attention.
 """
 
 from __future__ import annotations
@@ -39,16 +40,34 @@ class PromptCAMConfig(StaticConfig):
     """Configuration of Prompt-CAM.
 
     Trainable: classes x width for each block that writes prompts, and width + 1. The number of classes is the model's
-    `config.num_labels`.
+    `config.num_labels`. With `class_block` = i: i x `num_prompts` x width + classes x width + width + 1.
+    The authors keep the backbone in evaluation mode, which is the default of `backbone_eval`.
 
     Raises:
-        ConfigError: a dropout out of range; prompts that are sampled; the model is no image classifier; its head in
-            `modules_to_save`.
+        ConfigError: a dropout out of range; prompts that are sampled; a class block that the model does not have, or
+            without `deep`; the model is no image classifier; its head in `modules_to_save`.
     """
 
     produces_logits = True
+    authors_backbone_eval = True
 
     deep: bool = field(default=True, metadata={"help": "New prompts before every block.", "other": False})
+    class_block: int | None = field(
+        default=None,
+        metadata={
+            "help": "Index of the block whose class prompts pass on to the last (interpolated); blocks before it have "
+            "prompts of no class. Nothing: every block its own, or with deep=False block 0.",
+            "other": 0,
+        },
+    )
+    num_prompts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of no class in each block before `class_block`; nothing means as many as classes.",
+            "other": 2,
+            "with": {"class_block": 1},
+        },
+    )
     dropout: float = field(
         default=0.0,
         metadata={"help": "Dropout on prompts, one for the whole batch; the paper takes 0.1.", "other": 0.5},
@@ -62,6 +81,18 @@ class PromptCAMConfig(StaticConfig):
             raise ConfigError(
                 f"domain_draws={self.domain_draws} leaves prompts untrained, so they stand for no class; leave it out."
             )
+        if self.class_block is not None and not (self.deep and self.class_block >= 0):
+            raise ConfigError(f"class_block={self.class_block} must be at least 0, and goes with deep=True.")
+        if self.num_prompts is not None and (self.class_block is None or self.num_prompts < 1):
+            raise ConfigError(f"num_prompts={self.num_prompts} must be at least 1, and goes with class_block.")
+
+    def prompted_block_indices(self, num_blocks: int) -> list[int]:
+        chosen = super().prompted_block_indices(num_blocks)
+        if self.class_block is None:
+            return chosen
+        if self.class_block not in chosen:
+            raise ConfigError(f"class_block={self.class_block} is none of the blocks that may write prompts: {chosen}.")
+        return [depth for depth in chosen if depth <= self.class_block]
 
 
 class PromptCAMLayer(StoredPrompts):
@@ -76,7 +107,9 @@ class PromptCAMLayer(StoredPrompts):
     def initial_values(self, adapter: str, config: PromptCAMConfig) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         if self.depth in config.prompted_block_indices(self.num_blocks):
-            values["prompt_cam_prompts"] = self.uniform(self.stack.classes, self.width)
+            stands_for_classes = config.class_block is None or self.depth == config.class_block
+            count = self.stack.classes if stands_for_classes else config.num_prompts or self.stack.classes
+            values["prompt_cam_prompts"] = self.uniform(count, self.width)
         # The scores are read behind the last block, so that block stores the scoring vector.
         if self.depth == self.num_blocks - 1:
             bound = 1 / math.sqrt(self.width)

@@ -1,17 +1,20 @@
-"""Prompt tuning and P-tuning v2: trainable tokens in front of a text.
+"""Prompt tuning and P-tuning v2: trainable tokens, or keys and values, in front of a text.
 
-Source: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691; per block, Liu
-et al. 2021, P-Tuning v2, arXiv:2110.07602; the MLP, Li and Liang 2021, Prefix-Tuning, arXiv:2101.00190. Written from
-the papers.
+Source: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691; keys and values,
+Liu et al. 2021, P-Tuning v2, arXiv:2110.07602, and Li and Liang 2021, Prefix-Tuning, arXiv:2101.00190, which has the
+MLP too. Written from the papers.
 
-They are put in at the input, or new ones before every block. Prompts are tokens of the sequence and take no position:
-the text keeps the positions it has without them. So they are right where peft's own prompt tuning is not: in batches
-padded at the left (peft gives text the positions of the padding), with `generate(inputs_embeds=...)`, with
-`use_cache=False`, under gradient checkpointing, and where the rows of a batch have different adapters (peft ignores
-`adapter_names`).
+Tokens are put in at the input, or new ones before every block (`deep`), which the frozen projections turn into keys and
+values. With `key_values` the keys and values themselves are trained, in every block: that is prefix tuning, also called
+P-tuning v2, as peft's `PrefixTuningConfig` has it; a text with positions then begins behind them. Prompts that are
+tokens take no position: the text keeps the positions it has without them. Both are right where peft's own prompt and
+prefix tuning are not: in batches padded at the left (peft gives text the positions of the padding), with
+`generate(inputs_embeds=...)`, with `use_cache=False`, under gradient checkpointing, and where the rows of a batch have
+different adapters (peft ignores `adapter_names`).
 
 With `prefix_projection` a small MLP makes them from embeddings, and is trained and saved along: for the embeddings e
-(tokens, width), the prompts before block i are U_i tanh(W e + b) + c_i, with e, W and b the same for all blocks.
+(tokens, width), the prompts before block i are U_i tanh(W e + b) + c_i, with e, W and b the same for all blocks. Of
+keys and values U_i makes both.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 from peft_lab.adapters.sequence.soft_prompt.text_init import states_before
 from peft_lab.errors import ConfigError
 from peft_lab.tuners import MethodInfo, register
-from peft_lab.tuners.sequence import PromptState, StaticConfig, StaticTuner, StoredPrompts, chosen_stack
+from peft_lab.tuners.sequence import PromptState, StaticConfig, StaticTuner, StoredPrompts, chosen_stack, projections
 
 METHOD = MethodInfo(
     name="soft_prompt",
@@ -49,6 +52,8 @@ class SoftPromptConfig(StaticConfig):
     Trainable: `num_virtual_tokens` x width for each block that writes prompts.
 
     With `prefix_projection`, for n tokens, width d, m hidden units and L such blocks: n d + m (d + 1) + L d (m + 1).
+    With `key_values`: 2 x blocks x `num_virtual_tokens` x width of the keys; in the formula of the MLP L d becomes 2 L
+    times that width.
 
     The names are those of peft's `PromptTuningConfig` and `PrefixTuningConfig`. A text is turned into token ids when
     the config is made, and saved as such: loading an adapter never looks for a tokenizer.
@@ -59,8 +64,10 @@ class SoftPromptConfig(StaticConfig):
     """
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Prompts of each block.", "other": 3})
-    deep: bool = field(
-        default=False, metadata={"help": "New prompts before every block, as in P-tuning v2.", "other": True}
+    deep: bool = field(default=False, metadata={"help": "New prompts before every block.", "other": True})
+    key_values: bool = field(
+        default=False,
+        metadata={"help": "Train keys and values of every block, as prefix tuning and P-tuning v2 do.", "other": True},
     )
     prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = field(
         default="RANDOM",
@@ -116,6 +123,11 @@ class SoftPromptConfig(StaticConfig):
             raise ConfigError('prompt_tuning_init="TEXT" and prompt_tuning_init_text go together.')
         if (tokenizer is not None) != isinstance(text, str):
             raise ConfigError("tokenizer_name_or_path is for a prompt_tuning_init_text that is no list of token ids.")
+        if self.key_values and (self.domain_components is not None or self.prompt_tuning_init != "RANDOM"):
+            raise ConfigError(
+                "key_values=True trains keys and values, and domain_components and prompt_tuning_init give tokens to "
+                "start from; leave one out."
+            )
         if self.domain_components is not None and self.prompt_tuning_init != "RANDOM":
             raise ConfigError(
                 f"domain_components={self.domain_components} and prompt_tuning_init={self.prompt_tuning_init!r} both "
@@ -130,6 +142,15 @@ class SoftPromptConfig(StaticConfig):
             self.tokenizer_name_or_path = None
         if self.prompt_tuning_init_text is not None and not self.prompt_tuning_init_text:
             raise ConfigError("prompt_tuning_init_text has no tokens.")
+
+    @property
+    def key_value_tokens(self) -> int:
+        return self.num_virtual_tokens if self.key_values else 0
+
+    def prompted_block_indices(self, num_blocks: int) -> list[int]:
+        if self.key_values:
+            return [depth for depth in range(num_blocks) if self.may_write(depth)]
+        return super().prompted_block_indices(num_blocks)
 
     def _check_projection(self) -> None:
         """Check the fields of the MLP and their conflicts with other starts."""
@@ -155,16 +176,22 @@ class SoftPromptLayer(StoredPrompts):
 
     adapter_layer_names = (
         *("soft_prompt_tokens", "soft_prompt_in_weight", "soft_prompt_in_bias"),
-        *("soft_prompt_out_weight", "soft_prompt_out_bias"),
+        *("soft_prompt_out_weight", "soft_prompt_out_bias", "soft_prompt_keys", "soft_prompt_values"),
     )
 
     def initial_values(self, adapter: str, config: SoftPromptConfig) -> dict[str, Tensor]:
         if self.depth not in config.prompted_block_indices(self.num_blocks):
             return {}
+        width = self.width
+        if config.key_values:
+            width = projections(self.base_layer, self.stack.settings.model_type)[0].width
         if config.prefix_projection:
-            hidden = self._hidden_units(config)
-            shapes = {"soft_prompt_out_weight": (self.width, hidden), "soft_prompt_out_bias": (self.width,)}
+            hidden, outputs = self._hidden_units(config), (1 + config.key_values) * width
+            shapes = {"soft_prompt_out_weight": (outputs, hidden), "soft_prompt_out_bias": (outputs,)}
             return {name: _as_torch_starts(shape, hidden) for name, shape in shapes.items()}
+        if config.key_values:
+            names = ("soft_prompt_keys", "soft_prompt_values")
+            return {name: torch.randn(config.num_virtual_tokens, width) for name in names}
         start = getattr(config, "starts", {}).get(self.depth)
         if start is None:
             start = torch.empty(config.num_virtual_tokens, self.width).uniform_(-0.5, 0.5)
@@ -190,15 +217,30 @@ class SoftPromptLayer(StoredPrompts):
         return config.encoder_hidden_size or self.stack.widths[first]
 
     def values(self, adapter: str, rows: int | None = None) -> Tensor | None:
-        # With an MLP the stored values are the embeddings, which one block stores for all.
         config = self.configs[adapter]
-        if config.prefix_projection and self.share_key(config):
+        if not self.share_key(config):
+            return None
+        # Keys and values need a place in the sequence, whatever stands there.
+        if config.key_values:
+            return torch.zeros(config.num_virtual_tokens, self.width, device=self.base_weight.device)
+        # With an MLP the stored values are the embeddings, which one block stores for all.
+        if config.prefix_projection:
             return self.parameter(adapter, "soft_prompt_tokens")
         return super().values(adapter, rows)
 
     def make_prompts(self, adapter: str, values: Tensor, state: PromptState) -> Tensor:
-        if adapter not in self.soft_prompt_out_weight:
-            return values
+        config = self.configs[adapter]
+        return self._project(adapter, values) if config.prefix_projection and not config.key_values else values
+
+    def key_values(self, adapter: str) -> tuple[Tensor, Tensor]:
+        embeddings = self.parameter(adapter, "soft_prompt_tokens")
+        if embeddings is None:
+            return self.soft_prompt_keys[adapter], self.soft_prompt_values[adapter]
+        keys, values = self._project(adapter, embeddings).chunk(2, -1)
+        return keys, values
+
+    def _project(self, adapter: str, values: Tensor) -> Tensor:
+        """Apply the MLP to embeddings (tokens, width)."""
         weight = self.parameter(adapter, "soft_prompt_in_weight")
         assert weight is not None, "the MLP is there as a whole"
         # Each block computes it anew, because one that is recomputed in the backward pass must not look at another's.
@@ -230,6 +272,11 @@ class SoftPromptTuner(StaticTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # A loaded adapter brings its prompts along, so no text is run for it.
         fresh = peft_config.fingerprints is None and not peft_config.inference_mode
+        # Before anything is injected, so that a refused adapter leaves the model as it was.
+        path, blocks = chosen_stack(self.model, peft_config.stack)
+        for block in blocks if peft_config.key_values else ():
+            module = self.model.get_submodule(block)
+            projections(getattr(module, "base_layer", module), self.model.get_submodule(path).config.model_type)
         prepared = super()._prepare_adapter_config(peft_config, model_config)
         if fresh and peft_config.prompt_tuning_init != "RANDOM":
             prepared.starts = self._states(prepared)

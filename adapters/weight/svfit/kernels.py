@@ -63,18 +63,8 @@ def spectral_flops(
     return build + apart + train * (weight + build + input_grad * apart)
 
 
-def spectral_plan(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    rank: int,
-    fusable: bool,
-    *,
-    train: bool = True,
-    input_grad: bool = True,
-    plain: bool = False,
-) -> Plan:
-    """Plan with the fewest FLOPs (see :func:`spectral_flops`).
+def spectral_plan(*sizes: int, fusable: bool, train: bool = True, input_grad: bool = True, plain: bool = False) -> Plan:
+    """Plan with the fewest FLOPs for the sizes of :func:`spectral_flops`.
 
     Of equals it is the one that keeps least. ``plain`` leaves out the projected plan, which needs a backward of its
     own.
@@ -85,10 +75,8 @@ def spectral_plan(
     plans: tuple[Plan, ...] = ("factored", "materialised")
     if fusable and train and not plain:
         plans = ("factored", "projected", "materialised")
-    sizes = (tokens, in_features, out_features, rank)
-    return min(
-        plans, key=lambda plan: spectral_flops(plan, *sizes, fusable=fusable, train=train, input_grad=input_grad)
-    )
+    costs = {plan: spectral_flops(plan, *sizes, fusable=fusable, train=train, input_grad=input_grad) for plan in plans}
+    return min(plans, key=costs.__getitem__)
 
 
 def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, delta: Tensor, vh: Tensor) -> Tensor:
@@ -177,7 +165,7 @@ def _plan_for(
 ) -> Plan:
     train, plain = torch.is_grad_enabled() and delta.requires_grad, plain or torch.compiler.is_compiling()
     sizes = (tokens, vh.shape[1], u.shape[0], vh.shape[0])
-    return spectral_plan(*sizes, fusable, train=train, input_grad=x.requires_grad, plain=plain)
+    return spectral_plan(*sizes, fusable=fusable, train=train, input_grad=x.requires_grad, plain=plain)
 
 
 def _rows(x: Tensor) -> int:

@@ -4,8 +4,8 @@ Source: Sun et al. 2024, SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Tra
 arXiv:2409.05926.
 
 With the singular value decomposition W = U diag(sigma) Vh of a frozen weight, SVFit trains the leading r singular
-values and nothing else. Here in additive form, y = W x + U_r diag(delta) Vh_r x with delta = 0 at the start, so that
-the model begins bit-exactly as the base and weight decay pulls towards the pretrained values.
+values (by `selection` the smallest, or some of both) and nothing else. Here in additive form, y = W x + U_r diag(delta)
+Vh_r x with delta = 0 at the start: the model begins bit-exactly as the base, and weight decay leads back to it.
 """
 
 from __future__ import annotations
@@ -56,6 +56,14 @@ class SVFitConfig(AdapterConfig):
         default="full",
         metadata={"help": 'Singular values to train: an int, "full", or "energy:0.99" of the squared sum.', "other": 3},
     )
+    selection: Literal["principal", "minor", "mixed"] = field(
+        default="principal",
+        metadata={
+            "help": "Which singular values: the largest, the smallest (`minor`), or half of each (`mixed`).",
+            "other": "minor",
+            "with": {"rank": 3},
+        },
+    )
     parametrization: Literal["additive", "relative"] = field(
         default="additive",
         metadata={"help": "Train delta (additive), or s with delta = sigma * s (relative).", "other": "relative"},
@@ -66,7 +74,8 @@ class SVFitConfig(AdapterConfig):
     )
 
     def check(self) -> None:
-        svd.parse_rank(self.rank)
+        if not isinstance(svd.parse_rank(self.rank), int) and self.selection != "principal":
+            raise ConfigError(f'selection="{self.selection}" needs a number as rank, not "{self.rank}".')
 
 
 class SVFitLayer(WeightLayer):
@@ -79,21 +88,26 @@ class SVFitLayer(WeightLayer):
     adapter_layer_names = ("svfit_delta",)
     other_param_names = ("svfit_u", "svfit_s", "svfit_vh")
     row_fields = MappingProxyType({"svfit_delta": 0.0})
+    linear = True
+    decayed_vectors = ("svfit_delta",)
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
         for part in self.other_param_names:
             setattr(self, part, BufferDict({}, persistent=True))
-        self._shared: svd.Bases | None = None
+        self._shared: Any = None
 
     def initial_values(self, adapter: str, config: SVFitConfig) -> dict[str, Tensor]:
         # Only an adapter that saves its bases has some of its own; the others share those of the largest rank.
-        bases = self._bases_of_weight(config.rank)
+        found = bases = self._bases_of_weight(config.rank if config.selection == "principal" else "full")
+        if config.selection != "principal":
+            bases = found.select(min(int(config.rank), found.rank), config.selection)
         if config.save_bases:
-            self.svfit_u[adapter], self.svfit_s[adapter], self.svfit_vh[adapter] = bases.u, bases.s, bases.vh
-        elif self._shared is None or bases.rank > self._shared.rank:
-            self._shared = bases
-        close = svd.degenerate(bases.s)
+            for name in ("u", "s", "vh"):
+                getattr(self, f"svfit_{name}")[adapter] = getattr(bases, name).contiguous()
+        elif self._shared is None or found.rank > self._shared.rank:
+            self._shared = found
+        close = svd.degenerate(bases.s, found.s[:1])
         if close:
             warnings.warn(
                 f"{close} of {bases.rank} singular values are equal to their neighbour, so their directions are not "
@@ -103,11 +117,15 @@ class SVFitLayer(WeightLayer):
         return {"svfit_delta": torch.zeros(bases.rank)}
 
     def bases(self, adapter: str) -> svd.Bases:
-        """Frozen singular bases of an adapter, at its rank."""
+        """Frozen singular bases of an adapter, those that it trains the values of."""
         if adapter in self.svfit_u:
             return svd.Bases(self.svfit_u[adapter], self.svfit_s[adapter], self.svfit_vh[adapter])
-        assert self._shared is not None
-        return self._shared.head(self.svfit_delta[adapter].numel())
+        return self._shared.select(self.svfit_delta[adapter].numel(), self.configs[adapter].selection)
+
+    def _spread(self, delta: Tensor, config: SVFitConfig) -> Tensor:
+        """Change (r,) of an adapter's singular values as one of all that the shared bases have."""
+        first = svd.leading(len(delta), config.selection)
+        return torch.cat([delta[:first], delta.new_zeros(self._shared.rank - len(delta)), delta[first:]])
 
     def delta(self, adapter: str) -> Tensor:
         """Change of the singular values (r,)."""
@@ -152,18 +170,17 @@ class SVFitLayer(WeightLayer):
         return super().row_shapes(config)
 
     def row_values(self, values: Mapping[str, Tensor], config: SVFitConfig) -> dict[str, Tensor]:
-        assert self._shared is not None
         # Rows of both parametrizations meet in one batch, so all are brought to the additive one.
         value = values["svfit_delta"]
         relative = config.parametrization == "relative"
-        return {"svfit_delta": value * self._shared.head(value.numel()).s.to(value) if relative else value}
+        value = value * self._shared.select(len(value), config.selection).s.to(value) if relative else value
+        return {"svfit_delta": self._spread(value, config)}
 
     def rows_output(
         self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        assert self._shared is not None
         delta, base = values["svfit_delta"], self.base_layer
-        bases, weight = self._shared.head(delta.shape[1]), base.weight
+        bases, weight = self._shared.select(delta.shape[1], "principal"), base.weight
         linear = self.op.op_type in ("linear", "conv1d")
         if out is None and linear and bases.rank == min(weight.shape) and x.dtype == weight.dtype == torch.float32:
             # The bases span the whole weight, so its own product is not needed beside theirs.
@@ -172,9 +189,8 @@ class SVFitLayer(WeightLayer):
         return super().rows_output(x, values, out, *args, **kwargs)
 
     def rows_delta(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        assert self._shared is not None
         delta = values["svfit_delta"]
-        return self._project(x, self._shared.head(delta.shape[1]), delta)
+        return self._project(x, self._shared.select(delta.shape[1], "principal"), delta)
 
     def _per_row(self, x: Tensor, rows: RowAdapters) -> Tensor | None:
         """Change of singular values by row (batch, r), zero without an adapter.
@@ -184,15 +200,11 @@ class SVFitLayer(WeightLayer):
         present = [name for name in rows.names if name in self.configs]
         if not present or any(name in self.svfit_u for name in present):
             return None
-        deltas = {name: self.delta(name) for name in present}
-        rank = max(delta.numel() for delta in deltas.values())
-        zero = self.svfit_delta[present[0]].new_zeros(rank)
-        # Shared bases lead with the same triplets, so a smaller rank is a larger one with zeros at its end.
-        padded = []
-        for name in rows.names:
-            delta = deltas.get(name, zero)
-            padded.append(F.pad(delta, (0, rank - delta.numel())))
-        return torch.stack(padded)[rows.index(x.shape[0], x.device)]
+        zero = self.svfit_delta[present[0]].new_zeros(self._shared.rank)
+        # Shared bases hold the triplets of all adapters, so a change of some of them is zero for the others.
+        spread = {name: self._spread(self.delta(name), self.configs[name]) for name in present}
+        deltas = [spread.get(name, zero) for name in rows.names]
+        return torch.stack(deltas)[rows.index(x.shape[0], x.device)]
 
     def _project(self, x: Tensor, bases: svd.Bases, delta: Tensor) -> Tensor:
         """Compute U diag(delta) Vh x for this kind of op.
@@ -237,7 +249,7 @@ class SVFitLayer(WeightLayer):
         side = min(self.op.matrix(weight).shape)
         # Shared bases of at least this rank hold the wanted ones; a share of energy needs the whole spectrum.
         if self._shared is not None and not isinstance(wanted, float) and (wanted or side) <= self._shared.rank:
-            return self._shared.head(min(wanted or side, side))
+            return self._shared.select(min(wanted or side, side), "principal")
         return svd.bases(self.op.matrix(weight), rank, key=self.fingerprint()["sha256"])
 
     def _apply(self, fn: Any, recurse: bool = True) -> SVFitLayer:

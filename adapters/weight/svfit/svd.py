@@ -13,6 +13,7 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -57,13 +58,23 @@ class Bases:
         """Number of singular values."""
         return self.s.numel()
 
-    def head(self, rank: int) -> Bases:
-        """Leading `rank` triplets, as views."""
-        return self if rank == self.rank else Bases(self.u[:, :rank], self.s[:rank], self.vh[:rank])
+    def select(self, rank: int, selection: str) -> Bases:
+        """Choose `rank` of all triplets; they are views, but for "mixed"."""
+        first = leading(rank, selection)
+        chosen: Any = slice(0, rank) if first == rank else slice(self.rank - rank, self.rank)
+        if 0 < first < rank:
+            chosen = torch.arange(rank, device=self.s.device)
+            chosen = chosen + (self.rank - rank) * (chosen >= first)
+        return Bases(self.u[:, chosen], self.s[chosen], self.vh[chosen])
 
     def to(self, device: torch.device) -> Bases:
         """Move the factors to a device."""
         return Bases(self.u.to(device), self.s.to(device), self.vh.to(device))
+
+
+def leading(rank: int, selection: str) -> int:
+    """Number of the largest among `rank` chosen singular values; the others are the smallest."""
+    return {"principal": rank, "minor": 0, "mixed": (rank + 1) // 2}[selection]
 
 
 def parse_rank(rank: int | str) -> int | float | None:
@@ -102,14 +113,10 @@ def bases(matrix: Tensor, rank: int | str, key: str | None = None) -> Bases:
     return found
 
 
-def degenerate(s: Tensor) -> int:
-    """Number of neighbouring pairs of singular values (r,) that are degenerate.
-
-    They are too close for their vectors to be determined.
-    """
-    if s.numel() < 2:
-        return 0
-    return int(((s[:-1] - s[1:]).abs() <= _DEGENERATE_GAP * s[0].clamp_min(1e-30)).sum())
+def degenerate(s: Tensor, largest: Tensor | None = None) -> int:
+    """Number of pairs of neighbours in (r,) too close, by the largest of all, for their vectors to be determined."""
+    gap = _DEGENERATE_GAP * (s[:1] if largest is None else largest).clamp_min(1e-30)
+    return int(((s[:-1] - s[1:]).abs() <= gap).sum())
 
 
 def _decompose(matrix: Tensor, wanted: int | float | None) -> Bases:
@@ -136,8 +143,7 @@ def energy_rank(s: Tensor, share: float) -> int:
     if energy[-1] == 0:
         return 1
     # A tolerance of rounding, so that a share of 1 is reached.
-    reached = (energy >= share * energy[-1] * (1 - 1e-12)).nonzero()
-    return int(reached[0, 0]) + 1
+    return int((energy >= share * energy[-1] * (1 - 1e-12)).nonzero()[0, 0]) + 1
 
 
 def _canonical(u: Tensor, s: Tensor, vh: Tensor) -> Bases:
@@ -177,8 +183,7 @@ def _randomized(matrix: Tensor, rank: int) -> Bases | None:
 def _cache_path(matrix: Tensor, rank: int | str, key: str | None) -> Path | None:
     if key is None or matrix.numel() < _CACHE_MIN_ENTRIES:
         return None
-    shape = "x".join(map(str, matrix.shape))
-    dtype = str(matrix.dtype).removeprefix("torch.")
+    shape, dtype = "x".join(map(str, matrix.shape)), str(matrix.dtype).removeprefix("torch.")
     return cache_dir("bases") / f"v{_CACHE_VERSION}-{key}-{dtype}-{shape}-{str(rank).replace(':', '-')}.safetensors"
 
 

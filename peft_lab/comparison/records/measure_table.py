@@ -62,7 +62,7 @@ def mean_measure(records: Iterable[Record], name: str) -> float | None:
 
     Returns None if no run has it, or a value is not finite.
     """
-    values = [record.measures.get(name) for record in records]
-    known = [float(value) for value in values if value is not None]
-    # a mean over the finite values alone would hide a run that diverged
-    return float(np.mean(known)) if known and np.isfinite(known).all() else None
+    known = [record.measures[name] for record in records if name in record.measures]
+    # a mean over the finite values alone would hide a run that diverged; null stands for its value
+    values = np.asarray([np.nan if value is None else value for value in known])
+    return float(values.mean()) if known and np.isfinite(values).all() else None

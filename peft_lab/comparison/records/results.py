@@ -19,6 +19,7 @@ from peft_lab.comparison.records.run import Record
 from peft_lab.errors import ConfigError
 from peft_lab.metrics import predictions as row_predictions
 from peft_lab.metrics.predictions import Predictions
+from peft_lab.utils import strict_json
 
 RESULTS, STUDY, COMPARISON, RUNS = "results.jsonl", "study.yaml", "comparison.json", "runs"
 
@@ -96,7 +97,7 @@ def append_record(folder: str | Path, record: Record) -> None:
     """
     path = Path(folder) / RESULTS
     # one write of one line, so that a killed process leaves at most one incomplete line
-    line = json.dumps(asdict(record), ensure_ascii=False, default=str) + "\n"
+    line = strict_json.dumps(asdict(record)) + "\n"
     with FileLock(f"{path}.lock"):
         # otherwise the record would be joined to what a killed process left, and neither could be read
         _cut_incomplete_line(path)

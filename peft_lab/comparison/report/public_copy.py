@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from peft_lab.comparison.records.run import Record
 from peft_lab.errors import ConfigError
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import dump_yaml, read_run_file
+from peft_lab.utils import strict_json
 
 
 def copy_records(folder: Path, out: Path, records: Sequence[Record]) -> None:
@@ -30,7 +30,7 @@ def copy_records(folder: Path, out: Path, records: Sequence[Record]) -> None:
     if (out / RUNS).exists() or (out.exists() and not out.is_dir()):
         raise ConfigError(f'"{out}" is a file or holds runs; name a new folder for the copy.')
     out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in records]
+    lines = [strict_json.dumps(dataclasses.asdict(record)) + "\n" for record in records]
     (out / RESULTS).write_text("".join(lines), encoding="utf-8")
     if (folder / STUDY).is_file():
         study = run_folder.without_paths(read_run_file(folder / STUDY))

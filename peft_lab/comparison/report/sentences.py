@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from peft_lab.comparison.stats.estimates import LEVEL, Estimate
 from peft_lab.comparison.stats.statistics import ALL_TASKS, ArmResult, CellResult
+from peft_lab.metrics.baselines import baseline_of, beats
 
 _TITLES = {
     "ece": "calibration error",
@@ -41,7 +42,25 @@ def describe(cell: CellResult) -> str:
         text += (
             " The intervals are over seeds alone: the runs left nothing from which the test rows could be resampled."
         )
-    return " ".join(filter(None, (text, _failures(cell))))
+    return " ".join(filter(None, (text, _below_baseline(cell), _failures(cell))))
+
+
+def _below_baseline(cell: CellResult) -> str:
+    """Sentence on the arms that do not beat a predictor without input."""
+    below: dict[str, list[str]] = {}
+    for arm in cell.arms:
+        found = [baseline_of(record.metrics, "test", cell.metric) for record in arm.records]
+        known = [each for each in found if each is not None]
+        # a mean over tasks has no baseline of its own
+        if cell.task == ALL_TASKS or not known:
+            continue
+        least = sum(score for _, score in known) / len(known)
+        if not beats(cell.metric, arm.score.value, least):
+            below.setdefault(f"{known[0][0]} ({number(least)})", []).append(arm.label)
+    sentences = []
+    for baseline, labels in below.items():
+        sentences.append(f"{join(labels)} {'does' if len(labels) == 1 else 'do'} not beat {baseline}.")
+    return " ".join(sentences)
 
 
 def _against_others(cell: CellResult) -> str:

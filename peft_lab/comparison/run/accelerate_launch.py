@@ -41,10 +41,18 @@ def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], plac
     ended = subprocess.run(command, check=False)
     # a launch that left no metrics has failed too
     if ended.returncode or not (place / run_folder.METRICS).is_file():
+        reason = _last_error(place.with_name(f"{place.name}.log"))
         raise PeftLabError(
-            f"accelerate launch ended with exit code {ended.returncode}; its output is in {place.name}.log."
+            f"accelerate launch ended with exit code {ended.returncode}; {reason}its output is in {place.name}.log."
         )
     return run_folder.read_metrics(place)
+
+
+def _last_error(log: Path) -> str:
+    """Last error that the launched command printed; "" without one."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    told = [line.partition("Error:")[2].strip() for line in lines if line.startswith("Error:")]
+    return f'it said "{told[-1]}"; ' if told else ""
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:

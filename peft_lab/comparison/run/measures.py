@@ -81,8 +81,10 @@ def curves(place: Path) -> dict[str, list[list[float]]]:
     for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
         for name, value in entry.items():
             # timings have names that begin with eval_ as well, but are no curves
-            timing = name.endswith(("_runtime", "_per_second", "_model_preparation_time"))
-            if (name in ("loss", "grad_norm", "learning_rate") or name.startswith("eval_")) and not timing:
+            left_out = name.endswith(("_runtime", "_per_second", "_model_preparation_time"))
+            # null stands for a value that is not finite, which no curve can show
+            left_out |= value is None
+            if (name in ("loss", "grad_norm", "learning_rate") or name.startswith("eval_")) and not left_out:
                 found.setdefault(name, []).append([entry["step"], float(value)])
     return found
 
@@ -114,12 +116,11 @@ def _shifted(place: Path, task: str, metrics: Mapping[str, Any], batch_size: int
     from peft_lab.training.evaluate import evaluate
 
     main = metrics["main_metric"]
-    own = float(metrics["metrics"]["test"][main])
+    scores = metrics["metrics"]["test"]
     found = evaluate(place, task, "test", batch_size=batch_size)
-    name = main if main in found else "loss"  # the other task may have other metrics, but the loss is always there
-    if name != main:
-        own = float(metrics["metrics"]["test"][name])
-    shifted = float(found[name])
+    # the other task may have other metrics, and a metric may be undefined, but the loss is always there
+    name = main if main in found and scores.get(main) is not None else "loss"
+    own, shifted = float(scores[name]), float(found[name])
     drop = own - shifted if greater_is_better(name) else shifted - own
     return {"shifted_score": shifted, "shifted_drop": drop}
 

@@ -5,6 +5,7 @@ Method authors import from here.
 
 from __future__ import annotations
 
+from peft_lab.tuners.sequence.key_values import projections
 from peft_lab.tuners.sequence.layer import SequenceLayer
 from peft_lab.tuners.sequence.prompt_state import PromptState
 from peft_lab.tuners.sequence.stack import StackInfo, chosen_stack
@@ -22,6 +23,7 @@ __all__ = [
     "StaticTuner",
     "StoredPrompts",
     "chosen_stack",
+    "projections",
     "register_sequence",
     "register_static",
 ]

@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters, current_row_adapters
-from peft_lab.tuners.sequence import relative_bias, window_attention
+from peft_lab.tuners.sequence import key_values, relative_bias, window_attention
 from peft_lab.tuners.sequence.attention_inputs import (
     align_bias,
     align_keys,
@@ -127,6 +127,13 @@ class SequenceLayer(AdapterLayer):
         """
         raise NotImplementedError
 
+    def key_values(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Trained keys and values (prompts, width of keys) of this block.
+
+        For a config with `key_value_tokens`; they stand where attention would make its own of the prompts.
+        """
+        raise NotImplementedError
+
     def prepare_block(self, active: Sequence[str], rows: RowAdapters | None, state: PromptState, at: int) -> None:
         """Prepare the method's hooks inside the block; prompts stand at `at`."""
 
@@ -173,6 +180,7 @@ class SequenceLayer(AdapterLayer):
         kept, state.states = split(hidden, state.states.shape[1], at)
         if self.depth == self.num_blocks - 1:
             self._leave_stack(active, rows, state)
+        key_values.drop(self, active, rows, state)
         return type(out)((kept, *out[1:])) if isinstance(out, tuple | list) else kept
 
     def _adapters(self, adapter_names: Any) -> tuple[list[str], RowAdapters | None]:
@@ -181,6 +189,22 @@ class SequenceLayer(AdapterLayer):
             return [], None
         rows = current_row_adapters() if adapter_names is None else RowAdapters.of(adapter_names)
         return [name for name in self.active_adapters if name in self.configs], rows
+
+    def _adds_keys(self) -> bool:
+        """Test whether an adapter of this call has trained keys and values."""
+        active, rows = self._adapters(None)
+        return any(
+            self.configs[name].key_value_tokens for name in (rows.names if rows else active) if name in self.configs
+        )
+
+    def text_shift(self, batch: int, device: torch.device) -> int | Tensor:
+        """Number of positions before the text in this call, for all rows or int64 (batch, 1)."""
+        active, rows = self._adapters(None)
+        names = active if rows is None else rows.names
+        shifts = [self.configs[name].key_value_tokens if name in self.configs else 0 for name in names]
+        if rows is None or not any(shifts):
+            return max(shifts, default=0)
+        return torch.tensor(shifts, device=device)[rows.index(batch, device)][:, None]
 
     def _run(self, hidden: Tensor, positional: Sequence[str], kwargs: dict[str, Any]) -> Any:
         """Run the block itself.
@@ -208,6 +232,7 @@ class SequenceLayer(AdapterLayer):
             block = partial(self._run, positional=positional, kwargs=kwargs)
             return window_attention.run(self.base_layer, prompts, block, insert(tokens, state.states, at))
         kwargs = self._prefill(state, tokens, kwargs, at)
+        key_values.place(self, active, rows, state, at)
         self.prepare_block(active, rows, state, at)
         return self._run(insert(tokens, state.states, at), positional, kwargs)
 
@@ -257,32 +282,7 @@ class SequenceLayer(AdapterLayer):
             padded = pad(new, (0, 0, count - new.shape[1], 0))
             states = states.index_copy(0, indices[name], padded)
             counts[indices[name]], writes[indices[name]] = new.shape[1], True
-        self._merge_rows(state, states, counts, writes)
-
-    @staticmethod
-    def _merge_rows(state: PromptState, states: Tensor, counts: Tensor, writes: Tensor) -> None:
-        """Merge new prompts (batch, prompts, dim) into a mixed batch's state.
-
-        A row that writes gets the new ones, the others keep theirs. Prompts stand at the right of those that a row does
-        not have.
-
-        Args:
-            state: the state to write to.
-            states: the new prompts.
-            counts: number of prompts that each row writes, int64 (batch,).
-            writes: bool (batch,), True if a row writes at all.
-        """
-        if state.states is not None:
-            before = state.states.shape[1]
-            missing = states.shape[1] - before
-            old = pad(state.states, (0, 0, max(missing, 0), 0))
-            states = pad(states, (0, 0, max(-missing, 0), 0))
-            states = torch.where(writes[:, None, None], states, old)
-            had = torch.full_like(counts, before) if state.unused is None else (~state.unused).sum(1)
-            counts = torch.where(writes, counts, had)
-        size = states.shape[1]
-        unused = torch.arange(size, device=states.device) < (size - counts)[:, None]
-        state.states, state.unused = states, unused if bool(unused.any()) else None
+        state.merge_rows(states, counts, writes)
 
     def _position(self, names: Sequence[str]) -> int:
         """Position of the prompts, common to all adapters of a batch."""
@@ -300,10 +300,10 @@ class SequenceLayer(AdapterLayer):
         if readout is not None:
             state.context.shared[READOUT] = readout
         if self.config_cls.produces_logits:
-            state.context.shared[HEAD_LOGITS] = self._head_logits(active, rows, state.states)
+            state.context.shared[HEAD_LOGITS] = self._head_logits(active, rows, state.states, state.unused)
 
     def _head_logits(
-        self, active: list[str], rows: RowAdapters | None, prompts: Tensor
+        self, active: list[str], rows: RowAdapters | None, prompts: Tensor, unused: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Class logits (batch, classes) from the prompts, and their rows.
 
@@ -317,7 +317,9 @@ class SequenceLayer(AdapterLayer):
         for name in rows.names:
             if name != BASE and name in self.configs:
                 index = rows.of_adapter(name, len(prompts), prompts.device)
-                out = out.index_copy(0, index, self.logits(name, prompts[index]).to(out.dtype))
+                # The rows of one adapter have the same prompts, at the right of those that they do not have.
+                first = 0 if unused is None else int(unused[index[0]].sum())
+                out = out.index_copy(0, index, self.logits(name, prompts[index, first:]).to(out.dtype))
                 scored[index] = True
         return out, scored
 
@@ -357,7 +359,9 @@ class SequenceLayer(AdapterLayer):
             causal = self.stack.causal or bool(kwargs.get("is_causal"))
             kwargs["attention_mask"] = extend_mask(mask, tokens, count, at, causal, state.unused, state.first)
         if "position_embeddings" in kwargs:
-            kwargs["position_embeddings"] = extend_rotary(kwargs["position_embeddings"], length, count, at, state.first)
+            # Trained keys are not rotated, wherever the text begins.
+            first = None if self._adds_keys() else state.first
+            kwargs["position_embeddings"] = extend_rotary(kwargs["position_embeddings"], length, count, at, first)
         for name in self.stack.position_biases:
             if kwargs.get(name) is not None:
                 kwargs[name] = extend_bias(kwargs[name], length, count, at)

@@ -110,7 +110,8 @@ def svgd(start: Points, score: Callable[[Points], Points], steps: int = 1000, ra
 
     They end as particles of a density.
 
-    The kernel is Gaussian with the median bandwidth, the step that of Adagrad with a decay of 0.9.
+    The kernel is Gaussian with the median bandwidth, for which the lower of two middle distances counts, as for
+    `torch.median` in the authors' code. The step is that of Adagrad with a decay of 0.9.
 
     Args:
         score: gradient of the log density at points (count, width).
@@ -121,7 +122,8 @@ def svgd(start: Points, score: Callable[[Points], Points], steps: int = 1000, ra
     for step in range(steps):
         # Median heuristic; the smallest positive number stands in where all points are equal.
         squares = _squares(points)
-        width = max(0.5 * float(np.median(squares)) / np.log(count + 1), np.finfo(np.float64).tiny)
+        median = float(np.quantile(squares, 0.5, method="lower"))
+        width = max(0.5 * median / np.log(count + 1), np.finfo(np.float64).tiny)
         kernel = np.exp(-squares / (2 * width))
         # The gradient of the kernel drives the points apart, the score draws them to the density.
         apart = points * kernel.sum(1, keepdims=True) - kernel @ points

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from transformers.masking_utils import find_first_full_attention_index
 
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.forward_context import ForwardContext
+from peft_lab.tuners.sequence.key_values import shift_positions
 from peft_lab.tuners.sequence.text_positions import counted, first_tokens, is_counted, needs_count, position_offset
 from peft_lab.tuners.tokens import parameter_names, split
 
@@ -107,6 +109,29 @@ class PromptState:
         mask = None if self.mask is None else self.mask[rows]
         return replace(self, mask=mask, rows=rows, states=None, unused=None)
 
+    def merge_rows(self, states: Tensor, counts: Tensor, writes: Tensor) -> None:
+        """Merge new prompts (batch, prompts, dim) of a mixed batch.
+
+        A row that writes gets the new ones, the others keep theirs. Prompts stand at the right of those that a row does
+        not have.
+
+        Args:
+            states: the new prompts.
+            counts: number of prompts that each row writes, int64 (batch,).
+            writes: bool (batch,), True if a row writes at all.
+        """
+        if self.states is not None:
+            before = self.states.shape[1]
+            missing = states.shape[1] - before
+            old = pad(self.states, (0, 0, max(missing, 0), 0))
+            states = pad(states, (0, 0, max(-missing, 0), 0))
+            states = torch.where(writes[:, None, None], states, old)
+            had = torch.full_like(counts, before) if self.unused is None else (~self.unused).sum(1)
+            counts = torch.where(writes, counts, had)
+        size = states.shape[1]
+        unused = torch.arange(size, device=states.device) < (size - counts)[:, None]
+        self.states, self.unused = states, unused if bool(unused.any()) else None
+
     def row_input(self, name: str) -> Tensor | None:
         """Value of a declared row input for the rows of this state."""
         found = self.context.row_input(name, self.batch)
@@ -194,6 +219,7 @@ def _begin(stack: nn.Module, context: ForwardContext, kwargs: dict[str, Any]) ->
         # Only where prompts are in use: the stack without them answers as transformers lets it.
         elif "position_ids" in names and needs_count(state.mask) and in_use(stack):
             kwargs["position_ids"] = counted(state.mask, position_offset(stack))
+    shift_positions(stack, state, kwargs)
     return state
 
 

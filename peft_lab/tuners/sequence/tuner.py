@@ -20,7 +20,7 @@ from peft_lab.tuners.forward_context import wrap_forward
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.registration import register
 from peft_lab.tuners.residual_layer import ResidualBranches, remove_stream_hooks
-from peft_lab.tuners.sequence import window_attention
+from peft_lab.tuners.sequence import key_values, window_attention
 from peft_lab.tuners.sequence.generation import unwrap_generate, wrap_generate
 from peft_lab.tuners.sequence.layer import SequenceLayer
 from peft_lab.tuners.sequence.prompt_state import read_out, replace_logits, run_with_prompts
@@ -55,6 +55,11 @@ class SequenceConfig(AdapterConfig):
         return (
             f'Method "{self.info.name}" adapts whole blocks and takes no {name}; choose blocks by layers_to_transform.'
         )
+
+    @property
+    def key_value_tokens(self) -> int:
+        """Number of trained keys and values before each block's own; 0 for prompts that are tokens."""
+        return 0
 
     def reads_out(self) -> bool:
         """Test whether the head reads the mean of prompts and class token."""
@@ -159,6 +164,8 @@ class SequenceTuner(BlockTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         path, blocks = chosen_stack(model, config.stack)
+        for block in blocks if config.key_value_tokens else ():
+            key_values.hook(model.get_submodule(block))
         for block in blocks:
             if window_attention.has_windows(model.get_submodule(block)):
                 window_attention.hook_stage(model.get_submodule(window_attention.stage_of(block)))
@@ -199,4 +206,4 @@ def register_sequence(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None
 
 def _of_layer(hook: Any) -> bool:
     """Test whether a hook is a method of a block's layer."""
-    return isinstance(getattr(hook, "__self__", None), SequenceLayer)
+    return isinstance(hook, key_values.WriteKeyValues) or isinstance(getattr(hook, "__self__", None), SequenceLayer)

@@ -123,6 +123,32 @@ def test_presets():
         IAPTConfig(bottleneck=0)
 
 
+@pytest.mark.parametrize(
+    ("preset", "fields"),
+    [("lpt", {"pool": "max"}), ("lpt", {"pool": "average"}), ("lpt", {"pool": "first"}), ("idpg", {})],
+)
+@torch.no_grad()
+def test_presets_are_the_generators_of_their_papers(preset, fields):
+    """Projection down, pooling, ReLU and projection up of raw hidden states, none of them zero at the start."""
+    fields = {"layers_to_transform": 0, **fields}
+    model = adapt("iapt", TINY["llama"](), preset=preset, **fields)
+    parts = {n.split("iapt_")[1].removesuffix(".default"): p for n, p in adapter_parameters(model).items()}
+    assert {"down", "down_bias", "up", "up_bias"} == set(parts)
+    for name, p in parts.items():
+        bound = 1 / (128 if name.startswith("up") else WIDTH) ** 0.5
+        assert 0.9 * bound < p.abs().max() <= bound
+    layer = next(m for m in model.modules() if type(m).__name__ == "IAPTLayer")
+    tokens = 30 * torch.randn(2, 9, WIDTH)
+    x = torch.nn.functional.linear(tokens, parts["down"], parts["down_bias"])
+    if fields.get("pool", "first") == "first":
+        pooled = x[:, :1]
+    else:
+        pooled = {"max": adaptive_max_pool1d, "average": adaptive_avg_pool1d}[fields["pool"]](x.mT, 5).mT
+    made = torch.nn.functional.linear(pooled.relu(), parts["up"], parts["up_bias"]).reshape(2, 5, WIDTH)
+    found = layer.prompts("default", tokens, PromptState(ForwardContext(model)))
+    torch.testing.assert_close(found, made, atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_starts_with_prompts_of_zero_and_sees_no_scale():
     """The start is the slots of a soft prompt of zeros, and hidden states a thousand times larger change nothing."""

@@ -74,21 +74,24 @@ def test_grid_is_that_of_the_image():
             torch.testing.assert_close(found[0, ..., row, column], patch.T, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("blur", ["keys", "patches"])
 @pytest.mark.parametrize("heads", [[], [0], [1], [0, 1]])
 @torch.no_grad()
-def test_a_lost_head_looks_everywhere_alike(heads):
+def test_a_lost_head_looks_everywhere_alike(heads, blur):
     """Against the last block run by hand with uniform weights in the row of the class prompt."""
     model = _models("vit")[0]
     base = model.get_base_model()
     pixels = tiny_inputs(base)["pixel_values"]
-    found, target, row = LastBlock(model, pixels), 1, 1
+    found, target, row = LastBlock(model, pixels, blur), 1, 1
     block, hidden = found.layer.base_layer, found._args[0][row : row + 1]
     normed, attention = block.layernorm_before(hidden), block.attention
     q, k, v = (
         p(normed).unflatten(-1, (2, 8)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     weights = (q @ k.mT / 8**0.5).softmax(-1)
-    weights[:, heads, target] = 1 / weights.shape[-1]
+    first = 0 if blur == "keys" else CLASSES + 1  # the patches stand behind the prompts and the class token
+    weights[:, heads, target] = 0
+    weights[:, heads, target, first:] = 1 / (weights.shape[-1] - first)
     x = hidden + attention.o_proj((weights @ v).transpose(1, 2).flatten(2))
     x = x + block.mlp(block.layernorm_after(x))
     z = base.vit.layernorm(x[:, :CLASSES])
@@ -98,6 +101,18 @@ def test_a_lost_head_looks_everywhere_alike(heads):
     torch.testing.assert_close(found.without(row, target, lost)[0], logits.softmax(-1)[0, target], atol=1e-6, rtol=1e-5)
     if not heads:
         torch.testing.assert_close(logits[0], found.logits[row], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", PREFIX)
+@torch.no_grad()
+def test_the_papers_pruning_leaves_attention_to_the_patches_alone(family):
+    """Every family, whatever its output projection is called: other values at other tokens change nothing."""
+    model = _models(family)[0]
+    pixels = tiny_inputs(model.get_base_model())["pixel_values"]
+    all_lost = torch.ones(1, 2, dtype=torch.bool)
+    keys, patches = (LastBlock(model, pixels, blur).without(0, 1, all_lost) for blur in ("keys", "patches"))
+    assert not torch.allclose(keys, patches, atol=1e-6)
+    assert len(LastBlock(model, pixels, "patches").needed_heads(0, 1, keep=1)) == 1
 
 
 def test_heads_go_greedily(monkeypatch):
@@ -190,10 +205,11 @@ def _command(folder, *arguments: str, task: bool = True):
     return CliRunner().invoke(app, ["attention-maps", *(str(a) for a in arguments), *named])
 
 
-def test_command_writes_a_picture(folder, tmp_path):
+@pytest.mark.parametrize("blur", ["keys", "patches"])
+def test_command_writes_a_picture(folder, tmp_path, blur):
     picture = tmp_path / "maps.png"
     images = (folder / "0.png", folder / "1.png")
-    done = _command(folder, folder / "adapter", *images, "--output", picture, "--classes", "bird, cat")
+    done = _command(folder, folder / "adapter", *images, "--output", picture, "--classes", "bird, cat", "--blur", blur)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["bird", "cat", "bird", "cat", "Picture"]

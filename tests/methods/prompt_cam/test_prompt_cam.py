@@ -15,13 +15,83 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 from peft_lab.errors import ConfigError
 
 
-@pytest.mark.parametrize(("fields", "expected"), [({}, 1_843_969), ({"deep": False}, 200 * 768 + 769)])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 1_843_969),
+        ({"deep": False}, 200 * 768 + 769),
+        ({"class_block": 11}, 1_843_969),
+        ({"class_block": 0}, 200 * 768 + 769),
+        ({"class_block": 6, "num_prompts": 10}, 6 * 10 * 768 + 200 * 768 + 769),
+    ],
+)
 def test_published_counts(fields, expected):
     """200 classes on ViT-B/16: prompts, and a scoring vector with its bias."""
     with torch.device("meta"):
         base = ViTForImageClassification(ViTConfig(num_labels=200))
     model = get_peft_model(base, config("prompt_cam", base, **fields))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+INTERPOLATED = [{"class_block": i, "num_prompts": n} for i in (0, 1, 2) for n in (None, 2)]
+
+
+@pytest.mark.parametrize("fields", INTERPOLATED)
+@torch.no_grad()
+def test_class_prompts_of_a_block_in_between_pass_on_to_the_last(fields):
+    """Each earlier block has prompts of its own, of no class, whose outputs are dropped."""
+    settings = TINY["vit"]().config
+    settings.num_hidden_layers = 4
+    base = ViTForImageClassification(settings).eval()
+    model, at = move(adapt("prompt_cam", base, **fields)), fields["class_block"]
+    parameters = {name.split("layers.")[1]: p for name, p in adapter_parameters(model).items()}
+    x, before = base.vit.embeddings(**tiny_inputs(base)), 0
+    for depth, block in enumerate(base.vit.layers):
+        if depth <= at:
+            prompts = parameters.pop(f"{depth}.prompt_cam_prompts.default")
+            assert len(prompts) == (CLASSES if depth == at else fields["num_prompts"] or CLASSES)
+            x, before = torch.cat([prompts.expand(2, -1, -1), x[:, before:]], 1), len(prompts)
+        x = block(x)
+    weight, bias = parameters.pop("3.prompt_cam_weight.default"), parameters.pop("3.prompt_cam_bias.default")
+    assert not parameters
+    expected = base.vit.layernorm(x[:, :CLASSES]) @ weight[0] + bias
+    torch.testing.assert_close(output(model, tiny_inputs(base)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_interpolated_trains_loads_and_shares_a_batch(tmp_path):
+    base = TINY["vit"]()
+    model = move(adapt("prompt_cam", base, class_block=1, num_prompts=5))
+    model(**tiny_inputs(base, labels=True)).loss.backward()
+    assert all(bool(p.grad.abs().sum() > 0) for p in adapter_parameters(model).values())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    inputs = tiny_inputs(base, batch=3)
+    assert torch.equal(output(loaded, inputs), output(model, inputs))
+    model.add_adapter("shallow", config("prompt_cam", deep=False))
+    move(model, "shallow", seed=4)
+    names = ["shallow", "__base__", "default"]
+    mixed = output(model, inputs, adapter_names=names)
+    for row, name in enumerate(names):
+        alone = output(model, {k: v[row : row + 1] for k, v in inputs.items()}, adapter_names=[name])
+        torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"class_block": 2}, r"class_block=2 is none of the blocks that may write prompts: \[0, 1\]"),
+        ({"class_block": 1, "layers_to_transform": [0]}, r"class_block=1 is none of the blocks .*: \[0\]"),
+        ({"class_block": -1}, "must be at least 0"),
+        ({"class_block": 1, "deep": False}, "goes with deep=True"),
+        ({"num_prompts": 4}, "goes with class_block"),
+        ({"num_prompts": 0, "class_block": 1}, "must be at least 1"),
+    ],
+)
+def test_bad_class_blocks(fields, match):
+    base = TINY["vit"]()
+    with pytest.raises(ConfigError, match=match):
+        get_peft_model(base, config("prompt_cam", **fields))
+    assert type(base.vit.layers[0]).__name__ == "ViTLayer"
 
 
 @pytest.mark.parametrize("deep", [True, False])

@@ -152,7 +152,7 @@ def test_never_dearer_than_a_lora_of_the_same_rank(case: tuple[int, int, int, in
 @pytest.mark.parametrize(("rank", "plan"), [(4, "projected"), (64, "materialised")])
 def test_what_a_spectral_layer_keeps(rank: int, plan: str) -> None:
     tokens, width = 512, 64
-    assert spectral_plan(tokens, width, width, rank, True) == plan
+    assert spectral_plan(tokens, width, width, rank, fusable=True) == plan
     tensors = spectral_case(tokens, width, width, rank, torch.float32)
     tensors["x"] = tensors["x"].clone()
     frozen = {tensors[name].untyped_storage().data_ptr() for name in ("weight", "bias", "u", "delta", "vh")}

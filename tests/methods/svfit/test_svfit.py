@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_lab import AdapterMismatchError
 from peft_lab.adapters import SVFitConfig
+from peft_lab.errors import ConfigError
 
 
 class Toy(nn.Module):
@@ -156,6 +158,67 @@ def test_adapter_loads_on_a_base_that_has_another_adapter_merged(toy, tmp_path):
     model.unmerge_adapter()
     model.set_adapter("second")
     torch.testing.assert_close(model(ids), expected, atol=1e-6, rtol=1e-6)
+
+
+CHOSEN = {"principal": [0, 1, 2, 3, 4], "minor": [-5, -4, -3, -2, -1], "mixed": [0, 1, 2, -2, -1]}
+
+
+@pytest.mark.parametrize("save_bases", [False, True])
+@pytest.mark.parametrize("parametrization", ["additive", "relative"])
+@pytest.mark.parametrize("selection", CHOSEN)
+@torch.no_grad()
+def test_a_selection_of_singular_values(toy, selection, parametrization, save_bases, tmp_path):
+    """Forward, merge, to-LoRA factors and a reload equal W + U diag(delta) Vh over the chosen triplets in float64."""
+    ids = torch.randint(0, 13, (2, 5))
+    fields = {"selection": selection, "parametrization": parametrization, "save_bases": save_bases}
+    reference, plain = copy.deepcopy(toy).double(), copy.deepcopy(toy)
+    model = get_peft_model(toy, SVFitConfig(rank=5, target_modules=OPS, **fields)).eval()
+    torch.testing.assert_close(model(ids), plain(ids), atol=0, rtol=0)
+    assert {p.numel() for p in model.parameters() if p.requires_grad} == {5}
+    _move(model)
+    for kind in OPS:
+        layer, op = getattr(model.base_model.model, kind), getattr(reference, kind)
+        matrix = op.weight.T if kind == "conv1d" else op.weight.flatten(1)
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        delta, chosen = layer.svfit_delta["default"].double(), CHOSEN[selection]
+        delta = delta * s[chosen] if parametrization == "relative" else delta
+        changed = matrix + u[:, chosen] @ torch.diag(delta) @ vh[chosen]
+        b, a = layer.lora_factors("default")
+        torch.testing.assert_close((b @ a).double(), changed - matrix, atol=2e-6, rtol=0)
+        op.weight.data = changed.T if kind == "conv1d" else changed.reshape(op.weight.shape)
+    torch.testing.assert_close(model(ids).double(), reference(ids), atol=2e-6, rtol=2e-6)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+    assert torch.equal(loaded(ids), model(ids))
+    torch.testing.assert_close(model.merge_and_unload()(ids).double(), reference(ids), atol=5e-6, rtol=5e-6)
+
+
+@torch.no_grad()
+def test_selections_share_bases_and_a_batch(toy):
+    ids, names = torch.randint(0, 13, (5, 5)), ["mixed", "__base__", "minor", "default", "relative"]
+    model = get_peft_model(toy, SVFitConfig(rank=4, target_modules=OPS)).eval()
+    for name in ("minor", "mixed"):
+        model.add_adapter(name, SVFitConfig(rank=3, selection=name, target_modules=OPS))
+    model.add_adapter(
+        "relative", SVFitConfig(rank=2, selection="minor", parametrization="relative", target_modules=OPS)
+    )
+    _move(model)
+    layer = model.base_model.model.linear
+    assert {layer.bases(n).u.untyped_storage().data_ptr() for n in ("default", "minor", "relative")} == {
+        layer._shared.u.untyped_storage().data_ptr()
+    }
+    mixed = model(ids, adapter_names=names)
+    for row, name in enumerate(names):
+        if name != "__base__":
+            model.set_adapter(name)
+        with model.disable_adapter() if name == "__base__" else nullcontext():
+            torch.testing.assert_close(mixed[row], model(ids)[row], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rank", ["full", "energy:0.9"])
+def test_a_selection_needs_a_number(rank):
+    with pytest.raises(ConfigError, match='selection="mixed" needs a number as rank'):
+        SVFitConfig(rank=rank, selection="mixed")
 
 
 def test_degenerate_spectrum_warns(toy):

@@ -51,6 +51,26 @@ def test_published_counts_of_vpt(fields, expected):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 
+def test_the_projection_starts_as_the_authors_linear_does():
+    """Normal of variance 2 over its outputs; the bias is the Linear's own, uniform to one over the root of inputs."""
+    with torch.device("meta"):
+        base = ViTForImageClassification(ViTConfig())
+    model = get_peft_model(base.to_empty(device="cpu"), config("vpt", projection=64, num_prompts=1, deep=False))
+    weight, bias = (
+        next(p for n, p in adapter_parameters(model).items() if f"projection_{kind}" in n)
+        for kind in ("weight", "bias")
+    )
+    torch.manual_seed(0)
+    reference = torch.nn.Linear(64, 768)
+    torch.nn.init.kaiming_normal_(reference.weight, a=0, mode="fan_out")
+    assert weight.shape == reference.weight.shape
+    assert weight.std().item() == pytest.approx((2 / 768) ** 0.5, rel=0.02)
+    assert weight.std().item() == pytest.approx(reference.weight.std().item(), rel=0.02)
+    assert bias.abs().max() <= 1 / 8
+    assert bias.std().item() == pytest.approx(reference.bias.std().item(), rel=0.1)
+    assert bias.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.1)
+
+
 def test_vpt_dropout_is_of_each_sample():
     base = TINY["vit"]()
     model = move(adapt("vpt", base, dropout=0.5)).train()

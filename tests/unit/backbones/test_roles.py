@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
-from support.backbones import MODELS, TINY, Custom, bare, found, tiny, tiny_inputs
+from support.backbones import MODELS, TINY, Custom, bare, found, tiny, tiny_inputs, unknown
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -378,20 +378,6 @@ def test_towers_of_a_vision_language_model() -> None:
 
 
 # Unknown families ---------------------------------------------------------------------------------------------------
-
-
-def unknown(name: str) -> nn.Module:
-    shape = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes = {"intermediate_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if name == "pegasus":
-        return hf.PegasusForConditionalGeneration(
-            hf.PegasusConfig(
-                vocab_size=99, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32
-            )
-        )
-    if name == "falcon":
-        return hf.FalconForSequenceClassification(hf.FalconConfig(**shape))
-    return hf.LayoutLMForSequenceClassification(hf.LayoutLMConfig(**shape, **sizes))
 
 
 @pytest.mark.parametrize(("name", "count"), [("layoutlm", 12), ("falcon", 8), ("pegasus", 32)])

@@ -560,3 +560,13 @@ def test_a_template_reads_plain_values_only() -> None:
         template.render({"a": [], "c": 1, "d": 2})
     with pytest.raises(TaskError, match="nothing at"):
         Template(prompt="{a.__class__}", answer="{a}").render({"a": "text"})
+
+
+def test_a_limit_without_room_for_a_text_is_refused(bert: Path) -> None:
+    rule, task = kind("text_classification"), text_task(max_length=2)
+    tokenizer, model = rule.load_processor(str(bert), task), rule.load_model(str(bert), task, LABELS)
+    message = "2 tokens have no room for a text beside the 2 of the tokenizer"
+    with pytest.raises(TaskError, match=message):
+        rule.preprocess(text_rows(["a"]), tokenizer, task, model)
+    with pytest.raises(TaskError, match=message):
+        rule.predict(model, tokenizer, ["a"], task)

@@ -97,6 +97,8 @@ def test_methods_ranks_and_modules_side_by_side(family, tmp_path):
     base = TINY[family]()
     some = {"rank": 3, "layers_to_transform": [1]} if family != "resnet" else {"rank": 3}
     recipes = {"full": ("svfit", {}), "small": ("svfit", some), "relative": ("svfit", {"parametrization": "relative"})}
+    recipes |= {"minor": ("svfit", {"rank": 4, "selection": "minor", "parametrization": "relative"})}
+    recipes |= {"mixed": ("svfit", {"rank": 5, "selection": "mixed"})}
     recipes |= {"ssf": ("ssf", {}), "scales": ("ssf", {"shift": False}), "lora": ("lora", {"r": 4, "lora_alpha": 6})}
     recipes |= {"lora2": ("lora", {"r": 2, "use_rslora": True, "alpha_pattern": {".*": 3}})}
     if family == "resnet":

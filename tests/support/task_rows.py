@@ -1,0 +1,108 @@
+"""Rows of each kind of task, written as each builder reads them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_lab.data.task_registry import parse_task
+from support.tiny_runs import make_backbone, make_decoder, make_image_backbone
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class KindRows:
+    """How a kind of task is tested.
+
+    Attributes:
+        values: its keys of a task file, without the data.
+        texts: source columns of texts that a model reads or writes.
+        label: source column of labels; empty without one.
+        inputs: those of `texts` that a prediction is given.
+        backbone: writes a tiny backbone to a folder.
+        builders: that its rows can be written for.
+    """
+
+    values: dict[str, Any]
+    texts: tuple[str, ...]
+    label: str
+    inputs: tuple[str, ...]
+    backbone: Callable[[Path], Path]
+    builders: tuple[str, ...] = ("csv", "tsv", "json", "jsonl", "parquet")
+
+
+TEXT_COLUMNS = {"text": "sentence", "text_pair": "other", "label": "topic"}
+TEMPLATE = {"prompt": "{sentence}", "answer": "{other}"}
+#: A kind of task that is registered and stands not here fails the tests.
+KINDS = {
+    "text_classification": KindRows(
+        {"columns": TEXT_COLUMNS}, ("sentence", "other"), "topic", ("sentence", "other"), make_backbone
+    ),
+    "causal_lm": KindRows({"template": TEMPLATE}, ("sentence", "other"), "", ("sentence",), make_decoder),
+    "image_classification": KindRows(
+        {"columns": {"image": "image", "label": "topic"}},
+        (),
+        "topic",
+        (),
+        make_image_backbone,
+        ("metadata.csv", "metadata.jsonl", "metadata.parquet"),
+    ),
+}
+
+
+def builders() -> list[tuple[str, str]]:
+    """Pairs of a kind and a builder."""
+    return [(name, builder) for name, rows in KINDS.items() for builder in rows.builders]
+
+
+def make_rows(kind: str, count: int = 40) -> list[Row]:
+    """Rows that nothing is wrong with."""
+    found = []
+    for index in range(count):
+        row = {name: f"the rain {name} {index}" for name in KINDS[kind].texts}
+        found.append({**row, **({KINDS[kind].label: f"0{index % 2}"} if KINDS[kind].label else {})})
+    return found
+
+
+def write_task(folder: Path, kind: str, builder: str, rows: list[Row], **changes: Any) -> tuple[Any, Path]:
+    """Task over rows in a file of a builder, and that file; images get a folder with the table in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data: dict[str, Any]
+    if builder.startswith("metadata"):
+        from PIL import Image
+
+        for index, row in enumerate(rows):
+            Image.new("RGB", (32, 32), (index, 0, 0)).save(folder / f"{index}.png")
+            row["file_name"] = f"{index}.png"
+        path, data = folder / builder, {"builder": "imagefolder", "files": {"train": "."}}
+    else:
+        path = folder / f"train.{builder}"
+        data = {"builder": {"tsv": "csv", "jsonl": "json"}.get(builder, builder), "files": {"train": path.name}}
+        if builder == "tsv":
+            data["options"] = {"delimiter": "\t"}
+    _write(path, rows)
+    values = {"name": "t", "kind": kind, "data": data, **KINDS[kind].values, **changes}
+    return parse_task(values, folder / "task.yaml"), path
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    ending = path.suffix
+    if ending in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="," if ending == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif ending == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    elif ending == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
