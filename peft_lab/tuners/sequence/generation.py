@@ -83,13 +83,13 @@ class WrappedGenerate:
             _GIVEN.reset(token)
 
 
-def wrap_generate(model: nn.Module) -> None:
+def wrap_generate(model: Any) -> None:
     """Wrap `generate` of a model that has one; an existing wrapper stays."""
     if hasattr(type(model), "generate") and not isinstance(vars(model).get("generate"), WrappedGenerate):
         model.generate = WrappedGenerate(model)
 
 
-def unwrap_generate(model: nn.Module) -> None:
+def unwrap_generate(model: Any) -> None:
     """Remove the wrapper of `wrap_generate`."""
     wrapper = vars(model).get("generate")
     if isinstance(wrapper, WrappedGenerate):

@@ -217,7 +217,7 @@ def _begin(stack: nn.Module, context: ForwardContext, kwargs: dict[str, Any]) ->
             state.first = kwargs["position_ids"].new_zeros(1) if state.first is None else state.first
             state.counted = is_counted(kwargs["position_ids"], state.mask, position_offset(stack))
         # Only where prompts are in use: the stack without them answers as transformers lets it.
-        elif "position_ids" in names and needs_count(state.mask) and in_use(stack):
+        elif state.mask is not None and "position_ids" in names and needs_count(state.mask) and in_use(stack):
             kwargs["position_ids"] = counted(state.mask, position_offset(stack))
     shift_positions(stack, state, kwargs)
     return state
