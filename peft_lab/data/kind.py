@@ -5,6 +5,7 @@ Torch, transformers and datasets are imported inside the methods, so that checki
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -320,6 +321,22 @@ def plain_results(name: str, results: Mapping[str, Any]) -> dict[str, float]:
                 f'Metric "{name}" returns {type(value).__name__} for "{key}"; it must be a number.'
             ) from error
     return found
+
+
+def padding_side(model: Any) -> str:
+    """Side at which the rows of a batch are padded, whatever the tokenizer's own side is.
+
+    It is the right one: most backbones number tokens from the left edge of the batch, and the heads of encoders read
+    the first place. Only a head that reads the last place (XLNet) needs padding at the left.
+    """
+    return "left" if getattr(getattr(model, "config", None), "summary_type", None) == "last" else "right"
+
+
+def padding_tokenizer(tokenizer: Any, model: Any) -> Any:
+    """Copy of a tokenizer that pads at the model's `padding_side`, for a collator; the original keeps its own."""
+    padding = copy.copy(tokenizer)
+    padding.padding_side = padding_side(model)
+    return padding
 
 
 def length_limit(task: Task, default: int, tokenizer: Any, model: Any, reserve: int = 0) -> int:

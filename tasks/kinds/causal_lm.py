@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.backbones.from_pretrained import load_checkpoint
-from peft_lab.data.kind import Kind, length_limit, longer_rows
+from peft_lab.data.kind import Kind, length_limit, longer_rows, padding_tokenizer
 from peft_lab.data.prompt_template import Template, fields, fill, values_in
 from peft_lab.data.row_checks import RowFault, check_inputs, numbered, source_rows, warn_of_cut
 from peft_lab.data.task_schema import PROMPT_IDS
@@ -157,7 +158,7 @@ class CausalLM(Kind):
     def data_collator(self, processor: Any, model: Any) -> Any:
         from transformers import DataCollatorForSeq2Seq
 
-        return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+        return DataCollatorForSeq2Seq(padding_tokenizer(processor, model), label_pad_token_id=IGNORED)
 
     @staticmethod
     def preprocess_logits_for_metrics(logits: Any, labels: Any) -> tuple[Any, Any]:
@@ -274,24 +275,38 @@ class CausalLM(Kind):
         cut = {_CUT_PROMPT: [row for row, ids in enumerate(whole) if len(ids) > limit]}
         warn_of_cut(task, None, cut, longer_rows(limit, processor, model, reserve=new_tokens))
         prompts = [last_tokens(ids, limit, processor.bos_token_id) for ids in whole]
-        written: list[str] = []
+        written = [""] * len(prompts)
         training = model.training
         model.eval()
         try:
-            for start in range(0, len(prompts), batch_size):
+            for chosen in _batches([len(prompt) for prompt in prompts], batch_size, _skips_padding(model)):
                 # padded on the left: the new tokens must follow the prompt's last one
                 batch = processor.pad(
-                    {"input_ids": prompts[start : start + batch_size]}, padding_side="left", return_tensors="pt"
+                    {"input_ids": [prompts[row] for row in chosen]}, padding_side="left", return_tensors="pt"
                 ).to(model.device)
                 with torch.no_grad():
                     tokens = model.generate(
                         **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=processor.pad_token_id
                     )
                 texts = processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-                written += [text.strip() for text in texts]
+                for row, text in zip(chosen, texts, strict=True):
+                    written[row] = text.strip()
         finally:
             model.train(training)
         return written
+
+    def predict_with_prompts(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Sequence[Any],
+        task: Task,
+        batch_size: int,
+        ids: Sequence[int] | None,
+    ) -> list[Any]:
+        # numbers of prompts are given batch by batch, in the order of the inputs, which `predict` may change
+        size = batch_size if ids is None or _skips_padding(model) else 1
+        return super().predict_with_prompts(model, processor, inputs, task, size, ids)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
@@ -319,6 +334,29 @@ def answer_only(start: list[int], end: list[int], limit: int, bos: int | None) -
     start = last_tokens(start, limit - len(end), bos)
     ids = start + end
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(start) + end}
+
+
+def _skips_padding(model: Any) -> bool:
+    """Test whether a decoder can go on with a batch that is padded at the left.
+
+    It must take positions, with which `generate` leaves the padding out of the count, and have no recurrence or
+    convolution over the text, which would carry prompts of an adapter through the padding.
+    """
+    config = model.config.get_text_config()
+    forward = (model.get_base_model() if hasattr(model, "get_base_model") else model).forward
+    kinds = set(getattr(config, "layer_types", None) or ())
+    attends = all(kind.endswith("_attention") and kind != "linear_attention" for kind in kinds)
+    return attends and "position_ids" in inspect.signature(forward).parameters
+
+
+def _batches(lengths: Sequence[int], size: int, mixed: bool) -> Iterator[list[int]]:
+    """Row numbers in batches of at most `size`, each of rows of one length unless `mixed`."""
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        groups.setdefault(0 if mixed else length, []).append(row)
+    for rows in groups.values():
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
 
 
 def _answer_tokens(rows: Dataset) -> Any:

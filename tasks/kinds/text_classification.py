@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft_lab.data.kind import ClassificationKind, Record, length_limit, longer_rows
+from peft_lab.data.kind import ClassificationKind, Record, length_limit, longer_rows, padding_side, padding_tokenizer
 from peft_lab.data.row_checks import RowFault, check_inputs, numbered, source_rows, warn_of_cut
 from peft_lab.errors import TaskError
 from peft_lab.registry import KindInfo
@@ -104,7 +104,7 @@ class TextClassification(ClassificationKind):
     def data_collator(self, processor: Any, model: Any) -> Any:
         from transformers import DataCollatorWithPadding
 
-        return DataCollatorWithPadding(processor)
+        return DataCollatorWithPadding(padding_tokenizer(processor, model))
 
     def predict(
         self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32
@@ -130,7 +130,7 @@ class TextClassification(ClassificationKind):
         def encode(rows: Sequence[int]) -> Any:
             # one run of rows, because they are taken in order
             chosen = {name: values[rows[0] : rows[-1] + 1] for name, values in encoded.items()}
-            return processor.pad(chosen, return_tensors="pt")
+            return processor.pad(chosen, padding_side=padding_side(model), return_tensors="pt")
 
         return self.batches(model, range(len(pairs)), encode, batch_size)
 

@@ -39,8 +39,10 @@ def test_chunked_prefill_is_refused(method):
     settings.prefill_chunk_size = 8
     with pytest.raises(ConfigError, match="prefill_chunk_size"):
         model.generate(**padded_texts(), generation_config=settings)
-    with pytest.raises(ConfigError, match="prefill_chunk_size"):  # without peft's wrapper
-        model.get_base_model().generate(**padded_texts(), prefill_chunk_size=4, **GENERATE)
+    others = {"prefill_chunk_size": 4, "prompt_lookup_num_tokens": 2, "assistant_model": TINY["llama"]()}
+    for name, value in others.items():
+        with pytest.raises(ConfigError, match=f"leave out {name}"):  # without peft's wrapper
+            model.get_base_model().generate(**padded_texts(), **{name: value}, **GENERATE)
 
 
 @methods
@@ -53,8 +55,14 @@ def test_cache_from_elsewhere_is_refused(method):
         model(torch.tensor([[5], [6]]), past_key_values=cache)
     cache = DynamicCache()
     model(padded_texts()["input_ids"], past_key_values=cache)
-    with pytest.raises(ConfigError, match="one token at a time, got 2"):
-        model(torch.tensor([[5, 6], [6, 5]]), past_key_values=cache)
+    with model.disable_adapter(), pytest.raises(ConfigError, match=r"holds the prompts of default.*switched off"):
+        model(torch.tensor([[5], [6]]), past_key_values=cache)
+    model.add_adapter("other", config(method))
+    model.set_adapter("other")
+    with pytest.raises(ConfigError, match="holds the prompts of default, and this call has the adapters other"):
+        model(torch.tensor([[5], [6]]), past_key_values=cache)
+    with pytest.raises(ConfigError, match="this call has the adapters default, other"):
+        model(torch.tensor([[5], [6]]), past_key_values=cache, adapter_names=["default", "other"])
 
 
 @methods

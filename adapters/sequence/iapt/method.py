@@ -13,10 +13,10 @@ random ones destroy its output (the perplexity of SmolLM2-135M on E2E: 14 withou
 than 10,000 with random ones). And hidden states are scaled to root mean square 1 before they are projected
 (`normalize`), because decoders have some a hundred times larger than others, and then no learning rate fits.
 
-The instruction is given by `instruction_mask`, an argument of the model's forward; else it is the tokens before the
-first that has a label (other than -100); else the whole text but its padding. `generate` without a KV cache reads the
-text anew for every token: give `peft_lab.row_inputs(instruction_mask=...)` around it, or the prompts also look at the
-answer so far.
+The instruction is given by `instruction_mask`, an argument of the model's forward and of `generate`; else it is the
+tokens before the first that has a label (other than -100); else the whole text but its padding. What `generate` writes
+never belongs to it, with a KV cache or without. A second turn that goes on with the cache of the first keeps the
+prompts of the first.
 """
 
 from __future__ import annotations

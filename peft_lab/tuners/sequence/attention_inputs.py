@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from peft_lab.errors import ConfigError
+from peft_lab.tuners.sequence.text_positions import at_first_token
 from peft_lab.tuners.tokens import insert
 
 
-def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal: bool, unused: Tensor | None) -> Any:
+def extend_mask(
+    mask: Tensor | None,
+    tokens: Tensor,
+    count: int,
+    at: int,
+    causal: bool,
+    unused: Tensor | None,
+    first: Tensor | None = None,
+) -> Any:
     """Extend a prefill's attention mask by `count` prompts at position `at`.
 
     Args:
@@ -20,6 +29,7 @@ def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal
         tokens: hidden states (batch, n, dim) without prompts.
         causal: True if the block is causal; a prompt then sees the prompts before it only, and no token.
         unused: bool (batch, count), prompts that a row does not have; None if every row has all.
+        first: index of each row's first token, int64 (batch,); None for 0 in all rows.
 
     Raises:
         ConfigError: a kind of mask that has no place for prompts.
@@ -58,10 +68,11 @@ def extend_mask(mask: Tensor | None, tokens: Tensor, count: int, at: int, causal
     if unused is not None:
         itself = torch.eye(count, dtype=torch.bool, device=mask.device)  # a row of a softmax must not be empty
         between = between.masked_fill(unused[:, None, None, :] & ~itself, hidden)
+    # A prompt sees the tokens that the first token sees, which are not all where attention is local.
     rows = (
         mask.new_full((batch, heads, count, keys), hidden)
         if causal
-        else mask.narrow(2, 0, 1).expand(batch, heads, count, keys)
+        else at_first_token(mask, first, 2).expand(batch, heads, count, keys)
     )
     return insert(insert(mask, columns, at, 3), insert(rows, between, at, 3), at, 2)
 
@@ -90,25 +101,44 @@ def align_keys(mask: Any, keys: int, tokens: Tensor, unused: Tensor | None) -> A
     return mask
 
 
-def extend_rotary(embeddings: Any, tokens: int, count: int, at: int) -> Any:
-    """Extend rotary positions by prompts at position 0.
+def extend_rotary(embeddings: Any, tokens: int, count: int, at: int, first: Tensor | None = None) -> Any:
+    """Extend rotary positions by prompts at position 0, or at that of each row's first token.
 
     Positions of patches alone, without class tokens, stay as they are. They are cosines and sines (batch or 1, tokens,
     dim), or complex numbers of that shape.
+
+    Args:
+        embeddings: as the stack made them for the tokens alone.
+        tokens: number of tokens.
+        count: number of prompts.
+        at: number of tokens before the prompts.
+        first: index of each row's first token, int64 (batch or 1,); None for position 0.
     """
-    # Position 0 is the rotation by no angle: cosine 1, sine 0, or the complex number 1.
-    if isinstance(embeddings, Tensor) and embeddings.is_complex() and embeddings.shape[-2] == tokens:
-        ones = embeddings.narrow(-2, 0, 1).abs().to(embeddings.dtype)
-        return insert(embeddings, ones.expand(*ones.shape[:-2], count, -1), at, embeddings.ndim - 2)
-    if not isinstance(embeddings, tuple) or len(embeddings) != 2 or embeddings[0].shape[-2] != tokens:
+    pair = isinstance(embeddings, tuple) and len(embeddings) == 2
+    if not pair and not (isinstance(embeddings, Tensor) and embeddings.is_complex()):
         return embeddings
-    cos, sin = embeddings
-    dim = cos.ndim - 2
-    first = torch.hypot(cos.narrow(dim, 0, 1), sin.narrow(dim, 0, 1))  # some rotations also scale
-    shape = [*first.shape]
+    parts: tuple[Tensor, ...] = embeddings if pair else (embeddings,)
+    if parts[0].shape[-2] != tokens:
+        return embeddings
+    dim = parts[0].ndim - 2
+    if first is not None and dim == 1:
+        extended = tuple(_extend_at_first(part, count, at, first) for part in parts)
+        return extended if pair else extended[0]
+    # Position 0 is the rotation by no angle: cosine 1, sine 0, or the complex number 1; some rotations also scale.
+    start = [part.narrow(dim, 0, 1) for part in parts]
+    scale = torch.hypot(*start) if pair else start[0].abs().to(parts[0].dtype)
+    shape = [*scale.shape]
     shape[dim] = count
-    ones = first.expand(shape)
-    return insert(cos, ones, at, dim), insert(sin, torch.zeros_like(ones), at, dim)
+    ones = scale.expand(shape)
+    if not pair:
+        return insert(parts[0], ones, at, dim)
+    return insert(parts[0], ones, at, dim), insert(parts[1], torch.zeros_like(ones), at, dim)
+
+
+def _extend_at_first(part: Tensor, count: int, at: int, first: Tensor) -> Tensor:
+    """Extend cosines, sines or complex numbers (batch or 1, tokens, dim) by those of each row's first token."""
+    new = at_first_token(part, first, 1)
+    return insert(part.expand(len(new), -1, -1), new.expand(-1, count, -1), at)
 
 
 def extend_bias(bias: Tensor | None, tokens: int, count: int, at: int) -> Tensor | None:
@@ -120,6 +150,25 @@ def extend_bias(bias: Tensor | None, tokens: int, count: int, at: int) -> Tensor
         return bias
     bias = insert(bias, bias.new_zeros(*bias.shape[:-1], count), at, bias.ndim - 1)
     return insert(bias, bias.new_zeros(*bias.shape[:-2], count, bias.shape[-1]), at, bias.ndim - 2)
+
+
+def extend_queries(values: Any, tokens: int, count: int, at: int) -> Any:
+    """Extend mask or bias (..., tokens, keys) of attention to another text by queries of prompts.
+
+    They see what the first token sees, which is all that is not padding there. One row for all queries stays as it is.
+    """
+    if not isinstance(values, Tensor) or values.ndim != 4 or values.shape[2] != tokens or tokens == 1:
+        return values
+    return insert(values, values.narrow(2, 0, 1).expand(-1, -1, count, -1), at, 2)
+
+
+def align_bias(bias: Tensor | None, keys: int) -> Tensor | None:
+    """Extend a decoding step's bias (..., entries) to a layer's `keys` cache entries by zeros for prompts.
+
+    Blocks hand it on, and those before may hold no prompts.
+    """
+    missing = 0 if bias is None else keys - bias.shape[-1]
+    return bias if bias is None or missing <= 0 else torch.nn.functional.pad(bias, (missing, 0))
 
 
 def _open_mask(tokens: Tensor, keys: int, causal: bool) -> Tensor:

@@ -4,16 +4,16 @@ Each wrapped block inserts the prompts, runs, and takes them out again. Between 
 travel; what a block made of the prompts is kept in the `PromptState` and goes into the next block, unless that one
 writes prompts of its own. So the pooler, the final norm, the head and every reader of hidden states see the tokens
 alone. The prompts have no position: learned position tables do not see them, and under rotary positions they stand at
-position 0, so text keeps the positions it has without them. Masks, rotary positions and biases, which the stack makes
-for the tokens alone, are extended on the way into each block (`attention_inputs`).
+that of their row's first token, so text keeps the positions it has without them, and padding changes nothing
+(`text_positions`, `relative_bias`). Masks, rotary positions and biases, which the stack makes for the tokens alone, are
+extended on the way into each block (`attention_inputs`).
 
-With a KV cache the prompts are written at prefill and stay in the cache; a step of decoding only counts them. Blocks
-that attend within windows are treated in `window_attention`.
+With a KV cache the prompts are written at prefill and stay in the cache; later tokens, one or several, only count them.
+Blocks that attend within windows are treated in `window_attention`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -25,8 +25,16 @@ from torch.nn.functional import pad
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters, current_row_adapters
-from peft_lab.tuners.sequence import key_values, window_attention
-from peft_lab.tuners.sequence.attention_inputs import align_keys, extend_bias, extend_mask, extend_rotary
+from peft_lab.tuners.sequence import key_values, relative_bias, window_attention
+from peft_lab.tuners.sequence.attention_inputs import (
+    align_bias,
+    align_keys,
+    extend_bias,
+    extend_mask,
+    extend_queries,
+    extend_rotary,
+)
+from peft_lab.tuners.sequence.instruction import instruction_tokens
 from peft_lab.tuners.sequence.prompt_state import (
     CACHED_PROMPTS,
     HEAD_LOGITS,
@@ -37,12 +45,11 @@ from peft_lab.tuners.sequence.prompt_state import (
 )
 from peft_lab.tuners.sequence.stack import StackInfo
 from peft_lab.tuners.sequence.supported_models import explained
+from peft_lab.tuners.sequence.text_positions import at_first_token, first_tokens
 from peft_lab.tuners.tokens import insert, parameter_names, split
 
-_NO_INSTRUCTION = (
-    'Method "{}" trains without labels or instruction_mask in the call, so its prompts see the answers too; label '
-    "smoothing and a loss function of one's own take the labels out of it: then pass instruction_mask."
-)
+#: Arguments of a decoder's block for its attention to the encoder's text.
+_OF_OTHER_TEXT = {"encoder_attention_mask", "encoder_decoder_position_bias"}
 
 
 class SequenceLayer(AdapterLayer):
@@ -82,6 +89,7 @@ class SequenceLayer(AdapterLayer):
                 f'Method "{self.info.name}" cannot put prompts into the windows of {type(base).__name__} ("{name}").'
             )
         self._biases = [m for m in base.modules() if type(m).__name__.endswith("RelativePositionBias")]
+        self._row_biases = relative_bias.wrap_biases(base)
         if self._windowed:
             window_attention.hook(base)
             return
@@ -91,33 +99,12 @@ class SequenceLayer(AdapterLayer):
     def instruction(self, tokens: Tensor, state: PromptState) -> Tensor | None:
         """Mask of the instruction tokens, bool (batch, tokens); None for all.
 
-        A prompt may depend on these tokens alone. They are neither padding nor answer: as `instruction_mask` gives
-        them, else, where a model continues a text, those before the first label of the row. A further turn behind an
-        answer has seen it and does not count.
+        A prompt may depend on these tokens alone. See `peft_lab.tuners.sequence.instruction`.
 
         Raises:
             ConfigError: a row has no such token, or `instruction_mask` is not of the batch's shape.
         """
-        given, labels = state.row_input("instruction_mask"), state.labels
-        if given is not None and given.shape != tokens.shape[:2]:
-            raise ConfigError(
-                f"instruction_mask has shape {list(given.shape)}, expected {list(tokens.shape[:2])} as the tokens have."
-            )
-        # Where labels are tokens of the text, those before the first one are the instruction.
-        continued = self.stack.causal and state.continues_text
-        if given is None and continued and labels is not None and labels.shape == tokens.shape[:2]:
-            given = (labels != -100).cumsum(1) == 0
-        if given is None:
-            if continued and self.training:
-                warnings.warn(_NO_INSTRUCTION.format(self.info.name), stacklevel=2)
-            return state.mask
-        chosen = given.bool() if state.mask is None else given.bool() & state.mask
-        if not bool(chosen.any(1).all()):
-            raise ConfigError(
-                f'Method "{self.info.name}" makes its prompts from the instruction, and a row of the batch has none: '
-                "labels must be -100 at its beginning, or pass instruction_mask."
-            )
-        return chosen
+        return instruction_tokens(self, self.stack.causal, tokens, state)
 
     # What a method supplies -------------------------------------------------------------------------------------
 
@@ -152,6 +139,12 @@ class SequenceLayer(AdapterLayer):
 
     # What is the same for all -----------------------------------------------------------------------------------
 
+    @property
+    def in_use(self) -> bool:
+        """True if an adapter puts prompts before this block in this call."""
+        active, rows = self._adapters(None)
+        return bool(active) or rows is not None
+
     def _all_available_adapter_names(self) -> list[str]:
         # peft's own goes by parameters, which a block that only hands prompts on does not have
         return sorted(self.configs)
@@ -159,9 +152,11 @@ class SequenceLayer(AdapterLayer):
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """Run the block with prompts and return the tokens' output."""
         active, rows = self._adapters(adapter_names)
+        state = PromptState.current()
+        if state is not None and state.cache is not None and not state.prefill:
+            state.cache.check_adapters(_in_batch(active, rows))
         if not active and rows is None:
             return self.base_layer(*args, **kwargs)
-        state = PromptState.current()
         if state is None:
             raise ConfigError("A block with prompts was called without its backbone; call the whole model.")
         if state.refused:
@@ -194,6 +189,13 @@ class SequenceLayer(AdapterLayer):
             return [], None
         rows = current_row_adapters() if adapter_names is None else RowAdapters.of(adapter_names)
         return [name for name in self.active_adapters if name in self.configs], rows
+
+    def _adds_keys(self) -> bool:
+        """Test whether an adapter of this call has trained keys and values."""
+        active, rows = self._adapters(None)
+        return any(
+            self.configs[name].key_value_tokens for name in (rows.names if rows else active) if name in self.configs
+        )
 
     def text_shift(self, batch: int, device: torch.device) -> int | Tensor:
         """Number of positions before the text in this call, for all rows or int64 (batch, 1)."""
@@ -280,32 +282,7 @@ class SequenceLayer(AdapterLayer):
             padded = pad(new, (0, 0, count - new.shape[1], 0))
             states = states.index_copy(0, indices[name], padded)
             counts[indices[name]], writes[indices[name]] = new.shape[1], True
-        self._merge_rows(state, states, counts, writes)
-
-    @staticmethod
-    def _merge_rows(state: PromptState, states: Tensor, counts: Tensor, writes: Tensor) -> None:
-        """Merge new prompts (batch, prompts, dim) into a mixed batch's state.
-
-        A row that writes gets the new ones, the others keep theirs. Prompts stand at the right of those that a row does
-        not have.
-
-        Args:
-            state: the state to write to.
-            states: the new prompts.
-            counts: number of prompts that each row writes, int64 (batch,).
-            writes: bool (batch,), True if a row writes at all.
-        """
-        if state.states is not None:
-            before = state.states.shape[1]
-            missing = states.shape[1] - before
-            old = pad(state.states, (0, 0, max(missing, 0), 0))
-            states = pad(states, (0, 0, max(-missing, 0), 0))
-            states = torch.where(writes[:, None, None], states, old)
-            had = torch.full_like(counts, before) if state.unused is None else (~state.unused).sum(1)
-            counts = torch.where(writes, counts, had)
-        size = states.shape[1]
-        unused = torch.arange(size, device=states.device) < (size - counts)[:, None]
-        state.states, state.unused = states, unused if bool(unused.any()) else None
+        state.merge_rows(states, counts, writes)
 
     def _position(self, names: Sequence[str]) -> int:
         """Position of the prompts, common to all adapters of a batch."""
@@ -378,20 +355,29 @@ class SequenceLayer(AdapterLayer):
             )
         if "attention_mask" in kwargs or state.unused is not None:
             mask = kwargs.get("attention_mask")
-            kwargs["attention_mask"] = extend_mask(mask, tokens, count, at, self.stack.causal, state.unused)
+            # The text tower of CLIP says only in the call that it is causal.
+            causal = self.stack.causal or bool(kwargs.get("is_causal"))
+            kwargs["attention_mask"] = extend_mask(mask, tokens, count, at, causal, state.unused, state.first)
         if "position_embeddings" in kwargs:
-            kwargs["position_embeddings"] = extend_rotary(kwargs["position_embeddings"], length, count, at)
+            # Trained keys are not rotated, wherever the text begins.
+            first = None if self._adds_keys() else state.first
+            kwargs["position_embeddings"] = extend_rotary(kwargs["position_embeddings"], length, count, at, first)
         for name in self.stack.position_biases:
             if kwargs.get(name) is not None:
                 kwargs[name] = extend_bias(kwargs[name], length, count, at)
+        for name in _OF_OTHER_TEXT & kwargs.keys():
+            kwargs[name] = extend_queries(kwargs[name], length, count, at)
         if kwargs.get("position_ids") is not None:
             ids = kwargs["position_ids"]
             # Blocks that make no rotary positions read the ids only to find packed sequences.
-            own_rotary = self.stack.rotary_in_block
-            kwargs["position_ids"] = insert(ids, ids.new_zeros(len(ids), count), at) if own_rotary else None
+            if self.stack.rotary_in_block:
+                start = at_first_token(ids, state.first, 1)
+                ids = insert(ids.expand(len(start), -1), start.expand(-1, count), at)
+            kwargs["position_ids"] = ids if self.stack.rotary_in_block else None
         # A bias that the block makes for itself is extended by `_extend_own_bias`, which reads the position here.
         for module in self._biases:
             module.prompts_at = at
+        relative_bias.share(state.context, self._row_biases, state.first, at + count)
         self._enter_cache(state, given_cache(kwargs), count)
         return kwargs
 
@@ -400,7 +386,7 @@ class SequenceLayer(AdapterLayer):
         if cache is None:
             return
         if state.cache is None:
-            state.cache = CachedPrompts()
+            state.cache = CachedPrompts(_in_batch(*self._adapters(None)), state.counted)
             setattr(cache, CACHED_PROMPTS, state.cache)
         state.cache.count[self.depth] = count
         if state.unused is not None:
@@ -415,7 +401,12 @@ class SequenceLayer(AdapterLayer):
             self._check_window(state.cache, cache, tokens.shape[1])
             keys = cache.get_mask_sizes(tokens.shape[1], self.depth)[0]
             unused = state.cache.unused.get(self.depth)
+            first, count = first_tokens(state.mask), state.cache.count.get(self.depth, 0)
+            relative_bias.share(state.context, self._row_biases, first, count)
             kwargs["attention_mask"] = align_keys(kwargs.get("attention_mask"), keys, tokens, unused)
+            for name in self.stack.position_biases:
+                if name in kwargs:
+                    kwargs[name] = align_bias(kwargs[name], keys)
         return kwargs
 
     def _check_window(self, prompts: CachedPrompts, cache: Any, new: int) -> None:
@@ -429,6 +420,13 @@ class SequenceLayer(AdapterLayer):
                 f"{cache.get_seq_length(self.depth) + new - count} tokens and {count} prompts do not fit into the "
                 f"sliding window of {window} that the cache keeps: the prompts would leave it; pass use_cache=False."
             )
+
+
+def _in_batch(active: Sequence[str], rows: RowAdapters | None) -> tuple[str, ...]:
+    """Names of a batch's adapters: one for all rows, or one for each."""
+    if rows is None:
+        return tuple(active)
+    return rows.per_row if len(rows.names) > 1 else rows.names
 
 
 def _extend_own_bias(module: nn.Module, args: Any, kwargs: dict[str, Any], bias: Tensor) -> Tensor:

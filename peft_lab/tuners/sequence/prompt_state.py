@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from transformers.masking_utils import find_first_full_attention_index
 
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.forward_context import ForwardContext
 from peft_lab.tuners.sequence.key_values import shift_positions
+from peft_lab.tuners.sequence.text_positions import counted, first_tokens, is_counted, needs_count, position_offset
 from peft_lab.tuners.tokens import parameter_names, split
 
 #: Key of the state in `ForwardContext.shared`.
@@ -35,12 +37,28 @@ class CachedPrompts:
     """Prompt tokens in a KV cache.
 
     Attributes:
+        adapters: names of the adapters whose prompts they are, one for all rows, or one for each.
+        counted: True if positions are those among a row's own tokens; else later ones go on from the length.
         count: number of prompts by index of the block.
         unused: bool (batch, prompts) by index of the block, the prompts that a row does not have.
     """
 
+    adapters: tuple[str, ...]
+    counted: bool
     count: dict[int, int] = field(default_factory=dict)
     unused: dict[int, Tensor] = field(default_factory=dict)
+
+    def check_adapters(self, names: tuple[str, ...]) -> None:
+        """Refuse to go on with other adapters than those whose prompts the cache holds.
+
+        Raises:
+            ConfigError: the names differ.
+        """
+        if names != self.adapters:
+            raise ConfigError(
+                f"The KV cache holds the prompts of {', '.join(self.adapters)}, and this call has the adapters "
+                f"{', '.join(names) or 'switched off'}: let generate() make a cache of its own."
+            )
 
 
 @dataclass
@@ -50,6 +68,10 @@ class PromptState:
     Attributes:
         context: the forward call that it belongs to.
         mask: bool (batch, tokens), False at padding; None if there is none.
+        first: index of each row's first token, int64 (batch or 1,), where the prompts have their position; None for
+            position 0.
+        positions_given: True if the call gives positions.
+        counted: True if positions are those among a row's own tokens.
         rows: numbers of the batch's rows that it is for, int64; None for all.
         batch: number of rows of the whole batch.
         cache: prompts that the KV cache holds; None without a cache.
@@ -63,6 +85,9 @@ class PromptState:
 
     context: ForwardContext
     mask: Tensor | None = None
+    first: Tensor | None = None
+    positions_given: bool = False
+    counted: bool = True
     rows: Tensor | None = None
     batch: int = 0
     cache: CachedPrompts | None = None
@@ -84,6 +109,29 @@ class PromptState:
         """State for some rows of the batch."""
         mask = None if self.mask is None else self.mask[rows]
         return replace(self, mask=mask, rows=rows, states=None, unused=None)
+
+    def merge_rows(self, states: Tensor, counts: Tensor, writes: Tensor) -> None:
+        """Merge new prompts (batch, prompts, dim) of a mixed batch.
+
+        A row that writes gets the new ones, the others keep theirs. Prompts stand at the right of those that a row does
+        not have.
+
+        Args:
+            states: the new prompts.
+            counts: number of prompts that each row writes, int64 (batch,).
+            writes: bool (batch,), True if a row writes at all.
+        """
+        if self.states is not None:
+            before = self.states.shape[1]
+            missing = states.shape[1] - before
+            old = pad(self.states, (0, 0, max(missing, 0), 0))
+            states = pad(states, (0, 0, max(-missing, 0), 0))
+            states = torch.where(writes[:, None, None], states, old)
+            had = torch.full_like(counts, before) if self.unused is None else (~self.unused).sum(1)
+            counts = torch.where(writes, counts, had)
+        size = states.shape[1]
+        unused = torch.arange(size, device=states.device) < (size - counts)[:, None]
+        self.states, self.unused = states, unused if bool(unused.any()) else None
 
     def row_input(self, name: str) -> Tensor | None:
         """Value of a declared row input for the rows of this state."""
@@ -128,10 +176,14 @@ def run_with_prompts(stack: nn.Module, forward: Callable[..., Any], kwargs: dict
     # The stacks of one model (encoder and decoder, text and vision) share a context, each with its own state.
     outer = context.shared.get(_PROMPTS)
     context.shared[_PROMPTS] = state
+    # A stack that takes no positions counts them from the length of the cache.
+    cache = outer_cache(kwargs) if "position_ids" not in parameter_names(type(stack).forward) else None
+    report_text_length(cache)
     try:
         output = forward(**kwargs)
     finally:
         context.shared[_PROMPTS] = outer
+        report_whole_length(cache)
     if READOUT in context.shared and context.model is stack:
         raise ConfigError("Prompts are read behind the stack of blocks; call the whole model.")
     # Tensors recorded inside of the blocks hold the prompts; callers expect those of the tokens alone.
@@ -143,10 +195,13 @@ def run_with_prompts(stack: nn.Module, forward: Callable[..., Any], kwargs: dict
 
 
 def _begin(stack: nn.Module, context: ForwardContext, kwargs: dict[str, Any]) -> PromptState:
-    """Make a call's state and account for prompts in the cache."""
+    """Make a call's state and account for padding and for prompts in the cache."""
     names = parameter_names(type(stack).forward)
-    cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
+    outer = outer_cache(kwargs)
+    report_whole_length(outer)
+    cache, mask = self_attention_cache(outer), kwargs.get("attention_mask")
     state = PromptState(context, mask=mask.bool() if mask is not None and mask.ndim == 2 else None)
+    state.positions_given = kwargs.get("position_ids") is not None
     past = int(cache.get_seq_length()) if cache is not None else 0
     # A reason is kept, not raised: a stack without prompts in this call must run.
     if getattr(cache, "is_compileable", False):
@@ -155,11 +210,24 @@ def _begin(stack: nn.Module, context: ForwardContext, kwargs: dict[str, Any]) ->
         state.prefill = False
         state.cache = getattr(cache, CACHED_PROMPTS, None)
         if state.cache is not None:
-            state.refused = _count_cached(state.cache, cache, past, kwargs, names)
+            state.refused = _count_cached(state, cache, stack, kwargs)
     elif _is_packed(kwargs.get("position_ids"), state.mask):
         state.refused = "Packed sequences have no place for prompts: pass one sequence per row of the batch."
+    else:
+        state.first = first_tokens(state.mask)
+        if state.positions_given:
+            state.first = kwargs["position_ids"].new_zeros(1) if state.first is None else state.first
+            state.counted = is_counted(kwargs["position_ids"], state.mask, position_offset(stack))
+        # Only where prompts are in use: the stack without them answers as transformers lets it.
+        elif state.mask is not None and "position_ids" in names and needs_count(state.mask) and in_use(stack):
+            kwargs["position_ids"] = counted(state.mask, position_offset(stack))
     shift_positions(stack, state, kwargs)
     return state
+
+
+def in_use(model: nn.Module) -> bool:
+    """Test whether prompts are put before a block of the model in this call."""
+    return any(getattr(module, "in_use", False) for module in model.modules())
 
 
 def _tokens_alone(part: Tensor, state: PromptState, dims: tuple[int, ...]) -> Tensor:
@@ -209,32 +277,61 @@ def read_out(norm: nn.Module, args: Any, output: Tensor) -> Tensor:
     return mean if output.ndim == 2 else torch.cat([mean[:, None], output[:, 1:]], 1)
 
 
-def _count_cached(
-    prompts: CachedPrompts, cache: Cache, past: int, kwargs: dict[str, Any], names: tuple[str, ...]
-) -> str:
+def _count_cached(state: PromptState, cache: Cache, stack: nn.Module, kwargs: dict[str, Any]) -> str:
     """Account for cached prompts in mask and positions.
 
     Returns the reason if that is impossible, else "".
     """
+    assert state.cache is not None
+    prompts, mask = state.cache, state.mask
     counts = {prompts.count.get(depth, 0) for depth in range(len(cache.layers))}
     if any(cache.is_sliding) and len(counts) > 1:
         return "Prompts in some blocks only do not go with a cache of sliding windows; pass use_cache=False."
     given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    if given.shape[1] > 1 and any(prompts.count.values()):
-        return (
-            f"A KV cache with prompts in it goes on by one token at a time, got {given.shape[1]}: leave out "
-            "prefill_chunk_size and assistant_model, and give the whole text where a conversation goes on."
-        )
-    mask = kwargs.get("attention_mask")
+    start = text_length(cache, prompts)
+    end = start + given.shape[1]
+    if "position_ids" not in parameter_names(type(stack).forward):
+        # Such a stack may also make a mask of that length by itself.
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = given.new_ones(len(given), end)
+    elif not state.positions_given:
+        # The stack would count the cached prompts as positions, and prompts take none.
+        offset = position_offset(stack)
+        positions = torch.arange(start, end, device=given.device)[None] + offset
+        if mask is not None and mask.shape[1] == end and prompts.counted and needs_count(mask):
+            positions = counted(mask, offset)[:, start:]
+        kwargs["position_ids"] = positions
     # The stack sizes its mask by the first layer with full attention.
-    measured = prompts.count.get(find_first_full_attention_index(cache), 0)
+    measured, mask = prompts.count.get(find_first_full_attention_index(cache), 0), kwargs.get("attention_mask")
     if measured and mask is not None and mask.ndim == 2:
         kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], measured), mask], 1)
-    # The stack would count the cached prompts as positions, and prompts take none.
-    if kwargs.get("position_ids") is None and "position_ids" in names:
-        start = past - prompts.count.get(0, 0)
-        kwargs["position_ids"] = torch.arange(start, start + given.shape[1], device=given.device)[None]
     return ""
+
+
+def text_length(cache: Cache, prompts: CachedPrompts) -> int:
+    """Number of tokens in a KV cache without the prompts."""
+    # A cache measures its length in its first layer with attention.
+    first = next(index for index, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin))
+    return max(Cache.get_seq_length(cache, first) - prompts.count.get(first, 0), 0)
+
+
+def report_text_length(cache: Any) -> bool:
+    """Let a KV cache report its length without prompts to a caller that names no layer.
+
+    So callers ask who count tokens or positions: `generate`, and stacks that take no positions. Those who want the
+    number of entries in a layer name it. A cache belongs to one call at a time. Returns whether it holds prompts.
+    """
+    prompts = getattr(self_attention_cache(cache), CACHED_PROMPTS, None)
+    if prompts is not None:
+        text, whole = text_length(self_attention_cache(cache), prompts), cache.get_seq_length
+        cache.get_seq_length = lambda layer_idx=None: text if layer_idx is None else whole(layer_idx)
+    return prompts is not None
+
+
+def report_whole_length(cache: Any) -> None:
+    """Undo `report_text_length`."""
+    if isinstance(cache, Cache):
+        vars(cache).pop("get_seq_length", None)
 
 
 def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:
@@ -248,10 +345,19 @@ def _is_packed(position_ids: Tensor | None, mask: Tensor | None) -> bool:
     return bool(anew.any())
 
 
-def given_cache(kwargs: dict[str, Any]) -> Any:
-    """Cache of self-attention among the arguments of a stack or block, whatever its name there.
+def outer_cache(kwargs: dict[str, Any]) -> Any:
+    """KV cache among the arguments of a model, stack or block, whatever its name there.
 
     transformers 5.24 renamed `past_key_values` to `cache`; some blocks have names of their own.
     """
-    cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+    return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def self_attention_cache(cache: Any) -> Any:
+    """Cache of self-attention, also of an encoder-decoder's cache."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def given_cache(kwargs: dict[str, Any]) -> Any:
+    """Cache of self-attention among the arguments of a stack or block."""
+    return self_attention_cache(outer_cache(kwargs))

@@ -186,7 +186,7 @@ class StoredPrompts(SequenceLayer):
         counts = torch.tensor([len(part) for part in parts], device=tokens.device)
         writes = torch.tensor([name in found for name in rows.names], device=tokens.device)
         index = rows.index(tokens.shape[0], tokens.device)
-        self._merge_rows(state, table[index], counts[index], writes[index])
+        state.merge_rows(table[index], counts[index], writes[index])
 
     def uniform(self, count: int, width: int) -> Tensor:
         """Start values (count, width) by Xavier's rule for patch projections."""

@@ -5,8 +5,6 @@ The forward of the stack is wrapped too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,16 +21,16 @@ from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.registration import register
 from peft_lab.tuners.residual_layer import ResidualBranches, remove_stream_hooks
 from peft_lab.tuners.sequence import key_values, window_attention
+from peft_lab.tuners.sequence.generation import unwrap_generate, wrap_generate
 from peft_lab.tuners.sequence.layer import SequenceLayer
 from peft_lab.tuners.sequence.prompt_state import read_out, replace_logits, run_with_prompts
+from peft_lab.tuners.sequence.relative_bias import unwrap_biases
 from peft_lab.tuners.sequence.stack import StackInfo, chosen_stack, norms_around, prefix_tokens, stack_info, stacks_of
 from peft_lab.tuners.sequence.supported_models import check_supported
 from peft_lab.tuners.tuner import BlockTuner
 
 #: Every hook that a tuner puts in, by which it finds them again.
 _HOOKS = (read_out, replace_logits, *window_attention.HOOKS)
-#: Arguments of `generate` with which text is read in pieces, or with drafts of what is to be written.
-_NO_WHOLE_TEXT = ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens")
 
 
 @dataclass
@@ -173,6 +171,7 @@ class SequenceTuner(BlockTuner):
                 window_attention.hook_stage(model.get_submodule(window_attention.stage_of(block)))
         # The model's wrapper opens the context of a call, the stack's makes the state of the prompts in it.
         wrap_forward(model, opens=True)
+        wrap_generate(model)
         stack = wrap_forward(model.get_submodule(path), opens=not path)
         stack.around = run_with_prompts
         stack.declared[adapter_name] = config.row_inputs()
@@ -186,20 +185,12 @@ class SequenceTuner(BlockTuner):
             if replace_logits not in head._forward_hooks.values():
                 head.register_forward_hook(replace_logits)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # Settings of generate that would let the prompts be made from a part of the text are refused.
-        settings = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-        given = [n for n in _NO_WHOLE_TEXT if kwargs.get(n) is not None or getattr(settings, n, None) is not None]
-        if given and any(isinstance(m, SequenceLayer) and not m.disable_adapters for m in self.modules()):
-            raise ConfigError(f"Prompts are made for a whole text, and then tokens come singly: leave out {given[0]}.")
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            yield
-
     def unload(self) -> Any:
         """Return the base model without wrapped blocks and without hooks."""
         model = super().unload()
         remove_stream_hooks(model)
+        unwrap_biases(model)
+        unwrap_generate(model)
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in list(hooks.items()):
