@@ -44,6 +44,8 @@ _WORDS = 8
 #: Capabilities that are types of op.
 _OPS = ("linear", "conv1d", "conv2d", "embedding", "norm")
 _SERVED, _SUMS = "load_many", "weighted_sums"
+#: Where the default learning rates were measured, seen from the page of a method.
+_DEFAULTS = "../../benchmarks/defaults.md"
 #: Columns of cost.md that a method's page shows, and their headings there.
 _COSTS = {
     "trainable": "trainable",
@@ -154,7 +156,11 @@ def _method_page(info: registry.MethodInfo) -> str:
 
 
 def _facts(info: registry.MethodInfo) -> str:
-    facts = [f"`{info.name}`", f"place: {info.place}", f"default learning rate {info.learning_rate:g}"]
+    facts = [
+        f"`{info.name}`",
+        f"place: {info.place}",
+        f"default learning rate {info.learning_rate:g} ([why]({_DEFAULTS}))",
+    ]
     if info.paper:
         facts.append(f"paper {_paper(info.paper)}")
     return " · ".join(facts)

@@ -40,8 +40,8 @@ CAPABILITIES = {
 
 PLACES = ("weight", "feature", "sequence", "input", "head", "baseline", "peft")
 
-#: Learning rates for peft's own tuners whose good range is far from LoRA's (peft's method_comparison, MetaMathQA).
-_PEFT_LEARNING_RATES = {"ia3": 5e-3, "c3a": 1e-1, "vera": 1e-2, "ln_tuning": 1e-2, "prompt_tuning": 1e-2, "oft": 1e-3}
+#: Learning rates of peft's own tuners: measured where benchmarks/defaults.md has them, else peft's method_comparison.
+_PEFT_LEARNING_RATES = {"ia3": 1e-2, "c3a": 1e-1, "vera": 3e-2, "ln_tuning": 3e-2, "prompt_tuning": 1e-2, "oft": 3e-4}
 _DEFAULT_LEARNING_RATE = 1e-3
 
 
@@ -59,7 +59,7 @@ class MethodInfo:
         config: name of the config class in the method's file ("" for baselines, which take no arguments).
         roles: the module roles it adapts by default (`peft_lab.backbones.module_roles`).
         capabilities: names from `CAPABILITIES` that hold for it.
-        learning_rate: default learning rate with AdamW.
+        learning_rate: default learning rate with AdamW; measured for short runs, see `benchmarks/defaults.md`.
         budget: most that a training step with the default config may cost, as (FLOPs, saved activations) relative to
             the frozen floor of a 384 wide ViT at 520 tokens; tested for every method.
         presets: values of config fields by the name of a relative of the method: `preset=NAME` among its arguments

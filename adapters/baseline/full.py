@@ -12,5 +12,5 @@ METHOD = MethodInfo(
     title="Full fine-tuning",
     paper="",
     place="baseline",
-    learning_rate=5e-5,
+    learning_rate=3e-4,
 )

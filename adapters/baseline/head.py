@@ -13,5 +13,5 @@ METHOD = MethodInfo(
     paper="",
     place="baseline",
     roles=("head",),
-    learning_rate=1e-2,
+    learning_rate=3e-2,
 )

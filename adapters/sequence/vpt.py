@@ -25,7 +25,7 @@ METHOD = MethodInfo(
     config="VPTConfig",
     roles=("block",),
     capabilities=("mixed_batch",),
-    learning_rate=1e-2,
+    learning_rate=3e-2,
     budget=(1.2, 1.3),
 )
 

@@ -28,7 +28,7 @@ METHOD = MethodInfo(
     config="LoraConfig",
     roles=("attn.q", "attn.v"),
     capabilities=("linear", "conv1d", "conv2d", "embedding", "merge", "mixed_batch", "identity_start"),
-    learning_rate=1e-3,
+    learning_rate=3e-3,
     budget=(1.0, 1.12),
 )
 

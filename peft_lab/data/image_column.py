@@ -52,7 +52,7 @@ with warnings.catch_warnings():
 
 
 def _file(value: dict[str, Any]) -> tuple[Any, str | None]:
-    """What Pillow opens of a stored image, None for one of the Hub, and its name."""
+    """Source of a stored image for Pillow, None for one of the Hub, and its name."""
     path, data = value["path"], value["bytes"]
     if data is not None:
         return BytesIO(data), path or f"an image of {len(data)} bytes"

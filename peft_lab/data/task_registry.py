@@ -117,7 +117,8 @@ def data_files(task: Task, split: str) -> list[str]:
         # the order of files in a folder differs between machines, and the fingerprint depends on it
         matches = sorted(path.parent.glob(path.name)) if "*" in path.name else [path] * path.exists()
         if not matches:
-            raise TaskError(f'Task "{task.name}": the {split} file {path} does not exist.')
+            mend = " Name your own task file with --task." if task.foreign else ""
+            raise TaskError(f'Task "{task.name}": the {split} file {path} does not exist.{mend}')
         if task.data.builder == "imagefolder" and not matches[0].is_dir():
             raise TaskError(f'Task "{task.name}": builder imagefolder wants a folder for {split}, {path} is a file.')
         found += [str(match) for match in matches]

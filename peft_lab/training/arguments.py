@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+#: Part of the steps in which the learning rate rises (measured, see benchmarks/defaults.md), and the least number of
+#: steps for it, because the first step of a warm-up has the rate zero.
+_WARM_UP, _WARM_UP_FROM = 0.1, 20
 #: Steps of a training that only the time ends.
 _WITHOUT_END = 10_000_000
 
@@ -70,6 +73,8 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
             f'hub_strategy "{flags["hub_strategy"]}" would upload checkpoints; only "end" (the finished run) can be.'
         )
     flags.pop("do_train", None)  # a run always trains
+    if flags.get("max_steps", -1) <= 0 or flags["max_steps"] >= _WARM_UP_FROM:
+        flags.setdefault("warmup_steps", _WARM_UP)
     # Trainer's default of three epochs could end the training before its time has passed
     if config.max_seconds is not None and flags.keys().isdisjoint({"max_steps", "num_train_epochs"}):
         flags["max_steps"] = _WITHOUT_END

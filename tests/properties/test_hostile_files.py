@@ -196,7 +196,7 @@ def test_pickles_are_never_read(any_folder):
 def test_peft_does_not_read_pickles_of_our_methods(method, tmp_path):
     _adapted(method).save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "adapter_model.bin").is_file()
-    with pytest.raises(PeftLabError, match="only safetensors"):
+    with pytest.raises(PeftLabError, match="safetensors"):
         PeftModel.from_pretrained(_model(method), tmp_path)
 
 

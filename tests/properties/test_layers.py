@@ -197,6 +197,7 @@ def test_tied_weight_is_not_changed_by_merging(method: str) -> None:
     assert torch.equal(tied, before)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ON_OPS)
 def test_compiled_equals_eager(method: str) -> None:
     _, model, x = adapted(method, "linear")

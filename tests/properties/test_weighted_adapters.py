@@ -116,8 +116,11 @@ def test_what_is_no_exact_sum_is_refused_and_changes_nothing(method):
 @pytest.mark.parametrize("method", LINEAR)
 def test_adapters_that_differ_in_more_than_values_are_refused(method):
     fields = config_class(method).__dataclass_fields__.values()
-    others = {f.name: f.metadata["other"] for f in fields if "other" in f.metadata and not f.name.startswith("init")}
-    for change in ({name: value} for name, value in [*others.items(), ("layers_to_transform", [0])]):
+    changes = [{"layers_to_transform": [0]}]
+    for f in fields:
+        if "other" in f.metadata and not f.name.startswith("init"):
+            changes.append({f.name: f.metadata["other"], **f.metadata.get("with", {})})
+    for change in changes:
         model = adapt(method, TINY["bert"]())
         model.add_adapter("second", config(method, **change))
         for names in (["default", "second"], ["second", "default"]):

@@ -14,6 +14,7 @@ from support.properties import assert_close, output
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 import peft_lab
+from peft_lab.runs.run_folder import read_metrics
 
 SAVED = Path(__file__).parents[1] / "fixtures" / "saved"
 EXPECTED = load_file(SAVED / "expected.safetensors")
@@ -44,8 +45,10 @@ def test_a_run_is_evaluated_and_known_to_be_finished(
     shutil.copytree(SAVED, tmp_path / "saved")
     monkeypatch.chdir(tmp_path / "saved")
     run = Path(f"run_{method}")
-    metrics = peft_lab.runs.run_folder.read_metrics(run)
-    found = peft_lab.evaluate(run)
+    metrics = read_metrics(run)
+    with pytest.raises(peft_lab.TaskError, match="Name your own task file with --task"):
+        peft_lab.evaluate(run)  # nobody has trained on its task file here
+    found = peft_lab.evaluate(run, task="task/topics.yaml")
     assert found["accuracy"] == pytest.approx(metrics["metrics"]["test"]["accuracy"], abs=0.05)
     before = (run / "metrics.json").read_bytes()
     assert peft_lab.train(run / "run.yaml").trainer is None, "a finished run is not repeated"

@@ -29,7 +29,7 @@ METHOD = MethodInfo(
     config="SSFConfig",
     roles=("op",),
     capabilities=("linear", "conv1d", "conv2d", "norm", "merge", "mixed_batch"),
-    learning_rate=5e-3,
+    learning_rate=3e-3,
     budget=(1.03, 1.1),
 )
 

@@ -34,7 +34,7 @@ METHOD = MethodInfo(
     config="BayesPromptConfig",
     roles=("block",),
     capabilities=("mixed_batch",),
-    learning_rate=1e-2,
+    learning_rate=1e-1,
 )
 
 

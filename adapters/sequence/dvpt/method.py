@@ -32,7 +32,7 @@ METHOD = MethodInfo(
     config="DVPTConfig",
     roles=("block",),
     capabilities=("mixed_batch", "images"),
-    learning_rate=5e-3,
+    learning_rate=1e-2,
     budget=(2.0, 2.4),
 )
 

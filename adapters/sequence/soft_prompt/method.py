@@ -40,7 +40,7 @@ METHOD = MethodInfo(
     config="SoftPromptConfig",
     roles=("block",),
     capabilities=("mixed_batch",),
-    learning_rate=1e-2,
+    learning_rate=1e-1,
     budget=(1.4, 1.5),
 )
 

@@ -34,7 +34,7 @@ METHOD = MethodInfo(
     config="SVFitConfig",
     roles=("attn.q", "attn.v"),
     capabilities=("linear", "conv1d", "conv2d", "embedding", "merge", "mixed_batch", "identity_start"),
-    learning_rate=2e-2,
+    learning_rate=3e-2,
     budget=(1.22, 1.25),
 )
 

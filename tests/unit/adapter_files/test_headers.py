@@ -74,7 +74,7 @@ def test_name_and_shape_that_no_adapter_has(tmp_path: Path, header: dict[str, An
 
 
 def test_too_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_lab.adapter_files.safe_files._MAX_TENSORS", 1)
+    monkeypatch.setattr("peft_lab.utils.safetensors_header._MAX_TENSORS", 1)
     other = {**ENTRY, "data_offsets": [24, 48]}
     with pytest.raises(PeftLabError, match="declares 2 tensors; at most 1 are read"):
         read_header(_file(tmp_path, {"a": ENTRY, "b": other}, 48))

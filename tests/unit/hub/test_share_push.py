@@ -173,7 +173,8 @@ def test_it_loads_from_the_hub_in_every_way(pushed, place, tmp_path):
     assert {json.loads(line)["label"] for line in answers} <= {"food", "music", "weather"}
 
 
-@pytest.mark.parametrize("method", ["vpt", pytest.param("prompt_cam", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["vpt", "prompt_cam"])
 def test_prompts_of_images_come_back_from_the_hub(method, hub, at_hub, tmp_path):
     backbone, task = make_image_backbone(tmp_path / "vit"), make_image_task(tmp_path / "data")
     hub.publish("org/vit", backbone)

@@ -14,7 +14,7 @@ from peft_lab.comparison import read_results
 from peft_lab.comparison.records.results import RESULTS, append_record, repair
 from peft_lab.comparison.records.run import Record, Run, RunInfo
 from peft_lab.comparison.records.search_budget import search_budgets
-from peft_lab.comparison.run.worker import Job, commit, record_of
+from peft_lab.comparison.run.worker import Job, Start, commit, record_of
 from peft_lab.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -63,7 +63,7 @@ def test_committed_results_are_read_and_written_unchanged(file: Path, tmp_path: 
 
 def test_a_record_holds_all_of_its_run(tmp_path: Path) -> None:
     run = planned()
-    record = record_of(run, "2026-01-01T00:00:00", status="ok", metrics={"main_metric": "accuracy"})
+    record = record_of(run, Start.now(), status="ok", metrics={"main_metric": "accuracy"})
     own = {"status", "started", "finished", "folder", "options"}
     for name in {each.name for each in fields(RunInfo)} - own:
         assert getattr(record, name) == getattr(run, name)
@@ -80,7 +80,7 @@ def test_a_job_travels_to_another_process() -> None:
 
 
 def test_keys_of_a_later_version_are_ignored_and_other_lines_refused(tmp_path: Path) -> None:
-    record = record_of(planned(), "", status="ok")
+    record = record_of(planned(), Start.now(), status="ok")
     (tmp_path / RESULTS).write_text(json.dumps({**asdict(record), "later": 1}) + "\n")
     assert read_results(tmp_path) == [record]
     for line in ("{}", "[]", "no json", '{"id": "0123"}'):
@@ -92,7 +92,7 @@ def test_keys_of_a_later_version_are_ignored_and_other_lines_refused(tmp_path: P
 
 
 def test_an_incomplete_line_is_cut_off(tmp_path: Path) -> None:
-    append_record(tmp_path, record_of(planned(), "", status="ok"))
+    append_record(tmp_path, record_of(planned(), Start.now(), status="ok"))
     whole = (tmp_path / RESULTS).read_bytes()
     (tmp_path / RESULTS).write_bytes(whole + b'{"id": "half')
     assert len(read_results(tmp_path)) == 1

@@ -40,10 +40,10 @@ def near(rate: float) -> Any:
 
 @pytest.mark.parametrize("search", [{"trials": 5}, {"strategy": "halving", "trials": 8}])
 def test_the_best_learning_rate_on_validation_rows_is_taken(place: Path, tmp_path: Path, search: Any) -> None:
-    done, backend = run(place, tmp_path, near(3.2e-3), search=search, methods=["lora", "head"])
+    done, backend = run(place, tmp_path, near(9.5e-3), search=search, methods=["lora", "head"])
     finals = [r for r in done.records if r.stage == "final"]
     assert {(r.arm, r.seed) for r in finals} == {(a, s) for a in ("lora", "head") for s in (0, 1)}
-    assert {r.learning_rate for r in finals} == {3.2e-3}
+    assert {r.learning_rate for r in finals} == {9.5e-3}
     assert {r.seed for r in done.records if r.stage == "search"}.isdisjoint({0, 1})
     assert len(backend.runs) == len(done.records)
     first, second = search_budgets(done.records)
@@ -110,7 +110,7 @@ def test_a_search_goes_on_beyond_an_edge(
 
 def test_all_arms_have_the_same_right_to_go_on(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def score(run: Run) -> float:
-        if run.method == "lora" and run.learning_rate > 4e-3:
+        if run.method == "lora" and run.learning_rate > 1e-2:
             raise RuntimeError("out of memory")
         return near(1.0 if run.method == "lora" else 1e-5)(run)
 
@@ -148,18 +148,18 @@ def test_less_perplexity_is_better(place: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(compare_helpers, "metrics_of", metrics)
     done, _ = run(place, tmp_path, lambda r: r.learning_rate, search={"trials": 3}, methods=["lora"], seeds=1)
     assert done.choices[0].candidate is not None
-    assert done.choices[0].candidate.learning_rate == 0.00032
+    assert done.choices[0].candidate.learning_rate == 0.00095
     assert done.choices[0].edge == "lowest"
 
 
 def test_a_candidate_that_diverged_or_failed_is_not_taken(place: Path, tmp_path: Path) -> None:
     def score(run: Run) -> float:
-        if run.learning_rate == 0.001:
+        if run.learning_rate == 0.003:
             raise RuntimeError("out of memory")
-        return math.nan if run.learning_rate > 0.001 else 0.1
+        return math.nan if run.learning_rate > 0.003 else 0.1
 
     done, _ = run(place, tmp_path, score, search={"trials": 3}, methods=["lora"])
-    assert {r.learning_rate for r in done.records if r.stage == "final"} == {0.00032}
+    assert {r.learning_rate for r in done.records if r.stage == "final"} == {0.00095}
     (failed,) = done.failed
     assert failed.error == "RuntimeError: out of memory"
 
