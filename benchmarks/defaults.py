@@ -83,8 +83,8 @@ apart. Longer runs and larger backbones often want a lower rate; `peft-lab compa
 Exceptions: `full` has 3e-4 in place of 1e-3, because every backbone here is small (135 million parameters at most), and
 larger ones are known to diverge at 1e-3. `iapt` keeps 3e-4, which is near the best of the decoder, for which the method
 was made; the encoder of the intents wants 1e-2, where the decoder diverges. `bayes_prompt` has 1e-1 as fixed prompts
-have, because one task alone does not tell 3e-1 from it. Not measured, and taken from their papers: `metadata_prompt` and
-the tuners of peft that are not listed below."""
+have, because one task alone does not tell 3e-1 from it. Not measured, and taken from their papers: `metadata_prompt`
+and the tuners of peft that are not listed below."""
 SHARE = 0.75
 
 BATCH_HEAD = """\
@@ -93,8 +93,8 @@ BATCH_HEAD = """\
 Validation accuracy on snips with MiniLM after the same {rows} training rows in batches of 8, 16 and 32, without warm-up
 and with one of a tenth of the steps, at the rate named. {verdict}"""
 VERDICT = """\
-Warm-up is better in most pairs, for every method on the mean, so it is the default of `peft-lab train` from 20 steps on,
-as it is that of studies. Larger batches are no better for the same rows, so the 8 rows of Trainer stay."""
+Warm-up is better in most pairs, for every method on the mean, so it is the default of `peft-lab train` from 20 steps
+on, as it is that of studies. Larger batches are no better for the same rows, so the 8 rows of Trainer stay."""
 
 
 def run(method: str, workload: Workload, rate: float, batch: int = BATCH, warmup: float = WARMUP) -> dict[str, Any]:

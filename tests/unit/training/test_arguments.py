@@ -26,3 +26,9 @@ def test_the_best_checkpoint_is_chosen_in_the_direction_of_its_metric(metric, tm
 
 def test_no_batch_is_left_out_of_the_loss_of_an_evaluation(tmp_path):
     assert arguments(tmp_path).logging_nan_inf_filter is False
+
+
+@pytest.mark.parametrize(("flags", "warm_up"), [({}, 0.1), ({"max_steps": 20}, 0.1), ({"max_steps": 19}, 0.0)])
+def test_runs_of_some_length_warm_up(flags, warm_up, tmp_path):
+    assert arguments(tmp_path, **flags).warmup_steps == warm_up
+    assert arguments(tmp_path, **flags, warmup_steps=0.5).warmup_steps == 0.5  # what the run itself says counts
