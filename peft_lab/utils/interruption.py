@@ -13,6 +13,8 @@ from types import FrameType
 
 #: Seconds after a first signal in which others change nothing: terminals and launchers send several at once.
 _GRACE = 2.0
+#: Seconds between two looks whether an import is over, and after which it is no longer waited for.
+_AGAIN, _LONGEST_IMPORT = 0.05, 20.0
 _USUAL = "Stopped; the same command starts again."
 
 
@@ -50,13 +52,24 @@ def signals_as_stops() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    process, first = os.getpid(), [0.0]
+    process, asked, first = os.getpid(), [0.0], [0.0]
+
+    def again(number: int) -> None:
+        if signal.getsignal(number) is stop:
+            os.kill(process, number)
 
     def stop(number: int, frame: FrameType | None) -> None:
         # a process forked from this one, such as one that loads data
         if os.getpid() != process:
             os._exit(128 + number)
         if not first[0]:
+            # C++ code that imports a module aborts at an exception, so the signal comes again until the import is over
+            asked[0] = asked[0] or time.monotonic()
+            if _is_importing(frame) and time.monotonic() - asked[0] < _LONGEST_IMPORT:
+                later = threading.Timer(_AGAIN, again, (number,))
+                later.daemon = True
+                later.start()
+                return
             first[0] = time.monotonic()
             raise Stopped(number)
         # the first was caught by a library, or the clean-up hangs
@@ -74,6 +87,15 @@ def signals_as_stops() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Test whether a module is being imported at this place."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

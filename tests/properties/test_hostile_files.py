@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModel, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from support.backbones import TINY
 from support.cover import cover, each_place
@@ -238,7 +239,8 @@ def test_absurd_sizes_allocate_nothing(any_folder, size):
     name = next((name for name in sizes if name in values), None)
     if name is None:
         pytest.skip("the method has no size to choose")
-    _edit_config(any_folder, **{name: size})
+    field = PEFT_TYPE_TO_CONFIG_MAPPING[values["peft_type"]].__dataclass_fields__[name]
+    _edit_config(any_folder, **{name: size}, **field.metadata.get("with", {}))
     tracemalloc.start()
     assert_refused(any_folder, "larger than anything|does not fit")
     assert tracemalloc.get_traced_memory()[1] < 2**27
