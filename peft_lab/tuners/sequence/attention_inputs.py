@@ -101,7 +101,9 @@ def align_keys(mask: Any, keys: int, tokens: Tensor, unused: Tensor | None) -> A
     return mask
 
 
-def extend_rotary(embeddings: Any, tokens: int, count: int, at: int, first: Tensor | None = None) -> Any:
+def extend_rotary(
+    embeddings: Any, tokens: int, count: int, at: int, first: Tensor | None = None, sines_first: bool = False
+) -> Any:
     """Extend rotary positions by prompts at position 0, or at that of each row's first token.
 
     Positions of patches alone, without class tokens, stay as they are. They are cosines and sines (batch or 1, tokens,
@@ -113,8 +115,11 @@ def extend_rotary(embeddings: Any, tokens: int, count: int, at: int, first: Tens
         count: number of prompts.
         at: number of tokens before the prompts.
         first: index of each row's first token, int64 (batch or 1,); None for position 0.
+        sines_first: True if the pair is sines and cosines.
     """
     pair = isinstance(embeddings, tuple) and len(embeddings) == 2
+    if pair and sines_first:
+        return extend_rotary(embeddings[::-1], tokens, count, at, first)[::-1]
     if not pair and not (isinstance(embeddings, Tensor) and embeddings.is_complex()):
         return embeddings
     parts: tuple[Tensor, ...] = embeddings if pair else (embeddings,)

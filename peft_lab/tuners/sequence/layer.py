@@ -361,7 +361,10 @@ class SequenceLayer(AdapterLayer):
         if "position_embeddings" in kwargs:
             # Trained keys are not rotated, wherever the text begins.
             first = None if self._adds_keys() else state.first
-            kwargs["position_embeddings"] = extend_rotary(kwargs["position_embeddings"], length, count, at, first)
+            # Families whose blocks made them once get them as sines and cosines since transformers 5.24.
+            kwargs["position_embeddings"] = extend_rotary(
+                kwargs["position_embeddings"], length, count, at, first, sines_first=self.stack.rotary_in_block
+            )
         for name in self.stack.position_biases:
             if kwargs.get(name) is not None:
                 kwargs[name] = extend_bias(kwargs[name], length, count, at)
