@@ -97,6 +97,7 @@ def test_training_is_the_same_with_a_reader(accumulation: int, tmp_path: Path) -
     assert len(reader.seen) == 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("step", "epochs"), [(6, [1, 2]), (8, [2]), (11, [2]), (12, [2]), (13, [])])
 def test_a_resumed_training_reads_from_the_next_whole_epoch(step: int, epochs: list[int], tmp_path: Path) -> None:
     """Six steps are an epoch."""

@@ -233,6 +233,7 @@ def converted(run, place):
     return to_lora(run.output_dir, place["folder"] / "as-lora"), place["folder"] / "as-lora"
 
 
+@pytest.mark.full
 def test_peft_alone_loads_what_was_written(run, converted, tmp_path):
     """In a process where peft_lab cannot be imported."""
     done, folder = converted

@@ -299,9 +299,8 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "in mid epoch" else pytest.mark.full) for name in KILLS]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", KILLS)
 def test_a_killed_run_continues_to_the_same_weights(name, server, interrupted, alone, tmp_path):
     values = interrupted(tmp_path / "out")
     for where, count in KILLS[name]:

@@ -135,6 +135,7 @@ def test_lora_beside_a_head_on_one_model(tmp_path: Path) -> None:
     assert torch.equal(output(model.eval(), inputs), output(probe(base), inputs))
 
 
+@pytest.mark.full
 def test_a_trained_head_is_loaded_by_peft_alone(tmp_path: Path) -> None:
     backbone, task = make_backbone(tmp_path / "bert"), make_task(tmp_path / "task")
     result = train(options(task, backbone, tmp_path / "out", method="head"))

@@ -134,6 +134,7 @@ def test_the_config_names_the_base_and_its_commit(pushed, hub):
     assert (run["model_name_or_path"], run["task"], run["output_dir"]) == ("org/base", "task.yaml", "pushed")
 
 
+@pytest.mark.full
 def test_it_loads_from_the_hub_in_every_way(pushed, place, tmp_path):
     env = place["env"] | {"HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
     lines = pushed.files["README.md"].decode().split("```python\n")[1].split("```")[0]

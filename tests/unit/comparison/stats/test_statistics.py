@@ -107,6 +107,7 @@ def studied(rng, arms: int, seeds: int, seed_sds, shift=None, rows: int = 60) ->
     return arms_of(values if shift is None else values + np.asarray(shift)[:, None, None])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize(
     ("arms", "seed_sds"),
