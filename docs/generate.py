@@ -22,6 +22,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
 import diagrams  # noqa: E402
+import integration_results  # noqa: E402
 import study_results  # noqa: E402
 
 from peft_lab import registry  # noqa: E402
@@ -368,6 +369,7 @@ def _compatibility() -> str:
         "- `low_cpu_mem_usage=True` in `PeftModel.from_pretrained`",
         "The tests of `tests/properties` check these for every method that they list, on tiny models. No method of "
         "ours works on quantised weights yet: that raises an error.",
+        *_integrations(infos),
         "## Backbones",
         f"Default targets go by role for {len(FAMILIES)} model types; other families get all linear layers of their "
         "blocks, with a message. [A new family](add_a_backbone.md) is one entry of a table.",
@@ -376,6 +378,19 @@ def _compatibility() -> str:
         _table(("role", "meaning"), [(f"`{role}`", meaning) for role, meaning in ROLES.items()]),
     ]
     return _page(parts)
+
+
+def _integrations(infos: Sequence[registry.MethodInfo]) -> list[str]:
+    """Section of what the tests with other libraries have shown; empty before the first run."""
+    rows = integration_results.rows([info.name for info in infos])
+    if not rows:
+        return []
+    return [
+        "## With other libraries",
+        "Written by the tests of `tests/integrations` (`make test-integrations`), at the versions of the extra "
+        "`integrations`, on CPU and with tiny models.",
+        _table(integration_results.HEAD, rows),
+    ]
 
 
 def _marked(infos: Sequence[registry.MethodInfo], names: Sequence[str]) -> str:

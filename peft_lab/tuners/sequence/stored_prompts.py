@@ -33,6 +33,9 @@ _NOT_READ = (
     'Training begins without domain_components={} of method "{}" having read any data, so the prompts keep their usual '
     "start: train by peft_lab.train, add the callback peft_lab.ReadTrainingData, or call peft_lab.domain_prompts first."
 )
+_NO_EXPORT = (
+    'Method "{0}" cannot be exported, because it looks at its values in each call; run the model with its adapter.'
+)
 _NOTHING_TO_DRAW = (
     'Method "{}" has read no training data to draw prompts from: train by peft_lab.train, add the callback '
     "peft_lab.ReadTrainingData to the Trainer, or call peft_lab.domain_prompts(model, batches) first."
@@ -153,6 +156,8 @@ class StoredPrompts(SequenceLayer):
         found = self.stored_values.get(adapter)
         if found is None or not self.draws_particles(adapter):
             return found
+        if torch.compiler.is_exporting():
+            raise ConfigError(_NO_EXPORT.format(self.info.name))
         # Particles are zero until the training data or an adapter file gives them.
         if not bool(found.any()):
             raise ConfigError(_NOTHING_TO_DRAW.format(self.info.name))

@@ -17,14 +17,19 @@ def first_tokens(mask: Tensor | None) -> Tensor | None:
 
     `mask` is bool (batch, tokens), False at padding.
     """
-    if mask is None or bool(mask[:, 0].all()):
+    if mask is None:
+        return None
+    # A program that torch.export makes is for every mask, so it may not look at this one's values.
+    if not torch.compiler.is_exporting() and bool(mask[:, 0].all()):
         return None
     return mask.int().argmax(1)
 
 
 def needs_count(mask: Tensor | None) -> bool:
     """Test whether padding stands before a token of some row, so that positions differ from indices."""
-    return mask is not None and bool((mask[:, 1:] & ~mask[:, :-1]).any())
+    if mask is None or torch.compiler.is_exporting():
+        return mask is not None
+    return bool((mask[:, 1:] & ~mask[:, :-1]).any())
 
 
 def counted(mask: Tensor, offset: int) -> Tensor:
