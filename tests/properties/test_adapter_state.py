@@ -19,6 +19,7 @@ from support.properties import (
     adapter_parameters,
     config,
     move,
+    needs_add_adapter,
     output,
     text_or_image,
 )
@@ -74,6 +75,7 @@ def test_disabling_brings_back_what_was_trained(method, disabled, tmp_path):
     assert _trained(model) == _trained(several)
 
 
+@needs_add_adapter
 @own
 def test_transformers_disabling_brings_back_what_was_trained(method):
     base = TINY[text_or_image(method)]()
@@ -118,6 +120,7 @@ def test_deleting_the_active_adapter_gives_way_to_the_next_one_whole(method, tmp
     assert sum(_trained(model).values()) == sum(before.values())
 
 
+@needs_add_adapter
 @pytest.mark.parametrize("method", [method for method in EVERY_OWN if method not in UNTRAINED])
 def test_the_next_adapter_has_its_head_in_transformers_too(method):
     base = TINY[text_or_image(method)]()

@@ -8,6 +8,7 @@ from support.backbones import TINY, tiny_inputs
 from support.cover import MAIN
 from support.properties import (
     EVERY_OWN,
+    ON_OPS,
     OWN,
     adapt,
     assert_close,
@@ -18,6 +19,7 @@ from support.properties import (
     pairs,
     text_or_image,
 )
+from torch import nn
 from transformers import GenerationConfig
 
 from peft_lab import registry
@@ -59,10 +61,32 @@ def test_there_is_one_name_for_each_row(base, method, family):
         calls.append(lambda names: model(inputs_embeds=embedded, adapter_names=names))
     for names in (["default"] * 2, ["default"] * 5, ["__base__"], ["__base__"] * 8, []):
         for call in calls:
-            with pytest.raises(ConfigError, match=rf"{len(names)} names, but .* has 4 rows"):
+            with pytest.raises(ConfigError, match=rf"`adapter_names` .* got {len(names)} and 4 "):
                 call(names)
     with pytest.raises(ConfigError, match="one name per row"):
         calls[0]("default")
+
+
+class _Net(nn.Module):
+    """A model of one's own, whose input has another name than those of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.top = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, batch, gain=1.0):
+        return self.top(self.body(batch) * gain)
+
+
+@pytest.mark.parametrize("method", [m for m in ON_OPS if registry.method(m).can("mixed_batch")])
+def test_there_is_one_name_for_each_row_of_a_model_of_ones_own(method):
+    model, rows = adapt(method, _Net(), target_modules=["body"]), torch.randn(4, 4)
+    # Names of the base alone reach no layer that would count them.
+    for names in (["default"] * 2, ["__base__"] * 8):
+        for call in (lambda n: model(rows, adapter_names=n), lambda n: model(gain=2.0, batch=rows, adapter_names=n)):
+            with pytest.raises(ConfigError, match=rf"`adapter_names` .* got {len(names)} and 4 "):
+                call(names)
+    assert model(rows, adapter_names=["default"] * 4).shape == (4, 2)
 
 
 @pytest.mark.parametrize("method", [m for m in OWN if registry.method(m).can("mixed_batch")])

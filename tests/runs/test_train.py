@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import multiprocessing
@@ -55,7 +56,7 @@ def test_the_output_folder_holds_all_that_is_promised(finished):
     assert metrics["seed"] == 42
     assert metrics["global_step"] == 40
     assert metrics["data"]["rows"] == {"train": 96, "validation": 24, "test": 24}
-    assert metrics["versions"]["torch"] == torch.__version__
+    assert metrics["versions"]["torch"] == importlib.metadata.version("torch")
     assert 2**20 < metrics["memory_before_training_bytes"] <= metrics["peak_memory_bytes"]
     assert 0 < metrics["train_seconds"] < metrics["wall_seconds"]
     assert metrics["metrics"]["validation"]["accuracy"] > 0.6  # chance is 0.33

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_the_first_of_two_conversions_wins(cache: Path, monkeypatch: pytest.Monk
     def convert(source: Path, folder: Path) -> None:
         calls.append(folder)
         (folder / "config.json").write_text("ours")
-        target = cache / "backbones" / f"minilm-{torch.__version__}-{backbones._FORMAT}"
+        target = cache / "backbones" / f"minilm-{importlib.metadata.version('torch')}-{backbones._FORMAT}"
         target.mkdir()
         (target / "config.json").write_text("theirs")
 
