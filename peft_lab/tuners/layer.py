@@ -190,7 +190,9 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
         rows = current_row_adapters() if adapter_names is None else RowAdapters.of(adapter_names)
         if rows is not None:
             if self.merged:
-                raise ValueError("Rows cannot have different adapters while adapters are merged; call unmerge_adapter.")
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
             return self.mixed(x, rows, *args, **kwargs)
         # An active adapter may have no part in this layer.
         active = [name for name in self.active_adapters if name in self.configs and name not in self.merged_adapters]

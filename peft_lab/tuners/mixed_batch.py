@@ -94,7 +94,8 @@ _BATCHED = {"input_ids": 2, "inputs_embeds": 3, "pixel_values": 4, "input_featur
 def batch_sizes(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:
     """Number of rows of each input of a call of `forward` or `generate`, by the name of the input.
 
-    Inputs of unusual shape are left out: where text and images are mixed, the latter may be counted through all rows.
+    Inputs of unusual shape are left out: where text and images are mixed, the latter may be counted through all rows. A
+    model whose inputs have other names is taken to have the batch first in its first tensor.
     """
     main = getattr(model, "main_input_name", "input_ids")
     given = {**kwargs, **({main: args[0]} if args else {})}
@@ -105,7 +106,15 @@ def batch_sizes(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
         value = given.get(name)
         if isinstance(value, Tensor) and value.dim() and (name == main or value.dim() == _BATCHED[name]):
             found[name] = len(value)
+    if not found and not hasattr(model, "main_input_name"):
+        tensors = [(name, value) for name, value in _named(args, kwargs) if isinstance(value, Tensor) and value.dim()]
+        found = {name: len(value) for name, value in tensors[:1]}
     return found
+
+
+def _named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Arguments of a call with a name for messages."""
+    return [*((f"argument {i}", value) for i, value in enumerate(args, 1)), *kwargs.items()]
 
 
 def check_count(adapter_names: Sequence[str], rows: int, name: str = "the batch") -> None:
@@ -118,8 +127,8 @@ def check_count(adapter_names: Sequence[str], rows: int, name: str = "the batch"
         raise ConfigError(f"adapter_names must be a list with one name per row, got {adapter_names!r}.")
     if len(adapter_names) != rows:
         raise ConfigError(
-            f'adapter_names has {len(adapter_names)} names, but {name} has {rows} rows; pass one per row, "{BASE}" for '
-            "rows without an adapter."
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
+            f'{rows} ({name}); pass one name per row, "{BASE}" for rows without an adapter.'
         )
 
 

@@ -228,7 +228,9 @@ class AdapterTuner(MergingTuner):
         if not self.info.can("mixed_batch"):
             raise ConfigError(f'Method "{self.info.name}" does not serve rows of one batch with different adapters.')
         if self.training:
-            raise ValueError("adapter_names is for inference; call model.eval() first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode; please call `model.eval()` first."
+            )
         self._check_row_names(names, args, kwargs)
         with mixed_batch(names):
             yield
