@@ -39,4 +39,4 @@ def package_data(known: dict[str, str]) -> dict[str, list[str]]:
 
 
 KNOWN = packages()
-setup(packages=list(KNOWN), package_dir=KNOWN, package_data=package_data(KNOWN))
+setup(packages=list(KNOWN), package_dir=KNOWN, package_data=package_data(KNOWN), py_modules=["peft_lab_autoload"])

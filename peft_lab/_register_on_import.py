@@ -1,17 +1,22 @@
 """Registration of the methods with peft, at the moment peft is imported.
 
 `import peft_lab` must not import peft or torch. So where peft is not loaded yet, a finder is put before the others in
-`sys.meta_path`: it finds the same modules as they do, and registers the methods after the import of peft.
+`sys.meta_path`: it finds the same modules as they do, and registers the methods after the import of peft. Where that
+import has begun already, as it has when peft imports torch and torch calls `peft_lab_autoload`, its end is awaited.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+
+#: Receives the error of a registration instead of the import of peft; None to raise it.
+_on_error: Callable[[Exception], None] | None = None
 
 
 def register_with_peft() -> None:
@@ -19,10 +24,23 @@ def register_with_peft() -> None:
 
     A second call changes nothing.
     """
-    if _peft_is_loaded():
+    spec = getattr(sys.modules.get("peft"), "__spec__", None)
+    # the mark by which Python itself knows a module whose import has not ended
+    if spec is not None and getattr(spec, "_initializing", False):
+        spec.__class__ = _SpecOfPeft
+    elif _peft_is_loaded():
         _register_methods()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())
+
+
+def report_errors(report: Callable[[Exception], None]) -> None:
+    """Report errors of the registration from now on instead of raising them out of `import peft`.
+
+    For programs that have not imported this package themselves, and may have no use for it.
+    """
+    global _on_error
+    _on_error = report
 
 
 def _peft_is_loaded() -> bool:
@@ -31,10 +49,29 @@ def _peft_is_loaded() -> bool:
 
 
 def _register_methods() -> None:
-    from peft_lab.tuners.registration import load_all, warn_of_old_peft
+    try:
+        from peft_lab.tuners.registration import load_all, warn_of_old_peft
 
-    load_all()
-    warn_of_old_peft()
+        load_all()
+        warn_of_old_peft()
+    except Exception as error:
+        if _on_error is None:
+            raise
+        _on_error(error)
+
+
+class _SpecOfPeft(ModuleSpec):
+    """Spec of a peft whose import has begun, which registers the methods at its end.
+
+    Python then sets `_initializing` to False, and calls nothing by which the end could be noticed otherwise.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec
+            # after a failed import peft is not in sys.modules: then the next one is watched for
+            register_with_peft()
 
 
 class _PeftFinder(MetaPathFinder):

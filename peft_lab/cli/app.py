@@ -13,7 +13,7 @@ import warnings
 import typer
 
 from peft_lab import registry
-from peft_lab.cli import compare, demo, lookup, runs, share
+from peft_lab.cli import compare, demo, doctor, lookup, runs, share
 from peft_lab.errors import PeftLabError, WriteError
 from peft_lab.utils.atomic_files import write_errors
 from peft_lab.utils.terminal import SafeConsole, shown
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (lookup, runs, demo, share, compare):
+for group in (lookup, runs, demo, share, compare, doctor):
     group.register(app)
 # the commands that methods bring along
 for module in registry.command_modules():

@@ -127,5 +127,5 @@ def _write_cache(found: list[PeftTuner]) -> None:
     file, key = _cache_file()
     try:
         write_text(file, json.dumps({"key": key, "tuners": found}))
-    except WriteError as error:  # a home that cannot be written costs time and nothing else
+    except (WriteError, OSError) as error:  # a home that cannot be written costs time and nothing else
         logger.debug("The cache %s cannot be written: %s", file, error)
