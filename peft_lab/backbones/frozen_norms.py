@@ -30,30 +30,19 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def keep_statistics(model: nn.Module) -> None:
-    """Let the frozen norms of `model` keep their statistics.
-
-    That holds from now on, through every `model.train()`.
-    """
-    if _running_norms(model) and set_frozen_norms not in model._forward_pre_hooks.values():
-        # not a hook on each norm: what a method folds into a norm, it cannot where the norm itself has hooks
-        model.register_forward_pre_hook(set_frozen_norms)
-
-
-def release_statistics(model: nn.Module) -> None:
-    """Take back `keep_statistics`."""
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is set_frozen_norms]:
-        del model._forward_pre_hooks[key]
-
-
-def set_frozen_norms(model: nn.Module, args: Any = None) -> None:
+def set_frozen_norms(model: nn.Module, *arguments: Any) -> None:
     """Put the frozen norms of a model into evaluation mode.
 
-    Also a pre-hook of the model; a model in evaluation mode stays as it is.
+    Also runs before each forward of a model, with its arguments; a model in evaluation mode stays as it is.
     """
     if model.training:
         for norm in frozen_norms(model):
             norm.training = False
+
+
+def has_running_norms(model: nn.Module) -> bool:
+    """Test whether a model has norms with running statistics."""
+    return bool(_running_norms(model))
 
 
 def _running_norms(model: nn.Module) -> list[nn.Module]:

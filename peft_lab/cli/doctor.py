@@ -67,15 +67,24 @@ def doctor() -> None:
 
 def findings() -> Iterator[Finding]:
     """Findings of all checks, each made when it is asked for; an error in a check is a finding too."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        *(_packages, _backends, _torch, _methods, _plug_ins, _autoload),
-        *(_cache, _accelerators, _data),
-    )
-    for check in checks:
-        try:
-            yield from check()
-        except Exception as error:  # what is broken in an installation can break a check in any way
-            yield Finding("failed", f"{check.__name__.strip('_')}: {_named(error)}", "see the other lines")
+    for check in (_packages, _backends, _cache, _data):
+        yield from _attempted(check)
+    found = list(_attempted(_torch))
+    yield from found
+    if found[0].status == "failed":
+        # a second import of what is half imported can end the interpreter
+        without = "methods, plug-ins, autoload, accelerators: not checked, because torch cannot be imported"
+        yield Finding("failed", without, "mend the lines above first")
+        return
+    for check in (_methods, _plug_ins, _autoload, _accelerators):
+        yield from _attempted(check)
+
+
+def _attempted(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except Exception as error:  # what is broken in an installation can break a check in any way
+        yield Finding("failed", f"{check.__name__.strip('_')}: {_named(error)}", "see the other lines")
 
 
 def _packages() -> Iterator[Finding]:
@@ -131,8 +140,9 @@ def _torch() -> Iterator[Finding]:
     try:
         import torch
     except Exception as error:
-        cause = error.__cause__ or error
-        yield Finding("failed", f"import torch: {_named(error)} ({_named(cause)})", f"{TORCH_SWITCH}=0 if it names one")
+        cause = f" ({_named(error.__cause__)})" if error.__cause__ is not None else ""
+        mend = f"mend the entry points above, or set {TORCH_SWITCH}=0, if it names a backend; else install torch again"
+        yield Finding("failed", f"import torch: {_named(error)}{cause}", mend)
         return
     yield Finding("ok", f"import torch: {torch.__version__}")
 

@@ -24,6 +24,7 @@ from peft_lab.loading.load_adapter import most_bytes
 from peft_lab.serve.adapter_file import AdapterFile, check_shapes, read_adapter, row_layer_class
 from peft_lab.serve.parameter_banks import ParameterBank, RowLayout, Values
 from peft_lab.serve.request import HEADS, MethodAtModule, PerRowHead, Request, ServedModule, Snapshot
+from peft_lab.tuners.forward_context import before_forward, remove_before
 from peft_lab.tuners.mixed_batch import BASE, RowLayer, batch_sizes
 
 
@@ -80,8 +81,8 @@ class Tenants:
         self._layers: dict[tuple[str, str], RowLayer | PerRowHead] = {}
         self._shapes: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
         self._served_modules: dict[str, ServedModule] = {}
-        # a hook, because within `rows` the model is called without passing through `__call__`
-        self._hook = model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
+        # around the model's own forward, because within `rows` the model is called without passing through `__call__`
+        before_forward(model, self._check_batch)
 
     # Requests ---------------------------------------------------------------------------------------------------
 
@@ -241,7 +242,7 @@ class Tenants:
     def unload(self) -> nn.Module:
         """Restore the model and return it; no request may be under way."""
         with self._lock:
-            self._hook.remove()
+            remove_before(self.model, self._check_batch)
             for path, module in self._served_modules.items():
                 self.model.set_submodule(path, module.base_layer)
             self._served_modules.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.config import AdapterConfig, shorten
 from peft_lab.tuners.dtypes import WIDE_DTYPES, sum_dtype
-from peft_lab.tuners.forward_context import ForwardContext, RowInput
+from peft_lab.tuners.forward_context import ForwardContext, RowInput, before_forward
 from peft_lab.tuners.layer import AdapterLayer, FeatureLayer, WeightLayer
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters
 from peft_lab.tuners.operations import Operation, apply_matrix, conv2d_rows, embed_scale, norm_offset, operation
@@ -33,6 +33,7 @@ __all__ = [
     "RowInput",
     "WeightLayer",
     "apply_matrix",
+    "before_forward",
     "conv2d_rows",
     "embed_scale",
     "insert",

@@ -219,6 +219,8 @@ def row_inputs(**inputs: Tensor) -> Iterator[None]:
 
 #: Code that runs around the forward of one module: (module, forward, arguments) -> output.
 Around = Callable[[nn.Module, Callable[..., Any], dict[str, Any]], Any]
+#: Code that runs before it: (module, args, kwargs) -> changed (args, kwargs), or None.
+Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class WrappedForward:
@@ -234,6 +236,7 @@ class WrappedForward:
         declared: adapter name -> row inputs that it declares.
         around: code that runs around the module's own forward; None for none.
         prepare: code that runs before each call of a whole model; None for none.
+        before: code that runs before the module's own forward and may change the arguments, in this order.
     """
 
     def __init__(self, module: nn.Module, opens: bool) -> None:
@@ -241,6 +244,7 @@ class WrappedForward:
         self.declared: dict[str, tuple[RowInput, ...]] = {}
         self.around: Around | None = None
         self.prepare: Callable[[ForwardContext], None] | None = None
+        self.before: list[Before] = []
         # Another library (accelerate's hooks) may have wrapped the instance before.
         self._inner: Callable[..., Any] | None = module.__dict__.get("forward")
         self.__name__ = "forward"
@@ -267,6 +271,8 @@ class WrappedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.module:  # accelerate binds what it unwraps to the module once more
             args = args[1:]
+        for hook in self.before:
+            args, kwargs = hook(self.module, args, kwargs) or (args, kwargs)
         # The module's own forward does not know the declared inputs.
         specs = self._specs()
         given: dict[str, Any] = {}
@@ -359,6 +365,25 @@ def wrap_forward(module: nn.Module, opens: bool) -> WrappedForward:
     return wrapper
 
 
+def before_forward(module: nn.Module, hook: Before) -> None:
+    """Run a function before each forward of a module instance; one that is there already stays.
+
+    A pre-hook of torch does not run in `module.forward(...)`, which some libraries call in place of `module(...)`.
+    """
+    wrapper = wrap_forward(module, opens=False)
+    if hook not in wrapper.before:
+        wrapper.before.append(hook)
+
+
+def remove_before(module: nn.Module, hook: Before) -> None:
+    """Undo `before_forward`; a wrapper that has no other use is removed."""
+    wrapper = module.__dict__.get("forward")
+    if isinstance(wrapper, WrappedForward) and hook in wrapper.before:
+        wrapper.before.remove(hook)
+        if not (wrapper.before or wrapper.declared or wrapper.around or wrapper.prepare):
+            _unwrap(module, wrapper)
+
+
 def wrap_model(model: nn.Module) -> list[WrappedForward]:
     """Wrap the forward of a model, and of every transformers model inside it.
 
@@ -374,13 +399,17 @@ def unwrap_forwards(model: nn.Module) -> None:
     for module in model.modules():
         wrapper = module.__dict__.get("forward")
         if isinstance(wrapper, WrappedForward):
-            if wrapper._inner is None:
-                del module.forward
-            else:
-                module.forward = wrapper._inner
+            _unwrap(module, wrapper)
         function = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(function, _CheckpointInContext):
             module._gradient_checkpointing_func = function.function
+
+
+def _unwrap(module: Any, wrapper: WrappedForward) -> None:
+    if wrapper._inner is None:
+        del module.forward
+    else:
+        module.forward = wrapper._inner
 
 
 def _checked(given: Mapping[str, Any], specs: Mapping[str, RowInput], rows: int | None) -> dict[str, Tensor]:

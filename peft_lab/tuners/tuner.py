@@ -18,14 +18,14 @@ from torch import Tensor, nn
 import peft_lab.backbones.module_roles as roles
 from peft_lab.adapter_files import base_fingerprint, module_matching
 from peft_lab.adapter_files.completeness import check_complete
-from peft_lab.backbones.frozen_norms import keep_statistics, release_statistics
+from peft_lab.backbones.frozen_norms import has_running_norms, set_frozen_norms
 from peft_lab.backbones.heads import PEFT_HEADS
 from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.active_adapters import KeepsTrainability
 from peft_lab.tuners.adapter_names import check_adapter_name, check_base_names
 from peft_lab.tuners.backbone_mode import set_backbone_mode
-from peft_lab.tuners.forward_context import WrappedForward, unwrap_forwards, wrap_forward, wrap_model
+from peft_lab.tuners.forward_context import WrappedForward, before_forward, unwrap_forwards, wrap_forward, wrap_model
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.merging import MergingTuner
 from peft_lab.tuners.mixed_batch import BASE, batch_sizes, check_count, mixed_batch
@@ -72,7 +72,9 @@ class AdapterTuner(MergingTuner):
         # peft calls it for the first adapter alone, but another one may need hooks that the first does not.
         self._post_injection_hook(model, config, adapter_name)
         self._keep_out_of_broadcasts(model)
-        keep_statistics(model)
+        # not a hook on each norm: what a method folds into a norm, it cannot where the norm itself has hooks
+        if has_running_norms(model):
+            before_forward(model, set_frozen_norms)
         if config.backbone_eval:
             wrap_forward(model, opens=True).prepare = set_backbone_mode
         if config.row_inputs():
@@ -237,7 +239,6 @@ class AdapterTuner(MergingTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        release_statistics(self.model)
         unwrap_forwards(self.model)
         self.model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
         return model

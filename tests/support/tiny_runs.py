@@ -25,10 +25,10 @@ WORDS = {
 FILLERS = ["the", "a", "please", "now", "today", "some", "with", "and", "more"]
 
 
-def make_backbone(folder: Path, dropout: float = 0.0, seed: int = 0) -> Path:
-    """A random BERT of about 20,000 parameters with a tokenizer that knows the words of `make_task`."""
+def make_tokenizer() -> Any:
+    """A tokenizer that knows the words of `make_task`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLERS, *(word for group in WORDS.values() for word in group)]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
@@ -36,9 +36,18 @@ def make_backbone(folder: Path, dropout: float = 0.0, seed: int = 0) -> Path:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **names)
+
+
+def make_backbone(folder: Path, dropout: float = 0.0, seed: int = 0) -> Path:
+    """A random BERT of about 20,000 parameters with the tokenizer of `make_tokenizer`."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(words),
+        vocab_size=len(tokenizer),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -49,8 +58,7 @@ def make_backbone(folder: Path, dropout: float = 0.0, seed: int = 0) -> Path:
         initializer_range=0.2,
     )
     BertModel(config).save_pretrained(folder)
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **names).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

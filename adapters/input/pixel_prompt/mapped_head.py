@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from peft_lab.adapters.input.pixel_prompt.pruning import Pruning
 from peft_lab.backbones import module_roles
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.tuners import AdapterConfig, AdapterLayer, AdapterTuner, MethodInfo, parameter_names, register
+from peft_lab.tuners import (
+    AdapterConfig,
+    AdapterLayer,
+    AdapterTuner,
+    MethodInfo,
+    before_forward,
+    parameter_names,
+    register,
+)
 
 #: Ways to choose source classes, and whether they read the training data.
 MAPPINGS = {"random": False, "first": False, "frequency": True, "iterative": True}
@@ -235,7 +243,7 @@ class MappedHead(AdapterLayer):
     # Calls ------------------------------------------------------------------------------------------------------
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook of the whole model that changes the images."""
+        """Change the images before the forward of the whole model."""
         adapter = self.current
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         if adapter is None or kwargs.get("pixel_values") is None:
@@ -374,18 +382,15 @@ class MappedHeadTuner(AdapterTuner):
         return layer
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        # One hook per model serves all adapters: it asks which one is active.
+        # One function per model serves all adapters: it asks which one is active.
         first: Any = model.get_submodule(class_heads(model)[0])
-        if first.before not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(first.before, with_kwargs=True)
+        before_forward(model, first.before)
 
     def unload(self) -> Any:
         """Return the base model with its dense weights and label names."""
-        hooks = self.model._forward_pre_hooks
-        for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), MappedHead):
-                hooks.pop(key).__self__.leave()
-                self.model._forward_pre_hooks_with_kwargs.pop(key, None)
+        for head in [module for module in self.model.modules() if isinstance(module, MappedHead)]:
+            if head.first[0] is head:
+                head.leave()
         return super().unload()
 
 

@@ -1,0 +1,49 @@
+"""`module.forward(...)` does the same as `module(...)`, because libraries such as sentence-transformers call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.backbones import tiny_inputs
+from support.cover import MAIN
+from support.properties import KEEPS_HEAD, METHODS, adapt, main_tensor, move, pairs
+
+from peft_lab.errors import ConfigError
+from peft_lab.serve.tenants import load_many
+
+
+@pairs([*METHODS, *KEEPS_HEAD], MAIN)
+def test_a_call_of_forward_is_a_call_of_the_module(method: str, family: str, base: Any) -> None:
+    model = move(adapt(method, base)).eval()
+    inputs = tiny_inputs(base)
+    for module in (model, model.base_model, model.base_model.model):
+        with torch.no_grad():
+            called, direct = main_tensor(module(**inputs)), main_tensor(module.forward(**inputs))
+        assert torch.equal(called, direct), type(module).__name__
+    with torch.no_grad(), model.disable_adapter():
+        assert not torch.equal(called, main_tensor(model.base_model.model.forward(**inputs))), "no adapter was in use"
+
+
+@pytest.mark.parametrize("family", ["resnet"])
+def test_frozen_norms_keep_their_statistics_in_a_call_of_forward(family: str, base: Any) -> None:
+    model = adapt("ssf", base).train()
+    before = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+    model.base_model.model.forward(**tiny_inputs(base))
+    assert before
+    for name, value in model.named_buffers():
+        assert "running" not in name or torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("family", ["bert"])
+def test_a_wrong_number_of_names_is_refused_in_a_call_of_forward(family: str, base: Any, tmp_path: Any) -> None:
+    move(adapt("ssf", base)).save_pretrained(tmp_path)
+    tenants = load_many(base.eval(), {"a": tmp_path})
+    try:
+        for call in (base, base.forward):
+            with tenants.rows(["a"]), pytest.raises(ConfigError, match="1 names, but the batch has 2 rows"):
+                call(**tiny_inputs(base))
+    finally:
+        tenants.unload()
+    assert "forward" not in vars(base)
