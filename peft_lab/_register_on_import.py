@@ -14,7 +14,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-
 #: Receives the error of a registration instead of the import of peft; None to raise it.
 _on_error: Callable[[Exception], None] | None = None
 
