@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft_lab.data.row_checks import RowFault, numbered
+from peft_lab.data.row_checks import RowFault, numbered, source_rows
 from peft_lab.data.task_schema import Task
 from peft_lab.errors import TaskError, did_you_mean
 from peft_lab.registry import kind_info
@@ -163,7 +163,7 @@ def encode(task: Task, split: str, dataset: Dataset, labels: tuple[str, ...] | N
     known = {value: find(value) for value in given}
     wrong = [row for row, value in enumerate(column) if row not in skip and known.get(value) is None]
     if wrong:
-        _refuse(task, split, column, wrong, labels)
+        _refuse(task, split, dataset, wrong, labels)
 
     def encoded(values: list[Any]) -> dict[str, list[Any]]:
         return {"label": [known.get(value) for value in values]}
@@ -204,6 +204,8 @@ def _index_of(task: Task, dataset: Dataset, labels: Sequence[str]) -> Callable[[
         if by_name:
             return lambda value: position.get(feature.names[value]) if value is not None and value >= 0 else None
         return lambda value: value if value is not None and 0 <= value < len(labels) else None
+    if task.streaming:
+        return _index_of_value(labels)
     values = [value for value in dataset.unique("label") if not is_missing(value)]
     numbers = {value: _whole(value) for value in values}
     # whole numbers may be names too: ratings from 1 to 5 are no positions
@@ -213,6 +215,24 @@ def _index_of(task: Task, dataset: Dataset, labels: Sequence[str]) -> Callable[[
     return known.get
 
 
+def _index_of_value(labels: Sequence[str]) -> Callable[[Any], int | None]:
+    """Function from a label to its class that looks at no other row, because a stream has not read them all.
+
+    A whole number is a position unless there are names that are whole numbers.
+    """
+    position = {name: index for index, name in enumerate(labels)}
+    by_name = any(_whole(name) is not None for name in labels)
+
+    def find(value: Any) -> int | None:
+        if is_missing(value):
+            return None
+        number = None if by_name else _whole(value)
+        inside = number is not None and 0 <= number < len(labels)
+        return position.get(str(value), number if inside else None)
+
+    return find
+
+
 def _whole(value: Any) -> int | None:
     """Whole number that a value is, or that it is the text of; None for others."""
     if isinstance(value, str):
@@ -220,11 +240,10 @@ def _whole(value: Any) -> int | None:
     return int(value) if isinstance(value, int) else None
 
 
-def _refuse(
-    task: Task, split: str, column: Sequence[Any], wrong: Sequence[int], labels: tuple[str, ...] | None
-) -> None:
-    first = column[wrong[0]]
-    count = f"{len(wrong)} of {len(column)} {split} rows"
+def _refuse(task: Task, split: str, dataset: Dataset, wrong: Sequence[int], labels: tuple[str, ...] | None) -> None:
+    first = dataset["label"][wrong[0]]
+    count = f"{len(wrong)} of {len(dataset)} {split} rows"
+    wrong = source_rows(dataset, wrong)
     if labels is None:
         raise TaskError(
             f'Task "{task.name}": {count} have a label that is no finite number ({numbered(wrong)}; the first is '

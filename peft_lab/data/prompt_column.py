@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft_lab.data.row_checks import keep_source_rows, numbered
+from peft_lab.data.row_checks import keep_source_rows, numbered, source_rows
 from peft_lab.data.task_schema import PROMPT_IDS, Task
 from peft_lab.errors import ConfigError, TaskError, did_you_mean
 
@@ -52,7 +52,7 @@ def texts(task: Task, split: str, dataset: Dataset) -> list[str]:
     if missing:
         raise TaskError(
             f'Task "{task.name}": {len(missing)} {split} rows have no value in column "{column}", which chooses '
-            f"prompts ({numbered(missing)} of {len(values)}); give each row one."
+            f"prompts ({numbered(source_rows(dataset, missing))} of {len(values)}); give each row one."
         )
     return [str(value) for value in values]
 

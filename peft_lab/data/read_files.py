@@ -55,15 +55,46 @@ def read_rows(
     return rows
 
 
+def stream_rows(builder: str, name: str | Path, options: Mapping[str, Any] | None = None) -> Iterator[Row]:
+    """Rows of one file, read one after the other.
+
+    Args:
+        builder: `csv`, `json` (lines of it), `parquet` or `text`.
+        name: path; a packed one is unpacked first.
+        options: options of the builder.
+
+    Raises:
+        TaskError: the file cannot be read, or a row is not as the first ones are.
+    """
+    for path in _unpacked(str(name)):
+        try:
+            yield from _STREAMS[builder](path, options or {})
+        except TaskError as error:
+            raise TaskError(f'"{name}": {error}') from error
+        except (OSError, ValueError, TypeError, LookupError, RecursionError, csv.Error) as error:
+            raise TaskError(f'"{name}" cannot be read as {builder}: {" ".join(str(error).split())}.') from error
+
+
+def in_memory(rows: Sequence[Row], columns: Sequence[str]) -> Dataset:
+    """Data set of some columns of a few rows.
+
+    Raises:
+        TaskError: a column holds values of several kinds.
+    """
+    from datasets import Dataset
+
+    return Dataset.from_dict({name: _column(rows, name) for name in columns}, features=_features(rows, columns))
+
+
 def as_dataset(rows: Sequence[Row], columns: Sequence[str]) -> Dataset:
     """Data set of some columns of rows, kept in the cache of `datasets`.
 
     Raises:
         TaskError: a column holds values of several kinds.
     """
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
-    features = Features({name: _feature(name, _column(rows, name)) for name in columns})
+    features = _features(rows, columns)
     # named by content, so that a file that was changed is read again, and one that was copied is not
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
@@ -77,6 +108,12 @@ def as_dataset(rows: Sequence[Row], columns: Sequence[str]) -> Dataset:
             yield {name: row.get(name) for name in columns}
 
     return Dataset.from_generator(chosen, features=features, fingerprint=digest.hexdigest())
+
+
+def _features(rows: Sequence[Row], columns: Sequence[str]) -> Any:
+    from datasets import Features
+
+    return Features({name: _feature(name, _column(rows, name)) for name in columns})
 
 
 def _column(rows: Sequence[Row], name: str) -> list[Any]:
@@ -116,6 +153,32 @@ def _objects(rows: list[Any]) -> list[Row]:
 
 def _csv_rows(path: str, options: Mapping[str, Any]) -> list[Row]:
     """Rows of a csv file; each must have as many cells as the header."""
+    with _open(path, options, newline="") as file:
+        names, cells = _csv_cells(file, options)
+        lines = list(cells)
+    wrong = [row for row, values in enumerate(lines) if len(values) != len(names)]
+    if wrong:
+        raise TaskError(
+            f"{len(wrong)} of {len(lines)} rows do not have the {len(names)} cells of the header "
+            f"({numbered(wrong)}; the first has {len(lines[wrong[0]])}); {_quote_texts(options)}"
+        )
+    return [_csv_row(names, values) for values in lines]
+
+
+def _csv_stream(path: str, options: Mapping[str, Any]) -> Iterator[Row]:
+    with _open(path, options, newline="") as file:
+        names, cells = _csv_cells(file, options)
+        for number, values in enumerate(cells, start=1):
+            if len(values) != len(names):
+                raise TaskError(
+                    f"row {number} does not have the {len(names)} cells of the header, but {len(values)}; "
+                    f"{_quote_texts(options)}"
+                )
+            yield _csv_row(names, values)
+
+
+def _csv_cells(file: Any, options: Mapping[str, Any]) -> tuple[list[str], Iterator[list[str]]]:
+    """Names of the columns of a csv file, and the cells of its rows."""
     # the module's own limit of 128 kB would refuse long texts
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     # in reading, quoting matters for "none" alone: the values of csv's QUOTE_NONNUMERIC would become numbers
@@ -125,56 +188,81 @@ def _csv_rows(path: str, options: Mapping[str, Any]) -> list[Row]:
         "quoting": csv.QUOTE_NONE if options.get("quoting") == "none" else csv.QUOTE_MINIMAL,
     }
     # csv needs the line ends as they are, because a quoted cell may hold some
-    with _open(path, options, newline="") as file:
-        lines = islice(file, options.get("skiprows", 0), None)
-        reader = csv.reader(lines, strict=True, **style)
-        names = list(options.get("column_names") or next(reader, ()))
-        double = next((name for name in names if name and names.count(name) > 1), None)
-        if double is not None:
-            raise TaskError(f'the column "{double}" is there twice; rename one.')
-        cells = _with_blank_cells(reader, len(names))
-        wrong = [row for row, values in enumerate(cells) if len(values) != len(names)]
-    if wrong:
-        raise TaskError(
-            f"{len(wrong)} of {len(cells)} rows do not have the {len(names)} cells of the header "
-            f"({numbered(wrong)}; the first has {len(cells[wrong[0]])}); put texts that hold "
-            f'"{style["delimiter"]}" in quotes.'
-        )
+    reader = csv.reader(islice(file, options.get("skiprows", 0), None), strict=True, **style)
+    names = list(options.get("column_names") or next(reader, ()))
+    double = next((name for name in names if name and names.count(name) > 1), None)
+    if double is not None:
+        raise TaskError(f'the column "{double}" is there twice; rename one.')
+    return names, _with_blank_cells(reader, len(names))
+
+
+def _csv_row(names: Sequence[str], values: Sequence[str]) -> Row:
+    row = dict(zip(names, values, strict=True))
     # programs that number their rows write a first column without a name
-    rows = [dict(zip(names, values, strict=True)) for values in cells]
-    for row in rows:
-        row.pop("", None)
-    return rows
+    row.pop("", None)
+    return row
 
 
-def _with_blank_cells(lines: Iterator[list[str]], width: int) -> list[list[str]]:
+def _quote_texts(options: Mapping[str, Any]) -> str:
+    return f'put texts that hold "{options.get("delimiter", ",")}" in quotes.'
+
+
+def _with_blank_cells(lines: Iterator[list[str]], width: int) -> Iterator[list[str]]:
     """Cells of lines; a blank line is an empty cell where there is one column, and no row elsewhere."""
-    found: list[list[str]] = []
     blank = 0
     for cells in lines:
         if not cells:
             blank += width == 1
             continue
         # blank lines at the end of a file are none of its rows
-        found += [[""]] * blank
-        found.append(cells)
+        for _ in range(blank):
+            yield [""]
         blank = 0
-    return found
+        yield cells
 
 
 def _text_rows(path: str, options: Mapping[str, Any]) -> list[Row]:
+    return list(_text_stream(path, options))
+
+
+def _text_stream(path: str, options: Mapping[str, Any]) -> Iterator[Row]:
+    blank: list[str] = []
     with _open(path, options) as file:
-        lines = [line.rstrip("\n") for line in file]
-    # blank lines at the end are none of the texts
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return [{"text": line} for line in lines]
+        for line in file:
+            blank.append(line.rstrip("\n"))
+            # blank lines at the end are none of the texts
+            if line.strip():
+                yield from ({"text": text} for text in blank)
+                blank = []
 
 
 def _parquet_rows(path: str, options: Mapping[str, Any]) -> list[Row]:
     import pyarrow.parquet as pq
 
     return pq.read_table(path).to_pylist()
+
+
+def _parquet_stream(path: str, options: Mapping[str, Any]) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=100):
+            yield from batch.to_pylist()
+
+
+def _json_stream(path: str, options: Mapping[str, Any]) -> Iterator[Row]:
+    """Rows of JSON lines; the form of a whole list or table needs all of a file."""
+    with _open(path, options) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = _decode(line)
+            except ValueError as error:
+                raise TaskError(f"line {number} is not JSON: {error}; a stream needs one row a line.") from error
+            if not isinstance(row, (dict, str)):
+                raise TaskError(f"line {number} is no object, and a stream needs one row a line.")
+            yield {"text": row} if isinstance(row, str) else row
 
 
 def _json_rows(path: str, options: Mapping[str, Any]) -> list[Any]:
@@ -235,6 +323,13 @@ _READERS: dict[str, Callable[[str, Mapping[str, Any]], list[Any]]] = {
     "json": _json_rows,
     "parquet": _parquet_rows,
     "text": _text_rows,
+}
+
+_STREAMS: dict[str, Callable[[str, Mapping[str, Any]], Iterator[Row]]] = {
+    "csv": _csv_stream,
+    "json": _json_stream,
+    "parquet": _parquet_stream,
+    "text": _text_stream,
 }
 
 

@@ -36,9 +36,12 @@ class RowFault:
     level: str = "missing"
 
 
-def numbered(rows: Sequence[int]) -> str:
-    """First numbers of rows at positions, counted from 1: `rows 3, 8, ...`."""
-    shown = ", ".join(str(row + 1) for row in rows[:_NAMED])
+def numbered(rows: Sequence[int | str]) -> str:
+    """First numbers of rows at positions, counted from 1: `rows 3, 8, ...`.
+
+    Rows of a stream have names, `17 of reviews.csv`, which stand as they are.
+    """
+    shown = ", ".join(row if isinstance(row, str) else str(row + 1) for row in rows[:_NAMED])
     return f"row{'s' if len(rows) > 1 else ''} {shown}{', ...' if len(rows) > _NAMED else ''}"
 
 
@@ -66,25 +69,30 @@ def _positions(mask: Any) -> list[int]:
     return [row for row, marked in enumerate(mask.to_pylist()) if marked]
 
 
-def rows_to_drop(task: Task, split: str, count: int, faults: Iterable[RowFault]) -> set[int]:
+def rows_to_drop(task: Task, split: str, dataset: Dataset, faults: Iterable[RowFault]) -> set[int]:
     """Positions of the rows that `empty_rows` of the task leaves out.
 
     What is dropped or kept is said with its count.
+
+    Args:
+        task, split: the task and the name of the split, for messages.
+        dataset: the rows.
+        faults: their faults.
 
     Raises:
         TaskError: there are faults, and the task does not say what to do about them.
     """
     faults = [fault for fault in faults if fault.rows]
     for fault in [fault for fault in faults if fault.level == "remark"]:
-        logger.warning('Task "%s": %s.', task.name, _sentence(split, count, [fault]))
+        logger.warning('Task "%s": %s.', task.name, _sentence(split, dataset, [fault]))
     faults = [fault for fault in faults if fault.level != "remark"]
     kept = [fault for fault in faults if task.empty_rows == "keep" and fault.level == "empty"]
     if kept:
-        logger.warning('Task "%s": %s; they are kept ("empty_rows: keep").', task.name, _sentence(split, count, kept))
+        logger.warning('Task "%s": %s; they are kept ("empty_rows: keep").', task.name, _sentence(split, dataset, kept))
     faults = [fault for fault in faults if fault not in kept]
     if not faults:
         return set()
-    said = _sentence(split, count, faults)
+    said = _sentence(split, dataset, faults)
     if task.empty_rows != "drop":
         keep = '; "empty_rows: keep" takes them as they are' if all(f.level == "empty" for f in faults) else ""
         raise TaskError(
@@ -96,10 +104,14 @@ def rows_to_drop(task: Task, split: str, count: int, faults: Iterable[RowFault])
     return dropped
 
 
-def _sentence(split: str, count: int, faults: Sequence[RowFault]) -> str:
-    return ", ".join(
-        f"{len(fault.rows)} {split} rows {fault.what} ({numbered(fault.rows)} of {count})" for fault in faults
-    )
+def _sentence(split: str, dataset: Dataset, faults: Sequence[RowFault]) -> str:
+    # the names of a stream's rows say of which file they are
+    total = "" if hasattr(dataset, "_source_rows") else f" of {len(dataset)}"
+    found = []
+    for fault in faults:
+        rows = source_rows(dataset, fault.rows) if not total else fault.rows
+        found.append(f"{len(fault.rows)} {split} rows {fault.what} ({numbered(rows)}{total})")
+    return ", ".join(found)
 
 
 def check_inputs(task: Task, faults: Iterable[RowFault]) -> None:
@@ -151,14 +163,20 @@ def _beginning(row: Mapping[str, Any]) -> str:
     return texts[0][:_QUOTED] if texts else ""
 
 
-def source_rows(dataset: Any, rows: Sequence[int]) -> list[int]:
-    """Positions in the source's file of rows of a split that was drawn from it."""
+def source_rows(dataset: Any, rows: Sequence[int]) -> list[Any]:
+    """Positions in the source's file of rows of a split that was drawn from it; of a stream, names of rows."""
     # datasets keeps the rows that were drawn as numbers of the rows of the whole table
     known = getattr(dataset, "_source_rows", None)
     if known is not None:
         return [known[row] for row in rows]
     indices = dataset._indices
     return list(rows) if indices is None else [indices.column(0)[row].as_py() for row in rows]
+
+
+def name_rows(dataset: Any, names: Sequence[str]) -> Any:
+    """Data set that knows the names of its rows, which a part of a stream has."""
+    dataset._source_rows = list(names)
+    return dataset
 
 
 def keep_source_rows(dataset: Any, drawn: Any) -> Any:

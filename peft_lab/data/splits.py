@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peft_lab.data import foreign_files, prompt_column, read_files
 from peft_lab.data import labels as label_column
-from peft_lab.data.row_checks import rows_to_drop
-from peft_lab.data.task_registry import data_files, kind
-from peft_lab.data.task_schema import PROMPT_IDS, Task
-from peft_lab.errors import TaskError, did_you_mean
+from peft_lab.data import prompt_column
+from peft_lab.data.row_preparation import canonical, faulty, prepared
+from peft_lab.data.row_stream import RowStream, open_stream
+from peft_lab.data.sources import read
+from peft_lab.data.task_schema import Task
+from peft_lab.errors import TaskError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,10 +35,11 @@ class Splits:
         test: None unless it was asked for.
         labels: label names in the order of the model's outputs; None for regression and generation.
         prompt_values: values of the column `prompt_ids`, which holds texts; None if the task names none.
-        fingerprints: split -> hash of its content, the same on every machine.
+        fingerprints: split -> hash of its content, the same on every machine; of a stream, hash of the names and sizes
+            of its files, or of the name and revision of a data set of the Hub.
     """
 
-    train: Dataset
+    train: Dataset | RowStream
     validation: Dataset
     test: Dataset | None
     labels: tuple[str, ...] | None
@@ -65,30 +65,40 @@ def load_splits(task: Task, seed: int | None = None, *, test: bool = False) -> S
         TaskError: the data cannot be had, a column or a label is missing, or there is no test split to give.
     """
     seed = task.split_seed if seed is None else seed
-    has_test = "test" in task.splits or task.test_fraction > 0
-    if test and not has_test:
+    if test and not task.has_test:
         raise TaskError(f'Task "{task.name}" has no test rows: name a "test" split or set "test_fraction".')
+    if task.streaming:
+        return _streamed(task, test)
     # labels and prompts are those of all training rows, so they are read before any rows are carved
-    train = _canonical(task, "train")
-    dropped = _faulty(task, "train", train)
+    train = canonical(task, "train", read(task, "train"))
+    dropped = faulty(task, "train", train)
     labels, prompt_values = label_column.names_of(task, train, dropped), prompt_column.values_of(task, train)
-    train = _prepared(task, "train", train, labels, dropped)
+    train = prepared(task, "train", train, labels, dropped)
     parts: dict[str, Dataset] = {}
     # test rows are carved first and even if nobody asked: train must be the same with and without them
     if "test" not in task.splits and task.test_fraction:
         train, parts["test"] = carve(task, train, "test", task.test_fraction, seed)
     if "validation" in task.splits:
-        validation = _prepared(task, "validation", _canonical(task, "validation"), labels)
+        validation = prepared(task, "validation", canonical(task, "validation", read(task, "validation")), labels)
     else:
         train, validation = carve(task, train, "validation", task.validation_fraction, seed)
     parts |= {"train": train, "validation": validation}
     if test and "test" in task.splits:
-        parts["test"] = _prepared(task, "test", _canonical(task, "test"), labels)
+        parts["test"] = prepared(task, "test", canonical(task, "test", read(task, "test")), labels)
     # never handed out unasked, so that no choice can be made on them
     if not test:
         parts.pop("test", None)
     fingerprints = {name: fingerprint(part) for name, part in parts.items()}
     return Splits(train, validation, parts.get("test"), labels, prompt_values, fingerprints)
+
+
+def _streamed(task: Task, test: bool) -> Splits:
+    """Splits of a task whose training rows are streamed."""
+    train, parts = open_stream(task)
+    fingerprints = {name: fingerprint(part) for name, part in parts.items() if test or name != "test"}
+    fingerprints["train"] = _digest([json.dumps(train.identity, sort_keys=True, default=str)])
+    given = parts["test"] if test else None
+    return Splits(train, parts["validation"], given, train.labels, train.prompt_values, fingerprints)
 
 
 def subset(dataset: Dataset, count: int | None, seed: int = 0) -> Dataset:
@@ -168,108 +178,6 @@ def _file_bytes(value: dict[str, Any]) -> bytes:
         return value["bytes"]
     with open(value["path"], "rb") as file:
         return file.read()
-
-
-def _canonical(task: Task, split: str) -> Dataset:
-    """One split of the source with the canonical columns only."""
-    dataset = _read(task, split)
-    _check_columns(task, split, dataset.column_names)
-    if len(dataset) == 0:
-        raise TaskError(f'Task "{task.name}": the {split} data has no rows.')
-    texts = prompt_column.texts(task, split, dataset) if PROMPT_IDS in task.columns else None
-    # one source column may serve as an input and choose the prompts, so it is copied and not renamed
-    columns = {name: source for name, source in task.columns.items() if name != PROMPT_IDS}
-    dataset = dataset.select_columns(list(columns.values()))
-    dataset = dataset.rename_columns({source: name for name, source in columns.items() if source != name})
-    if texts is not None:
-        dataset = dataset.add_column(PROMPT_IDS, texts)
-    return kind(task.kind).cast(dataset, task)
-
-
-def _faulty(task: Task, split: str, dataset: Dataset) -> set[int]:
-    """Positions of the rows that the task drops."""
-    faults = [*kind(task.kind).row_faults(dataset, task), *label_column.faults(dataset, task)]
-    dropped = rows_to_drop(task, split, len(dataset), faults)
-    if len(dropped) == len(dataset):
-        raise TaskError(f'Task "{task.name}": no row of the {split} data is left.')
-    return dropped
-
-
-def _prepared(
-    task: Task, split: str, dataset: Dataset, labels: tuple[str, ...] | None, dropped: set[int] | None = None
-) -> Dataset:
-    """Rows of one split with encoded labels, without those that the task drops."""
-    dropped = _faulty(task, split, dataset) if dropped is None else dropped
-    dataset = label_column.encode(task, split, dataset, labels, dropped)
-    # dropped last, because what `map` makes of chosen rows has lost their numbers in the file
-    return dataset.select([row for row in range(len(dataset)) if row not in dropped]) if dropped else dataset
-
-
-def _check_columns(task: Task, split: str, names: list[str]) -> None:
-    for name, source in task.columns.items():
-        if source not in names:
-            raise TaskError(
-                f'Task "{task.name}": the {split} data has no column "{source}" for "{name}".'
-                f"{did_you_mean(source, names)} Columns: {', '.join(names)}."
-            )
-
-
-def _read(task: Task, split: str) -> Dataset:
-    import datasets
-
-    data, source = task.data, task.splits[split]
-    try:
-        if data.path:
-            _check_hub_name(task)
-            return datasets.load_dataset(data.path, data.name or None, revision=data.revision or None, split=source)
-        files: Any = data_files(task, split)
-        if task.foreign:
-            foreign_files.check_files(task, files)
-        if data.builder in ("csv", "json"):
-            rows = read_files.read_rows(data.builder, files, data.options)
-            names = read_files.column_names(rows)
-            if rows:
-                _check_columns(task, split, names)
-            return read_files.as_dataset(rows, sorted(set(task.columns.values())))
-        if data.builder == "imagefolder":
-            return _read_folders(files, split)
-        return datasets.load_dataset(data.builder, data_files={split: files}, split=split, **data.options)
-    # a TaskError is a ValueError too, and says already what is wrong
-    except TaskError:
-        raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        where = f'"{data.path}" of the Hub' if data.path else f"the {data.builder} files"
-        # datasets wraps the error of its reader, which names the cause
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise TaskError(f'Task "{task.name}": the {split} data cannot be read from {where}: {reason}') from error
-
-
-def _check_hub_name(task: Task) -> None:
-    """Refuse the name of a data set that `datasets` would find in the working directory.
-
-    It looks for a folder of that name first, and takes the name of one of its builders for the builder.
-    """
-    name = task.data.path
-    is_builder = name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
-    if os.path.exists(name) or is_builder:
-        raise TaskError(
-            f'Task "{task.name}": "{name}" stands for a data set of the Hub, but means a builder or a folder of the '
-            'working directory here; work in another folder, or give "builder" and "files" for local files.'
-        )
-
-
-def _read_folders(folders: list[str], split: str) -> Dataset:
-    """Images of folders, by the table beside them or by the names of their folders."""
-    import datasets
-
-    from peft_lab.data.image_column import read_described, warn_of_other_files
-
-    described = read_described(folders)
-    if described is not None:
-        return described
-    warn_of_other_files(folders)
-    files = [f"{folder}/**" for folder in folders]  # else images in folders of folders are missed
-    return datasets.load_dataset("imagefolder", data_files={split: files}, split=split)
 
 
 def carve(task: Task, dataset: Dataset, split: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -50,7 +50,12 @@ _BUILDER_OPTIONS: dict[str, type[Schema]] = {
     "json": _JsonOptions,
     "parquet": Schema,
     "imagefolder": Schema,
+    "text": Schema,
+    "webdataset": Schema,
 }
+
+#: Keys that a stream of rows alone reads.
+_OF_STREAMS = ("validation_rows", "test_rows", "shuffle_buffer_size")
 
 
 def _check_file(name: str) -> str:
@@ -92,7 +97,7 @@ class _HubData(Schema):
 
 
 class _LocalData(Schema):
-    builder: Literal["csv", "json", "parquet", "imagefolder"]
+    builder: Literal["csv", "json", "parquet", "imagefolder", "text", "webdataset"]
     files: Mapping[str, Any] = {}
     options: Mapping[str, Any] = {}
 
@@ -104,7 +109,7 @@ class DataSource(Schema):
 
     Attributes:
         path, name, revision: Hub id, configuration and commit, branch or tag ("" for local files).
-        builder: `csv`, `json`, `parquet` or `imagefolder` ("" for the Hub).
+        builder: `csv`, `json`, `parquet`, `text`, `imagefolder` or `webdataset` ("" for the Hub).
         files: split -> file names as written: relative to the YAML file or to `${PEFT_LAB_DATA}`; `*` is a wildcard.
         options: options of the builder.
     """
@@ -211,6 +216,10 @@ class Task(Schema):
             rows, or keep those that are empty and not missing; both with their count.
         validation_fraction, test_fraction: share of train to carve where the source has no such split.
         split_seed: seed of that carving, the same for every run.
+        streaming: read the training rows while they are trained on, instead of all of them before.
+        validation_rows, test_rows: number of rows of these splits with streaming: the first of the source's split, or
+            of train where it has none.
+        shuffle_buffer_size: rows of a stream that are drawn from at random; 1 keeps their order.
         shifted: another task (name, or path beside the YAML file) with the same labels, whose test rows are scored too.
         control: another task (likewise) on which a comparison measures what training made the model forget.
         image_size: size for backbones that take any; one with a fixed grid of patches keeps its own.
@@ -233,6 +242,10 @@ class Task(Schema):
     validation_fraction: _Fraction = 0.1
     test_fraction: _Fraction = 0.0
     split_seed: Annotated[int, Field(ge=0)] = 0
+    streaming: bool = False
+    validation_rows: _Count | None = None
+    test_rows: _Count | None = None
+    shuffle_buffer_size: _Count = 1000
     max_length: _Count | None = None
     max_new_tokens: _Count | None = None
     image_size: _Count | None = None
@@ -260,6 +273,11 @@ class Task(Schema):
         found = self.model_copy()
         found._foreign = True
         return found
+
+    @property
+    def has_test(self) -> bool:
+        """True if there are test rows, of a split or taken from train."""
+        return "test" in self.splits or self.test_fraction > 0 or self.test_rows is not None
 
     @property
     def main_metric(self) -> str:
@@ -323,6 +341,7 @@ def build(mapping: Mapping[str, Any], origin: Path | None) -> Task:
     splits, columns, metrics = _splits(given), _columns(given, rule), _metrics(given, rule)
     task = given.model_copy(update={"splits": splits, "columns": columns, "metrics": metrics})
     _check_fractions(task)
+    _check_streaming(task)
     _check_prompt_column(task)
     return task
 
@@ -344,6 +363,27 @@ def _check_fractions(task: Task) -> None:
         key = f"{split}_fraction"
         if key in task.model_fields_set and split in task.splits:
             raise TaskError(f'"{key}" has no effect, because the data has a {split} split; remove one of them.')
+
+
+def _check_streaming(task: Task) -> None:
+    """Refuse keys that a stream of rows cannot follow, and those that only a stream reads."""
+    given = task.model_fields_set
+    if not task.streaming:
+        key = next((key for key in _OF_STREAMS if key in given), None)
+        if key is not None:
+            raise TaskError(f'"{key}" has no effect without "streaming: true"; remove it.')
+        return
+    for split in ("validation", "test"):
+        if f"{split}_fraction" in given:
+            raise TaskError(
+                f'"{split}_fraction" needs the number of all rows, which a stream does not know; give "{split}_rows".'
+            )
+    if task.data.builder == "imagefolder":
+        raise TaskError('images of a folder are opened when they are used anyway; remove "streaming".')
+    if task.data.options.get("field"):
+        raise TaskError('"field" is for a file that is read whole; stream JSON lines, or remove "streaming".')
+    if "validation" not in task.splits and task.validation_rows is None:
+        raise TaskError('a stream without a validation split needs "validation_rows", the number of its first rows.')
 
 
 def _columns(task: Task, rule: KindInfo) -> dict[str, str]:

@@ -67,6 +67,8 @@ def evaluate(
     check_split(split)
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
     check_metrics(loaded.task)
+    if loaded.task.streaming and split == "train":
+        raise ConfigError(f'The train rows of task "{loaded.task.name}" are a stream without end; name another split.')
     splits = load_splits(loaded.task, test=split == "test")
     if loaded.labels and splits.labels and list(splits.labels) != loaded.labels:
         raise ConfigError(

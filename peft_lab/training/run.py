@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +24,10 @@ from peft_lab.adapter_files.names import write_json
 from peft_lab.backbones import module_roles
 from peft_lab.backbones.pypi_weights import cached_commit
 from peft_lab.data import prompt_column
-from peft_lab.data.splits import Splits, carve, load_splits, per_class, subset
+from peft_lab.data.splits import Splits, load_splits
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
-from peft_lab.errors import ConfigError, WriteError
+from peft_lab.errors import WriteError
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, count_parameters, load_base
@@ -37,12 +37,9 @@ from peft_lab.registry import MethodInfo
 from peft_lab.runs import own_tasks, run_folder
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.arguments import as_run_config, build_or_refuse, check_best_metric, training_arguments
-from peft_lab.training.callbacks.bilevel import (
-    LEARNING_RATE,
-    AlternatingActivation,
-    activation_parameters,
-)
+from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
+from peft_lab.training.model_rows import HELD_OUT, check_streaming, chosen_rows, hold_out, model_rows
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.run_inputs import base_hash, check_finished, check_inputs, inputs_of, load_finished
 from peft_lab.training.trainer import LabTrainer, scores
@@ -59,8 +56,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("peft_lab")
 
-#: Split that bi-level training holds out of train, and its share unless the run gives another.
-HELD_OUT, HELD_OUT_FRACTION = "held_out", 0.1
 _NO_ROOM = "make room, and repeat the command: the run goes on from its last whole checkpoint"
 
 
@@ -101,6 +96,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
     config = as_run_config(config, options)
     info, task, state = run_folder.check_run(config)
     folder = Path(config.output_dir).expanduser()
+    check_streaming(config, task)
     arguments = training_arguments(config, info)
     check_best_metric(arguments, task)
     if state == "finished":
@@ -130,6 +126,7 @@ def prepare(options: Mapping[str, Any]) -> Iterator[LabTrainer]:
     with write_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
         config = as_run_config(None, {**options, "output_dir": scratch})
         info, task = config.check(), load_task(config.task)
+        check_streaming(config, task)
         run = _Run(config, info, task, training_arguments(config, info), Path(scratch))
         run._load()
         run._build_trainer()
@@ -165,13 +162,15 @@ class _Run:
         self.keeps_record = checkpoint is not None or self.arguments.save_strategy != "no"
         self._load()
         if self.keeps_record:
-            self.inputs = inputs_of(self.config, self.rows, self.base)
+            self.inputs = inputs_of(self.config, self.rows, self.base, self.splits)
         if checkpoint is not None:
             check_inputs(checkpoint, self.inputs, own=Path(checkpoint).parent.resolve() == self.folder.resolve())
         self._build_trainer()
         scored = [split for split in ("validation", "test") if split in self.rows]
         train = self.rows["train"]
-        found = {split: self.kind.baseline(self.task, self.labels, train, self.rows[split]) for split in scored}
+        # a predictor that knows all training answers has none to know in a stream
+        known = [] if self.task.streaming else scored
+        found = {split: self.kind.baseline(self.task, self.labels, train, self.rows[split]) for split in known}
         self.baselines: dict[str, Baseline] = {split: each for split, each in found.items() if each is not None}
         self._claim_folder(checkpoint)
         # memory and time are those of the training steps, without loading and evaluation at the end
@@ -201,10 +200,9 @@ class _Run:
             set_seed(seed)
         # False is also the default of TrainingArguments, so only what the run itself says counts
         wants_test = self.config.training_arguments.get("do_predict") is not False
-        has_test = "test" in self.task.splits or self.task.test_fraction > 0
         # the first process fills the caches that the others then read
         with self.process.main_process_first():
-            self.splits: Splits = load_splits(self.task, test=wants_test and has_test)
+            self.splits: Splits = load_splits(self.task, test=wants_test and self.task.has_test)
         self.labels = self.splits.labels
         self._load_model(seed)
         self._prepare_rows(seed)
@@ -233,34 +231,15 @@ class _Run:
 
     def _prepare_rows(self, seed: int) -> None:
         """Limit the rows of each split, and preprocess them for the model."""
-        config = self.config
-        limited = {
-            "train": (self.splits.train, config.max_train_samples),
-            "validation": (self.splits.validation, config.max_eval_samples),
-            "test": (self.splits.test, config.max_test_samples),
-        }
-        self.raw = {split: subset(rows, limit) for split, (rows, limit) in limited.items() if rows is not None}
-        if config.examples_per_class is not None:
-            self.raw["train"] = per_class(self.raw["train"], config.examples_per_class, seed)
-        if config.alternating_every is not None:
-            self._hold_out(config.alternating_fraction or HELD_OUT_FRACTION, seed)
-        self.raw = {split: prompt_column.for_model(rows, self.model, self.task) for split, rows in self.raw.items()}
-        self.rows = {}
-        with self.process.main_process_first():
-            for split, rows in self.raw.items():
-                self.rows[split] = self.kind.preprocess(rows, self.processor, self.task, self.model)
+        self.raw = chosen_rows(self.config, self.splits, seed)
+        if self.config.alternating_every is not None:
+            self.raw |= hold_out(self.config, self.task, self.model, self.raw["train"], seed)
         drops = bool(self.arguments.remove_unused_columns)
-        prompt_column.check_kept(self.rows["train"], self.raw["train"], self.kind.name, drops)
-
-    def _hold_out(self, fraction: float, seed: int) -> None:
-        """Hold rows out of the training rows, for the activation alone."""
-        if not activation_parameters(self.model):
-            raise ConfigError(
-                f'alternating_every={self.config.alternating_every}: method "{self.info.name}" with '
-                f"{self.config.method_args} learns no activation; leave one of them out."
-            )
-        rest, held_out = carve(self.task, self.raw["train"], HELD_OUT, fraction, seed)
-        self.raw |= {"train": rest, HELD_OUT: held_out}
+        with self.process.main_process_first():
+            self.raw, self.rows = model_rows(self.raw, self.kind, self.processor, self.task, self.model, drops)
+        if self.task.streaming:
+            data_seed = self.arguments.data_seed
+            self.rows["train"] = self.rows["train"].shuffled(seed if data_seed is None else data_seed)
 
     def _callbacks(self) -> list[TrainerCallback]:
         config = self.config
@@ -373,7 +352,8 @@ class _Run:
             "learning_rate": self.arguments.learning_rate,
             "seed": self.arguments.seed,
             "global_step": self.trainer.state.global_step,
-            "epoch": self.trainer.state.epoch,
+            # of a stream, Trainer gives the share of max_steps
+            "epoch": None if self.task.streaming else self.trainer.state.epoch,
             "resumed_from": Path(checkpoint).name if checkpoint else None,
             "best_checkpoint": Path(self.trainer.state.best_model_checkpoint or "").name or None,
             "base_revision": cached_commit(self.config.model_name_or_path, self.config.model_revision),
@@ -390,7 +370,8 @@ class _Run:
                 "labels": _outputs(self.task, self.labels),
                 "fingerprint": self.splits.fingerprint,
                 "fingerprints": self.splits.fingerprints,
-                "rows": {name: len(rows) for name, rows in self.rows.items()},
+                "rows": {name: len(rows) for name, rows in self.rows.items() if isinstance(rows, Sized)},
+                "streaming": self.task.streaming,
             },
             "method_config": _method_config(self.model),
             "processes": self.process.num_processes,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from peft_lab.adapter_files.base_fingerprint import model_hash
-from peft_lab.data.splits import fingerprint, load_splits
+from peft_lab.data.splits import Splits, fingerprint, load_splits
 from peft_lab.errors import AdapterMismatchError, ConfigError
 from peft_lab.loading.load_run import load
 from peft_lab.runs.run_config import RunConfig
@@ -36,15 +36,18 @@ _MAY_DIFFER = (
 _MAY_DIFFER_BEGINNINGS = ("eval_", "save_", "dataloader_", "per_device_eval_", "torch_compile", "ddp_")
 
 
-def inputs_of(config: RunConfig, rows: Mapping[str, Dataset], base: str) -> dict[str, Any]:
+def inputs_of(config: RunConfig, rows: Mapping[str, Dataset], base: str, splits: Splits) -> dict[str, Any]:
     """Record of the inputs of a run, for the manifests of its checkpoints.
 
     Args:
         config: the options.
         rows: split -> rows as the model takes them; test rows are left out, because training never sees them.
         base: hash of the base weights, as `base_hash` returns it.
+        splits: rows as they were read; the fingerprint of a stream is known there alone.
     """
-    data = {split: fingerprint(part) for split, part in rows.items() if split != "test"}
+    whole = {split: part for split, part in rows.items() if split != "test" and isinstance(part, Sized)}
+    data = {split: fingerprint(part) for split, part in whole.items()}
+    data = {"train": splits.fingerprints["train"]} | data
     return {"options": json.loads(strict_json.dumps(config.identity())), "data": data, "base": base}
 
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_lab.backbones.frozen_norms import set_frozen_norms
+from peft_lab.data.row_stream import RowStream
 from peft_lab.hub.push import create_repository, push
 from peft_lab.training.checkpoint_manifest import WriteManifest
 from peft_lab.training.checkpoints import order_times
+from peft_lab.training.model_rows import plain_errors_of_workers
 from peft_lab.training.non_finite import NonFiniteGuard, check_evaluation, check_weights
 from peft_lab.training.read_training_data import ReadTrainingData
 from peft_lab.training.step_timer import StepTimer, factor
@@ -113,6 +116,24 @@ class LabTrainer(Trainer):
                 found.append(parameter)
         return found
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Loader of the training rows; of a stream, each process reads its own part."""
+        stream = self.train_dataset
+        if not isinstance(stream, RowStream):
+            return super().get_train_dataloader()
+        args = self.args
+        # not by accelerator.prepare, which would let the first process read all rows and send them to the others
+        return DataLoader(
+            stream.of_process(args.process_index, args.world_size),
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
     @property
     def timer(self) -> StepTimer:
         """Timer of the training steps; a resume replaces it."""
@@ -206,7 +227,8 @@ class LabTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str) and self._is_finished(resume_from_checkpoint):
             found = self._restore(resume_from_checkpoint)
         else:
-            found = super().train(resume_from_checkpoint, *args, **kwargs)
+            with plain_errors_of_workers():
+                found = super().train(resume_from_checkpoint, *args, **kwargs)
         check_weights(self)
         return found
 

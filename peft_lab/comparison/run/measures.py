@@ -131,7 +131,7 @@ def _control(place: Path, control: str, batch_size: int) -> dict[str, float]:
     from peft_lab.loading.load_run import load
 
     loaded, task = load(place), load_task(control)
-    splits = load_splits(task, test="test" in task.splits or task.test_fraction > 0)
+    splits = load_splits(task, test=task.has_test)
     # bounded, because both the base and the adapted model see these rows
     train, scored = subset(splits.train, CONTROL_ROWS), subset(splits.test or splits.validation, CONTROL_ROWS)
     by_loss = loaded.task.problem_type != "regression" and "label" not in loaded.task.columns

@@ -230,7 +230,7 @@ def _cells(entry: Any, backbones: list[Any], measures: Mapping[str, Any], folder
     source = _task_source(values.pop("task"), folder)
     task = validate_task(source)
     label = str(values.pop("name", task.name))
-    if "test" not in task.splits and not task.test_fraction:
+    if not task.has_test:
         raise ConfigError(f'Task "{label}" has no test rows to compare on: name a "test" split or set "test_fraction".')
     models = _list(values.pop("model_name_or_path", backbones))
     if not models:
@@ -273,11 +273,13 @@ def _check_further(label: str, task: Task, shifted: str, control: str) -> None:
             )
         if key == "control" and task.problem_type == "regression":
             raise ConfigError(f'Task "{label}" is a regression; a control task needs classes or written answers.')
+        if key == "control" and other.streaming:
+            raise ConfigError(f'The control task "{other.name}" is streamed, and draws of its rows need all of them.')
         if key == "shifted" and task.labels and other.labels and other.labels != task.labels:
             raise ConfigError(
                 f'The shifted task "{other.name}" must have the labels of task "{label}", in their order.'
             )
-        if key == "shifted" and "test" not in other.splits and not other.test_fraction:
+        if key == "shifted" and not other.has_test:
             raise ConfigError(f'The shifted task "{other.name}" of task "{label}" has no test rows to be scored.')
 
 
