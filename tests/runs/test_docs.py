@@ -319,7 +319,7 @@ def test_files_that_pages_show_are_valid(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("photos/train", "photos/test"):
         Path(name).mkdir(parents=True)
-    for name in ("reviews.csv", "questions.jsonl", "tickets.csv"):
+    for name in ("reviews.csv", "questions.jsonl", "tickets.csv", "reviews-1.jsonl"):
         Path(name).touch()
     for _, title, code in BLOCK.findall(page.read_text(encoding="utf-8")):
         if title.endswith(".yaml"):
