@@ -63,7 +63,7 @@ def to_lora(
     adapter: Annotated[str, typer.Argument(help="Folder of an adapter, or a Hub id.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder for the LoRA adapter.", show_default=False)],
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Largest rank; by default what an exact conversion needs.")
+        int | None, typer.Option(min=1, help="Truncate to this rank; by default what an exact conversion needs.")
     ] = None,
     model_name_or_path: Base = None,
 ) -> None:
@@ -82,3 +82,6 @@ def to_lora(
         f"largest relative error {done.errors[worst]:.1e} ({worst})"
     )
     typer.echo(visible(text))
+    # served models write text; a classifier's head is trained in full in any case
+    if done.config.task_type == "CAUSAL_LM":
+        typer.echo(visible(done.vllm))

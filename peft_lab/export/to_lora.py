@@ -46,6 +46,8 @@ from peft_lab.utils.atomic_files import new_folder, write_text
 
 #: Relative error (Frobenius norm) that counts as exact: what float32 rounding leaves of a low-rank product.
 _EXACT = 5e-7
+#: Values that vLLM takes as its `max_lora_rank`.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,22 @@ class Converted:
     errors: dict[str, float]
     origin: MethodInfo
 
+    @property
+    def vllm(self) -> str:
+        """Sentence on serving the adapter with vLLM."""
+        rank = max(self.ranks.values())
+        choice = next((choice for choice in VLLM_RANKS if choice >= rank), None)
+        if choice is None:
+            return (
+                f"vLLM takes no rank above {VLLM_RANKS[-1]}, so it cannot serve rank {rank}: convert with --rank "
+                f"{VLLM_RANKS[-1]} or less, or use `peft-lab merge`."
+            )
+        if self.config.modules_to_save:
+            names = ", ".join(sorted(self.config.modules_to_save))
+            return f"vLLM takes no modules trained in full, and this adapter has some ({names}); use `peft-lab merge`."
+        own = "one of its choices" if choice == rank else f"the next of its choices above {rank}"
+        return f"vLLM serves it with --max-lora-rank {choice}, {own}."
+
 
 def to_lora(
     adapter: str | Path, out: str | Path, *, rank: int | None = None, model_name_or_path: str | None = None
@@ -77,7 +95,8 @@ def to_lora(
     Args:
         adapter: folder of a run, any folder of a peft adapter, or a Hub id.
         out: a folder that is not there yet or empty.
-        rank: largest rank; by default what an exact conversion needs, which for SVFit at full rank is the full rank.
+        rank: largest rank, at most what an exact conversion needs; by default that, which for SVFit at full rank is the
+            full rank.
         model_name_or_path: the base to load instead of the one that the adapter names.
 
     Raises:
@@ -105,7 +124,7 @@ def convert(model: Any, adapter_name: str = "default", rank: int | None = None) 
     Args:
         model: a `PeftModel`.
         adapter_name: the adapter to convert.
-        rank: largest rank; by default what an exact conversion needs.
+        rank: largest rank, at most what an exact conversion needs; by default that.
 
     Raises:
         ConfigError: as `to_lora`.
@@ -120,6 +139,7 @@ def convert(model: Any, adapter_name: str = "default", rank: int | None = None) 
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
+    exact = 0
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     for path, layer in layers.items():
         name = path.removeprefix(PEFT_PREFIX)
@@ -127,12 +147,15 @@ def convert(model: Any, adapter_name: str = "default", rank: int | None = None) 
         op = operation(base, name)
         _check_layer(info, layer, base, op, name, adapter_name)
         with torch.no_grad():
-            up, down, errors[name] = _factors(layer, base, op, adapter_name, rank)
+            up, down, errors[name], needed = _factors(layer, base, op, adapter_name, rank)
+        exact = max(exact, needed)
         ranks[name] = down.shape[0]
         for key, value in _entries(op, base, up, down).items():
             state[f"{PEFT_PREFIX}{name}.{key}"] = value
     if not ranks:
         raise ConfigError(f'Method "{info.name}" adds no delta to a weight here, so LoRA has nothing to take over.')
+    if rank is not None and rank > exact:
+        raise ConfigError(f"rank {rank} is above {exact}, the largest rank of the adapter; leave it out for all of it.")
     return Converted(_config(config, model, layers, ranks), state | _heads(model, adapter_name), ranks, errors, info)
 
 
@@ -160,8 +183,8 @@ def _check_layer(info: MethodInfo, layer: Any, base: Any, op: Operation, name: s
         raise ConfigError(f'peft\'s LoRA has no dilation and pads with zeros only, so "{name}" cannot be converted.')
 
 
-def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """LoRA factors B (out, r), A (r, in) in float32, and their error.
+def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | None) -> tuple[Tensor, Tensor, float, int]:
+    """LoRA factors B (out, r), A (r, in) in float32, their error, and the rank of exact ones.
 
     The error is relative to the delta (Frobenius norm). For a convolution with groups A has the rows of all groups, and
     B those of a row's own group: (out, r / groups).
@@ -174,14 +197,16 @@ def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | Non
         used = (own[0] != 0).any(0)
         used[0] = True  # peft has no rank 0
         up, down = own[0][:, used], own[1][used]
+        exact = up.shape[1]
     if own is None or groups > 1 or (rank is not None and rank < up.shape[1]):
         # each group has rows of its own in A, so the groups share the rank
-        up, down = _decomposed(delta, groups, None if rank is None else max(1, rank // groups))
+        up, down, exact = _decomposed(delta, groups, None if rank is None else max(1, rank // groups))
     up, down = up.float().contiguous(), down.float().contiguous()
     blocks = zip(up.double().chunk(groups), down.double().chunk(groups), strict=True)
     difference = torch.cat([b @ a for b, a in blocks]) - delta
     # a delta that is still zero has no norm to divide by
-    return up, down, (difference.norm() / delta.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+    error = (difference.norm() / delta.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+    return up, down, error, exact
 
 
 def _delta(layer: Any, base: Any, adapter: str) -> Tensor:
@@ -198,16 +223,14 @@ def _delta(layer: Any, base: Any, adapter: str) -> Tensor:
     return merged.get_base_layer().weight - base.weight
 
 
-def _decomposed(delta: Tensor, groups: int, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Best factors at a rank, for each group's rows.
-
-    The rank is by default the smallest one that is exact.
-    """
+def _decomposed(delta: Tensor, groups: int, rank: int | None) -> tuple[Tensor, Tensor, int]:
+    """Best factors at a rank, for each group's rows, and the smallest rank that is exact, the default."""
     u, s, vh = torch.linalg.svd(delta.reshape(groups, -1, delta.shape[1]), full_matrices=False)
     left = s.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # error of stopping before each singular value
     needed = int((left > _EXACT * left[:, :1]).sum(-1).max())
     kept = max(1, needed if rank is None else min(rank, needed))
-    return (u * s[:, None])[..., :kept].reshape(-1, kept), vh[:, :kept].reshape(-1, delta.shape[1])
+    up, down = (u * s[:, None])[..., :kept].reshape(-1, kept), vh[:, :kept].reshape(-1, delta.shape[1])
+    return up, down, max(1, needed) * groups
 
 
 def _entries(op: Operation, base: Any, up: Tensor, down: Tensor) -> dict[str, Tensor]:

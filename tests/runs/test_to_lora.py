@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_lab import registry, to_lora
 from peft_lab.errors import AdapterMismatchError, ConfigError
-from peft_lab.export.to_lora import convert
+from peft_lab.export.to_lora import Converted, convert
 from peft_lab.loading.load_run import load
 from peft_lab.training.evaluate import evaluate
 from peft_lab.training.run import train
@@ -178,9 +178,29 @@ def test_a_smaller_rank_is_the_best_one_and_states_its_error(tmp_path):
     assert done.errors["op"] == pytest.approx(best, rel=1e-4)
     lora = as_lora(copy.deepcopy(base), done, tmp_path).base_model.model.op.get_delta_weight("default")
     assert torch.allclose(lora.double(), (u[:, :3] * s[:3]) @ vh[:3], atol=1e-6)
-    assert convert(model, rank=99).ranks == {"op": 7}
+    with pytest.raises(ConfigError, match="rank 8 is above 7, the largest rank of the adapter"):
+        convert(model, rank=8)
     with pytest.raises(ConfigError, match="at least 1"):
         convert(model, rank=0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [
+        (1, "--max-lora-rank 1, one of its choices"),
+        (2, "--max-lora-rank 8, the next of its choices above 2"),
+        (65, "--max-lora-rank 128, the next"),
+        (320, "--max-lora-rank 320, one"),
+        (512, "--max-lora-rank 512, one"),
+        (513, "no rank above 512, so it cannot serve rank 513"),
+    ],
+)
+def test_ranks_of_vllm(rank, said):
+    info = registry.method("svfit")
+    assert said in Converted(LoraConfig(), {}, {"a": 1, "b": rank}, {}, info).vllm
+    if rank <= 512:
+        headed = Converted(LoraConfig(modules_to_save=["score"]), {}, {"a": rank}, {}, info)
+        assert "modules trained in full, and this adapter has some (score)" in headed.vllm
 
 
 @torch.no_grad()
@@ -191,6 +211,9 @@ def test_ranks_that_differ_stay_with_their_modules(tmp_path):
     x = torch.randn(3, 8)
     expected, done = model(x), convert(model)
     assert done.ranks == {"0": 8, "1.0": 3, "1.1": 4}
+    # vLLM reads r and lora_alpha alone: they must give the scaling 1 of every module
+    assert (done.config.lora_alpha, done.config.alpha_pattern) == (done.config.r, done.config.rank_pattern)
+    assert convert(model, rank=4).ranks == {"0": 4, "1.0": 3, "1.1": 4}
     found = as_lora(copy.deepcopy(base), done, tmp_path)
     assert {
         n: m.r["default"] for n, m in found.base_model.model.named_modules() if hasattr(m, "lora_A") and m.r
