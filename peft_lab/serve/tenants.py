@@ -149,11 +149,11 @@ class Tenants:
         finally:
             self._request.reset(token)
 
-    def _check_batch(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _check_batch(self, model: nn.Module, arguments: dict[str, Any]) -> None:
         request = self._request.get()
         if request is None:
             return
-        for rows in batch_sizes(model, args, kwargs).values():
+        for rows in batch_sizes(model, (), arguments).values():
             request.check(rows)
 
     # Adapters ---------------------------------------------------------------------------------------------------

@@ -219,8 +219,8 @@ def row_inputs(**inputs: Tensor) -> Iterator[None]:
 
 #: Code that runs around the forward of one module: (module, forward, arguments) -> output.
 Around = Callable[[nn.Module, Callable[..., Any], dict[str, Any]], Any]
-#: Code that runs before it: (module, args, kwargs) -> changed (args, kwargs), or None.
-Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+#: Code that runs before it: (module, arguments) -> changed arguments, or None.
+Before = Callable[[nn.Module, dict[str, Any]], dict[str, Any] | None]
 
 
 class WrappedForward:
@@ -272,19 +272,17 @@ class WrappedForward:
         if args and args[0] is self.module:  # accelerate binds what it unwraps to the module once more
             args = args[1:]
         for hook in self.before:
-            args, kwargs = hook(self.module, args, kwargs) or (args, kwargs)
+            changed = hook(self.module, self._named(args, kwargs))
+            args, kwargs = (args, kwargs) if changed is None else ((), changed)
         # The module's own forward does not know the declared inputs.
         specs = self._specs()
-        given: dict[str, Any] = {}
-        for name in specs:
-            if name in kwargs:
-                given[name] = kwargs.pop(name)
+        given = {name: kwargs.pop(name) for name in [*specs] if name in kwargs}
         # A stack that is called within its model joins the open context instead of hiding the model's arguments.
         context = _CURRENT.get()
         if context is not None and not self.opens:
             context.inputs |= _checked(given, specs, None)
             return self._run(args, kwargs)
-        arguments = {**dict(zip(parameter_names(type(self.module).forward), args, strict=False)), **kwargs}
+        arguments = self._named(args, kwargs)
         # The main input tells the number of rows, against which every row input is checked.
         like = next((arguments[name] for name in _BATCHED if arguments.get(name) is not None), None)
         rows = None if like is None else len(like)
@@ -305,8 +303,11 @@ class WrappedForward:
         forward = self._inner or MethodType(type(self.module).forward, self.module)
         if self.around is None:
             return forward(*args, **kwargs)
-        names = parameter_names(type(self.module).forward)
-        return self.around(self.module, forward, {**dict(zip(names, args, strict=False)), **kwargs})
+        return self.around(self.module, forward, self._named(args, kwargs))
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name."""
+        return {**dict(zip(parameter_names(type(self.module).forward), args, strict=False)), **kwargs}
 
     def _specs(self) -> dict[str, RowInput]:
         """Declared row inputs of all adapters by name."""

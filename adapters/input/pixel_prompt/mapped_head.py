@@ -21,15 +21,7 @@ from torch import Tensor, nn
 from peft_lab.adapters.input.pixel_prompt.pruning import Pruning
 from peft_lab.backbones import module_roles
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.tuners import (
-    AdapterConfig,
-    AdapterLayer,
-    AdapterTuner,
-    MethodInfo,
-    before_forward,
-    parameter_names,
-    register,
-)
+from peft_lab.tuners import AdapterConfig, AdapterLayer, AdapterTuner, MethodInfo, before_forward, register
 
 #: Ways to choose source classes, and whether they read the training data.
 MAPPINGS = {"random": False, "first": False, "frequency": True, "iterative": True}
@@ -150,7 +142,6 @@ class MappedHead(AdapterLayer):
         if not heads:
             self.own_labels = (dict(model.config.id2label), dict(model.config.label2id))
             self.pruning = Pruning(model, [model.get_submodule(path) for path in class_heads(model)])
-            self.arguments = parameter_names(type(model).forward)
 
     @property
     def source_classes(self) -> int:
@@ -242,11 +233,10 @@ class MappedHead(AdapterLayer):
 
     # Calls ------------------------------------------------------------------------------------------------------
 
-    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Change the images before the forward of the whole model."""
         adapter = self.current
-        kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        if adapter is None or kwargs.get("pixel_values") is None:
+        if adapter is None or arguments.get("pixel_values") is None:
             return None
         # The first step may come before the data are read; after it, training goes on with a mapping of no meaning.
         if self.training and not self.counting and adapter in self.unread and self._has_moved(adapter):
@@ -255,8 +245,7 @@ class MappedHead(AdapterLayer):
                 "add peft_lab.ReadTrainingData() to the callbacks of the Trainer, or call "
                 "peft_lab.read_training_data(model, batches, epoch) at the start of each epoch."
             )
-        kwargs["pixel_values"] = self.prompted(adapter, kwargs["pixel_values"])
-        return (), kwargs
+        return {**arguments, "pixel_values": self.prompted(adapter, arguments["pixel_values"])}
 
     def _has_moved(self, adapter: str) -> bool:
         """Test whether the adapter's parameters have changed since the last step."""
