@@ -16,6 +16,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
 #: Fingerprint of the base weights of an adapter of peft's own tuners; ours hold it in their config.
 BASE_RECORD = "base_fingerprint.json"
+#: Entry of peft's wrapper of an embedding whose rows are trained, behind the path of the embedding.
+TRAINED_TOKENS = "token_adapter.trainable_tokens_delta"
 
 #: peft's value of `target_modules` for an adapter without adapted modules (`peft.utils.constants`).
 _NO_TARGETS = "dummy-target-modules"

@@ -19,6 +19,7 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
@@ -140,7 +141,7 @@ def convert(model: Any, adapter_name: str = "default", rank: int | None = None) 
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
     exact = 0
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    layers = _adapted_layers(model)
     for path, layer in layers.items():
         name = path.removeprefix(PEFT_PREFIX)
         base: Any = layer.get_base_layer()
@@ -157,6 +158,15 @@ def convert(model: Any, adapter_name: str = "default", rank: int | None = None) 
     if rank is not None and rank > exact:
         raise ConfigError(f"rank {rank} is above {exact}, the largest rank of the adapter; leave it out for all of it.")
     return Converted(_config(config, model, layers, ranks), state | _heads(model, adapter_name), ranks, errors, info)
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Layers with a delta by path; trained token rows are the same in LoRA, and taken over with the heads."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
+            found[path] = module
+    return found
 
 
 def _check_method(info: MethodInfo) -> None:
@@ -269,6 +279,7 @@ def _config(config: Any, model: Any, layers: dict[str, Any], ranks: dict[str, in
         alpha_pattern=dict(pattern),
         target_modules=_targets(model, ranks),
         modules_to_save=getattr(config, "modules_to_save", None),
+        trainable_token_indices=getattr(config, "trainable_token_indices", None),
         fan_in_fan_out=conv1d,
     )
 
@@ -290,7 +301,7 @@ def _targets(model: nn.Module, ranks: dict[str, int]) -> list[str] | str:
 
 
 def _heads(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Entries of the modules that were trained in full."""
+    """Entries of the modules that were trained in full, and of trained token rows."""
     heads = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
     saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     # safetensors refuses tensors that share memory, such as tied embeddings

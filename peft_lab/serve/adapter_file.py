@@ -73,6 +73,11 @@ def read_adapter(adapter: str | Path, most: int = 2**36) -> AdapterFile:
     # an untrusted file is checked by its header before anything large is read
     folder.check_weights(most)
     config: Any = folder.config
+    if getattr(config, "trainable_token_indices", None) is not None:
+        raise ConfigError(
+            f'The adapter "{adapter}" trains rows of the token embeddings (trainable_token_indices), which load_many '
+            "does not serve; load it with PeftModel.load_adapter and pass adapter_names."
+        )
     try:
         state = load_file(folder.weights)
     except (OSError, ValueError, SafetensorError) as error:

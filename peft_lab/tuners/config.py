@@ -22,6 +22,7 @@ from peft_lab.adapter_files.names import ADAPTER_WEIGHTS
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.registry import MethodInfo, with_preset
 from peft_lab.tuners.forward_context import RowInput
+from peft_lab.tuners.trained_tokens import check_indices
 
 #: Sizes of an adapter (rank, tokens, ...) may always go up to this, whatever the dimensions of the base.
 _SMALL = 4096
@@ -47,6 +48,13 @@ class AdapterConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules trained in full and saved; nothing means the task head if the model has one."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Numbers of the tokens whose embeddings are trained and saved, such as those that a chat template "
+            "adds: a list for the input embeddings, or a list for each module by name."
+        },
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the blocks to adapt; nothing means all."}
@@ -175,6 +183,8 @@ class AdapterConfig(PeftConfig):
                 setattr(self, name, sorted(getattr(self, name)))
         self._check_types()
         check_patterns({f.name: getattr(self, f.name) for f in fields(self)})
+        if self.trainable_token_indices is not None:
+            check_indices(self.trainable_token_indices)
         if self.fingerprints is not None:
             safe_files.check_fingerprints(self.fingerprints, f'the config of method "{self.info.name}"')
         if self.layers_to_transform == []:
@@ -255,7 +265,7 @@ PEFT_HINTS: dict[str, Any] = {
     "inference_mode": bool,
 }
 #: Fields whose integers are no sizes, as seeds are not.
-_NO_SIZES = frozenset((*PEFT_HINTS, "layers_to_transform", "fingerprints"))
+_NO_SIZES = frozenset((*PEFT_HINTS, "layers_to_transform", "trainable_token_indices", "fingerprints"))
 
 
 # Annotations are text that Python evaluates, so that is done once per class.
@@ -282,8 +292,8 @@ def check_patterns(values: dict[str, Any]) -> None:
         elif name.endswith("_pattern") and isinstance(value, dict):
             for key in value:
                 check_key_pattern(name, str(key))
-        elif name in ("layers_pattern", "modules_to_save", "target_parameters"):
-            # peft builds a regex around such a name, so it must have no special characters.
+        elif name in ("layers_pattern", "modules_to_save", "target_parameters", "trainable_token_indices"):
+            # peft builds a regex around such a name, so it must have no special characters; numbers have none.
             for part in [value] if isinstance(value, str) else value or ():
                 if not re.fullmatch(r"[\w.\-]{1,1000}", str(part)):
                     raise ConfigError(f"{name} holds {shorten(part)}, which is no module name.")

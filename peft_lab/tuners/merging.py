@@ -23,6 +23,7 @@ from peft_lab.backbones.family_table import declared_names
 from peft_lab.errors import ConfigError
 from peft_lab.registry import CAPABILITIES, MethodInfo
 from peft_lab.tuners.operations import StandIn
+from peft_lab.tuners.trained_tokens import TokenLayer
 
 #: A flag of a model's config, to be set when the merged model stands alone.
 Flag = tuple[Any, str]
@@ -262,6 +263,8 @@ class MergingTuner(BaseTuner):
             # An adapter that is merged by name may be inactive now, and so may its head.
             if isinstance(module, AuxiliaryTrainingWrapper) and unload and adapter_names is not None:
                 module.check_set_adapter(adapter_names)
+            if isinstance(module, TokenLayer):
+                module.check_finite(names)
             if not isinstance(module, MergeableLayer):
                 continue
             wanted = [name for name in names if name in module.configs]

@@ -30,6 +30,12 @@ from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.merging import MergingTuner
 from peft_lab.tuners.mixed_batch import BASE, batch_sizes, check_count, mixed_batch
 from peft_lab.tuners.saved_module import adopt_saved_modules
+from peft_lab.tuners.trained_tokens import (
+    adopt_trained_tokens,
+    check_rows,
+    check_trained_tokens,
+    renamed_rows,
+)
 from peft_lab.tuners.weighted_adapter import add_weighted_adapter
 
 _LOG = logging.getLogger("peft_lab")
@@ -65,6 +71,7 @@ class AdapterTuner(MergingTuner):
             if isinstance(layer, self.tuner_layer_cls):
                 layer.owners = self._owners()
         adopt_saved_modules(model)
+        adopt_trained_tokens(model)
         for module, trained in zip(disabled, before, strict=True):
             module.trained_before = trained
         if disabled:
@@ -137,6 +144,7 @@ class AdapterTuner(MergingTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Before anything is injected, so that a refused adapter leaves the model as it was.
+        check_trained_tokens(model, peft_config)
         if not peft_config.fingerprints:
             return
         largest = max((max(parameter.shape, default=1) for parameter in model.parameters()), default=1)
@@ -206,6 +214,7 @@ class AdapterTuner(MergingTuner):
         found, lost = getattr(config, "found", module_matching.ModuleMatch()), getattr(config, "lost_heads", [])
         kept = {key: value for key, value in state_dict.items() if not module_matching.is_saved_module(key, lost)}
         locate = partial(_locate, prefix=cls.prefix)
+        kept = renamed_rows(model, adapter_name, kept)
         renamed = module_matching.convert_state(kept, found, locate, cls.tuner_layer_cls.per_channel)
         # A file without fingerprints tells nothing of its modules; then families' usual renamings must do.
         if not found.modules:
@@ -369,6 +378,8 @@ def _check_keys(model: nn.Module, prefix: str, adapter: str, state: dict[str, Te
     embeddings = [f"{n}." for n, m in model.named_modules() if n and m in resized]
     # Heads and embeddings that are saved whole are checked by peft; an adapter inside of them is ours again.
     given = {k for k in state if not k.startswith((*heads, *embeddings)) or f".{prefix}" in k}
+    rows, given_rows = check_rows(model, adapter, state)
+    ours, given = ours | rows, given | given_rows
     check_complete(ours, given)
     for key in sorted(ours):
         if known[key].shape != state[key].shape:

@@ -82,6 +82,12 @@ def _check_arguments(
             f'Method "{method}" combines adapters by combination_type="linear", which is exact, and has no '
             f'"{combination_type}".'
         )
+    for name in adapters:
+        if name in tuner.peft_config and tuner.peft_config[name].trainable_token_indices is not None:
+            raise ConfigError(
+                f'Adapter "{name}" trains rows of the token embeddings, which replace the base\'s and have no weighted '
+                "sum; keep the adapters apart and choose one by set_adapter."
+            )
     check_keys(options, _UNUSED, "add_weighted_adapter")
     for name, value in options.items():
         if value != _UNUSED[name]:

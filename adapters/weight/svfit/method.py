@@ -95,16 +95,16 @@ class SVFitLayer(WeightLayer):
         super().__init__(base_layer, name)
         for part in self.other_param_names:
             setattr(self, part, BufferDict({}, persistent=True))
-        self.shared = BufferDict(persistent=False)
+        self.common_bases = BufferDict(persistent=False)
 
     @property
     def _shared(self) -> Any:
         """Bases that the adapters share, in buffers, so that they are moved and copied with the layer."""
-        return svd.Bases(**self.shared) if len(self.shared) else None
+        return svd.Bases(**self.common_bases) if len(self.common_bases) else None
 
     @_shared.setter
     def _shared(self, bases: svd.Bases) -> None:
-        self.shared.update(vars(bases))
+        self.common_bases.update(vars(bases))
 
     def initial_values(self, adapter: str, config: SVFitConfig) -> dict[str, Tensor]:
         # Only an adapter that saves its bases has some of its own; the others share those of the largest rank.
