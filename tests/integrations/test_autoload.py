@@ -134,7 +134,7 @@ base, adapters, tasks, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], 
 for name, adapter in adapters.items():
     model = f"pretrained={base},peft={adapter},dtype=float32"
     sys.argv = ["lm_eval", "--model", "hf", "--model_args", model, "--tasks", "tiny_cloze", "--include_path", tasks,
-        "--device", "cpu", "--batch_size", "2", "--log_samples", "--output_path", f"{out}/{name}"]
+        "--device", "cpu", "--batch_size", "1", "--log_samples", "--output_path", f"{out}/{name}"]
     cli_evaluate()
 """
 
