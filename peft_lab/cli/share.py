@@ -1,4 +1,4 @@
-"""Commands `push` and `to-lora`.
+"""Commands `push`, `to-lora` and `export`.
 
 The functions behind them are imported once the arguments are checked, because they import torch.
 """
@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from peft_lab.cli.options import Base
+from peft_lab.cli.options import Adapter, Base, OtherBase
+from peft_lab.errors import ConfigError
 from peft_lab.utils.text import visible
 
 
@@ -18,6 +19,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the `peft-lab` command."""
     app.command()(push)
     app.command("to-lora")(to_lora)
+    app.command()(export)
 
 
 def push(
@@ -85,3 +87,31 @@ def to_lora(
     # served models write text; a classifier's head is trained in full in any case
     if done.config.task_type == "CAUSAL_LM":
         typer.echo(visible(done.vllm))
+
+
+def export(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(help="Folder for the graph.", show_default=False)],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx.")] = False,
+    torch_export: Annotated[bool, typer.Option("--torch-export", help="Write model.pt2, by torch.export.")] = False,
+    model_name_or_path: Base = None,
+    allow_other_base: OtherBase = False,
+) -> None:
+    """Export a model, its adapter merged where the method merges, as a graph whose outputs are compared."""
+    if onnx == torch_export:
+        raise ConfigError("export writes one format: pass --onnx or --torch-export.")
+    from peft_lab.runs.run_folder import find_adapter, refuse_filled
+
+    folder = find_adapter(adapter)
+    refuse_filled(out)
+    from peft_lab.export.graph import TOLERANCE, to_onnx, to_torch_export
+
+    run_export = to_onnx if onnx else to_torch_export
+    done = run_export(folder, out, model_name_or_path, allow_other_base=allow_other_base)
+    axes = ", ".join(f"{name} ({', '.join(map(str, sizes))})" for name, sizes in done.inputs.items())
+    typer.echo(
+        visible(
+            f"Graph written to {done.file}, {'merged' if done.merged else 'with the adapter beside the weights'}: "
+            f"{axes} -> logits; largest difference from the model {done.difference:.1e} (tolerance {TOLERANCE:.0e})"
+        )
+    )

@@ -285,7 +285,7 @@ class WrappedForward:
         arguments = self._named(args, kwargs)
         # The main input tells the number of rows, against which every row input is checked.
         like = next((arguments[name] for name in _BATCHED if arguments.get(name) is not None), None)
-        rows = None if like is None else len(like)
+        rows = None if like is None else like.shape[0]
         inputs = {**_given_around(specs, like), **_checked(given, specs, rows)}
         self._keep_context_in_checkpoints()
         context, training = ForwardContext(self.module, arguments, inputs, specs), self.module.training
@@ -440,7 +440,7 @@ def _given_around(specs: Mapping[str, RowInput], like: Tensor | None) -> dict[st
     found = {}
     for name, value in _checked(given.values, specs, None).items():
         if like is not None:
-            value = expand_rows(value, len(like), name)
+            value = expand_rows(value, like.shape[0], name)
             # Tokens that were written since the call count as zero.
             if specs[name].per_token:
                 value = nn.functional.pad(value, (0, max(like.shape[1] - value.shape[1], 0)))

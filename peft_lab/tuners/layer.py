@@ -173,7 +173,7 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
         context = ForwardContext.current()
         if context is None:
             raise ConfigError(f"A layer that reads {name} was called without its model; call the whole model.")
-        return context.row_input(name, len(x))
+        return context.row_input(name, x.shape[0])
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Tensor:
         """Base output with the active adapters.
@@ -186,7 +186,7 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            check_count(adapter_names, len(x))
+            check_count(adapter_names, x.shape[0])
         rows = current_row_adapters() if adapter_names is None else RowAdapters.of(adapter_names)
         if rows is not None:
             if self.merged:
@@ -258,7 +258,7 @@ class WeightLayer(AdapterLayer):
             if name == BASE or name not in self.configs:
                 continue
             index = rows.of_adapter(name, x.shape[0], x.device)
-            with on_rows(len(x), index):
+            with on_rows(x.shape[0], index):
                 part = self.delta_output(name, x[index])
             out = part.new_zeros((x.shape[0], *part.shape[1:])) if out is None else out
             out = out.index_add(0, index, part)

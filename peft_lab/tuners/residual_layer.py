@@ -94,7 +94,7 @@ class ResidualBranches(AdapterLayer):
         context.shared[self, sub_layer] = stream
         # A block that is recomputed has the adapters of its first run, whichever are active by then.
         if (self, "adapters") not in context.shared:
-            context.shared[self, "adapters"] = list(self.adapters_with_rows(len(stream), stream.device))
+            context.shared[self, "adapters"] = list(self.adapters_with_rows(stream.shape[0], stream.device))
 
     def add_branch(self, sub_layer: str, output: Tensor) -> Tensor:
         """Add the branches of the acting adapters to a sub-layer's output."""
@@ -109,7 +109,7 @@ class ResidualBranches(AdapterLayer):
                 added = self.branch(name, sub_layer, stream)
                 output = output + (added / self.summand_scale).to(output.dtype).reshape(output.shape)
             else:
-                with on_rows(len(stream), rows):
+                with on_rows(stream.shape[0], rows):
                     added = self.branch(name, sub_layer, stream[rows])
                 output = output.index_add(0, rows, (added / self.summand_scale).to(output.dtype))
         return output

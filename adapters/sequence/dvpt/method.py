@@ -134,7 +134,7 @@ class DVPTLayer(ResidualBranches, StoredPrompts):
         size = state.states.shape[1]
         places = {}
         # The rows of one adapter have the same prompts, so the first of them tells how many.
-        for name, index in self.adapters_with_rows(len(state.states), state.states.device):
+        for name, index in self.adapters_with_rows(state.states.shape[0], state.states.device):
             unused = 0
             if state.unused is not None and index is not None:
                 unused = int(state.unused[index[0]].sum())

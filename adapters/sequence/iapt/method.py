@@ -207,7 +207,7 @@ class IAPTLayer(SequenceLayer):
         else:
             pooled = getattr(nn.functional, config.activation)(pooled)
         made = nn.functional.linear(pooled.to(up.dtype), up, self.parameter(adapter, "iapt_up_bias"))
-        return made.reshape(len(tokens), config.num_prompts, self.width)
+        return made.reshape(tokens.shape[0], config.num_prompts, self.width)
 
     def _pooled(self, adapter: str, x: Tensor, mask: Tensor | None) -> Tensor:
         """Pool the instruction's vectors to (batch, prompts or 1, bottleneck).

@@ -56,7 +56,7 @@ def extend_mask(
     batch, heads, queries, keys = mask.shape
     columns = mask.new_full((batch, heads, queries, count), visible)
     if unused is not None:
-        columns = columns.masked_fill(unused[:, None, None, :], hidden)
+        columns = _hide(columns, unused[:, None, None, :], hidden)
     # One row that holds for all queries needs no rows for the prompts.
     if queries == 1 and tokens.shape[1] > 1:
         return insert(mask, columns, at, 3)
@@ -64,10 +64,10 @@ def extend_mask(
     between = mask.new_full((batch, heads, count, count), visible)
     if causal:
         future = torch.ones(count, count, dtype=torch.bool, device=mask.device).triu(1)
-        between = between.masked_fill(future, hidden)
+        between = _hide(between, future, hidden)
     if unused is not None:
         itself = torch.eye(count, dtype=torch.bool, device=mask.device)  # a row of a softmax must not be empty
-        between = between.masked_fill(unused[:, None, None, :] & ~itself, hidden)
+        between = _hide(between, unused[:, None, None, :] & ~itself, hidden)
     # A prompt sees the tokens that the first token sees, which are not all where attention is local.
     rows = (
         mask.new_full((batch, heads, count, keys), hidden)
@@ -75,6 +75,11 @@ def extend_mask(
         else at_first_token(mask, first, 2).expand(batch, heads, count, keys)
     )
     return insert(insert(mask, columns, at, 3), insert(rows, between, at, 3), at, 2)
+
+
+def _hide(mask: Tensor, where: Tensor, hidden: Any) -> Tensor:
+    # ONNX Runtime fills no bool tensors
+    return mask & ~where if mask.dtype is torch.bool else mask.masked_fill(where, hidden)
 
 
 def align_keys(mask: Any, keys: int, tokens: Tensor, unused: Tensor | None) -> Any:
@@ -143,7 +148,7 @@ def extend_rotary(
 def _extend_at_first(part: Tensor, count: int, at: int, first: Tensor) -> Tensor:
     """Extend cosines, sines or complex numbers (batch or 1, tokens, dim) by those of each row's first token."""
     new = at_first_token(part, first, 1)
-    return insert(part.expand(len(new), -1, -1), new.expand(-1, count, -1), at)
+    return insert(part.expand(new.shape[0], -1, -1), new.expand(-1, count, -1), at)
 
 
 def extend_bias(bias: Tensor | None, tokens: int, count: int, at: int) -> Tensor | None:

@@ -41,7 +41,7 @@ def instruction_tokens(layer: AdapterLayer, causal: bool, tokens: Tensor, state:
     # Without a KV cache `generate` reads its own tokens again, behind those that it was given.
     if begun < length:
         if given is None:
-            given = torch.ones(len(tokens), begun, dtype=torch.bool, device=tokens.device)
+            given = torch.ones(tokens.shape[0], begun, dtype=torch.bool, device=tokens.device)
         given = pad(given, (0, length - given.shape[1]))
     if given is not None and given.shape != tokens.shape[:2]:
         raise ConfigError(

@@ -150,7 +150,7 @@ def _heads_first(keys: Tensor) -> bool:
 
 def place(layer: Any, active: Sequence[str], rows: RowAdapters | None, state: Any, at: int) -> None:
     """Record where a call's trained keys and values stand, before the block of a layer runs."""
-    count, size, device = state.states.shape[1], len(state.states), state.states.device
+    count, size, device = state.states.shape[1], state.states.shape[0], state.states.device
     places = []
     for name in active if rows is None else rows.names:
         config = layer.configs.get(name)
@@ -194,7 +194,7 @@ def shift_positions(stack: nn.Module, state: Any, kwargs: dict[str, Any]) -> Non
             layer = module
             break
     given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    shift = 0 if layer is None else layer.text_shift(len(given), given.device)
+    shift = 0 if layer is None else layer.text_shift(given.shape[0], given.device)
     if isinstance(shift, int) and not shift:
         return
     ids = kwargs.get("position_ids")

@@ -165,7 +165,7 @@ class SequenceLayer(AdapterLayer):
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         tokens = kwargs.pop("hidden_states" if "hidden_states" in kwargs else self._names[0])
         state.depth += 1
-        state.batch = len(tokens)
+        state.batch = tokens.shape[0]
         # A decoding step finds the prompts in the cache and writes none.
         if not state.prefill:
             return self._run(tokens, positional, self._decode(state, tokens, kwargs))
@@ -312,8 +312,8 @@ class SequenceLayer(AdapterLayer):
         if rows is None:
             return self.logits(active[0], prompts), None
         # Rows without an adapter keep the logits of the head.
-        out = prompts.new_zeros(len(prompts), self.stack.classes, dtype=torch.float32)
-        scored = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
+        out = prompts.new_zeros(prompts.shape[0], self.stack.classes, dtype=torch.float32)
+        scored = torch.zeros(prompts.shape[0], dtype=torch.bool, device=prompts.device)
         for name in rows.names:
             if name != BASE and name in self.configs:
                 index = rows.of_adapter(name, len(prompts), prompts.device)
@@ -375,7 +375,7 @@ class SequenceLayer(AdapterLayer):
             # Blocks that make no rotary positions read the ids only to find packed sequences.
             if self.stack.rotary_in_block:
                 start = at_first_token(ids, state.first, 1)
-                ids = insert(ids.expand(len(start), -1), start.expand(-1, count), at)
+                ids = insert(ids.expand(start.shape[0], -1), start.expand(-1, count), at)
             kwargs["position_ids"] = ids if self.stack.rotary_in_block else None
         # A bias that the block makes for itself is extended by `_extend_own_bias`, which reads the position here.
         for module in self._biases:

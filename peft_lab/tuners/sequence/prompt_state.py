@@ -293,7 +293,7 @@ def _count_cached(state: PromptState, cache: Cache, stack: nn.Module, kwargs: di
     if "position_ids" not in parameter_names(type(stack).forward):
         # Such a stack may also make a mask of that length by itself.
         if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = given.new_ones(len(given), end)
+            kwargs["attention_mask"] = given.new_ones(given.shape[0], end)
     elif not state.positions_given:
         # The stack would count the cached prompts as positions, and prompts take none.
         offset = position_offset(stack)

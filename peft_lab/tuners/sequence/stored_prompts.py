@@ -140,10 +140,10 @@ class StoredPrompts(SequenceLayer):
         return found
 
     def prompts(self, adapter: str, tokens: Tensor, state: PromptState) -> Tensor | None:
-        values = self.values(adapter, len(tokens))
+        values = self.values(adapter, tokens.shape[0])
         if values is None:
             return None
-        return self.make_prompts(adapter, values, state).expand(len(tokens), -1, -1)
+        return self.make_prompts(adapter, values, state).expand(tokens.shape[0], -1, -1)
 
     def values(self, adapter: str, rows: int | None = None) -> Tensor | None:
         """Stored values (..., width) of an adapter; None without any here.

@@ -66,4 +66,7 @@ def at_first_token(values: Tensor, first: Tensor | None, dim: int) -> Tensor:
     """
     if first is None:
         return values.narrow(dim, 0, 1)
-    return torch.take_along_dim(values, first.reshape(-1, *[1] * (values.ndim - 1)), dim)
+    # not by take_along_dim, of which torch.export makes a program for one size alone
+    sizes = [first.shape[0], *values.shape[1:]]
+    index = first.reshape(-1, *[1] * (values.ndim - 1)).expand(*sizes[:dim], 1, *sizes[dim + 1 :])
+    return values.expand(sizes).gather(dim, index)
