@@ -39,11 +39,14 @@ class Kind:
         text_columns: canonical columns of texts, in which a blank one is a fault.
         predicts_texts: inputs of a prediction are texts, so that the name of a file among them is a mistake.
         preprocess_logits_for_metrics: `Trainer`'s hook, for kinds whose logits are too big to be kept.
+        scores_tokens: its predictions are predicted tokens and log-probabilities of the true ones, both (n, t - 1); a
+            loss in chunks gives them without the hook.
     """
 
     info: ClassVar[KindInfo]
     text_columns: ClassVar[tuple[str, ...]] = ()
     predicts_texts: ClassVar[bool] = False
+    scores_tokens: ClassVar[bool] = False
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
 
     @property

@@ -89,6 +89,13 @@ class RunConfig:
         default=None,
         metadata={"help": "Share of the training rows that is held out, drawn by the run's seed (0.1 by default)."},
     )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the loss of a decoder for this many tokens at a time, so that the logits of a batch, "
+            "which take most of the memory where the vocabulary is large, are never there at once."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the run that stands in output_dir. Without it nothing is replaced."}
     )
@@ -160,6 +167,7 @@ class RunConfig:
                 raise ConfigError(f"{name} must be at least 1, got {value}; leave it out for no limit.")
         self._check_time()
         self._check_alternating(info)
+        self._check_chunks()
         if self.examples_per_class is not None and self.max_train_samples is not None:
             raise ConfigError("examples_per_class and max_train_samples both choose the examples; give one of them.")
         if self.head_learning_rate is not None and self.head_learning_rate <= 0:
@@ -182,6 +190,13 @@ class RunConfig:
             raise ConfigError(f'lr_scheduler_type "{schedule}" counts steps; with max_seconds use linear or constant.')
         if (self.training_arguments.get("warmup_steps") or 0) >= 1:
             raise ConfigError("warmup_steps must be a part of the time, such as 0.1, if max_seconds is given.")
+
+    def _check_chunks(self) -> None:
+        if self.loss_chunk_size is None:
+            return
+        for name in ("label_smoothing_factor", "torch_compile", "use_liger_kernel"):
+            if self.training_arguments.get(name):
+                raise ConfigError(f"loss_chunk_size has no place for {name}; leave one of them out.")
 
     def _check_alternating(self, info: registry.MethodInfo) -> None:
         every, rate, fraction = (getattr(self, name) for name in ALTERNATING)
@@ -227,6 +242,7 @@ ALTERNATING = ("alternating_every", "alternating_learning_rate", "alternating_fr
 _COUNTS = (
     *("max_train_samples", "max_eval_samples", "max_test_samples", "examples_per_class"),
     "early_stopping_patience",
+    "loss_chunk_size",
 )
 
 #: Options that change where or how a run is written, not what it computes; and the beginnings of such names.

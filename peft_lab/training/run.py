@@ -27,7 +27,7 @@ from peft_lab.data import prompt_column
 from peft_lab.data.splits import Splits, load_splits
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
-from peft_lab.errors import WriteError
+from peft_lab.errors import ConfigError, WriteError
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, count_parameters, load_base
@@ -39,6 +39,7 @@ from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.arguments import as_run_config, build_or_refuse, check_best_metric, training_arguments
 from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
+from peft_lab.training.chunked_loss import chunked_loss
 from peft_lab.training.model_rows import HELD_OUT, check_streaming, chosen_rows, hold_out, model_rows
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.run_inputs import base_hash, check_finished, check_inputs, inputs_of, load_finished
@@ -174,11 +175,12 @@ class _Run:
         self.baselines: dict[str, Baseline] = {split: each for split, each in found.items() if each is not None}
         self._claim_folder(checkpoint)
         # memory and time are those of the training steps, without loading and evaluation at the end
-        with PeakMemory(self.arguments.device) as memory:
-            started = time.perf_counter()
-            self.trainer.train(checkpoint)
-            seconds = time.perf_counter() - started
-        scores = self._evaluate()
+        with chunked_loss(self.model, self.config.loss_chunk_size):
+            with PeakMemory(self.arguments.device) as memory:
+                started = time.perf_counter()
+                self.trainer.train(checkpoint)
+                seconds = time.perf_counter() - started
+            scores = self._evaluate()
         # without `_internal_call` Trainer would push now, before the metrics and the card are written
         self.trainer.save_model(str(self.folder), _internal_call=True)
         self.metrics = self._measured(scores, memory, seconds, checkpoint)
@@ -252,6 +254,9 @@ class _Run:
         return found
 
     def _build_trainer(self) -> None:
+        chunked = self.config.loss_chunk_size is not None
+        if chunked and not self.kind.scores_tokens:
+            raise ConfigError(f'loss_chunk_size is for decoders that write; kind "{self.kind.name}" has no such loss.')
         self.trainer = build_or_refuse(
             LabTrainer,
             model=self.model,
@@ -261,7 +266,8 @@ class _Run:
             processing_class=self.processor,
             data_collator=self.kind.data_collator(self.processor, self.model),
             compute_metrics=self._keeping_items(self.kind.compute_metrics(self.task, self.labels)),
-            preprocess_logits_for_metrics=self.kind.preprocess_logits_for_metrics,
+            # a loss in chunks makes no logits
+            preprocess_logits_for_metrics=None if chunked else self.kind.preprocess_logits_for_metrics,
             callbacks=self._callbacks(),
             head_learning_rate=self.config.head_learning_rate,
             head_modules=self.head_modules,

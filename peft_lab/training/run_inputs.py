@@ -32,6 +32,7 @@ _MAY_DIFFER = (
     *("task", "model_name_or_path", "model_revision", "max_steps", "num_train_epochs", "max_seconds"),
     *("max_eval_samples", "max_test_samples", "early_stopping_patience", "load_best_model_at_end"),
     *("metric_for_best_model", "greater_is_better", "gradient_checkpointing", "activation_checkpointing", "use_cpu"),
+    "loss_chunk_size",
 )
 _MAY_DIFFER_BEGINNINGS = ("eval_", "save_", "dataloader_", "per_device_eval_", "torch_compile", "ddp_")
 

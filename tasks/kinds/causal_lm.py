@@ -58,6 +58,7 @@ class CausalLM(Kind):
 
     info = KIND
     predicts_texts = True
+    scores_tokens = True
 
     def check(self, task: Task) -> None:
         if task.template is None:
