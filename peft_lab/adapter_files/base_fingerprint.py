@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peft_lab.adapter_files import safe_files
 from peft_lab.adapter_files.names import BASE_RECORD
 from peft_lab.errors import AdapterMismatchError
+from peft_lab.utils.sharded_weights import is_sharded, whole_weight
 
 _LOG = logging.getLogger("peft_lab")
 _PROBES = 8
@@ -32,8 +33,9 @@ _DTYPE_TOLERANCE = 2**-7
 def weight_hash(weight: Tensor) -> str:
     """Return the sha256 of the raw bytes of a tensor.
 
-    It may have any dtype and device.
+    It may have any dtype and device, and be sharded over processes.
     """
+    weight = whole_weight(weight)
     # numpy has no bfloat16, so the bytes are read as integers.
     data = weight.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().data).hexdigest()
@@ -58,6 +60,7 @@ def fingerprint(weight: Tensor) -> dict[str, Any]:
     Returns:
         `shape`, `dtype`, `sha256` and `probe` (8 of its values).
     """
+    weight = whole_weight(weight)
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, max(flat.numel() - 1, 0), min(_PROBES, flat.numel())).long().to(flat.device)
     return {
@@ -85,7 +88,8 @@ def module_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
     So many adapters need one hash.
     """
     # Changes in place are counted, but not for tensors that were made in inference mode.
-    if weight.is_inference():
+    # Processes gather a sharded weight together, so none may leave that out.
+    if weight.is_inference() or is_sharded(weight):
         return fingerprint(weight)
     key = (id(weight), weight.data_ptr(), weight._version, weight.dtype)
     known = module.__dict__.get("_peft_lab_fingerprint")

@@ -34,6 +34,7 @@ from peft_lab.backbones.family import LINEAR
 from peft_lab.backbones.names import PEFT_PREFIX, ends_with, unwrap
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.config_files import parameter_prefix
+from peft_lab.utils.sharded_weights import holds_shards
 
 _LOG = logging.getLogger("peft_lab")
 #: Roles whose weights tell which backbone it is.
@@ -45,12 +46,15 @@ _PER_CHANNEL = {"ia3_l": 1.0}
 # The record of the base ---------------------------------------------------------------------------------------------
 
 
-def write_record(model: Any, folder: Path) -> None:
+def write_record(model: Any, folder: Path, writes: bool = True) -> None:
     """Write the record of the base of a peft adapter.
 
-    An adapter of ours holds it in its config.
+    An adapter of ours holds it in its config. All processes that share a sharded model call this together, and one of
+    them `writes`.
     """
     if not hasattr(model, "peft_config") or any(hasattr(c, "fingerprints") for c in model.peft_config.values()):
+        return
+    if not writes and not holds_shards(model):
         return
     base = unwrap(model)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -61,7 +65,9 @@ def write_record(model: Any, folder: Path) -> None:
             if location["role"] in _WEIGHT_ROLES:
                 weights[name] = getattr(base.get_submodule(name), "weight", None)
     kept = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
-    write_json(folder / BASE_RECORD, {"modules": record_modules(base, kept)})
+    recorded = record_modules(base, kept)
+    if writes:
+        write_json(folder / BASE_RECORD, {"modules": recorded})
 
 
 def check_record(model: nn.Module, recorded: Mapping[str, Mapping[str, Any]]) -> None:

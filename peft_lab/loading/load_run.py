@@ -23,6 +23,7 @@ from peft_lab.loading.load_adapter import load_folder
 from peft_lab.registry import MethodInfo
 from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.registration import make_config
+from peft_lab.utils.sharded_weights import whole_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,10 +120,10 @@ def adapt(
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Count trainable and all parameters.
 
-    A saved head counts twice, because peft keeps its original.
+    A saved head counts twice, because peft keeps its original. Sharded parameters count whole.
     """
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    parameters = [(parameter.requires_grad, whole_shape(parameter).numel()) for parameter in model.parameters()]
+    return sum(count for trained, count in parameters if trained), sum(count for _, count in parameters)
 
 
 @dataclass

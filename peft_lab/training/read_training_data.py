@@ -6,11 +6,12 @@ It gets statistics and start values from them that no gradient gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
@@ -37,10 +38,28 @@ def read_training_data(model: nn.Module, batches: Iterable[Mapping[str, Any]], e
     model.eval()
     try:
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
-            for reader in _readers(model):
-                reader.read_data(_on_device(model, batches), epoch)
+            _in_forward(model, lambda: _read(model, batches, epoch))
     finally:
         model.train(training)
+
+
+def _read(model: nn.Module, batches: Iterable[Mapping[str, Any]], epoch: int) -> None:
+    for reader in _readers(model):
+        reader.read_data(_on_device(model, batches), epoch)
+
+
+def _in_forward(model: nn.Module, read: Callable[[], None]) -> None:
+    """Call `read` with the weights at hand that FSDP2 gathers for a forward of the whole model."""
+    if not isinstance(model, FSDPModule):
+        read()
+        return
+    # readers call parts of the model, whose forward gathers their own weights and not those of the whole
+    model.read_data_in_forward = read  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "read_data_in_forward")
+    try:
+        model.read_data_in_forward()
+    finally:
+        del model.read_data_in_forward
 
 
 class ReadTrainingData(TrainerCallback):
@@ -58,10 +77,19 @@ class ReadTrainingData(TrainerCallback):
         ConfigError: an adapter draws training data that have no length.
     """
 
+    def __init__(self) -> None:
+        self._has_begun = False
+
+    def before_sharding(self, model: nn.Module, loader: Any, batch_size: int) -> None:
+        """Read for the first epoch while the parameters are whole, into which an adapter writes what it finds."""
+        self._has_begun = True
+        if _readers(model):
+            read_training_data(model, _InOrder(loader, batch_size))
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hand the training data to the modules that read it."""
         model, loader = kwargs["model"], kwargs["train_dataloader"]
-        if not _readers(model):
+        if not _readers(model) or (self._has_begun and state.global_step == 0):
             return
         # the last step of an epoch may have fewer batches, and counts all the same
         steps = math.ceil(len(loader) / args.gradient_accumulation_steps) if _has_length(loader) else 0

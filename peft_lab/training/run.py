@@ -48,6 +48,7 @@ from peft_lab.tuners.registration import has_trait
 from peft_lab.utils import strict_json
 from peft_lab.utils.atomic_files import write_errors, write_text
 from peft_lab.utils.interruption import going_on
+from peft_lab.utils.sharded_weights import whole_shape
 from peft_lab.utils.versions import device_name, versions
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ class _Run:
         # without `_internal_call` Trainer would push now, before the metrics and the card are written
         self.trainer.save_model(str(self.folder), _internal_call=True)
         self.metrics = self._measured(scores, memory, seconds, checkpoint)
+        write_record(self.model, self.folder, writes=self.process.is_main_process)
         if self.process.is_main_process:
             self._write()
         # no process may return or push before the first one has written the folder
@@ -347,7 +349,8 @@ class _Run:
         trainable, total = count_parameters(self.model)
         # methods are compared by the parameters of the adapter, without those of the task head
         head = {id(p) for p in self.trainer.head_parameters(self.model)}
-        adapter = sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in head)
+        trained = [p for p in self.model.parameters() if p.requires_grad and id(p) not in head]
+        adapter = sum(whole_shape(parameter).numel() for parameter in trained)
         baselines: dict[str, Baseline] = {split: self.baselines[split] for split in scores if split in self.baselines}
         values = {
             # a token must not lie in a file that is meant to be shared
@@ -395,7 +398,6 @@ class _Run:
         if origin is not None and self.config.task != self.task.name:
             write_text(self.folder / run_folder.TASK, origin.read_text(encoding="utf-8"))
             own_tasks.remember(origin)
-        write_record(self.model, self.folder)
         # not by Trainer's own method, which writes NaN where a best metric is undefined
         write_json(self.folder / run_folder.HISTORY, asdict(self.trainer.state))
         # the items are those of the split evaluated last, which is test only if test was scored

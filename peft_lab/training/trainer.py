@@ -21,6 +21,7 @@ from peft_lab.training.checkpoints import order_times
 from peft_lab.training.model_rows import plain_errors_of_workers
 from peft_lab.training.non_finite import NonFiniteGuard, check_evaluation, check_weights
 from peft_lab.training.read_training_data import ReadTrainingData
+from peft_lab.training.sharding import prepare_sharding
 from peft_lab.training.step_timer import StepTimer, factor
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.utils import strict_json
@@ -66,10 +67,12 @@ class LabTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        prepare_sharding(self)
         # behind the callbacks that were given, which may add files to a checkpoint, and before the timer's clock
         self.add_callback(WriteManifest(inputs or {}))
         self.add_callback(StepTimer(max_seconds))
-        self.add_callback(ReadTrainingData())
+        self._reader = ReadTrainingData()
+        self.add_callback(self._reader)
         self.head_learning_rate = head_learning_rate
         self.head_modules = tuple(head_modules)
         self._loss_divides: bool | None = None
@@ -271,6 +274,11 @@ class LabTrainer(Trainer):
             token=token,
             commit_message=commit_message,
         )
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.is_fsdp_enabled and resume_from_checkpoint is None:
+            self._reader.before_sharding(self.model, train_dataloader, self.args.eval_batch_size)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         check_weights(self)

@@ -23,6 +23,7 @@ from peft_lab.tuners.forward_context import ForwardContext, on_rows
 from peft_lab.tuners.merging import MergeableLayer
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters, check_count, current_row_adapters
 from peft_lab.tuners.operations import Operation, apply_matrix, features, operation
+from peft_lab.tuners.tensor_parallel import own_channels, whole_channels
 
 
 class AdapterLayer(MergeableLayer, LayerAdapters):
@@ -272,17 +273,23 @@ class WeightLayer(AdapterLayer):
         self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         out = self.base_layer(x, *args, **kwargs) if out is None else out
-        return out + self.rows_delta(x, values).to(out.dtype)
+        return self._add(out, self.rows_delta(self._whole(x), values))
 
     def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        out = self.base_layer(x, *args, **kwargs)
+        out, x = self.base_layer(x, *args, **kwargs), self._whole(x)
         for name in adapters:
-            out = out + self.delta_output(name, x).to(out.dtype)
+            out = self._add(out, self.delta_output(name, x))
         return out
 
     def mixed(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
-        out = self.base_layer(x, *args, **kwargs)
-        return out + self.mixed_delta(x, rows).to(out.dtype)
+        return self._add(self.base_layer(x, *args, **kwargs), self.mixed_delta(self._whole(x), rows))
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Whole input, of which tensor parallelism gives an op that is split by its inputs a part."""
+        return whole_channels(self.base_layer, x, self.in_features)
+
+    def _add(self, out: Tensor, delta: Tensor) -> Tensor:
+        return out + own_channels(self.base_layer, delta, out).to(out.dtype)
 
     def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         delta = self.delta_weight(adapter).detach().to(weight.dtype)
@@ -343,9 +350,23 @@ class FeatureLayer(AdapterLayer):
 
     def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         out = self.base_layer(x, *args, **kwargs)
+        changed = self._whole(out)
         for name in adapters:
-            out = self.transform(name, out)
-        return out
+            changed = self.transform(name, changed)
+        return own_channels(self.base_layer, changed, out)
 
     def mixed(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
-        return self.transform_rows(rows, self.base_layer(x, *args, **kwargs))
+        out = self.base_layer(x, *args, **kwargs)
+        return own_channels(self.base_layer, self.transform_rows(rows, self._whole(out)), out)
+
+    def _whole(self, out: Tensor) -> Tensor:
+        """Output that the method needs: with tensor parallelism whole, unless it acts on each channel alone."""
+        alone = {*self.per_channel} == {*self.adapter_layer_names}
+        return out if alone else whole_channels(self.base_layer, out, self.out_features)
+
+    def own_values(self, values: Tensor, out: Tensor) -> Tensor:
+        """Values per channel (..., channels) of the channels that `out` has.
+
+        With tensor parallelism it has a part of them.
+        """
+        return own_channels(self.base_layer, values, out)

@@ -24,9 +24,15 @@ from peft_lab.errors import ConfigError
 from peft_lab.registry import CAPABILITIES, MethodInfo
 from peft_lab.tuners.operations import StandIn
 from peft_lab.tuners.trained_tokens import TokenLayer
+from peft_lab.utils.sharded_weights import holds_shards, is_sharded, whole_weight
 
 #: A flag of a model's config, to be set when the merged model stands alone.
 Flag = tuple[Any, str]
+#: Error message for a base whose weights are sharded.
+SHARDED_MERGE = (
+    "The base is sharded over processes, and a merged weight would be lost when it is gathered; save the adapter, and "
+    "merge it in one process (`peft-lab merge`)."
+)
 #: Entry of a layer's metadata in a state dict: the adapters that are merged into its weight.
 _MERGED = "merged_adapters"
 #: What peft's wrappers of whole trained modules put into a path.
@@ -77,6 +83,16 @@ class MergeableLayer(StandIn, BaseTunerLayer):
         return weight
 
     @property
+    def whole_base_weight(self) -> Tensor:
+        """Unmerged weight as all processes together hold it; each of them has to ask for it."""
+        return whole_weight(self.base_weight)
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if this process holds only a part of the base weight now."""
+        return is_sharded(self.base_weight)
+
+    @property
     def creates_bias(self) -> bool:
         """True if the merged base has a bias that it does not have alone."""
         return self.merged and self.unmerged_bias is None and getattr(self.base_layer, "bias", None) is not None
@@ -85,8 +101,10 @@ class MergeableLayer(StandIn, BaseTunerLayer):
         """Weight and bias, in the base's dtypes, with the named adapters and none else folded in.
 
         Raises:
-            ConfigError: they are not finite in these dtypes.
+            ConfigError: they are not finite in these dtypes, or the base is sharded.
         """
+        if self.is_sharded:
+            raise ConfigError(SHARDED_MERGE)
         weight, bias = self.base_weight, self.unmerged_bias if self.merged else getattr(self.base_layer, "bias", None)
         # Weights made in inference mode could not be trained on later.
         with torch.inference_mode(False), torch.no_grad():
@@ -257,6 +275,8 @@ class MergingTuner(BaseTuner):
         names = self.active_adapters if adapter_names is None else adapter_names
         if unknown := [name for name in names if name not in self.peft_config]:
             raise ConfigError(f'There is no adapter "{unknown[0]}" to merge; there are: {", ".join(self.peft_config)}.')
+        if holds_shards(self.model):
+            raise ConfigError(SHARDED_MERGE)
         created, merged = [], []
         places = Counter(id(module) for _, module in self.model.named_modules(remove_duplicate=False))
         for path, module in self.model.named_modules():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.sharded_weights import whole_shape
 
 _TORCH_NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
@@ -101,20 +102,20 @@ def operation(module: nn.Module, name: str) -> Operation:
 
 def _recognise(module: nn.Module, weight: Tensor) -> Operation | None:
     # Compared by the forward itself: a subclass that overrides it may compute anything else.
-    forward = type(module).forward
+    forward, shape = type(module).forward, whole_shape(weight)
     if forward is nn.Linear.forward:
-        return Operation("linear", weight.shape[0])
+        return Operation("linear", shape[0])
     if forward is Conv1D.forward:
-        return Operation("conv1d", weight.shape[1])
+        return Operation("conv1d", shape[1])
     if forward is nn.Conv2d.forward:
-        return Operation("conv2d", weight.shape[0], channel_dim=1)
+        return Operation("conv2d", shape[0], channel_dim=1)
     # max_norm changes the weight at every look-up.
     if isinstance(module, nn.Embedding) and module.max_norm is None:
-        return Operation("embedding", weight.shape[1], takes_bias=False)
-    if weight.dim() == 1 and (isinstance(module, _TORCH_NORMS) or type(module).__name__.endswith("Norm")):
+        return Operation("embedding", shape[1], takes_bias=False)
+    if len(shape) == 1 and (isinstance(module, _TORCH_NORMS) or type(module).__name__.endswith("Norm")):
         images = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)
         first = images or getattr(module, "data_format", None) == "channels_first"
-        return Operation("norm", weight.shape[0], 1 if first else -1, takes_bias=isinstance(module, _TORCH_NORMS))
+        return Operation("norm", shape[0], 1 if first else -1, takes_bias=isinstance(module, _TORCH_NORMS))
     return None
 
 
@@ -128,7 +129,7 @@ def features(module: Any, op: Operation) -> tuple[int, int]:
         return int(module.in_channels), op.channels
     if op.op_type == "norm":
         return op.channels, op.channels
-    return int(weight.shape[1 if op.op_type == "linear" else 0]), op.channels
+    return int(whole_shape(weight)[1 if op.op_type == "linear" else 0]), op.channels
 
 
 def apply_matrix(module: Any, op: Operation, x: Tensor, matrix: Tensor) -> Tensor:

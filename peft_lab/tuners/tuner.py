@@ -37,6 +37,7 @@ from peft_lab.tuners.trained_tokens import (
     renamed_rows,
 )
 from peft_lab.tuners.weighted_adapter import add_weighted_adapter
+from peft_lab.utils.sharded_weights import whole_shape
 
 _LOG = logging.getLogger("peft_lab")
 #: What peft puts into `modules_to_save` for text classification, whatever the model's head is called.
@@ -147,7 +148,7 @@ class AdapterTuner(MergingTuner):
         check_trained_tokens(model, peft_config)
         if not peft_config.fingerprints:
             return
-        largest = max((max(parameter.shape, default=1) for parameter in model.parameters()), default=1)
+        largest = max((max(whole_shape(parameter), default=1) for parameter in model.parameters()), default=1)
         peft_config.check_sizes(largest)
         recorded = peft_config.fingerprints
         # Weights on the meta device have no values to compare.

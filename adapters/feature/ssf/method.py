@@ -82,7 +82,8 @@ class SSFLayer(FeatureLayer):
         return out
 
     def transform(self, adapter: str, out: Tensor) -> Tensor:
-        return scale_shift(out, *self._values(adapter), self.op.channel_dim)
+        scale, shift = (self.own_values(value, out) for value in self._values(adapter))
+        return scale_shift(out, scale, shift, self.op.channel_dim)
 
     def transform_rows(self, rows: RowAdapters, out: Tensor) -> Tensor:
         # Rows of the base or of another method's adapter get the scale and shift that change nothing.
@@ -97,6 +98,7 @@ class SSFLayer(FeatureLayer):
     def rows_transform(self, values: Mapping[str, Tensor], out: Tensor) -> Tensor:
         scale, shift = values["ssf_scale"], values.get("ssf_shift")
         shift = torch.zeros_like(scale) if shift is None else shift
+        scale, shift = self.own_values(scale, out), self.own_values(shift, out)
         return scale_shift_(out, scale, shift, self.op.channel_dim)
 
     def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -157,7 +157,7 @@ class SVFitLayer(WeightLayer):
         # The kernels take one adapter on these ops; several adapters and embeddings take the general form.
         base, kind = self.base_layer, self.op.op_type
         plain_conv = kind == "conv2d" and base.groups == 1
-        if len(adapters) > 1 or not (plain_conv or kind in ("linear", "conv1d")):
+        if len(adapters) > 1 or self.is_sharded or not (plain_conv or kind in ("linear", "conv1d")):
             return super().adapted(x, adapters, *args, **kwargs)
         bases, delta = self.bases(adapters[0]), self.delta(adapters[0])
         if plain_conv:
@@ -251,7 +251,7 @@ class SVFitLayer(WeightLayer):
 
     def _bases_of_weight(self, rank: int | str) -> svd.Bases:
         """Singular bases of the unmerged base weight, up to a rank."""
-        weight = self.base_weight
+        weight = self.whole_base_weight
         if weight.is_meta:
             raise RuntimeError("SVFit needs the base weights to build its bases; load the backbone before the adapter.")
         wanted, side = svd.parse_rank(rank), min(self.op.matrix(weight).shape)

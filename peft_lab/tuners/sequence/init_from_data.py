@@ -20,6 +20,7 @@ from peft_lab.errors import ConfigError
 from peft_lab.tuners.sequence.particles import Points, particles
 from peft_lab.tuners.sequence.prompt_state import PromptState
 from peft_lab.tuners.sequence.stored_prompts import StoredPrompts
+from peft_lab.utils.sharded_weights import holds_shards
 
 #: Most rows that a mixture is fitted to, sampled uniformly from all that are read.
 MAX_ROWS = 10_000
@@ -39,8 +40,8 @@ def domain_prompts(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
         seed: the same seed and data give the same particles.
 
     Raises:
-        ConfigError: not exactly one active adapter takes values from data, or the data have fewer than two different
-            rows.
+        ConfigError: not exactly one active adapter takes values from data, the data have fewer than two different rows,
+            or the weights are sharded over processes.
     """
     found: list[tuple[StoredPrompts, str]] = []
     for layer in model.modules():
@@ -51,6 +52,11 @@ def domain_prompts(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
             f"Domain prompts are for one active adapter with domain_components at a time; this model has {len(found)}."
         )
     ((layer, adapter),) = found
+    if holds_shards(model):
+        raise ConfigError(
+            "The model is sharded, and prompts that are read from data would be lost when it is gathered; call "
+            "peft_lab.domain_prompts before the Trainer or FSDP2 shards it (peft_lab.train does)."
+        )
     config, target = layer.configs[adapter], layer.stored_values[adapter]
     rows = _sample(_pooled(model, layer, batches), seed)
     # Stored particles are (prompts, particles, width); without draws a prompt starts at the mean of its particles.

@@ -21,6 +21,7 @@ from peft_lab.backbones.family_table import FAMILIES
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.forward_context import ForwardContext
 from peft_lab.tuners.mixed_batch import RowAdapters
+from peft_lab.tuners.tensor_parallel import is_split, own_channels
 from peft_lab.tuners.tokens import parameter_names
 
 #: Part of `ForwardContext.shared` keys, beside the layer, for the places of keys and values in a call.
@@ -104,6 +105,11 @@ def hook(layer: Any) -> None:
     keys, values = projections(block, model_type)
     # A norm of each head's keys stands between the projection and the attention, and would change trained ones.
     norms = [n for n in _paths(block, FAMILIES[model_type].roles, "norm.qk") if n.rpartition(".")[2].startswith("k")]
+    # Tensor parallelism gives a process whole heads, which stand for other channels in a fused projection.
+    if is_split(block.get_submodule(keys.path)) and (norms or keys.start):
+        raise ConfigError(
+            f'Trained keys of "{model_type}" do not go with tensor parallelism; leave out key_values or tp_plan.'
+        )
     for number, (path, start, width) in enumerate(((norms[0], 0, keys.width) if norms else keys, values)):
         module = block.get_submodule(path)
         known = [h for h in module._forward_hooks.values() if isinstance(h, WriteKeyValues) and h.number == number]
@@ -133,6 +139,7 @@ class WriteKeyValues:
         by_token = output.transpose(1, 2) if output.ndim == 4 and _heads_first(args[0]) else output
         for adapter, rows, start, end in places:
             new = self.layer.key_values(adapter)[self.number].to(output.dtype)
+            new = own_channels(module, new, output) if output.ndim == 3 else new
             if output.ndim == 4:
                 by_token[slice(None) if rows is None else rows, start:end] = new.unflatten(-1, by_token.shape[2:])
             else:

@@ -1,0 +1,73 @@
+"""Sharded training by accelerate: FSDP2 and DeepSpeed, made ready for adapters or refused."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from peft_lab.errors import ConfigError
+
+
+def check_processes(num_processes: int) -> None:
+    """Check that the processes of `accelerate launch` train together.
+
+    Args:
+        num_processes: number of processes that accelerate has found.
+
+    Raises:
+        ConfigError: they do not know of each other, and would write into one folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and num_processes == 1:
+        raise ConfigError(
+            f"{started} processes were started, but they do not train together, because accelerate finds no GPU; pass "
+            "--use_cpu, or for DeepSpeed --ddp_backend gloo."
+        )
+
+
+def prepare_sharding(trainer: Any) -> None:
+    """Make a Trainer's FSDP plugin ready for a model with an adapter.
+
+    Raises:
+        ConfigError: the processes would not train as the launch asks for, or it asks for FSDP1.
+    """
+    check_processes(trainer.args.world_size)
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and trainer.args.world_size > 1:
+            raise ConfigError(
+                "accelerate shards by FSDP on GPUs alone, and these processes run on the CPU; use the accelerate "
+                'config "cpu", which keeps a whole model in each process.'
+            )
+        return
+    if plugin.fsdp_version != 2:
+        raise ConfigError(f"fsdp_version {plugin.fsdp_version} flattens the weights of adapters; set fsdp_version: 2.")
+    # an adapter is small, and its parts are no file that peft loads
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = _block_classes(trainer.model)
+
+
+def _block_classes(model: nn.Module) -> list[str]:
+    """Names of the block classes that are sharded as units, which the model has.
+
+    accelerate shards the embeddings by themselves, so a class around them must not be a second unit.
+    """
+    names, blocks = {*(getattr(model, "_no_split_modules", None) or ())}, {}
+    find = getattr(model, "get_input_embeddings", None)
+    embeddings = _embeddings(find) if find else None
+    for module in model.modules():
+        name = type(module).__name__
+        if name in names:
+            blocks[name] = blocks.get(name, True) and all(part is not embeddings for part in module.modules())
+    return sorted(name for name, alone in blocks.items() if alone)
+
+
+def _embeddings(find: Any) -> nn.Module | None:
+    """Input embeddings of a model; None if it has none."""
+    try:
+        return find()
+    except (AttributeError, NotImplementedError):  # transformers' answer of some models without them
+        return None

@@ -1,0 +1,145 @@
+"""Runs of two processes whose weights are sharded, on the CPU by gloo."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+#: Way of sharding -> environment that `accelerate launch` sets for it.
+WAYS: dict[str, dict[str, str]] = {
+    "one": {},
+    "fsdp2": FSDP2,
+    "zero1": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    },
+}
+#: Plain SGD without clipping: Adam would hide a gradient that is too large by a factor.
+SGD = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 0.05}
+
+
+def shard_on_the_cpu() -> None:
+    """Let accelerate shard on the CPU, which torch can: accelerate itself takes FSDP on a CPU for plain DDP."""
+    from accelerate import state
+
+    original = state.AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if kwargs.get("fsdp_plugin") is not None and self.distributed_type == state.DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = state.DistributedType.FSDP, kwargs["fsdp_plugin"]
+            state.PartialState._shared_state["distributed_type"] = state.DistributedType.FSDP
+
+    state.AcceleratorState.__init__ = init  # type: ignore[method-assign]
+
+
+def as_rank(way: str, rank: int, port: int) -> dict[str, Any]:
+    """Become one of two processes; returns the flags of `TrainingArguments` that go with the way of sharding."""
+    if way != "one":
+        where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ.update(where, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **WAYS.get(way, {}))
+    if way == "fsdp2":
+        shard_on_the_cpu()
+    # accelerate initialises DeepSpeed only where it is not told to stay on the CPU
+    return {"use_cpu": False, "ddp_backend": "gloo"} if way.startswith("zero") else {"use_cpu": True}
+
+
+def two(server: Any, function: Any, *args: Any, seconds: float = 300) -> list[int | None]:
+    """Run `function(*args, rank, port)` in two processes; their exit codes, None for one that did not end."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    processes = [server.Process(target=function, args=(*args, rank, port)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return codes
+
+
+def server(*preload: str) -> Any:
+    """Fork server that has imported what the runs need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.sharded_runs", "support.properties", "peft_lab.training.run", *preload])
+    return context
+
+
+def train_run(values: dict[str, Any], way: str, rank: int, port: int) -> None:
+    """Train a run as one of two processes."""
+    flags = as_rank(way, rank, port)
+    from peft_lab.training.run import train
+
+    train({**values, **flags})
+
+
+def train_methods(methods: list[str], way: str, out: Path, dtype: str, rank: int = 0, port: int = 0) -> None:
+    """Train each method for a few steps; write its losses, trained parameters and saved adapter below `out`."""
+    flags = as_rank(way, rank, port)
+    for method in methods:
+        folder = out / way / method
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            found = _train_method(method, way, folder, getattr(torch, dtype), flags)
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"}
+        if rank == 0:
+            (folder / "found.json").write_text(json.dumps(found))
+
+
+def _train_method(method: str, way: str, folder: Path, dtype: torch.dtype, flags: dict[str, Any]) -> dict[str, Any]:
+    from peft import get_peft_model
+    from transformers import TrainingArguments, set_seed
+
+    from peft_lab.training.trainer import LabTrainer
+    from support.backbones import TINY, tiny_inputs
+    from support.properties import KEEPS_HEAD, config, text_or_image
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4 if way == "one" else 2,
+        max_steps=3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        **SGD,
+        **flags,
+    )
+    base = TINY["vit" if method in KEEPS_HEAD else text_or_image(method)]().to(dtype)
+    inputs = tiny_inputs(base, batch=12, labels=True)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    rows = [{name: values[index] for name, values in inputs.items()} for index in range(12)]
+    set_seed(0)
+    model = get_peft_model(base, config(method, base))
+    trainer = LabTrainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(folder / "adapter"), _internal_call=True)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "model": type(trainer.model_wrapped).__name__}
