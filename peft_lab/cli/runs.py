@@ -38,8 +38,13 @@ def train(context: typer.Context) -> None:
         command_line.argument_parser().print_help()
         raise typer.Exit()
     file, overrides = command_line.parse_arguments(context.args)
+    started = command_line.pop_launch(overrides)
     config = run_config.load_run(file, overrides)
     run_folder.check_run(config)  # before torch is imported
+    if started is not None:
+        from peft_lab.training.launch import launch_train
+
+        raise typer.Exit(launch_train(*started, file, overrides))
     from peft_lab.training.run import train as run_training
 
     result = run_training(config)

@@ -10,6 +10,12 @@ from typing import Any
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.runs.run_config import FALSE, REFUSED, TRUE, RunConfig, training_argument_fields
 
+#: Flags that start several processes, which are no options of the run, with their help.
+LAUNCH = {
+    "accelerate_config": "Train in several processes: cpu, multi_gpu, fsdp2, zero2, zero3, or a config of accelerate.",
+    "num_processes": "Number of these processes, if not that of the config or one per GPU.",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """argparse that raises instead of printing its usage and leaving."""
@@ -41,6 +47,9 @@ def argument_parser() -> argparse.ArgumentParser:
     for spec in fields(RunConfig):
         if spec.name != "training_arguments":
             _add(own, spec.name, str(spec.type), spec.metadata["help"], several=spec.name == "method_args")
+    start = parser.add_argument_group("several processes")
+    for name, text in LAUNCH.items():
+        _add(start, name, "", text, several=False)
     trainer = parser.add_argument_group("flags of transformers.TrainingArguments")
     for name, spec_ in training_argument_fields().items():
         if name != "output_dir" and name not in REFUSED:
@@ -61,6 +70,23 @@ def _add(group: Any, name: str, annotation: str, text: str, several: bool) -> No
 
 def _is_flag(annotation: str) -> bool:
     return "bool" in {part.strip() for part in annotation.split("|")}
+
+
+def pop_launch(values: dict[str, Any]) -> tuple[str, int | None] | None:
+    """Take the flags that start several processes out of parsed ones.
+
+    Returns:
+        Name or path of the config and number of processes; None if the run is to be trained in this process.
+
+    Raises:
+        ConfigError: the number is none, or has no config.
+    """
+    name, count = (values.pop(flag, None) for flag in LAUNCH)
+    if count is not None and (not count.isdecimal() or int(count) < 1):
+        raise ConfigError(f"--num_processes must be a number from 1 on, not {count}.")
+    if name is None and count is not None:
+        raise ConfigError("--num_processes goes with --accelerate_config, which says how they train together.")
+    return None if name is None else (name, None if count is None else int(count))
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.sharded_weights import is_partitioned
 
 
 def read_training_data(model: nn.Module, batches: Iterable[Mapping[str, Any]], epoch: int = 0) -> None:
@@ -32,7 +33,7 @@ def read_training_data(model: nn.Module, batches: Iterable[Mapping[str, Any]], e
         epoch: number of the epoch that begins, from 0: some adapters read once, others at each epoch.
 
     Raises:
-        ConfigError: the rows are not such as an adapter can read.
+        ConfigError: the rows are not such as an adapter can read, or ZeRO-3 has partitioned the weights.
     """
     training = model.training
     model.eval()
@@ -118,6 +119,11 @@ def _readers(model: nn.Module) -> list[Any]:
 
 
 def _on_device(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        raise ConfigError(
+            "The adapter reads the training data, and DeepSpeed ZeRO-3 does not gather the weights for that; use "
+            "ZeRO-2 or FSDP2."
+        )
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     for batch in batches:
         moved = {name: value.to(device) for name, value in batch.items() if hasattr(value, "to")}

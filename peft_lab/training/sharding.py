@@ -8,6 +8,10 @@ from typing import Any
 from torch import nn
 
 from peft_lab.errors import ConfigError
+from peft_lab.utils.sharded_weights import whole_shape
+
+#: Key of DeepSpeed's config for the size below which a parameter is not partitioned, and its default.
+_THRESHOLD, _DEFAULT_THRESHOLD = "stage3_param_persistence_threshold", 100_000
 
 
 def check_processes(num_processes: int) -> None:
@@ -28,12 +32,14 @@ def check_processes(num_processes: int) -> None:
 
 
 def prepare_sharding(trainer: Any) -> None:
-    """Make a Trainer's FSDP plugin ready for a model with an adapter.
+    """Make a Trainer's plugin of FSDP or DeepSpeed ready for a model with an adapter.
 
     Raises:
         ConfigError: the processes would not train as the launch asks for, or it asks for FSDP1.
     """
     check_processes(trainer.args.world_size)
+    if trainer.is_deepspeed_enabled:
+        _keep_adapter_whole(trainer.accelerator.state.deepspeed_plugin.deepspeed_config, trainer.model)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and trainer.args.world_size > 1:
@@ -48,6 +54,27 @@ def prepare_sharding(trainer: Any) -> None:
     plugin.set_state_dict_type("FULL_STATE_DICT")
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = _block_classes(trainer.model)
+
+
+def _keep_adapter_whole(config: dict[str, Any], model: nn.Module) -> None:
+    """Let ZeRO-3 keep the trained parameters of an adapter whole in each process, which costs little memory.
+
+    It gathers a parameter for the forward of its own module, and those of an adapter are read by others too.
+    """
+    zero = config.get("zero_optimization", {})
+    sizes = [whole_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad]
+    if zero.get("stage") != 3 or not hasattr(model, "peft_config") or not sizes:
+        return
+    given = zero.get(_THRESHOLD)
+    # "auto" would be a fraction of the width, and DeepSpeed's own number may be smaller than a matrix of prompts
+    zero[_THRESHOLD] = max(given if isinstance(given, int) else _DEFAULT_THRESHOLD, max(sizes) + 1)
+
+
+def gather_adapter(model: nn.Module) -> None:
+    """Gather the parameters that `prepare_sharding` lets ZeRO-3 keep whole, which it would do after its first step."""
+    kept: list[Any] = [p for p in model.parameters() if p.requires_grad and getattr(p, "ds_persist", False)]
+    if kept:
+        kept[0].all_gather(kept)
 
 
 def _block_classes(model: nn.Module) -> list[str]:

@@ -21,7 +21,7 @@ from peft_lab.training.checkpoints import order_times
 from peft_lab.training.model_rows import plain_errors_of_workers
 from peft_lab.training.non_finite import NonFiniteGuard, check_evaluation, check_weights
 from peft_lab.training.read_training_data import ReadTrainingData
-from peft_lab.training.sharding import prepare_sharding
+from peft_lab.training.sharding import gather_adapter, prepare_sharding
 from peft_lab.training.step_timer import StepTimer, factor
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.utils import strict_json
@@ -278,7 +278,9 @@ class LabTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self.is_fsdp_enabled and resume_from_checkpoint is None:
             self._reader.before_sharding(self.model, train_dataloader, self.args.eval_batch_size)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        gather_adapter(self.model)
+        return prepared
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         check_weights(self)

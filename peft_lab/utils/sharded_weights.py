@@ -11,9 +11,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
+def is_partitioned(weight: Tensor) -> bool:
+    """Test whether DeepSpeed ZeRO-3 manages a weight, of which a process then holds a partition."""
+    return hasattr(weight, "ds_id")
+
+
 def is_sharded(weight: Tensor) -> bool:
     """Test whether a process holds only a part of a weight."""
-    return isinstance(weight, DTensor) or _is_partitioned(weight)
+    return isinstance(weight, DTensor) or is_partitioned(weight)
 
 
 def holds_shards(model: nn.Module) -> bool:
@@ -31,7 +36,7 @@ def whole_weight(weight: Tensor) -> Tensor:
     """
     if isinstance(weight, DTensor):
         return weight.detach().full_tensor()
-    if _is_partitioned(weight):
+    if is_partitioned(weight):
         import deepspeed
 
         # the whole values are gone behind the block, so they are copied
@@ -44,7 +49,3 @@ def whole_shape(weight: Tensor) -> torch.Size:
     """Shape of a weight in all processes together."""
     # a DTensor tells this shape by itself, a partition of ZeRO-3 is empty
     return torch.Size(getattr(weight, "ds_shape", weight.shape))
-
-
-def _is_partitioned(weight: Tensor) -> bool:
-    return hasattr(weight, "ds_id")

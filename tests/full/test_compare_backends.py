@@ -11,9 +11,9 @@ from filelock import FileLock
 from support.compare_helpers import tiny_study
 
 from peft_lab.comparison import compare
-from peft_lab.comparison.run import accelerate_launch
 from peft_lab.comparison.run.backends import LocalBackend, ending, make_backend
 from peft_lab.errors import ConfigError
+from peft_lab.utils import accelerate_launch
 
 
 def test_a_run_by_accelerate_launch_with_two_processes(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_processes_that_outlived_their_run_are_waited_for(tmp_path: Path, monkey
     monkeypatch.setattr(accelerate_launch, "FileLock", AnnouncedLock)
     monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda arguments: order.append("started"))
     lock = str(tmp_path / "run.launch")
-    second = threading.Thread(target=accelerate_launch.main, args=([lock, "--cpu", "-m", "this"],))
+    second = threading.Thread(target=accelerate_launch.main, args=(["--lock", lock, "--cpu", "-m", "this"],))
     with FileLock(lock):
         second.start()
         assert waiting.wait(timeout=120)

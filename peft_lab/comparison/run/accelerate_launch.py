@@ -6,22 +6,15 @@ that is started again waits for them instead of training the same run a second t
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from peft_lab.errors import PeftLabError
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import dump_yaml
+from peft_lab.utils.accelerate_launch import launch
 from peft_lab.utils.atomic_files import write_text
-from peft_lab.utils.interruption import Stopped, signals_as_stops
 
 
 def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], place: Path) -> dict[str, Any]:
@@ -37,12 +30,7 @@ def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], plac
     """
     file = place.with_name(f"{place.name}.yaml")
     write_text(file, dump_yaml(options))
-    lock = place.with_name(f"{place.name}.launch")
-    # the lock is held by the launched process itself, which may outlive this one
-    command = [sys.executable, "-m", "peft_lab.comparison.run.accelerate_launch", str(lock)]
-    flags = {"main_process_port": _free_port(), **launcher["accelerate"]}
-    command += [*_flags(flags), "-m", "peft_lab", "train", str(file)]
-    code = _wait(command)
+    code = launch(launcher["accelerate"], ["train", str(file)], lock=place.with_name(f"{place.name}.launch"))
     # a launch that left no metrics has failed too
     if code or not (place / run_folder.METRICS).is_file():
         reason = _last_error(place.with_name(f"{place.name}.log"))
@@ -55,53 +43,3 @@ def _last_error(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     told = [line.partition("Error:")[2].strip() for line in lines if line.startswith("Error:")]
     return f'it said "{told[-1]}"; ' if told else ""
-
-
-def _wait(command: Sequence[str]) -> int:
-    """Run a command to its end; a signal to this process ends it too."""
-    # the module path begins with the working directory otherwise, and a file there could be imported for a library
-    env = {**os.environ, "PYTHONSAFEPATH": "1"}
-    # a group of its own, to which the launcher passes the signal on
-    with signals_as_stops(), subprocess.Popen(command, start_new_session=True, env=env) as process:
-        try:
-            return process.wait()
-        except BaseException:
-            process.terminate()
-            raise
-
-
-def _flags(values: Mapping[str, Any]) -> list[str]:
-    """Mapping as flags: true gives the bare flag, false none."""
-    found = []
-    for name, value in values.items():
-        if value is not False:
-            found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return found
-
-
-def _free_port() -> int:
-    """Find a free port, because several runs may share a machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run `accelerate launch` while holding a lock.
-
-    The arguments are the lock's file and the flags.
-    """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    try:
-        with FileLock(arguments[0]), signals_as_stops():
-            launch_command(launch_command_parser().parse_args(list(arguments[1:])))
-    except Stopped:
-        # accelerate leaves its children to themselves
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        os.killpg(0, signal.SIGTERM)
-        raise
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

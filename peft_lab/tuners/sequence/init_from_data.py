@@ -54,8 +54,8 @@ def domain_prompts(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
     ((layer, adapter),) = found
     if holds_shards(model):
         raise ConfigError(
-            "The model is sharded, and prompts that are read from data would be lost when it is gathered; call "
-            "peft_lab.domain_prompts before the Trainer or FSDP2 shards it (peft_lab.train does)."
+            "The model is sharded, and prompts that are read from data would be lost when it is gathered; read them "
+            "before it is sharded, as peft_lab.train does with FSDP2, or use DeepSpeed ZeRO-2."
         )
     config, target = layer.configs[adapter], layer.stored_values[adapter]
     rows = _sample(_pooled(model, layer, batches), seed)
