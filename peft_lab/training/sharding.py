@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_lab.errors import ConfigError
@@ -53,7 +54,7 @@ def prepare_sharding(trainer: Any) -> None:
     # an adapter is small, and its parts are no file that peft loads
     plugin.set_state_dict_type("FULL_STATE_DICT")
     if plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = _block_classes(trainer.model)
+        plugin.transformer_cls_names_to_wrap = _units(trainer.model)
 
 
 def _keep_adapter_whole(config: dict[str, Any], model: nn.Module) -> None:
@@ -77,8 +78,8 @@ def gather_adapter(model: nn.Module) -> None:
         kept[0].all_gather(kept)
 
 
-def _block_classes(model: nn.Module) -> list[str]:
-    """Names of the block classes that are sharded as units, which the model has.
+def _units(model: nn.Module) -> list[str]:
+    """Names of the classes whose modules are sharded as units: blocks, and a head of another dtype than the adapter.
 
     accelerate shards the embeddings by themselves, so a class around them must not be a second unit.
     """
@@ -89,7 +90,11 @@ def _block_classes(model: nn.Module) -> list[str]:
         name = type(module).__name__
         if name in names:
             blocks[name] = blocks.get(name, True) and all(part is not embeddings for part in module.modules())
-    return sorted(name for name, alone in blocks.items() if alone)
+    units = sorted(name for name, alone in blocks.items() if alone)
+    # the trained parameters of a unit have one dtype, but the head has that of the base, and prompts are float32
+    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    heads = {type(module).__name__ for module in model.modules() if isinstance(module, ModulesToSaveWrapper)}
+    return [*units, *sorted(heads)] if len(trained) > 1 else units
 
 
 def _embeddings(find: Any) -> nn.Module | None:
