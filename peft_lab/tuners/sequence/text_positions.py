@@ -61,12 +61,12 @@ def at_first_token(values: Tensor, first: Tensor | None, dim: int) -> Tensor:
 
     Args:
         values: (batch or 1, ...).
-        first: index of each row's first token, int64 (batch,); None for 0 in all rows.
+        first: index of each row's first token, int64 (batch or 1,); None for 0 in all rows.
         dim: dimension of the tokens.
     """
     if first is None:
         return values.narrow(dim, 0, 1)
     # not by take_along_dim, of which torch.export makes a program for one size alone
-    sizes = [first.shape[0], *values.shape[1:]]
+    sizes = [values.shape[0] if first.shape[0] == 1 else first.shape[0], *values.shape[1:]]
     index = first.reshape(-1, *[1] * (values.ndim - 1)).expand(*sizes[:dim], 1, *sizes[dim + 1 :])
     return values.expand(sizes).gather(dim, index)
