@@ -32,6 +32,7 @@ CAPABILITIES = {
     "conv2d": "adapts nn.Conv2d",
     "embedding": "adapts nn.Embedding",
     "norm": "adapts LayerNorm, BatchNorm and RMSNorm",
+    "experts": "adapts the stacked weights of a mixture of experts, named in `target_parameters`",
     "merge": "merges exactly into the base weights",
     "mixed_batch": "serves rows of one batch with different adapters",
     "identity_start": "starts bit-exactly at the base model with its default configuration",

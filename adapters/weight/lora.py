@@ -27,7 +27,7 @@ METHOD = MethodInfo(
     place="weight",
     config="LoraConfig",
     roles=("attn.q", "attn.v"),
-    capabilities=("linear", "conv1d", "conv2d", "embedding", "merge", "mixed_batch", "identity_start"),
+    capabilities=("linear", "conv1d", "conv2d", "embedding", "experts", "merge", "mixed_batch", "identity_start"),
     learning_rate=3e-3,
     budget=(1.0, 1.12),
 )

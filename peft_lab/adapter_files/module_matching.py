@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peft_lab.adapter_files import base_fingerprint
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.experts import expert_parameters
 from peft_lab.backbones.names import PEFT_PREFIX, ends_with, unwrap
 from peft_lab.errors import AdapterMismatchError
 
@@ -85,7 +86,12 @@ class ModuleMatch:
 
     def regex(self) -> str:
         """Return a regex for peft that finds exactly these modules."""
-        return f"(?:{'|'.join(map(re.escape, self.modules))})"
+        return regex(self.modules)
+
+
+def regex(modules: Iterable[str]) -> str:
+    """Return a regex for peft that finds exactly some modules, by their paths."""
+    return f"(?:{'|'.join(map(re.escape, modules))})"
 
 
 def record_modules(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -158,7 +164,7 @@ def module_finder(model: nn.Module) -> Callable[[str], str | None]:
 
     It returns None if the model has no such module.
     """
-    names = {name for name, _ in model.named_modules() if name}
+    names = {name for name, _ in model.named_modules() if name} | {*expert_parameters(model)}
     rename, prefix = module_roles.renamer(model), getattr(model, "base_model_prefix", "")
 
     def find(name: str) -> str | None:

@@ -134,8 +134,9 @@ for _types, _residual, _flags in (
     ("llama smollm3", _LLAMA_RESIDUAL, ("attention_bias", "mlp_bias")),
     ("granite", _LLAMA_RESIDUAL, ("attention_bias", "mlp_bias")),
     ("seed_oss", _LLAMA_RESIDUAL, ("attention_bias", "attention_out_bias", "mlp_bias")),
-    ("qwen3 gemma olmo", _LLAMA_RESIDUAL, ("attention_bias",)),
-    ("mistral ministral qwen2", _LLAMA_RESIDUAL, ()),
+    # The experts of a mixture are one parameter and no modules: target_parameters names them.
+    ("qwen3 gemma olmo qwen3_moe olmoe", _LLAMA_RESIDUAL, ("attention_bias",)),
+    ("mistral ministral qwen2 mixtral", _LLAMA_RESIDUAL, ()),
     ("gemma2 gemma3_text", _GEMMA2_RESIDUAL, ("attention_bias",)),
     ("olmo2", _OLMO2_RESIDUAL, ("attention_bias",)),
 ):
@@ -147,6 +148,18 @@ for _types, _residual, _flags in (
         residual_multiplier="residual_multiplier" if _types == "granite" else "",
         bias_flags=_flags,
     )
+# One expert that all tokens pass stands beside the others.
+TEXT |= families(
+    "qwen2_moe",
+    blocks=("layers.*",),
+    roles={
+        **_LLAMA,
+        **in_blocks(mlp_up="mlp.up_proj mlp.shared_expert.up_proj"),
+        **in_blocks(mlp_gate="mlp.gate_proj mlp.shared_expert.gate_proj"),
+        **in_blocks(mlp_down="mlp.down_proj mlp.shared_expert.down_proj"),
+    },
+    residual=_LLAMA_RESIDUAL,
+)
 TEXT |= families(
     "phi3",
     blocks=("layers.*",),

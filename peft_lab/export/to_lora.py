@@ -41,7 +41,7 @@ from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.runs.metrics_schema import check_complete
 from peft_lab.runs.trained_task import trained_task
-from peft_lab.tuners.operations import Operation, operation
+from peft_lab.tuners.operations import ExpertWeight, Operation, operation
 from peft_lab.tuners.registration import has_trait
 from peft_lab.utils.atomic_files import new_folder, write_text
 
@@ -150,9 +150,10 @@ def convert(model: Any, adapter_name: str = "default", rank: int | None = None) 
         with torch.no_grad():
             up, down, errors[name], needed = _factors(layer, base, op, adapter_name, rank)
         exact = max(exact, needed)
-        ranks[name] = down.shape[0]
+        ranks[name] = down.shape[0] // (op.experts or 1)
+        place = _stacked_place(layers, name) if op.experts else name
         for key, value in _entries(op, base, up, down).items():
-            state[f"{PEFT_PREFIX}{name}.{key}"] = value
+            state[f"{PEFT_PREFIX}{place}.{key}"] = value
     if not ranks:
         raise ConfigError(f'Method "{info.name}" adds no delta to a weight here, so LoRA has nothing to take over.')
     if rank is not None and rank > exact:
@@ -197,20 +198,22 @@ def _factors(layer: Any, base: Any, op: Operation, adapter: str, rank: int | Non
     """LoRA factors B (out, r), A (r, in) in float32, their error, and the rank of exact ones.
 
     The error is relative to the delta (Frobenius norm). For a convolution with groups A has the rows of all groups, and
-    B those of a row's own group: (out, r / groups).
+    B those of a row's own group: (out, r / groups). Experts are groups of rank r each.
     """
     own = layer.lora_factors(adapter) if hasattr(layer, "lora_factors") else None
     # in float64, so that the error below is that of the float32 factors alone
     delta = own[0].double() @ own[1].double() if own else op.matrix(_delta(layer, base, adapter)).double()
-    groups = base.groups if op.op_type == "conv2d" else 1
+    groups = base.groups if op.op_type == "conv2d" else op.experts or 1
+    delta = delta.flatten(0, 1) if op.experts else delta
     if own is not None and groups == 1:  # the method's own factors, without the directions that are still zero
         used = (own[0] != 0).any(0)
         used[0] = True  # peft has no rank 0
         up, down = own[0][:, used], own[1][used]
         exact = up.shape[1]
     if own is None or groups > 1 or (rank is not None and rank < up.shape[1]):
-        # each group has rows of its own in A, so the groups share the rank
-        up, down, exact = _decomposed(delta, groups, None if rank is None else max(1, rank // groups))
+        # each group of a convolution has rows of its own in A, so the groups share the rank
+        shared = groups if op.op_type == "conv2d" else 1
+        up, down, exact = _decomposed(delta, groups, None if rank is None else max(1, rank // shared))
     up, down = up.float().contiguous(), down.float().contiguous()
     blocks = zip(up.double().chunk(groups), down.double().chunk(groups), strict=True)
     difference = torch.cat([b @ a for b, a in blocks]) - delta
@@ -254,7 +257,21 @@ def _entries(op: Operation, base: Any, up: Tensor, down: Tensor) -> dict[str, Te
         for group, rows in enumerate(down.chunk(groups)):  # peft's A reads all channels, also those of other groups
             spread[group, :, group] = rows.reshape(-1, *weight.shape[1:])
         return {"lora_A.weight": spread.reshape(shape), "lora_B.weight": up[:, :, None, None]}
+    if op.experts:  # peft's A is (experts * r, in), and its B (out, r * experts)
+        columns = up.reshape(op.experts, -1, up.shape[1]).permute(1, 2, 0)
+        return {"lora_A.weight": down, "lora_B.weight": columns.flatten(1).contiguous()}
     return {"lora_A.weight": down, "lora_B.weight": up}
+
+
+def _stacked_place(layers: dict[str, Any], name: str) -> str:
+    """Path of peft's LoRA layer on a stacked weight.
+
+    Its layers of several weights of one module lie inside of each other, the last one outermost.
+    """
+    around, _, parameter = name.rpartition(".")
+    experts = layers[PEFT_PREFIX + name].get_base_layer().experts
+    adapted = [other for other in experts._parameters if f"{PEFT_PREFIX}{around}.{other}" in layers]
+    return around + ".base_layer" * (len(adapted) - 1 - adapted.index(parameter))
 
 
 def _config(config: Any, model: Any, layers: dict[str, Any], ranks: dict[str, int]) -> LoraConfig:
@@ -265,6 +282,8 @@ def _config(config: Any, model: Any, layers: dict[str, Any], ranks: dict[str, in
     common = Counter(ranks.values()).most_common(1)[0][0]
     # anchored: a bare name would also match a longer one that ends with it
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()} if len({*ranks.values()}) > 1 else {}
+    stacked = [name for name in ranks if isinstance(layers[PEFT_PREFIX + name].get_base_layer(), ExpertWeight)]
+    modules = {name: rank for name, rank in ranks.items() if name not in stacked}
     # Conv1D keeps its weight as (in, out), which peft's LoRA has to be told
     conv1d = any(isinstance(layer.get_base_layer(), transformers.pytorch_utils.Conv1D) for layer in layers.values())
     return LoraConfig(
@@ -277,7 +296,8 @@ def _config(config: Any, model: Any, layers: dict[str, Any], ranks: dict[str, in
         lora_alpha=common,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=_targets(model, ranks),
+        target_modules=_targets(model, modules) if modules else [],
+        target_parameters=stacked or None,
         modules_to_save=getattr(config, "modules_to_save", None),
         trainable_token_indices=getattr(config, "trainable_token_indices", None),
         fan_in_fan_out=conv1d,

@@ -30,10 +30,12 @@ from peft_lab.adapter_files.module_matching import (
 )
 from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, is_head_alone, write_json
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.experts import expert_parameter, expert_parameters
 from peft_lab.backbones.family import LINEAR
 from peft_lab.backbones.names import PEFT_PREFIX, ends_with, unwrap
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.config_files import parameter_prefix
+from peft_lab.tuners.expert_layer import adapted_parameters
 from peft_lab.utils.sharded_weights import holds_shards
 
 _LOG = logging.getLogger("peft_lab")
@@ -59,6 +61,8 @@ def write_record(model: Any, folder: Path, writes: bool = True) -> None:
     base = unwrap(model)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     weights = {name: getattr(layer.get_base_layer(), "weight", None) for name, layer in layers.items()}
+    stacked = expert_parameters(base)
+    weights |= {path: weight for path, weight in adapted_parameters(base).items() if path in stacked}
     if any(is_head_alone(config.to_dict()) for config in model.peft_config.values()):
         # A head saved alone belongs to every weight that its features come from.
         for name, location in module_roles.module_locations(base).items():
@@ -76,8 +80,12 @@ def check_record(model: nn.Module, recorded: Mapping[str, Mapping[str, Any]]) ->
     Raises:
         AdapterMismatchError: they differ, and `base_fingerprint.any_base` does not allow it.
     """
-    modules = {name: find_module(model, name) for name in recorded}
-    found = {name: base_fingerprint.module_fingerprint(m, m.weight) for name, m in modules.items() if m}
+    found = {}
+    for name in recorded:
+        module = find_module(model, name)
+        owner, weight = (module, module.weight) if module else expert_parameter(model, name) or (None, None)
+        if weight is not None:
+            found[name] = base_fingerprint.module_fingerprint(owner, weight)
     base_fingerprint.check(recorded, found, dtype_bound=False)
 
 
@@ -145,7 +153,12 @@ class _EntryNames:
         name = key.removeprefix(PEFT_PREFIX)
         module, mark, parameter = name.rpartition(f".{self._prefix}") if self._prefix else ("", "", "")
         if mark:
-            return (module, self._prefix + parameter) if self._is_known(module) else None
+            # LoRA's layers of several parameters of one module lie inside of each other.
+            place = module.removesuffix(".base_layer")
+            while place.endswith(".base_layer"):
+                place = place.removesuffix(".base_layer")
+            inner = f"{module}.".removeprefix(f"{place}.")
+            return (place, inner + self._prefix + parameter) if self._is_known(place) else None
         # An entry of a module that was saved in full.
         steps = name.split(".")
         # The longest path that is a module owns the entry.
@@ -208,9 +221,15 @@ def _adapt_config(
     # peft must still find its mark in `target_modules`.
     if is_head_alone(values):
         return {**values, "modules_to_save": kept or None}
-    modules = sorted({path for path in match.modules if not _is_one_of(path, kept)})
+    # Stacked weights of experts are parameters, and the modules around them no targets.
+    stacked = expert_parameters(model)
+    holders = {path.rpartition(".")[0] for path in stacked}
+    chosen = {path for path in match.modules if not _is_one_of(path, kept)}
+    modules = sorted(chosen - {*stacked} - holders)
     old = {new: name for name, new in match.same.items()}
     adapted = {**values, "target_modules": modules, "modules_to_save": kept or None}
+    if chosen & {*stacked}:
+        adapted["target_parameters"] = sorted(chosen & {*stacked})
     # With the exact names of all modules, these have nothing left to choose.
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if name in adapted:

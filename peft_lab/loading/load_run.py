@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_lab.backbones import module_roles
@@ -22,6 +23,7 @@ from peft_lab.loading.config_files import head_config
 from peft_lab.loading.load_adapter import load_folder
 from peft_lab.registry import MethodInfo
 from peft_lab.runs.trained_task import trained_task
+from peft_lab.tuners.expert_layer import tell_left_out
 from peft_lab.tuners.registration import make_config
 from peft_lab.utils.sharded_weights import whole_shape
 
@@ -106,6 +108,9 @@ def adapt(
                 f'Method "{info.name}" with {dict(args)} leaves nothing to train in {type(model).__name__}; name what '
                 "to train in modules_to_save."
             )
+        # A tuner of ours says so itself, whoever adds it.
+        if info.module.startswith("peft.") and isinstance(adapted.base_model, BaseTuner):
+            tell_left_out(adapted.get_base_model(), info, "default")
         return adapted
     # A baseline: the head alone, or all weights as they are.
     if "head" not in info.roles:

@@ -78,6 +78,11 @@ def read_adapter(adapter: str | Path, most: int = 2**36) -> AdapterFile:
             f'The adapter "{adapter}" trains rows of the token embeddings (trainable_token_indices), which load_many '
             "does not serve; load it with PeftModel.load_adapter and pass adapter_names."
         )
+    if getattr(config, "target_parameters", None):
+        raise ConfigError(
+            f'The adapter "{adapter}" changes stacked weights of experts, which all rows of a batch share; load it '
+            "with PeftModel."
+        )
     try:
         state = load_file(folder.weights)
     except (OSError, ValueError, SafetensorError) as error:

@@ -24,6 +24,7 @@ from peft_lab.training.read_training_data import ReadTrainingData
 from peft_lab.training.sharding import gather_adapter, prepare_sharding
 from peft_lab.training.step_timer import StepTimer, factor
 from peft_lab.tuners.layer import AdapterLayer
+from peft_lab.tuners.operations import ExpertWeight
 from peft_lab.utils import strict_json
 
 #: Trainer's own measurements of an evaluation; they are no property of the model.
@@ -81,13 +82,17 @@ class LabTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay.
 
-        Those of two dimensions or more, and the `decayed_vectors` of a method.
+        Those of two dimensions or more, and the `decayed_vectors` of a method. The axis of the experts does not count.
         """
-        vectors: set[int] = set()
+        decayed = {id(parameter) for parameter in model.parameters() if parameter.ndim > 1}
         for layer in model.modules():
-            for name in layer.decayed_vectors if isinstance(layer, AdapterLayer) else ():
-                vectors |= {id(parameter) for parameter in getattr(layer, name).values()}
-        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1 or id(parameter) in vectors]
+            for name in layer.adapter_layer_names if isinstance(layer, AdapterLayer) else ():
+                for parameter in getattr(layer, name).values():
+                    if name in layer.decayed_vectors:
+                        decayed.add(id(parameter))
+                    elif parameter.ndim == 2 and isinstance(layer.base_layer, ExpertWeight):
+                        decayed.discard(id(parameter))
+        return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with groups of their own for the head's parameters.

@@ -42,6 +42,13 @@ class AdapterConfig(PeftConfig):
         default=None,
         metadata={"help": "Modules to adapt: names, one regex, or nothing for the method's default roles."},
     )
+    target_parameters: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Stacked weights of experts to adapt, beside target_modules: names such as experts.down_proj, or "
+            '"all-experts".'
+        },
+    )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules not to adapt: names or one regex."}
     )
@@ -178,7 +185,7 @@ class AdapterConfig(PeftConfig):
             self.backbone_eval = self.authors_backbone_eval and self.peft_type is None
         self.peft_type = self.peft_method_type
         # JSON has neither sets nor tuples; as sorted lists, equal choices are saved alike.
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             if isinstance(getattr(self, name), set | tuple):
                 setattr(self, name, sorted(getattr(self, name)))
         self._check_types()
@@ -187,6 +194,11 @@ class AdapterConfig(PeftConfig):
             check_indices(self.trainable_token_indices)
         if self.fingerprints is not None:
             safe_files.check_fingerprints(self.fingerprints, f'the config of method "{self.info.name}"')
+        if self.target_parameters and not self.info.can("experts"):
+            raise ConfigError(
+                f'Method "{self.info.name}" cannot adapt stacked weights of experts; leave target_parameters out. '
+                "`peft-lab methods` shows which methods can."
+            )
         if self.layers_to_transform == []:
             raise ConfigError("layers_to_transform=[] names no block to adapt; name some, or leave it out for all.")
         self.check()

@@ -67,7 +67,8 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
         """
         self.op: Operation = operation(self.base_layer, name)
         if not self.info.can(self.op.op_type):
-            able = ", ".join(c for c in ("linear", "conv1d", "conv2d", "embedding", "norm") if self.info.can(c))
+            op_types = ("linear", "conv1d", "conv2d", "embedding", "norm", "experts")
+            able = ", ".join(op_type for op_type in op_types if self.info.can(op_type))
             found = type(self.base_layer).__name__
             raise ConfigError(f'Method "{self.info.name}" cannot adapt "{name}", a {found}; it adapts: {able}.')
         self.in_features, self.out_features = features(self.base_layer, self.op)
@@ -239,7 +240,7 @@ class WeightLayer(AdapterLayer):
     additive = True
 
     def delta_weight(self, adapter: str) -> Tensor:
-        """Delta as a float32 matrix (out, in), for embeddings (tokens, dim)."""
+        """Delta as a float32 matrix (out, in), for embeddings (tokens, dim), for experts (experts, out, in)."""
         raise NotImplementedError
 
     def delta_output(self, adapter: str, x: Tensor) -> Tensor:
@@ -292,7 +293,7 @@ class WeightLayer(AdapterLayer):
         return out + own_channels(self.base_layer, delta, out).to(out.dtype)
 
     def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        delta = self.delta_weight(adapter).detach().to(weight.dtype)
+        delta = self.delta_weight(adapter).to(weight.dtype)
         return weight + self.op.weight(delta, weight.shape), bias
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -22,6 +22,7 @@ from peft_lab.adapter_files.base_fingerprint import reference_weight
 from peft_lab.backbones.family_table import declared_names
 from peft_lab.errors import ConfigError
 from peft_lab.registry import CAPABILITIES, MethodInfo
+from peft_lab.tuners.expert_layer import ExpertsLayer
 from peft_lab.tuners.operations import StandIn
 from peft_lab.tuners.trained_tokens import TokenLayer
 from peft_lab.utils.sharded_weights import holds_shards, is_sharded, whole_weight
@@ -72,7 +73,10 @@ class MergeableLayer(StandIn, BaseTunerLayer):
         self._keep(None, None)
 
     def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Base weight and bias with one adapter merged, float32 or wider."""
+        """Base weight and bias with one adapter merged, float32 or wider.
+
+        It is differentiable in the adapter's parameters: experts are trained through it.
+        """
         raise NotImplementedError
 
     @property
@@ -350,8 +354,8 @@ class MergingTuner(BaseTuner):
                 yield start, module
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # peft would look for the one weight of a head that may be a module of several layers.
-        if isinstance(child, AuxiliaryTrainingWrapper):
+        # peft would look for the one weight of a head, which may be a module of several layers, or of experts.
+        if isinstance(child, AuxiliaryTrainingWrapper | ExpertsLayer):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

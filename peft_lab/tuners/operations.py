@@ -36,27 +36,62 @@ class StandIn(nn.Module):
             return getattr(base, name)
 
 
+class ExpertWeight(nn.Module):
+    """One stacked weight (experts, ., .) of an experts module, seen as a module with a `weight`."""
+
+    def __init__(self, experts: nn.Module, parameter: str) -> None:
+        super().__init__()
+        # Not a submodule, because the experts already stand in the model and in its state dict.
+        vars(self)["experts"] = experts
+        self.parameter = parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter of the experts module."""
+        found: Tensor = getattr(self.experts, self.parameter)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A merged weight takes the parameter's place in the experts module.
+        if name == "weight":
+            setattr(self.experts, self.parameter, value)
+        else:
+            super().__setattr__(name, value)
+
+
 @dataclass(frozen=True)
 class Operation:
     """Description of the operation that a wrapped module computes.
 
     Attributes:
-        op_type: "linear", "conv1d", "conv2d", "embedding" or "norm"; the capability a method must declare to adapt it.
+        op_type: "linear", "conv1d", "conv2d", "embedding", "norm" or "experts"; the capability a method must declare to
+            adapt it.
         channels: number of output channels.
         channel_dim: axis of the output that holds the channels (-1, or 1 for images).
         takes_bias: True if the module's forward adds a `bias`, present or not. RMSNorm's does not.
+        experts: number of experts in a stacked weight; 0 for a weight of its own.
+        transposed: True if a stacked weight is (experts, in, out).
     """
 
     op_type: str
     channels: int
     channel_dim: int = -1
     takes_bias: bool = True
+    experts: int = 0
+    transposed: bool = False
+
+    @property
+    def channel_shape(self) -> tuple[int, ...]:
+        """Shape of values by channel: (channels,), for experts (experts, channels)."""
+        return (self.experts, self.channels) if self.experts else (self.channels,)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """View a base weight as its matrix (out, in), without a copy.
 
-        An embedding's is (tokens, dim).
+        An embedding's is (tokens, dim), that of experts (experts, out, in).
         """
+        if self.transposed:
+            return weight.mT
         # transformers' Conv1D stores (in, out).
         if self.op_type == "conv1d":
             return weight.T
@@ -67,6 +102,8 @@ class Operation:
 
         The inverse of `matrix`, for a base weight of the given shape.
         """
+        if self.transposed:
+            return matrix.mT
         return matrix.T if self.op_type == "conv1d" else matrix.reshape(shape)
 
     def scale_shape(self, ndim: int) -> tuple[int, ...]:
@@ -74,6 +111,8 @@ class Operation:
 
         The vector has one value per output channel, the weight `ndim` axes.
         """
+        if self.experts:
+            return (self.experts, 1, -1) if self.transposed else (self.experts, -1, 1)
         return (1, -1) if self.op_type == "conv1d" else (-1, *(1,) * (ndim - 1))
 
 
@@ -91,13 +130,29 @@ def operation(module: nn.Module, name: str) -> Operation:
             f'Module "{name}" has a quantised weight ({weight.dtype}), which no method of peft-lab declares to adapt; '
             "load the backbone in float32, bfloat16 or float16."
         )
-    found = _recognise(module, weight)
+    found = _stacked(module, name) if isinstance(module, ExpertWeight) else _recognise(module, weight)
     if found is None:
         raise ConfigError(
             f'Module "{name}" is a {type(module).__name__}, not a Linear, Conv1D, Conv2d, Embedding or norm whose '
             "forward is known; choose other modules with target_modules."
         )
     return found
+
+
+def _stacked(module: ExpertWeight, name: str) -> Operation:
+    """Describe a stacked weight of experts.
+
+    Raises:
+        ConfigError: its class does not tell the output axis, as those do whose forward transformers can replace.
+    """
+    transposed = getattr(module.experts, "is_transposed", None)
+    if transposed is None:
+        raise ConfigError(
+            f'"{name}" cannot be adapted: {type(module.experts).__name__} does not say which axis of its weights is '
+            "the output (is_transposed); leave it out of target_parameters."
+        )
+    out = module.weight.shape[2 if transposed else 1]
+    return Operation("experts", out, takes_bias=False, experts=len(module.weight), transposed=transposed)
 
 
 def _recognise(module: nn.Module, weight: Tensor) -> Operation | None:
@@ -125,6 +180,8 @@ def features(module: Any, op: Operation) -> tuple[int, int]:
     Channels of a convolution, tokens and width of an embedding, channels of a norm twice.
     """
     weight = module.weight
+    if op.op_type == "experts":
+        return int(op.matrix(weight).shape[2]), op.channels
     if op.op_type == "conv2d":
         return int(module.in_channels), op.channels
     if op.op_type == "norm":

@@ -17,6 +17,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.experts import find_expert_parameters, short_names
+from peft_lab.backbones.names import ends_with
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo, builtin_methods, check_method_args, method, third_party_methods, with_preset
 from peft_lab.tuners.layer import AdapterLayer
@@ -73,6 +75,8 @@ def make_config(name: str, args: Mapping[str, Any] | None = None, model: Any = N
             values.setdefault(key, value)
     # Own methods find their targets by role in their tuner; peft's need names.
     if model is not None and method(name).module.startswith("peft."):
+        if "target_parameters" in known and values.get("target_parameters"):
+            values["target_parameters"] = _parameter_names(model, values["target_parameters"])
         values = {**_role_defaults(name, model, known, values.get("task_type")), **values}
     try:
         return cls(**values)
@@ -115,7 +119,7 @@ def register(info: MethodInfo, config_cls: Any, layer_cls: Any, model_cls: Any =
 
 
 #: Capability -> function of the layer that it needs.
-_CODE_OF = {"merge": "folded", "mixed_batch": "mixed"}
+_CODE_OF = {"merge": "folded", "mixed_batch": "mixed", "experts": "folded"}
 
 
 def _check_capabilities(info: MethodInfo, layer_cls: type[AdapterLayer]) -> None:
@@ -210,6 +214,19 @@ def _plain(value: Any) -> Any:
     if isinstance(read, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", read):
         return float(read)  # YAML 1.1 takes 1e-3 for text
     return read
+
+
+def _parameter_names(model: Any, names: Any) -> Any:
+    """Names of `target_parameters` that a tuner of peft knows.
+
+    It knows "all-experts" not, and passes over a name that fits nothing.
+    """
+    known = {name for name, _ in model.named_parameters()}
+    given = [names] if isinstance(names, str) else names
+    # A tuner of peft may be put on any other parameter too.
+    others = [name for name in given if any(ends_with(path, str(name)) for path in known)]
+    rest = [name for name in given if name not in others]
+    return [*others, *(short_names(find_expert_parameters(model, rest)) if rest else ())]
 
 
 def _role_defaults(name: str, model: Any, known: set[str], task_type: str | None) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import peft_lab.backbones.module_roles as roles
 from peft_lab.adapter_files import base_fingerprint, module_matching
 from peft_lab.adapter_files.completeness import check_complete
+from peft_lab.backbones.experts import expert_parameter, find_expert_parameters, short_names
 from peft_lab.backbones.frozen_norms import has_running_norms, set_frozen_norms
 from peft_lab.backbones.heads import PEFT_HEADS
 from peft_lab.backbones.names import PEFT_PREFIX
@@ -25,10 +27,12 @@ from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.active_adapters import KeepsTrainability
 from peft_lab.tuners.adapter_names import check_adapter_name, check_base_names
 from peft_lab.tuners.backbone_mode import set_backbone_mode
+from peft_lab.tuners.expert_layer import ExpertsLayer, add_to_experts, tell_left_out
 from peft_lab.tuners.forward_context import WrappedForward, before_forward, unwrap_forwards, wrap_forward, wrap_model
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.merging import MergingTuner
 from peft_lab.tuners.mixed_batch import BASE, batch_sizes, check_count, mixed_batch
+from peft_lab.tuners.operations import ExpertWeight
 from peft_lab.tuners.saved_module import adopt_saved_modules
 from peft_lab.tuners.trained_tokens import (
     adopt_trained_tokens,
@@ -92,6 +96,8 @@ class AdapterTuner(MergingTuner):
         if config.fingerprints:
             config.recorded_fingerprints = config.fingerprints
             return
+        if self.info.place in ("weight", "feature"):
+            tell_left_out(model, self.info, adapter_name)
         locations = roles.module_locations(model)
         recorded = {}
         for name, layer in model.named_modules():
@@ -119,6 +125,8 @@ class AdapterTuner(MergingTuner):
             )
         else:
             peft_config.target_modules = roles.rename_targets(self.model, peft_config.target_modules)
+        if peft_config.target_parameters and not loaded:
+            peft_config.target_parameters = short_names(find_expert_parameters(self.model, peft_config.target_parameters))
         # A new adapter also trains the model's task head, under the name that it has in this model.
         if not loaded and peft_config.modules_to_save in (None, _PEFT_HEADS):
             heads = _heads(self.model, peft_config.task_type)
@@ -134,9 +142,12 @@ class AdapterTuner(MergingTuner):
         layer = self.tuner_layer_cls
         module_matching.check_fusable(found, self.info.name, layer.adapter_layer_names, layer.per_channel)
         config.found, config.fingerprints = found, found.records(self.model, recorded)
+        stacked = [path for path in found.modules if expert_parameter(self.model, path) is not None]
+        config.target_parameters = stacked or None
+        modules = [path for path in found.modules if path not in stacked]
         # The names of the file may not reach modules that are called otherwise here; a regex of the found ones does.
-        if not found.missing and not all(check_target_module_exists(config, name) for name in found.modules):
-            config.target_modules, config.exclude_modules = found.regex(), None
+        if not found.missing and not all(check_target_module_exists(config, name) for name in modules):
+            config.target_modules, config.exclude_modules = module_matching.regex(modules), None
         heads = config.modules_to_save or []
         config.lost_heads = lost = module_matching.missing_modules(self.model, heads)
         # peft lists both of its usual heads where a model has one.
@@ -167,6 +178,9 @@ class AdapterTuner(MergingTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        # A stacked weight that carries an adapter looks like a module, but it is named in `target_parameters` alone.
+        if isinstance(parent, ExpertsLayer):
+            return
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config)
             return
@@ -181,6 +195,12 @@ class AdapterTuner(MergingTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            return add_to_experts(self, peft_config, model, adapter_name)
 
     def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
         """Make the layer that replaces a base module."""
@@ -333,14 +353,17 @@ def _heads(model: nn.Module, task_type: str | None) -> list[str]:
 
 
 def _find_fingerprint(model: nn.Module, name: str) -> dict[str, Any] | None:
-    """Fingerprint of a module's base weight by the module's name.
+    """Fingerprint of a module's base weight, or of a stacked weight of experts, by its name.
 
     None if there is no such module or it has no weight, {} if the weight is on the meta device.
     """
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        return None
+        found = expert_parameter(model, name)
+        if found is None:
+            return None
+        module = ExpertWeight(found[0], name.rpartition(".")[2])
     if isinstance(module, AdapterLayer):
         return module.fingerprint()
     weight = base_fingerprint.reference_weight(module)

@@ -134,6 +134,21 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
     "whisper": _model("WhisperForConditionalGeneration", **_WHISPER),
 }
 
+_EXPERTS = {**_GROUPED, "num_experts_per_tok": 2}
+#: Mixtures of experts, whose stacked weights are named in `target_parameters`.
+EXPERTS: dict[str, Callable[[], PreTrainedModel]] = {
+    "mixtral": _model("MixtralForCausalLM", num_local_experts=4, **_EXPERTS),
+    "qwen3_moe": _model("Qwen3MoeForCausalLM", num_experts=4, moe_intermediate_size=12, **_EXPERTS),
+    "qwen2_moe": _model(
+        "Qwen2MoeForCausalLM",
+        num_experts=4,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=12,
+        **_EXPERTS,
+    ),
+    "olmoe": _model("OlmoeForCausalLM", num_experts=4, **_EXPERTS),
+}
+
 VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "deit_teacher": _model("DeiTForImageClassificationWithTeacher", **_IMAGE),
     "vit_mae": _model("ViTMAEModel", **_IMAGE),

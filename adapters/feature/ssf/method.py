@@ -4,7 +4,7 @@ Source: Lian et al. 2022, Scaling & Shifting Your Features: A New Baseline for E
 
 A scale and shift stand behind every op: y = scale * op(x) + shift per channel, folded exactly into the op's weight and
 bias at merge. Ops whose forward has no bias (RMSNorm) get a scale only: a shift there is a constant that the next
-linear op's own shift already expresses.
+linear op's own shift already expresses. The stacked weights of experts get one scale per expert and output channel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METHOD = MethodInfo(
     place="feature",
     config="SSFConfig",
     roles=("op",),
-    capabilities=("linear", "conv1d", "conv2d", "norm", "merge", "mixed_batch"),
+    capabilities=("linear", "conv1d", "conv2d", "norm", "experts", "merge", "mixed_batch"),
     learning_rate=3e-3,
     budget=(1.03, 1.1),
 )
@@ -59,7 +59,7 @@ class SSFConfig(AdapterConfig):
 
 
 class SSFLayer(FeatureLayer):
-    """Op with a trainable scale and shift behind it, both float32 (channels,)."""
+    """Op with a trainable scale and shift behind it, both float32 (channels,), for experts (experts, channels)."""
 
     adapter_layer_names = ("ssf_scale", "ssf_shift")
     row_fields = MappingProxyType({"ssf_scale": 1.0, "ssf_shift": 0.0})
@@ -67,9 +67,9 @@ class SSFLayer(FeatureLayer):
     linear = True
 
     def initial_values(self, adapter: str, config: SSFConfig) -> dict[str, Tensor]:
-        values = {"ssf_scale": 1 + config.init_std * torch.randn(self.op.channels)}
+        values = {"ssf_scale": 1 + config.init_std * torch.randn(self.op.channel_shape)}
         if config.shift and self.op.takes_bias:
-            values["ssf_shift"] = config.init_std * torch.randn(self.op.channels)
+            values["ssf_shift"] = config.init_std * torch.randn(self.op.channel_shape)
         return values
 
     def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -103,7 +103,7 @@ class SSFLayer(FeatureLayer):
 
     def folded(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale, shift = self._values(adapter)
-        scale = scale.detach().to(weight.dtype)
+        scale = scale.to(weight.dtype)
         # A norm multiplies by (offset + weight), and that sum is scaled.
         if self.op.op_type == "norm":
             offset = norm_offset(self.base_layer)
@@ -112,7 +112,7 @@ class SSFLayer(FeatureLayer):
             weight = weight * scale.reshape(self.op.scale_shape(weight.dim()))
         bias = None if bias is None else bias * scale
         if adapter in self.ssf_shift:
-            shift = shift.detach().to(weight.dtype)
+            shift = shift.to(weight.dtype)
             bias = shift if bias is None else bias + shift
         return weight, bias
 

@@ -33,7 +33,7 @@ METHOD = MethodInfo(
     place="weight",
     config="SVFitConfig",
     roles=("attn.q", "attn.v"),
-    capabilities=("linear", "conv1d", "conv2d", "embedding", "merge", "mixed_batch", "identity_start"),
+    capabilities=("linear", "conv1d", "conv2d", "embedding", "experts", "merge", "mixed_batch", "identity_start"),
     learning_rate=3e-2,
     budget=(1.22, 1.25),
 )
@@ -82,7 +82,8 @@ class SVFitLayer(WeightLayer):
     """Frozen weight with trainable singular values.
 
     `svfit_delta[adapter]` is float32 (r,). The bases u (out, r), s (r,), vh (r, in) are float32 and frozen; adapters on
-    the same weight share them, and only with `save_bases` they are part of the state dict.
+    the same weight share them, and only with `save_bases` they are part of the state dict. For the stacked weights of
+    experts all of these have the experts as their first axis.
     """
 
     adapter_layer_names = ("svfit_delta",)
@@ -116,20 +117,20 @@ class SVFitLayer(WeightLayer):
                 getattr(self, f"svfit_{name}")[adapter] = getattr(bases, name).contiguous()
         elif self._shared is None or found.rank > self._shared.rank:
             self._shared = found
-        close = svd.degenerate(bases.s, found.s[:1])
+        close = svd.degenerate(bases.s, found.s[..., :1])
         if close:
             warnings.warn(
-                f"{close} of {bases.rank} singular values are equal to their neighbour, so their directions are not "
+                f"{close} of {bases.s.numel()} singular values are equal to their neighbour, so their directions are not "
                 "determined by the weight; save the adapter with save_bases=True to be able to load it elsewhere.",
                 stacklevel=2,
             )
-        return {"svfit_delta": torch.zeros(bases.rank)}
+        return {"svfit_delta": torch.zeros(bases.s.shape)}
 
     def bases(self, adapter: str) -> svd.Bases:
         """Frozen singular bases of an adapter, those that it trains the values of."""
         if adapter in self.svfit_u:
             return svd.Bases(self.svfit_u[adapter], self.svfit_s[adapter], self.svfit_vh[adapter])
-        return self._shared.select(self.svfit_delta[adapter].numel(), self.configs[adapter].selection)
+        return self._shared.select(self.svfit_delta[adapter].shape[-1], self.configs[adapter].selection)
 
     def _spread(self, delta: Tensor, config: SVFitConfig) -> Tensor:
         """Change (r,) of an adapter's singular values as one of all that the shared bases have."""
@@ -144,11 +145,11 @@ class SVFitLayer(WeightLayer):
 
     def delta_weight(self, adapter: str) -> Tensor:
         bases, delta = self.bases(adapter), self.delta(adapter)
-        return (bases.u.to(delta.dtype) * delta) @ bases.vh.to(delta.dtype)
+        return (bases.u.to(delta.dtype) * delta.unsqueeze(-2)) @ bases.vh.to(delta.dtype)
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         bases, delta = self.bases(adapter), self.delta(adapter).detach()
-        return bases.u.to(delta.dtype) * delta, bases.vh.to(delta.dtype)
+        return bases.u.to(delta.dtype) * delta.unsqueeze(-2), bases.vh.to(delta.dtype)
 
     def delta_output(self, adapter: str, x: Tensor) -> Tensor:
         return self._project(x, self.bases(adapter), self.delta(adapter))
@@ -254,7 +255,7 @@ class SVFitLayer(WeightLayer):
         weight = self.whole_base_weight
         if weight.is_meta:
             raise RuntimeError("SVFit needs the base weights to build its bases; load the backbone before the adapter.")
-        wanted, side = svd.parse_rank(rank), min(self.op.matrix(weight).shape)
+        wanted, side = svd.parse_rank(rank), min(self.op.matrix(weight).shape[-2:])
         # Shared bases of at least this rank hold the wanted ones; a share of energy needs the whole spectrum.
         if self._shared is not None and not isinstance(wanted, float) and (wanted or side) <= self._shared.rank:
             return self._shared.select(min(wanted or side, side), "principal")

@@ -46,6 +46,8 @@ class Bases:
         u: left vectors (out, r).
         s: singular values (r,), descending.
         vh: right vectors (r, in).
+
+    Those of a stack of matrices have one more axis in front.
     """
 
     u: Tensor
@@ -55,7 +57,7 @@ class Bases:
     @property
     def rank(self) -> int:
         """Number of singular values."""
-        return self.s.numel()
+        return self.s.shape[-1]
 
     def select(self, rank: int, selection: str) -> Bases:
         """Choose `rank` of all triplets; they are views, but for "mixed"."""
@@ -64,7 +66,7 @@ class Bases:
         if 0 < first < rank:
             chosen = torch.arange(rank, device=self.s.device)
             chosen = chosen + (self.rank - rank) * (chosen >= first)
-        return Bases(self.u[:, chosen], self.s[chosen], self.vh[chosen])
+        return Bases(self.u[..., chosen], self.s[..., chosen], self.vh[..., chosen, :])
 
     def to(self, device: torch.device) -> Bases:
         """Move the factors to a device."""
@@ -98,8 +100,8 @@ def bases(matrix: Tensor, rank: int | str, key: str | None = None) -> Bases:
     """Leading singular triplets of a matrix (out, in), on the matrix's device.
 
     Args:
-        matrix: the frozen weight as (out, in), of any float dtype.
-        rank: see `parse_rank`; an int is capped at min(out, in).
+        matrix: the frozen weight as (out, in), or a stack of them, of any float dtype.
+        rank: see `parse_rank`; an int is capped at min(out, in). A stack has one rank: the largest that a matrix needs.
         key: hash of the weight; with it the result is kept on disk and found again by the next load.
     """
     wanted = parse_rank(rank)
@@ -114,13 +116,13 @@ def bases(matrix: Tensor, rank: int | str, key: str | None = None) -> Bases:
 
 def degenerate(s: Tensor, largest: Tensor | None = None) -> int:
     """Number of pairs of neighbours in (r,) too close, by the largest of all, for their vectors to be determined."""
-    gap = _DEGENERATE_GAP * (s[:1] if largest is None else largest).clamp_min(1e-30)
-    return int(((s[:-1] - s[1:]).abs() <= gap).sum())
+    gap = _DEGENERATE_GAP * (s[..., :1] if largest is None else largest).clamp_min(1e-30)
+    return int(((s[..., :-1] - s[..., 1:]).abs() <= gap).sum())
 
 
 def _decompose(matrix: Tensor, wanted: int | float | None) -> Bases:
     # A randomized SVD pays only for a small part of a large matrix, and the energy is known of the whole alone.
-    side = min(matrix.shape)
+    side = min(matrix.shape[-2:])
     rank = side if wanted is None or isinstance(wanted, float) else min(wanted, side)
     if side > EXACT_SIDE and rank < _RANDOMIZED_SHARE * side:
         found = _randomized(matrix, rank)
@@ -130,27 +132,26 @@ def _decompose(matrix: Tensor, wanted: int | float | None) -> Bases:
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     if isinstance(wanted, float):
         rank = energy_rank(s, wanted)
-    return _canonical(u[:, :rank], s[:rank], vh[:rank])
+    return _canonical(u[..., :rank], s[..., :rank], vh[..., :rank, :])
 
 
 def energy_rank(s: Tensor, share: float) -> int:
     """Smallest rank that holds a share of the sum of squares.
 
-    `s` are singular values (r,), descending.
+    `s` are singular values (..., r), descending.
     """
-    energy = s.double().square().cumsum(0)
-    if energy[-1] == 0:
-        return 1
-    # A tolerance of rounding, so that a share of 1 is reached.
-    return int((energy >= share * energy[-1] * (1 - 1e-12)).nonzero()[0, 0]) + 1
+    energy = s.double().square().cumsum(-1)
+    # A tolerance of rounding, so that a share of 1 is reached; a matrix of zeros reaches it at once.
+    reached = (energy >= share * energy[..., -1:] * (1 - 1e-12)).reshape(-1, s.shape[-1])
+    return int(reached.all(0).nonzero()[0, 0]) + 1
 
 
 def _canonical(u: Tensor, s: Tensor, vh: Tensor) -> Bases:
     """Bases with signs such that each right vector's largest entry is positive."""
     # A pair of vectors is determined up to its sign, and libraries choose differently.
-    largest = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+    largest = vh.gather(-1, vh.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
     sign = torch.where(largest < 0, -1.0, 1.0).to(vh)
-    return Bases((u * sign).contiguous(), s.contiguous(), (vh * sign[:, None]).contiguous())
+    return Bases((u * sign.unsqueeze(-2)).contiguous(), s.contiguous(), (vh * sign.unsqueeze(-1)).contiguous())
 
 
 def _randomized(matrix: Tensor, rank: int) -> Bases | None:
@@ -158,21 +159,21 @@ def _randomized(matrix: Tensor, rank: int) -> Bases | None:
 
     Iterates until values and vectors have converged; None if they do not.
     """
-    width = min(rank + _OVERSAMPLING, min(matrix.shape))
+    width = min(rank + _OVERSAMPLING, min(matrix.shape[-2:]))
     generator = torch.Generator(device="cpu").manual_seed(0)
-    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
+    start = torch.randn(matrix.shape[-1], width, generator=generator).to(matrix)
     q, _ = torch.linalg.qr(matrix @ start)
     before: Bases | None = None
     for _ in range(_MAX_ITERATIONS):
         # Orthonormal after each product, or all columns would turn to the leading vector.
-        v, _ = torch.linalg.qr(matrix.T @ q)
+        v, _ = torch.linalg.qr(matrix.mT @ q)
         q, _ = torch.linalg.qr(matrix @ v)
-        small_u, s, vh = torch.linalg.svd(q.T @ matrix, full_matrices=False)
-        now = _canonical(q @ small_u[:, :rank], s[:rank], vh[:rank])
+        small_u, s, vh = torch.linalg.svd(q.mT @ matrix, full_matrices=False)
+        now = _canonical(q @ small_u[..., :rank], s[..., :rank], vh[..., :rank, :])
         if before is not None:
             # Every vector must have converged, so the worst one counts.
-            moved = 1 - (before.vh * now.vh).sum(1).abs().min()
-            stretched = ((before.s - now.s).abs() / now.s[0]).max()
+            moved = 1 - (before.vh * now.vh).sum(-1).abs().min()
+            stretched = ((before.s - now.s).abs() / now.s[..., :1]).max()
             if moved < _CONVERGED**2 * 100 and stretched < _CONVERGED:
                 return now
         before = now
@@ -196,7 +197,7 @@ def _read(path: Path, matrix: Tensor) -> Bases | None:
     except (SafetensorError, KeyError, OSError) as error:
         logger.warning("Leaving out the unreadable cache file %s (%s); computing its bases again.", path.name, error)
         return None
-    shapes = (found.u.shape[0], found.vh.shape[1], found.u.shape[1], found.vh.shape[0])
+    shapes = (*found.u.shape[:-1], found.vh.shape[-1], found.u.shape[-1], found.vh.shape[-2])
     if shapes != (*matrix.shape, found.rank, found.rank):
         logger.warning("Leaving out the cache file %s of another shape; computing its bases again.", path.name)
         return None

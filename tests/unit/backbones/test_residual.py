@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from support.backbones import _GROUPED, _IMAGE, _TEXT, MODELS, _build, tiny_inputs
+from support.backbones import _GROUPED, _IMAGE, _TEXT, EXPERTS, MODELS, _build, tiny_inputs
 from torch import Tensor, nn
 
 from peft_lab.backbones.family import Family, ResidualConnection
@@ -73,13 +73,13 @@ def _family(model: Any, path: str) -> tuple[Family, Any]:
 
 
 def _model(name: str) -> Any:
-    if name in MODELS:
-        return MODELS[name]()
+    if name in MODELS or name in EXPERTS:
+        return (MODELS | EXPERTS)[name]()
     cls, settings = FURTHER[name]
     return _build(getattr(hf, cls), **settings)
 
 
-@pytest.mark.parametrize("name", [*MODELS, *FURTHER])
+@pytest.mark.parametrize("name", [*MODELS, *FURTHER, *EXPERTS])
 @torch.no_grad()
 def test_stream_plus_output_is_what_comes_next(name: str) -> None:
     """Behind each sub-layer, the next norm or the block's output gets the stream with the summand."""
