@@ -44,7 +44,7 @@ PLACES = {
 PACKAGES = {"adapters": "peft_lab.adapters", "tasks": "peft_lab.tasks", "peft_lab": "peft_lab"}
 _WORDS = 8
 #: Capabilities that are types of op.
-_OPS = ("linear", "conv1d", "conv2d", "embedding", "norm")
+_OPS = ("linear", "conv1d", "conv2d", "embedding", "norm", "experts")
 _SERVED, _SUMS = "load_many", "weighted_sums"
 #: Where the default learning rates were measured, seen from the page of a method.
 _DEFAULTS = "../../benchmarks/defaults.md"

@@ -67,6 +67,17 @@ def find_expert_parameters(model: nn.Module, names: Collection[str] | str) -> li
     return [path for path in known if path in found]
 
 
+def names_of_experts(model: nn.Module, names: Collection[str] | str) -> list[str]:
+    """Return the names of `target_parameters` in full: short ones if they mean the same, else paths.
+
+    Raises:
+        ConfigError: as `find_expert_parameters`.
+    """
+    found = find_expert_parameters(model, names)
+    short = short_names(found)
+    return short if find_expert_parameters(model, short) == found else found
+
+
 def _not_found(model: nn.Module, name: str, known: list[str]) -> str:
     cls = type(unwrap(model)).__name__
     if not known:

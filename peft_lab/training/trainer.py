@@ -86,12 +86,13 @@ class LabTrainer(Trainer):
         """
         decayed = {id(parameter) for parameter in model.parameters() if parameter.ndim > 1}
         for layer in model.modules():
-            for name in layer.adapter_layer_names if isinstance(layer, AdapterLayer) else ():
-                for parameter in getattr(layer, name).values():
-                    if name in layer.decayed_vectors:
-                        decayed.add(id(parameter))
-                    elif parameter.ndim == 2 and isinstance(layer.base_layer, ExpertWeight):
-                        decayed.discard(id(parameter))
+            if not isinstance(layer, AdapterLayer):
+                continue
+            if isinstance(layer.base_layer, ExpertWeight):
+                for name in layer.adapter_layer_names:
+                    decayed -= {id(parameter) for parameter in getattr(layer, name).values() if parameter.ndim == 2}
+            for name in layer.decayed_vectors:
+                decayed |= {id(parameter) for parameter in getattr(layer, name).values()}
         return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

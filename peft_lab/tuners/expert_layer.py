@@ -7,13 +7,12 @@ call and differentiable. Every method with `folded` (a weight method by its `del
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 from collections.abc import Sequence
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,9 +24,6 @@ from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.mixed_batch import BASE, current_row_adapters
 from peft_lab.tuners.operations import ExpertWeight, StandIn
-
-if TYPE_CHECKING:
-    from peft_lab.tuners.layer import AdapterLayer
 
 _LOG = logging.getLogger("peft_lab")
 _NESTED = re.compile(r"(\.base_layer)+$")
@@ -49,12 +45,11 @@ class ExpertsLayer(StandIn):
             )
         self.base_layer: Any = base_layer
 
-    def adapter_layers(self) -> dict[str, AdapterLayer]:
+    def adapter_layers(self) -> dict[str, Any]:
         """Return the layers by the name of their parameter."""
-        layers: Any = {name: child for name, child in self._modules.items() if name != "base_layer"}
-        return layers
+        return {name: child for name, child in self._modules.items() if name != "base_layer"}
 
-    def add_adapter_layer(self, parameter: str, layer: AdapterLayer) -> None:
+    def add_adapter_layer(self, parameter: str, layer: Any) -> None:
         """Put a layer on a parameter."""
         # Not by `add_module`, which refuses the name because the base has a parameter of that name.
         self._modules[parameter] = layer
@@ -66,7 +61,8 @@ class ExpertsLayer(StandIn):
                 f"{type(self.base_layer.base_layer).__name__} carries adapters of two methods; remove one of them."
             )
         # The weights belong to this call alone, so a copy of the module reads them: threads share the module itself.
-        call: Any = copy.copy(self.base_layer)
+        call: Any = type(self.base_layer).__new__(type(self.base_layer))
+        vars(call).update(vars(self.base_layer))
         for name, layer in self.adapter_layers().items():
             vars(call)[name] = current_weight(layer)
         hooked = vars(call).get("_old_forward")
@@ -87,7 +83,7 @@ class ExpertsLayer(StandIn):
         return experts
 
 
-def current_weight(layer: AdapterLayer) -> Tensor:
+def current_weight(layer: Any) -> Tensor:
     """Weight of the running call, (experts, ., .) in the dtype of the base.
 
     It is rounded to that dtype once, as a merged weight is.
@@ -108,7 +104,7 @@ def current_weight(layer: AdapterLayer) -> Tensor:
     return wide.to(weight.dtype)
 
 
-def _acting(layer: AdapterLayer) -> Sequence[str]:
+def _acting(layer: Any) -> Sequence[str]:
     """Names of the adapters that act on all rows of the running call."""
     rows = current_row_adapters()
     if rows is None:
@@ -147,7 +143,7 @@ def add_to_experts(tuner: Any, config: Any, model: nn.Module, adapter_name: str)
     return paths
 
 
-def _layer_on(tuner: Any, model: nn.Module, around: str, parameter: str) -> AdapterLayer:
+def _layer_on(tuner: Any, model: nn.Module, around: str, parameter: str) -> Any:
     """Return the layer of a stacked weight, which is made if there is none."""
     experts: Any = model.get_submodule(around)
     if isinstance(experts, BaseTunerLayer):

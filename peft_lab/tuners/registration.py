@@ -17,7 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 from peft_lab.backbones import module_roles
-from peft_lab.backbones.experts import find_expert_parameters, short_names
+from peft_lab.backbones.experts import names_of_experts
 from peft_lab.backbones.names import ends_with
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo, builtin_methods, check_method_args, method, third_party_methods, with_preset
@@ -226,7 +226,7 @@ def _parameter_names(model: Any, names: Any) -> Any:
     # A tuner of peft may be put on any other parameter too.
     others = [name for name in given if any(ends_with(path, str(name)) for path in known)]
     rest = [name for name in given if name not in others]
-    return [*others, *(short_names(find_expert_parameters(model, rest)) if rest else ())]
+    return [*others, *names_of_experts(model, rest)]
 
 
 def _role_defaults(name: str, model: Any, known: set[str], task_type: str | None) -> dict[str, Any]:

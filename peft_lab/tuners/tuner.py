@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import peft_lab.backbones.module_roles as roles
 from peft_lab.adapter_files import base_fingerprint, module_matching
 from peft_lab.adapter_files.completeness import check_complete
-from peft_lab.backbones.experts import expert_parameter, find_expert_parameters, short_names
+from peft_lab.backbones.experts import expert_parameter, names_of_experts
 from peft_lab.backbones.frozen_norms import has_running_norms, set_frozen_norms
 from peft_lab.backbones.heads import PEFT_HEADS
 from peft_lab.backbones.names import PEFT_PREFIX
@@ -126,7 +126,7 @@ class AdapterTuner(MergingTuner):
         else:
             peft_config.target_modules = roles.rename_targets(self.model, peft_config.target_modules)
         if peft_config.target_parameters and not loaded:
-            peft_config.target_parameters = short_names(find_expert_parameters(self.model, peft_config.target_parameters))
+            peft_config.target_parameters = names_of_experts(self.model, peft_config.target_parameters)
         # A new adapter also trains the model's task head, under the name that it has in this model.
         if not loaded and peft_config.modules_to_save in (None, _PEFT_HEADS):
             heads = _heads(self.model, peft_config.task_type)

@@ -120,8 +120,8 @@ class SVFitLayer(WeightLayer):
         close = svd.degenerate(bases.s, found.s[..., :1])
         if close:
             warnings.warn(
-                f"{close} of {bases.s.numel()} singular values are equal to their neighbour, so their directions are not "
-                "determined by the weight; save the adapter with save_bases=True to be able to load it elsewhere.",
+                f"{close} of {bases.s.numel()} singular values are equal to their neighbour, so their directions are "
+                "not determined by the weight; save the adapter with save_bases=True to be able to load it elsewhere.",
                 stacklevel=2,
             )
         return {"svfit_delta": torch.zeros(bases.s.shape)}
