@@ -5,6 +5,7 @@ A config states sizes, and weights that its file lacks would be allocated by the
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import threading
@@ -15,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from peft_lab.backbones.family_table import family
 from peft_lab.errors import ConfigError
 from peft_lab.utils.bounded_files import check_size, read_bytes, read_json
 from peft_lab.utils.patterns import may_take_for_ever
@@ -41,7 +43,8 @@ def check_files(name: str, revision: str | None = None) -> None:
     """Check config and tokenizer of a checkpoint, a folder's or a Hub id's.
 
     Raises:
-        ConfigError: a size that no model has, code from the Hub, or a tokenizer's pattern that may take for ever.
+        ConfigError: a size that no model has, code from the Hub, a tokenizer's pattern that may take for ever, or a
+            package that the model needs is missing.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -53,7 +56,9 @@ def check_files(name: str, revision: str | None = None) -> None:
     config = _file(name, _CONFIG, revision)
     if config is not None:
         # some models have an infinite limit in their config
-        _check_config(read_json(config, lenient=True), str(config))
+        values = read_json(config, lenient=True)
+        _check_config(values, str(config))
+        _check_library(name, str(values.get("model_type")))
     tokenizer = _file(name, _TOKENIZER, revision)
     if tokenizer is not None:
         for found in _PATTERN.findall(read_bytes(tokenizer, _MAX_TOKENIZER_BYTES)):
@@ -153,6 +158,26 @@ def _file(name: str, file: str, revision: str | None) -> Path | None:
     except (OSError, ValueError):
         return None  # loading the model fails for the same reason, and says so
     return Path(found) if found else None
+
+
+def _check_library(name: str, model_type: str) -> None:
+    """Import the package that holds a model.
+
+    Raises:
+        ConfigError: it is missing, or does not go with the installed torch.
+    """
+    known = family(model_type)
+    if known is None or not known.library:
+        return
+    try:
+        importlib.import_module(known.library)
+    # A build of torchvision for another torch ends by a RuntimeError.
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f'"{name}" is a model of {known.library}, which cannot be imported ({reason}); install {known.library}, '
+            "with the torchvision that goes with your torch."
+        ) from error
 
 
 def _check_config(values: Mapping[str, Any], where: str) -> None:

@@ -140,6 +140,7 @@ class Family:
         patch_heads: classes whose head reads the patches alone although there is a class token.
         bias_flags: config flags, False by default in some checkpoint, that give linear layers or norms a bias.
         windows: names in a block that attends within windows; None if attention sees all tokens.
+        library: package beside transformers that holds the models; "" for none.
     """
 
     name: str
@@ -156,6 +157,7 @@ class Family:
     patch_heads: tuple[str, ...] = ()
     bias_flags: tuple[str, ...] = ()
     windows: WindowNames | None = None
+    library: str = ""
 
     @property
     def renames(self) -> Renames:

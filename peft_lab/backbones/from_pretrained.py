@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.backbones.checkpoint_limits import bounded_build, check_files
+from peft_lab.backbones.heads import backbone_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,8 +33,8 @@ def load_checkpoint(auto_class: Any, name: str, **options: Any) -> tuple[PreTrai
     check_files(name, revision)
     with _without_report(), bounded_build(name, revision):
         model, info = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
-    # A new head is missing too, but only the backbone's weights lie below this prefix.
-    absent = sorted(key for key in info.get("missing_keys", ()) if key.startswith(f"{model.base_model_prefix}."))
+    # A new head is missing too.
+    absent = backbone_weights(model, info.get("missing_keys", ()))
     if absent:
         more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
         logger.warning(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +58,32 @@ def head_paths(model: nn.Module) -> list[str]:
     if not taken:
         return found
     # Parents come before their children, so a module inside the head is never listed beside it.
+    inside = _classifiers(model)
     for path, module in model.named_modules():
+        if any(module is classifier for classifier in inside):
+            found.append(path)
+            continue
         owns = next(module.parameters(recurse=False), None) is not None
         if path and owns and not f"{path}.".startswith(tuple(taken)):
             found.append(path)
             taken.append(f"{path}.")
     return found
+
+
+def backbone_weights(model: Any, keys: Iterable[str]) -> list[str]:
+    """Return the weights among `keys` that lie in the backbone and in no head of it."""
+    heads = tuple(f"{path}." for path in head_paths(model))
+    below = f"{getattr(model, 'base_model_prefix', '')}."
+    return sorted(key for key in keys if key.startswith(below) and not key.startswith(heads))
+
+
+def _classifiers(model: Any) -> list[nn.Module]:
+    """Return the heads that a backbone holds itself: models of timm name theirs."""
+    part = getattr(model, getattr(model, "base_model_prefix", None) or "base_model", None)
+    found: Any = part.get_classifier() if hasattr(part, "get_classifier") else ()
+    # Distilled models have two.
+    found = found if isinstance(found, tuple) else (found,)
+    return [module for module in found if next(module.parameters(), None) is not None]
 
 
 def _pretrained_parts(model: nn.Module, path: str) -> Iterator[str]:

@@ -92,23 +92,21 @@ def _known_towers(module: Any, path: str) -> Iterator[Tower]:
     if family:
         tower = Tower.of(module, path, family)
         # A custom model may claim a known type and be built otherwise: then it is read as an unknown one.
-        if _has_blocks(module, tower):
+        if _has_weights(module, tower):
             yield tower
         return
     for name, child in module.named_children():
         yield from _known_towers(child, join(path, name))
 
 
-def _has_blocks(module: nn.Module, tower: Tower) -> bool:
-    """Test whether a module has one of the family's blocks."""
-    matchers = [tower.block_matcher(block) for block in tower.family.blocks]
+def _has_weights(module: nn.Module, tower: Tower) -> bool:
+    """Test whether a module has one of the family's weights in one of its blocks."""
+    matcher = tower.matcher(tower.family.paths("linear"))
     renames = tower.family.renames
-    for name, _ in module.named_modules():
+    for name, _ in module.named_modules() if matcher else ():
         path = join(tower.path, name) if tower.path else name
-        path = renames.new(path) if tower.family.aliases else path
-        for matcher in matchers:
-            if matcher.fullmatch(path):
-                return True
+        if matcher.fullmatch(renames.new(path) if tower.family.aliases else path):
+            return True
     return False
 
 

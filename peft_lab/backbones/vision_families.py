@@ -49,6 +49,21 @@ for _types, _residual, _prefix in (
         prefix_tokens=_prefix,
         bias_flags=() if _types == "beit" else ("qkv_bias",),
     )
+# timm's own vision transformers; models of timm that are built otherwise are read as unknown ones.
+VISION |= families(
+    "timm_wrapper",
+    blocks=("blocks.*",),
+    roles={
+        **in_blocks(attn_qkv="attn.qkv", attn_out="attn.proj", mlp_up="mlp.fc1", mlp_down="mlp.fc2"),
+        **in_blocks(norm="norm1 norm2"),
+        "embed.patch": ("patch_embed.proj",),
+        "norm.stem": ("norm_pre",),
+        "norm.final": ("norm",),
+    },
+    op=_VISION_OP,
+    residual=pre_norm(("attention", "norm1", "drop_path1"), ("mlp", "norm2", "drop_path2")),
+    library="timm",
+)
 VISION |= families(
     "swin",
     blocks=("encoder.layers.*.blocks.*",),

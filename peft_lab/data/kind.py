@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_lab.backbones.from_pretrained import load_checkpoint
+from peft_lab.backbones.heads import backbone_weights
 from peft_lab.data.row_checks import RowFault, column_faults
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import ConfigError, TaskError
@@ -201,6 +202,7 @@ class ClassificationKind(Kind):
         model, info = load_checkpoint(
             self.auto_class(),
             model_name_or_path,
+            num_labels=len(names),  # the config of timm's models reads no number from the labels
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
             problem_type=task.problem_type,
@@ -209,12 +211,11 @@ class ClassificationKind(Kind):
             **hub_kwargs,
         )
         # a head of other shapes is meant to be replaced; any other weight of another shape means a wrong checkpoint
-        body = f"{model.base_model_prefix}."
-        for entry in sorted(info.get("mismatched_keys", ()), key=str):
-            # transformers lists a key, or a key with its two shapes
-            key = str(entry[0] if isinstance(entry, tuple) else entry)
-            if key.startswith(body):
-                raise TaskError(f'"{model_name_or_path}": the shape of its weight {key} does not fit its own config.')
+        # transformers lists a key, or a key with its two shapes
+        keys = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get("mismatched_keys", ())]
+        wrong = backbone_weights(model, keys)
+        if wrong:
+            raise TaskError(f'"{model_name_or_path}": the shape of its weight {wrong[0]} does not fit its own config.')
         return model
 
     def adapter_settings(self, processor: Any, labels: Sequence[str] | None) -> dict[str, Any]:

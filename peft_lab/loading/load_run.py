@@ -212,6 +212,7 @@ def load_image_classifier(
         base, _ = load_checkpoint(
             AutoModelForImageClassification,
             path,
+            num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
             ignore_mismatched_sizes=True,  # a head for other labels
