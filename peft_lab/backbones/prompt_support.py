@@ -35,7 +35,6 @@ PROMPT_SUPPORT: dict[str, PromptSupport] = {
     **dict.fromkeys(("bloom", "mpt"), PromptSupport(ALIBI)),
     **dict.fromkeys(("falcon_h1", "roformer", "xlm", "xlnet"), PromptSupport(_OWN_LENGTH)),
     **dict.fromkeys(("led", "longformer", "longt5"), PromptSupport(_IN_PIECES)),
-    "timm_wrapper": PromptSupport("holds models of timm, whose tokens transformers does not describe"),
     "fnet": PromptSupport("mixes tokens without attention"),
     "funnel": PromptSupport("merges tokens between its blocks"),
     **dict.fromkeys(("codegen", "gptj"), PromptSupport(rotary_in_block=True)),

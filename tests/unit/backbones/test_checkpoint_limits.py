@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -76,3 +77,14 @@ def test_a_model_in_another_thread_is_not_counted(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="far larger than its weights"):
             _build()
     _build()
+
+
+def test_a_package_that_holds_the_model_and_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is built: transformers itself would fail at the image processor, and name no package."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    (tmp_path / "config.json").write_text('{"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}')
+    for load in (lambda: check_files(str(tmp_path)), lambda: load_checkpoint(AutoModel, str(tmp_path))):
+        with pytest.raises(ConfigError, match=r"is a model of timm, which cannot be imported .*; install timm"):
+            load()

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.pytorch_utils import Conv1D
 
 from peft_lab.backbones.family_table import FAMILIES
+from peft_lab.backbones.heads import backbone_weights, head_paths
 from peft_lab.backbones.module_roles import ROLES, family, head_modules, layer_index, modules_by_role, target_regex
 from peft_lab.errors import ConfigError
 
@@ -113,7 +114,7 @@ def test_no_entry_of_the_table_is_dead() -> None:
         assert not dead, (model_type, dead)
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(name for name, known in FAMILIES.items() if not known.library))
 def test_all_linear_layers_of_the_blocks_are_found(model_type: str) -> None:
     """Also for the families that only share another one's table: built at their default width, with few layers."""
     few = {"num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "encoder_layers": 2, "decoder_layers": 2}
@@ -444,3 +445,15 @@ def test_importing_the_roles_does_not_import_torch() -> None:
         "import sys, peft_lab.backbones.module_roles; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_backbone_may_hold_its_head_and_name_it() -> None:
+    """As models of timm do, below the prefix of the backbone."""
+    model, part = nn.Module(), nn.Module()
+    part.body, part.head = nn.Linear(4, 4), nn.Linear(4, 2)
+    part.get_classifier = lambda: part.head
+    model.base_model_prefix, model.net = "net", part
+    assert head_paths(model) == ["net.head"]
+    assert backbone_weights(model, ["net.head.weight", "net.body.weight", "other"]) == ["net.body.weight"]
+    part.head = nn.Identity()
+    assert head_paths(model) == []
