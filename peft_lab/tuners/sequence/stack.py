@@ -126,8 +126,8 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
     stacks = {path: blocks for path, blocks in stacks_of(model).items() if _is_transformer(model.get_submodule(path))}
     if not stacks:
         raise ConfigError(
-            f"{type(model).__name__} has no stack of transformer blocks with hidden_size and num_attention_heads in its "
-            "config, so prompts have no place in it; take a method that adapts weights."
+            f"{type(model).__name__} has no stack of transformer blocks with hidden_size and num_attention_heads in "
+            "its config, so prompts have no place in it; take a method that adapts weights."
         )
     if name is not None:
         found = next((path for path in stacks if path == name or path.endswith(f".{name}")), None)
