@@ -79,7 +79,7 @@ def backbone_weights(model: Any, keys: Iterable[str]) -> list[str]:
 
 def _classifiers(model: Any) -> list[nn.Module]:
     """Return the heads that a backbone holds itself: models of timm name theirs."""
-    part = getattr(model, getattr(model, "base_model_prefix", None) or "base_model", None)
+    part: Any = getattr(model, getattr(model, "base_model_prefix", None) or "base_model", None)
     found: Any = part.get_classifier() if hasattr(part, "get_classifier") else ()
     # Distilled models have two.
     found = found if isinstance(found, tuple) else (found,)

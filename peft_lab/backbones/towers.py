@@ -102,8 +102,10 @@ def _known_towers(module: Any, path: str) -> Iterator[Tower]:
 def _has_weights(module: nn.Module, tower: Tower) -> bool:
     """Test whether a module has one of the family's weights in one of its blocks."""
     matcher = tower.matcher(tower.family.paths("linear"))
+    if matcher is None:
+        return False
     renames = tower.family.renames
-    for name, _ in module.named_modules() if matcher else ():
+    for name, _ in module.named_modules():
         path = join(tower.path, name) if tower.path else name
         if matcher.fullmatch(renames.new(path) if tower.family.aliases else path):
             return True

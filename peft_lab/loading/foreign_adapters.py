@@ -83,9 +83,9 @@ def check_record(model: nn.Module, recorded: Mapping[str, Mapping[str, Any]]) ->
     found = {}
     for name in recorded:
         module = find_module(model, name)
-        owner, weight = (module, module.weight) if module else expert_parameter(model, name) or (None, None)
-        if weight is not None:
-            found[name] = base_fingerprint.module_fingerprint(owner, weight)
+        place = (module, module.weight) if module else expert_parameter(model, name)
+        if place is not None:
+            found[name] = base_fingerprint.module_fingerprint(*place)
     base_fingerprint.check(recorded, found, dtype_bound=False)
 
 

@@ -61,7 +61,8 @@ class ExpertsLayer(StandIn):
                 f"{type(self.base_layer.base_layer).__name__} carries adapters of two methods; remove one of them."
             )
         # The weights belong to this call alone, so a copy of the module reads them: threads share the module itself.
-        call: Any = type(self.base_layer).__new__(type(self.base_layer))
+        cls: Any = type(self.base_layer)
+        call: Any = cls.__new__(cls)
         vars(call).update(vars(self.base_layer))
         for name, layer in self.adapter_layers().items():
             vars(call)[name] = current_weight(layer)
@@ -173,9 +174,9 @@ def adapted_parameters(model: nn.Module, adapter: str | None = None) -> dict[str
             if adapter is None or adapter in layer.configs:
                 found[f"{path}.{name}"] = layer.base_weight
         # LoRA's layers of several weights of one module lie inside of each other.
-        name = getattr(module, "parameter_name", None) if isinstance(module, BaseTunerLayer) else None
-        if name and (adapter is None or adapter in module._all_available_adapter_names()):
-            found[f"{_NESTED.sub('', path)}.{name}"] = module.get_param()
+        own: Any = module if isinstance(module, BaseTunerLayer) and hasattr(module, "parameter_name") else None
+        if own is not None and (adapter is None or adapter in own._all_available_adapter_names()):
+            found[f"{_NESTED.sub('', path)}.{own.parameter_name}"] = own.get_param()
     return found
 
 
