@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
-from support.backbones import EXPERTS
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from support.backbones import EXPERTS, tiny_inputs
+from support.properties import move, output
 
 from peft_lab import SVFitConfig
 
@@ -46,3 +48,20 @@ def test_a_share_of_energy_is_reached_by_every_expert():
         energy = torch.linalg.svdvals(weight).square().cumsum(0)
         shares.append(int((energy < 0.9 * energy[-1]).sum()) + 1)
     assert found == max(shares) > 1
+
+
+def test_saved_bases_hold_the_experts_too(tmp_path):
+    base = EXPERTS["mixtral"]()
+    inputs = tiny_inputs(base)
+    config = SVFitConfig(
+        rank=3, selection="mixed", save_bases=True, target_parameters=["experts.down_proj"], target_modules=[]
+    )
+    model = move(get_peft_model(copy.deepcopy(base), config))
+    moved = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    shapes = {name.rpartition(".")[2]: tuple(value.shape) for name, value in stored.items()}
+    assert shapes == {"svfit_delta": (4, 3), "svfit_u": (4, 16, 3), "svfit_s": (4, 3), "svfit_vh": (4, 3, 32)}
+    # The bases come from the file, so a base in another dtype is right too.
+    assert torch.equal(output(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), inputs), moved)
+    PeftModel.from_pretrained(base.bfloat16(), tmp_path)
