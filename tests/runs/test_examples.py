@@ -18,6 +18,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_names_what_exists(example):
+    # the name of such an example begins with that of the library which the environment of the daily tests lacks
+    if example.stem.startswith("trl_"):
+        pytest.importorskip("trl")
     assert missing_names(example.read_text()) == []
 
 
@@ -85,7 +88,8 @@ def test_the_method_of_the_example_is_short():
 
 @pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py")))
 def test_every_example_has_a_test(name):
-    assert f'"{name}"' in Path(__file__).read_text()
+    files = [Path(__file__), *(Path(__file__).parents[1] / "integrations").glob("test_*.py")]
+    assert any(f'"{name}"' in file.read_text() for file in files)
 
 
 @pytest.mark.full
