@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: Folder of the repository -> folder in the wheel.
 FOLDERS = {"peft_lab": "peft_lab", "adapters": "peft_lab/adapters", "tasks": "peft_lab/tasks"}
+#: The hook of `import torch`, which stands outside of the package.
+AUTOLOAD = "peft_lab_autoload.py"
 CACHES = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info", ".*_cache")
 
 METHOD = '''
@@ -58,7 +60,7 @@ labels: [a, b]
 def copy_source(target: Path) -> Path:
     """Copy what the wheel is built from, so that no build folder appears in the repository."""
     target.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", AUTOLOAD):
         shutil.copyfile(ROOT / name, target / name)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, target / name, ignore=CACHES)
@@ -113,7 +115,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_file_of_the_tree_and_no_other(wheel: Path) -> None:
-    expected = set()
+    expected = {AUTOLOAD}
     for folder, inside in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
