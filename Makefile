@@ -72,7 +72,7 @@ lint: $(VENV)/.test build/site
 	cd build/site && ../../$(BIN)/lint-imports --no-cache --config ../../pyproject.toml
 
 types: $(VENV)/.test build/site
-	MYPYPATH=build/site $(BIN)/mypy --config-file pyproject.toml -p peft_lab
+	MYPYPATH=build/site $(BIN)/mypy --config-file pyproject.toml -p peft_lab -m peft_lab_autoload
 
 # Adapters and tasks lie beside the package and inside it only once it is installed: imports and types are checked there.
 .PHONY: build/site

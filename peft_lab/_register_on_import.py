@@ -68,7 +68,7 @@ class _SpecOfPeft(ModuleSpec):
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
         if name == "_initializing" and not value:
-            self.__class__ = ModuleSpec
+            object.__setattr__(self, "__class__", ModuleSpec)
             # after a failed import peft is not in sys.modules: then the next one is watched for
             register_with_peft()
 

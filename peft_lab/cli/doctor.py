@@ -98,8 +98,9 @@ def _packages() -> Iterator[Finding]:
 
     fit = 0
     for requirement in map(Requirement, requirements):
-        optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
-        if optional and any(requirement.marker.evaluate({"extra": extra}) for extra in _FOR_DEVELOPERS):
+        marker = requirement.marker
+        optional = marker is not None and not marker.evaluate({"extra": ""})
+        if marker is not None and optional and any(marker.evaluate({"extra": extra}) for extra in _FOR_DEVELOPERS):
             continue
         try:
             version = importlib.metadata.version(requirement.name)

@@ -33,6 +33,8 @@ FIELD = "trainable_token_indices"
 class TokenLayer(KeepsTrainability, TrainableTokensLayer):
     """peft's layer of trained token rows; a tied one shows those of the embedding."""
 
+    adapter_layer_names = ("trainable_tokens_delta",)
+
     def _named_values(self) -> Iterator[tuple[str, nn.Parameter]]:
         # The rows of a tied layer are the embedding's, whose own layer freezes and trains them.
         if not self.tied_adapter:
@@ -116,8 +118,8 @@ class TrainedTokens(TrainableTokensWrapper):
         if left and left != self.active_adapters:
             self.set_adapter(left)
 
-    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        return super().adapter_state_dict(adapter_name, state_dict) if self._present(adapter_name) else {}
+    def adapter_state_dict(self, adapter_name: str, *state: Any) -> dict[str, Tensor]:
+        return super().adapter_state_dict(adapter_name, *state) if self._present(adapter_name) else {}
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         return {}  # `renamed_rows` does it, which tells of a file that lacks the rows
