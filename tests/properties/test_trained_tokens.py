@@ -70,6 +70,9 @@ def test_they_are_merged_and_a_tied_head_shows_them(method: str, family: str, ti
     model, inputs = trained(method, base), text(base)
     heads = [module for name, module in model.named_modules() if name.endswith("lm_head.token_adapter")]
     assert bool(heads) == tied
+    with model.disable_adapter():
+        assert not [name for name, p in model.named_parameters() if ENTRY in name and p.requires_grad]
+    assert [name for name, p in model.named_parameters() if ENTRY in name and p.requires_grad]
     expected = output(model, inputs)
     model.merge_adapter()
     torch.testing.assert_close(output(model, inputs), expected, atol=1e-5, rtol=1e-5)
