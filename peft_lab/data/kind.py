@@ -112,6 +112,13 @@ class Kind:
         """
         raise NotImplementedError
 
+    def packed_length(self, processor: Any, task: Task, model: Any) -> int | None:
+        """Tokens of a packed sequence; None for kinds whose rows cannot be packed.
+
+        Their rows have `input_ids`, `labels` of the same length, and `attention_mask`.
+        """
+        return None
+
     def data_collator(self, processor: Any, model: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Function that joins preprocessed rows into a batch."""
         raise NotImplementedError

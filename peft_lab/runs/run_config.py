@@ -89,6 +89,10 @@ class RunConfig:
         default=None,
         metadata={"help": "Share of the training rows that is held out, drawn by the run's seed (0.1 by default)."},
     )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Join the training rows of a decoder to sequences of max_length tokens without padding."},
+    )
     loss_chunk_size: int | None = field(
         default=None,
         metadata={

@@ -16,6 +16,7 @@ from peft_lab.data.task_schema import Task
 from peft_lab.errors import ConfigError, PeftLabError
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.callbacks.bilevel import activation_parameters
+from peft_lab.training.packing import pack
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,7 +82,7 @@ def hold_out(config: RunConfig, task: Task, model: Any, train: Dataset, seed: in
 
 
 def model_rows(
-    raw: Mapping[str, Any], kind: Kind, processor: Any, task: Task, model: Any, drops: bool
+    raw: Mapping[str, Any], kind: Kind, processor: Any, task: Task, model: Any, drops: bool, packed: int | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows of each split with numbers of prompts, and the same preprocessed for the model.
 
@@ -89,10 +90,12 @@ def model_rows(
         raw: split -> rows with encoded labels.
         kind, processor, task, model: of the run.
         drops: True if Trainer removes columns that the model's forward does not name.
+        packed: tokens of the sequences that training rows are packed into; None without packing.
     """
-    prepare = partial(_prepared, kind, processor, task, model, drops)
     found, rows = {}, {}
     for split, part in raw.items():
+        length = packed if split == "train" else None
+        prepare = partial(_prepared, kind, processor, task, model, drops, length)
         if isinstance(part, RowStream):
             found[split], rows[split] = part, part.preprocessed(_Second(prepare))
         else:
@@ -101,14 +104,14 @@ def model_rows(
 
 
 def _prepared(
-    kind: Kind, processor: Any, task: Task, model: Any, drops: bool, rows: Dataset
+    kind: Kind, processor: Any, task: Task, model: Any, drops: bool, packed: int | None, rows: Dataset
 ) -> tuple[Dataset, Dataset]:
     numbered = prompt_column.for_model(rows, model, task)
     if task.streaming:
         name_rows(numbered, source_rows(rows, range(len(rows))))
     found = kind.preprocess(numbered, processor, task, model)
     prompt_column.check_kept(found, numbered, kind.name, drops)
-    return numbered, found
+    return numbered, found if packed is None else pack(found, packed)
 
 
 class _Second:

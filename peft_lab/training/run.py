@@ -41,6 +41,7 @@ from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActiva
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
 from peft_lab.training.chunked_loss import chunked_loss
 from peft_lab.training.model_rows import HELD_OUT, check_streaming, chosen_rows, hold_out, model_rows
+from peft_lab.training.packing import packed_collator, packed_length
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.run_inputs import base_hash, check_finished, check_inputs, inputs_of, load_finished
 from peft_lab.training.trainer import LabTrainer, scores
@@ -238,9 +239,11 @@ class _Run:
         self.raw = chosen_rows(self.config, self.splits, seed)
         if self.config.alternating_every is not None:
             self.raw |= hold_out(self.config, self.task, self.model, self.raw["train"], seed)
-        drops = bool(self.arguments.remove_unused_columns)
+        drops, packed = bool(self.arguments.remove_unused_columns), None
+        if self.config.packing:
+            packed = packed_length(self.info, self.kind, self.processor, self.task, self.model)
         with self.process.main_process_first():
-            self.raw, self.rows = model_rows(self.raw, self.kind, self.processor, self.task, self.model, drops)
+            self.raw, self.rows = model_rows(self.raw, self.kind, self.processor, self.task, self.model, drops, packed)
         if self.task.streaming:
             data_seed = self.arguments.data_seed
             self.rows["train"] = self.rows["train"].shuffled(seed if data_seed is None else data_seed)
@@ -259,6 +262,9 @@ class _Run:
         chunked = self.config.loss_chunk_size is not None
         if chunked and not self.kind.scores_tokens:
             raise ConfigError(f'loss_chunk_size is for decoders that write; kind "{self.kind.name}" has no such loss.')
+        collator = self.kind.data_collator(self.processor, self.model)
+        if self.config.packing:
+            collator = packed_collator(collator, self.processor, self.model, self.rows["train"])
         self.trainer = build_or_refuse(
             LabTrainer,
             model=self.model,
@@ -266,7 +272,7 @@ class _Run:
             train_dataset=self.rows["train"],
             eval_dataset=self.rows["validation"],
             processing_class=self.processor,
-            data_collator=self.kind.data_collator(self.processor, self.model),
+            data_collator=collator,
             compute_metrics=self._keeping_items(self.kind.compute_metrics(self.task, self.labels)),
             # a loss in chunks makes no logits
             preprocess_logits_for_metrics=None if chunked else self.kind.preprocess_logits_for_metrics,
@@ -379,7 +385,7 @@ class _Run:
                 "labels": _outputs(self.task, self.labels),
                 "fingerprint": self.splits.fingerprint,
                 "fingerprints": self.splits.fingerprints,
-                "rows": {name: len(rows) for name, rows in self.rows.items() if isinstance(rows, Sized)},
+                "rows": {name: len(rows) for name, rows in self.raw.items() if isinstance(rows, Sized)},
                 "streaming": self.task.streaming,
             },
             "method_config": _method_config(self.model),

@@ -156,6 +156,9 @@ class CausalLM(Kind):
         warn_of_cut(task, dataset, cut, longer_rows(limit, processor, model))
         return rows.remove_columns(_LENGTHS)
 
+    def packed_length(self, processor: Any, task: Task, model: Any) -> int:
+        return length_limit(task, MAX_LENGTH, processor, model)
+
     def data_collator(self, processor: Any, model: Any) -> Any:
         from transformers import DataCollatorForSeq2Seq
 

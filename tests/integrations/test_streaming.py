@@ -17,8 +17,10 @@ from support.properties import KEEPS_HEAD, UNTRAINED
 from support.tiny_runs import (
     COLOURS,
     make_backbone,
+    make_decoder,
     make_image_backbone,
     make_task,
+    make_writing_task,
     options,
     same_weights,
     train_as_rank,
@@ -187,3 +189,18 @@ def test_tar_files_of_the_library_webdataset(tmp_path):
     whole = task.model_copy(update={"streaming": False, "validation_rows": None, "test_rows": None})
     splits = load_splits(whole)
     assert len(splits.train) + len(splits.validation) == 49
+
+
+def test_streamed_rows_are_packed_and_their_loss_is_taken_in_chunks(tmp_path):
+    path = make_writing_task(tmp_path / "texts")
+    values = yaml.safe_load(path.read_text()) | {"streaming": True, "validation_rows": 8}
+    del values["data"]["files"]["validation"]
+    path.write_text(yaml.safe_dump(values))
+    base = make_decoder(tmp_path / "llama")
+    more = SCHEDULE | {"packing": True, "loss_chunk_size": 7, "dataloader_num_workers": 1}
+    whole = train(options(path, base, tmp_path / "whole", **more))
+    interrupt(tmp_path / "whole", tmp_path / "broken", 4)
+    again = train(options(path, base, tmp_path / "broken", **more))
+    assert again.metrics["resumed_from"] == "checkpoint-4"
+    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+    assert whole.metrics["metrics"] == again.metrics["metrics"]
