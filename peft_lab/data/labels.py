@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.data.row_checks import RowFault, numbered, source_rows
+from peft_lab.data.row_maps import map_rows
 from peft_lab.data.task_schema import Task
 from peft_lab.errors import TaskError, did_you_mean
 from peft_lab.registry import kind_info
@@ -171,7 +172,9 @@ def encode(task: Task, split: str, dataset: Dataset, labels: tuple[str, ...] | N
     # without features, map would infer the type, and the labels would have the old names or none
     features = dataset.features.copy()
     features["label"] = feature
-    return dataset.map(encoded, input_columns="label", batched=True, features=features, desc=f"Labels of {split}")
+    reads = [sorted((str(value), type(value).__name__, str(index)) for value, index in known.items()), labels]
+    options = {"input_columns": "label", "batched": True, "features": features, "desc": f"Labels of {split}"}
+    return map_rows(dataset, encoded, reads, **options)
 
 
 def _number_of(dataset: Dataset) -> Callable[[Any], float | None]:

@@ -168,12 +168,13 @@ def _axes(name: str, value: Tensor) -> list[str | int]:
     return ["batch", "tokens"] if value.ndim == 2 else ["batch", *value.shape[1:]]
 
 
+def _dynamic(sizes: Sequence[str | int]) -> dict[int, Any]:
+    return {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(sizes) if isinstance(size, str)}
+
+
 def _program(model: nn.Module, sample: Inputs, axes: dict[str, Any], adapter: str | Path) -> Any:
     """Graph of a model by torch.export, whose named axes take any size."""
-    dynamic = {
-        name: {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(sizes) if isinstance(size, str)}
-        for name, sizes in axes.items()
-    }
+    dynamic = {name: _dynamic(sizes) for name, sizes in axes.items()}
     try:
         return torch.export.export(model, (), sample, dynamic_shapes=dynamic, strict=False)
     # torch.export raises errors of many classes, those of its own and of what it runs

@@ -100,6 +100,12 @@ class RunConfig:
             "which take most of the memory where the vocabulary is large, are never there at once."
         },
     )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise the rows before the training; one by default."}
+    )
+    overwrite_cache: bool = field(
+        default=False, metadata={"help": "Tokenise the rows anew instead of taking what an earlier run has kept."}
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the run that stands in output_dir. Without it nothing is replaced."}
     )
@@ -247,10 +253,14 @@ _COUNTS = (
     *("max_train_samples", "max_eval_samples", "max_test_samples", "examples_per_class"),
     "early_stopping_patience",
     "loss_chunk_size",
+    "preprocessing_num_workers",
 )
 
 #: Options that change where or how a run is written, not what it computes; and the beginnings of such names.
-_NO_INFLUENCE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_total_limit", "report_to")
+_NO_INFLUENCE = (
+    *("output_dir", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers"),
+    *("resume_from_checkpoint", "save_total_limit", "report_to"),
+)
 _NO_INFLUENCE_BEGINNINGS = (
     "do_",
     "log_",

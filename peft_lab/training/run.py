@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from peft_lab.adapter_files.names import write_json
 from peft_lab.backbones import module_roles
 from peft_lab.backbones.pypi_weights import cached_commit
 from peft_lab.data import prompt_column
+from peft_lab.data.row_maps import map_options
 from peft_lab.data.splits import Splits, load_splits
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
@@ -206,7 +207,7 @@ class _Run:
         # False is also the default of TrainingArguments, so only what the run itself says counts
         wants_test = self.config.training_arguments.get("do_predict") is not False
         # the first process fills the caches that the others then read
-        with self.process.main_process_first():
+        with self.process.main_process_first(), self._maps():
             self.splits: Splits = load_splits(self.task, test=wants_test and self.task.has_test)
         self.labels = self.splits.labels
         self._load_model(seed)
@@ -242,11 +243,16 @@ class _Run:
         drops, packed = bool(self.arguments.remove_unused_columns), None
         if self.config.packing:
             packed = packed_length(self.info, self.kind, self.processor, self.task, self.model)
-        with self.process.main_process_first():
+        with self.process.main_process_first(), self._maps():
             self.raw, self.rows = model_rows(self.raw, self.kind, self.processor, self.task, self.model, drops, packed)
         if self.task.streaming:
             data_seed = self.arguments.data_seed
             self.rows["train"] = self.rows["train"].shuffled(seed if data_seed is None else data_seed)
+
+    def _maps(self) -> AbstractContextManager[None]:
+        # the other processes find what the first one has kept
+        overwrite = self.config.overwrite_cache and self.process.is_main_process
+        return map_options(self.config.preprocessing_num_workers, overwrite)
 
     def _callbacks(self) -> list[TrainerCallback]:
         config = self.config

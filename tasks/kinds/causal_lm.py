@@ -10,6 +10,7 @@ from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.data.kind import Kind, length_limit, longer_rows, padding_tokenizer
 from peft_lab.data.prompt_template import Template, fields, fill, values_in
 from peft_lab.data.row_checks import RowFault, check_inputs, numbered, source_rows, warn_of_cut
+from peft_lab.data.row_maps import identity_of_tokenizer, map_rows
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import TaskError
 from peft_lab.metrics import load_metric
@@ -140,7 +141,8 @@ class CausalLM(Kind):
             return {**answer_only(start, end, limit, processor.bos_token_id), _LENGTHS: [len(start), len(end)]}
 
         read = [name for name in dataset.column_names if name != PROMPT_IDS]
-        rows = dataset.map(encode, remove_columns=read, desc="Tokenising")
+        reads = [identity_of_tokenizer(processor), template.model_dump(), limit]
+        rows = map_rows(dataset, encode, reads, remove_columns=read, desc="Tokenising")
         lengths = rows[_LENGTHS][:]
         empty = [row for row, (start, _) in enumerate(lengths) if not start]
         if empty:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_lab.data.kind import ClassificationKind, Record, length_limit, longer_rows, padding_side, padding_tokenizer
 from peft_lab.data.row_checks import RowFault, check_inputs, numbered, source_rows, warn_of_cut
+from peft_lab.data.row_maps import identity_of_tokenizer, map_rows
 from peft_lab.errors import TaskError
 from peft_lab.registry import KindInfo
 
@@ -91,7 +92,9 @@ class TextClassification(ClassificationKind):
             # not padded here, because the collator pads to the longest row of a batch and not of all rows
             return _encoded(processor, texts, limit)
 
-        rows = dataset.map(tokenise, input_columns=names, batched=True, remove_columns=names, desc="Tokenising")
+        reads = [identity_of_tokenizer(processor), names, limit]
+        options = {"input_columns": names, "batched": True, "remove_columns": names, "desc": "Tokenising"}
+        rows = map_rows(dataset, tokenise, reads, **options)
         tokens = rows[_WHOLE_LENGTH][:]
         empty = [row for row, count in enumerate(tokens) if not count]
         if empty:

@@ -78,7 +78,7 @@ def step(model: nn.Module, **options: Any) -> tuple[Tensor, dict[str, Tensor], i
     return loss.detach(), gradients, sizes.most, sum(kept.values())
 
 
-def same(model: nn.Module, **options: Any) -> None:
+def assert_same(model: nn.Module, **options: Any) -> None:
     loss, gradients, most, kept = step(model, **options)
     with chunked_loss(model, CHUNK):
         step(model)  # the first call is checked against whole logits
@@ -100,8 +100,8 @@ def same(model: nn.Module, **options: Any) -> None:
     "family", ["Gemma2", *(pytest.param(name, marks=FULL) for name in ("Llama", "Granite", "Cohere"))]
 )
 def test_losses_and_gradients_are_those_of_whole_logits(family: str) -> None:
-    same(decoder(family).train())
-    same(decoder(family).train(), num_items_in_batch=torch.tensor(57))
+    assert_same(decoder(family).train())
+    assert_same(decoder(family).train(), num_items_in_batch=torch.tensor(57))
 
 
 @pytest.mark.parametrize("method", [m for m in TRAINED if m not in IMAGES])
@@ -111,7 +111,7 @@ def test_every_method_of_decoders(method: str) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    same(model)
+    assert_same(model)
 
 
 def test_adapted_and_trained_heads_and_virtual_tokens() -> None:
@@ -120,7 +120,7 @@ def test_adapted_and_trained_heads_and_virtual_tokens() -> None:
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]),
         PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     ):
-        same(get_peft_model(decoder(), config).train())
+        assert_same(get_peft_model(decoder(), config).train())
 
 
 def test_evaluation_gives_tokens_and_their_log_probabilities() -> None:

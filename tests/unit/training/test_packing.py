@@ -62,7 +62,7 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Te
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def same(model: nn.Module) -> None:
+def assert_same(model: nn.Module) -> None:
     loss, gradients = step(model, padded(rows()))
     for length in (12, 16, 40):
         found = step(model, packed(length))
@@ -90,14 +90,14 @@ def test_losses_and_gradients_are_those_of_padded_rows(family: str, attention: s
     if family == "Gemma2" and attention == "sdpa":
         pytest.skip("transformers has no sdpa for it")
     model.set_attn_implementation(attention)
-    same(model)
+    assert_same(model)
 
 
 @FULL
 @pytest.mark.parametrize("method", [m for m in TRAINED if m not in IMAGES and registry.method(m).place != "sequence"])
 def test_every_method_without_prompts(method: str) -> None:
     model = move(adapt(method, decoder()))
-    same(model.eval())
+    assert_same(model.eval())
 
 
 class Tokenizer:
