@@ -36,7 +36,7 @@ def prepare_sharding(trainer: Any) -> None:
     """Make a Trainer's plugin of FSDP or DeepSpeed ready for a model with an adapter.
 
     Raises:
-        ConfigError: the processes would not train as the launch asks for, or it asks for FSDP1.
+        ConfigError: the processes would not train as the launch asks for, or it asks for FSDP1 or efficient loading.
     """
     check_processes(trainer.args.world_size)
     if trainer.is_deepspeed_enabled:
@@ -51,6 +51,11 @@ def prepare_sharding(trainer: Any) -> None:
         return
     if plugin.fsdp_version != 2:
         raise ConfigError(f"fsdp_version {plugin.fsdp_version} flattens the weights of adapters; set fsdp_version: 2.")
+    if plugin.cpu_ram_efficient_loading:
+        raise ConfigError(
+            "fsdp_cpu_ram_efficient_loading leaves all processes but the first without weights, from which adapters "
+            "are built; set it to false."
+        )
     # an adapter is small, and its parts are no file that peft loads
     plugin.set_state_dict_type("FULL_STATE_DICT")
     if plugin.transformer_cls_names_to_wrap is None:

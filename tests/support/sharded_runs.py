@@ -20,9 +20,10 @@ FSDP2 = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-#: Way of sharding -> environment that `accelerate launch` sets for it.
+#: Way of training -> environment that `accelerate launch` sets for it.
 WAYS: dict[str, dict[str, str]] = {
     "one": {},
+    "ddp": {},
     "fsdp2": FSDP2,
     "zero1": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
@@ -59,7 +60,7 @@ def as_rank(way: str, rank: int, port: int) -> dict[str, Any]:
     if way == "fsdp2":
         shard_on_the_cpu()
     # accelerate initialises DeepSpeed only where it is not told to stay on the CPU
-    return {"use_cpu": False, "ddp_backend": "gloo"} if way.startswith("zero") else {"use_cpu": True}
+    return {"use_cpu": False, "ddp_backend": "gloo"} if way.startswith("zero") else {"use_cpu": way != "alone"}
 
 
 def two(server: Any, function: Any, *args: Any, seconds: float = 300) -> list[int | None]:
@@ -87,12 +88,19 @@ def server(*preload: str) -> Any:
     return context
 
 
-def train_run(values: dict[str, Any], way: str, rank: int, port: int) -> None:
-    """Train a run as one of two processes."""
+def train_run(values: dict[str, Any], way: str, environment: dict[str, str], rank: int = 0, port: int = 0) -> None:
+    """Train a run as one of two processes; write the sentence of a refusal beside its folder."""
     flags = as_rank(way, rank, port)
+    os.environ.update(environment)
+    from peft_lab.errors import PeftLabError
     from peft_lab.training.run import train
 
-    train({**values, **flags})
+    try:
+        train({**values, **flags})
+    except PeftLabError as error:
+        Path(f"{values['output_dir']}.error-{rank}").write_text(str(error))
+        # the other process would wait for this one for ever
+        os._exit(2)
 
 
 def train_methods(methods: list[str], way: str, out: Path, dtype: str, rank: int = 0, port: int = 0) -> None:
@@ -108,6 +116,83 @@ def train_methods(methods: list[str], way: str, out: Path, dtype: str, rank: int
             found = {"error": f"{type(error).__name__}: {error}"}
         if rank == 0:
             (folder / "found.json").write_text(json.dumps(found))
+
+
+def tensor_parallel(folder: Path, out: Path, way: str, rank: int = 0, port: int = 0) -> None:
+    """Adapt a Llama that two processes share by tensor parallelism; write outputs, losses, parameters and file."""
+    as_rank(way, rank, port)
+    for case, (method, fields) in TENSOR_PARALLEL.items():
+        place = out / way / case
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            found = _split_method(method, fields, folder, place, way, rank)
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(found, place / f"found-{rank}.pt")
+
+
+#: Name -> method and fields of its config that are tried with tensor parallelism.
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TENSOR_PARALLEL: dict[str, tuple[str, dict[str, Any]]] = {
+    "svfit": ("svfit", {}),
+    "svfit on all": ("svfit", {"target_modules": LINEARS}),
+    "ssf": ("ssf", {}),
+    "vpt": ("vpt", {}),
+    "soft_prompt": ("soft_prompt", {}),
+    "soft_prompt with key_values": ("soft_prompt", {"key_values": True}),
+    "metadata_prompt": ("metadata_prompt", {}),
+    "iapt": ("iapt", {}),
+}
+
+
+def _split_method(
+    method: str, fields: dict[str, Any], folder: Path, place: Path, way: str, rank: int
+) -> dict[str, Any]:
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from peft_lab.errors import ConfigError
+    from support.properties import config, move
+
+    plan = {"tp_plan": "auto"} if way != "one" else {}
+    base = AutoModelForCausalLM.from_pretrained(folder, **plan)
+    torch.manual_seed(0)
+    model = move(get_peft_model(base, config(method, base, **fields)), scale=0.1)
+    ids = torch.arange(5, 19).reshape(2, 7)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    batch["labels"][:, :3] = -100
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = model.train()(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+    model.save_pretrained(str(place / "adapter"), is_main_process=rank == 0)
+    if way != "one":
+        torch.distributed.barrier()
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, **plan), str(place / "adapter"))
+    with torch.no_grad():
+        reloaded = again.eval()(**batch).logits
+    try:
+        model.merge_adapter()
+        merged = ""
+    except (ConfigError, NotImplementedError) as error:
+        merged = str(error)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    recorded = model.peft_config["default"].recorded_fingerprints
+    return {
+        "losses": losses,
+        "logits": logits,
+        "reloaded": reloaded,
+        "trained": trained,
+        "recorded": recorded,
+        "merged": merged,
+    }
 
 
 def _train_method(method: str, way: str, folder: Path, dtype: torch.dtype, flags: dict[str, Any]) -> dict[str, Any]:
