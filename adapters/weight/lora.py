@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
-from peft_lab.tuners import MethodInfo, conv2d_rows, embed_scale, operation
+from peft_lab.tuners import MethodInfo, conv2d_rows, embed_scale, matrix_shape, operation
 
 METHOD = MethodInfo(
     name="lora",
@@ -77,7 +77,7 @@ class LoraRows:
                 f"A LoRA adapter with {setting}={getattr(config, setting)!r} changes the base weights or biases, "
                 "which all rows share; load it with PeftModel."
             )
-        rank, shape = self._rank(config), self.op.matrix(self.base_layer.weight).shape
+        rank, shape = self._rank(config), matrix_shape(self.base_layer, self.op)
         down, up = self._files
         if self.op.op_type == "embedding":
             return {down: (rank, shape[0]), up: (shape[1], rank)}

@@ -20,6 +20,7 @@ from peft_lab.adapter_files import base_fingerprint
 from peft_lab.backbones import module_roles
 from peft_lab.backbones.experts import expert_parameters
 from peft_lab.backbones.names import PEFT_PREFIX, ends_with, unwrap
+from peft_lab.backbones.quantized_weight import dense_weight, stored_weight
 from peft_lab.errors import AdapterMismatchError
 
 _QKV = ("attn.q", "attn.k", "attn.v")
@@ -82,7 +83,7 @@ class ModuleMatch:
         kept = {name: entry for name, entry in renamed.items() if name not in self.joined_modules}
         same = set(self.same.values())
         fresh = [path for path in self.modules if path not in kept and path not in same]
-        return {**kept, **record_modules(model, {path: base_layer(model, path).weight for path in fresh})}
+        return {**kept, **record_modules(model, {path: stored_weight(base_layer(model, path)) for path in fresh})}
 
     def regex(self) -> str:
         """Return a regex for peft that finds exactly these modules."""
@@ -94,7 +95,7 @@ def regex(modules: Iterable[str]) -> str:
     return f"(?:{'|'.join(map(re.escape, modules))})"
 
 
-def record_modules(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def record_modules(model: nn.Module, weights: Mapping[str, Tensor | None]) -> dict[str, dict[str, Any]]:
     """Return fingerprint and location of adapted modules.
 
     They are saved with an adapter.
@@ -103,7 +104,7 @@ def record_modules(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
     found: dict[str, dict[str, Any]] = {}
     for name, weight in weights.items():
         # A weight on the meta device has no values to take a fingerprint of.
-        if not weight.is_meta:
+        if weight is not None and not weight.is_meta:
             owner = find_module(model, name) or model
             found[name] = {**base_fingerprint.module_fingerprint(owner, weight), **locations.get(name, {})}
     return found
@@ -212,8 +213,9 @@ def is_saved_module(key: str, names: Iterable[str]) -> bool:
 def _linear_weight(model: nn.Module, path: str) -> Tensor:
     """Return the base weight of a linear layer as (out, in)."""
     module = base_layer(model, path)
+    weight = dense_weight(module)
     # GPT-2's Conv1D holds its weight as (in, out).
-    return module.weight.T.contiguous() if type(module).__name__ == "Conv1D" else module.weight
+    return weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight
 
 
 def _slices_within(model: nn.Module, path: str, given: Mapping[str, tuple[str, Mapping[str, Any]]]) -> list[QKVSlice]:
@@ -259,7 +261,7 @@ def _is_same(entry: Mapping[str, Any], weight: Tensor) -> bool:
     # Recorded on a Conv1D, whose weight is transposed.
     if shape == list(weight.shape[::-1]) and shape != list(weight.shape):
         weight = weight.T.contiguous()
-    return base_fingerprint.compare(entry, base_fingerprint.fingerprint(weight)) in ("same", "dtype")
+    return base_fingerprint.compare(entry, base_fingerprint.fingerprint(weight)) not in ("shape", "weights")
 
 
 # The adapter's own weights ------------------------------------------------------------------------------------------

@@ -109,6 +109,8 @@ class _Fingerprint(Schema):
     role: str = ""
     layer: int | None = None
     nth: int | None = None
+    quantization: str = Field(default="", max_length=64)
+    rms: float | None = Field(default=None, ge=0, lt=1e40)
 
 
 def check_fingerprints(values: Any, what: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_lab.backbones.checkpoint_limits import bounded_build, check_files
 from peft_lab.backbones.heads import backbone_weights
+from peft_lab.backbones.quantized_loading import quantization_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,20 +20,31 @@ logger = logging.getLogger("peft_lab")
 _SHOWN = 3
 
 
-def load_checkpoint(auto_class: Any, name: str, **options: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+def load_checkpoint(
+    auto_class: Any, name: str, *, quantization: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """`auto_class.from_pretrained(name, ...)` and its loading info.
 
     Code that the checkpoint brings is never run, and no more is built than its weights account for. A new task head is
     what every fine-tuning starts with, so the report that transformers prints of it is left out. Weights of the
-    backbone that start at random, which no adapter would mend, are warned of.
+    backbone that start at random, which no adapter would mend, are warned of. `quantization` is one of
+    `peft_lab.backbones.quantized_loading.FORMS`.
 
     Raises:
-        ConfigError: its config asks for a model far larger than its weights, or for code from the Hub.
+        ConfigError: its config asks for a model far larger than its weights, or for code from the Hub, or it cannot be
+            quantised so.
     """
     revision = options.get("revision")
     check_files(name, revision)
+    from peft_lab.backbones.quantized_weight import keep_layout
+
     with _without_report(), bounded_build(name, revision):
+        if quantization is not None:
+            hub = {"revision": revision} if revision else {}
+            dtype = options.get("dtype")
+            options["quantization_config"] = quantization_config(auto_class, name, quantization, dtype, **hub)
         model, info = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
+    keep_layout(model)
     # A new head is missing too.
     absent = backbone_weights(model, info.get("missing_keys", ()))
     if absent:

@@ -8,7 +8,7 @@ from typing import Any
 from peft_lab.adapter_files.names import ADAPTER_CONFIG
 from peft_lab.errors import ConfigError
 from peft_lab.loading.load_run import load
-from peft_lab.runs.run_folder import refuse_filled, write_labels
+from peft_lab.runs.run_folder import read_origin, refuse_filled, write_labels
 from peft_lab.utils.atomic_files import new_folder
 
 
@@ -17,7 +17,7 @@ def merge(
 ) -> Path:
     """Merge an adapter into its base and save the result.
 
-    It loads with transformers alone.
+    It loads with transformers alone. A quantised base is merged by its values, and the result is not quantised.
 
     Raises:
         ConfigError: the method cannot be merged, there is no adapter, the merged model would lose weights when loaded
@@ -26,7 +26,7 @@ def merge(
     """
     out = Path(out).expanduser()
     refuse_filled(out)
-    loaded = load(adapter, None, model_name_or_path, allow_other_base=allow_other_base)
+    loaded = load(adapter, None, model_name_or_path, dequantised=True, allow_other_base=allow_other_base)
     adapted: Any = loaded.model
     if not (loaded.folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(f'"{adapter}" is a whole model: there is no adapter to merge.')
@@ -36,6 +36,9 @@ def merge(
     except (NotImplementedError, AttributeError, ValueError) as error:
         reason = str(error) or "peft has no merge for it"
         raise ConfigError(f'The adapter in "{adapter}" cannot be merged: {reason}') from error
+    if read_origin(loaded.folder).get("quantization"):
+        # Its values came in float32; what is written has the dtype that the base was loaded in.
+        merged.to(merged.config.dtype)
     with new_folder(out) as place:
         merged.save_pretrained(place)
         loaded.processor.save_pretrained(place)

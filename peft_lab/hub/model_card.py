@@ -149,13 +149,16 @@ def card_text(
         eval_results=eval_results(metrics, task, kind.info, standing),
     )
     # peft finds the base by the name in adapter_config.json: a path in a local folder, a Hub id in a repository
-    peft_finds_base = repo == "" or base.on_hub
+    form = metrics["run"].get("quantization")
+    # peft would load the base unquantised, too
+    peft_finds_base = (repo == "" or base.on_hub) and not form
     return _template().render(
         head=head,
         title=name,
         method=_method(info, metrics.get("lora_export")),
         base=base,
         revision=_revision(base),
+        form=f", quantised to {markdown_code(form)}," if form else "",
         usage=_usage(repo or name, info, kind, metrics["data"]["labels"], is_adapter, peft_finds_base),
         run=metrics,
         task=task,

@@ -33,6 +33,7 @@ from peft_lab.backbones import module_roles
 from peft_lab.backbones.experts import expert_parameter, expert_parameters
 from peft_lab.backbones.family import LINEAR
 from peft_lab.backbones.names import PEFT_PREFIX, ends_with, unwrap
+from peft_lab.backbones.quantized_weight import stored_weight
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.config_files import parameter_prefix
 from peft_lab.tuners.expert_layer import adapted_parameters
@@ -60,16 +61,15 @@ def write_record(model: Any, folder: Path, writes: bool = True) -> None:
         return
     base = unwrap(model)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    weights = {name: getattr(layer.get_base_layer(), "weight", None) for name, layer in layers.items()}
+    weights = {name: stored_weight(layer.get_base_layer()) for name, layer in layers.items()}
     stacked = expert_parameters(base)
     weights |= {path: weight for path, weight in adapted_parameters(base).items() if path in stacked}
     if any(is_head_alone(config.to_dict()) for config in model.peft_config.values()):
         # A head saved alone belongs to every weight that its features come from.
         for name, location in module_roles.module_locations(base).items():
             if location["role"] in _WEIGHT_ROLES:
-                weights[name] = getattr(base.get_submodule(name), "weight", None)
-    kept = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
-    recorded = record_modules(base, kept)
+                weights[name] = stored_weight(base.get_submodule(name))
+    recorded = record_modules(base, weights)
     if writes:
         write_json(folder / BASE_RECORD, {"modules": recorded})
 
@@ -83,8 +83,8 @@ def check_record(model: nn.Module, recorded: Mapping[str, Mapping[str, Any]]) ->
     found = {}
     for name in recorded:
         module = find_module(model, name)
-        place = (module, module.weight) if module else expert_parameter(model, name)
-        if place is not None:
+        place = expert_parameter(model, name) if module is None else (module, stored_weight(module))
+        if place is not None and place[1] is not None:
             found[name] = base_fingerprint.module_fingerprint(*place)
     base_fingerprint.check(recorded, found, dtype_bound=False)
 

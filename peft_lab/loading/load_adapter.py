@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from peft_lab.adapter_files import base_fingerprint
 from peft_lab.adapter_files.completeness import check_complete
+from peft_lab.backbones.quantized_weight import count_values, keep_layout
 from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.config_files import check_sizes
@@ -74,6 +75,7 @@ def load_folder(
     Arguments and errors are those of `load_adapter`.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    keep_layout(base)
     folder.check_weights(most_bytes(base))
     with tempfile.TemporaryDirectory() as scratch, base_fingerprint.any_base(allow_other_base):
         try:
@@ -101,7 +103,8 @@ def load_folder(
 
 def most_bytes(base: Any) -> int:
     """Largest file of an adapter on a base, in bytes."""
-    return 4 * sum(p.numel() * p.element_size() for p in base.parameters()) + _SPARE_BYTES
+    # A quantised weight takes less than the adapter that is made from its values.
+    return 4 * sum(count_values(p) * max(p.element_size(), 2) for p in base.parameters()) + _SPARE_BYTES
 
 
 def _load_foreign(

@@ -15,6 +15,7 @@ from peft_lab.backbones import module_roles
 from peft_lab.backbones.checkpoint_limits import check_files
 from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.backbones.pypi_weights import BACKBONES, resolve_model
+from peft_lab.backbones.quantized_weight import count_values, dequantise
 from peft_lab.data.splits import load_splits
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
@@ -25,7 +26,6 @@ from peft_lab.registry import MethodInfo
 from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.expert_layer import tell_left_out
 from peft_lab.tuners.registration import make_config
-from peft_lab.utils.sharded_weights import whole_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,10 +42,12 @@ def load_base(
     revision: str | None = None,
     dtype: str | None = None,
     keep_head: bool = False,
+    quantization: str | None = None,
 ) -> tuple[Any, PreTrainedModel]:
     """Load processor and model of a backbone for a task.
 
-    The model gets a head for its labels, or keeps the one it was trained with.
+    The model gets a head for its labels, or keeps the one it was trained with. `quantization` is one of
+    `peft_lab.backbones.quantized_loading.FORMS`.
 
     Raises:
         ConfigError: there is no such backbone, or it does not fit the kind of task.
@@ -56,7 +58,8 @@ def load_base(
     hub: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         processor = kind.load_processor(path, task, **hub)
-        options = {**hub, **({"dtype": dtype} if dtype else {})}
+        given = {"dtype": dtype, "quantization": quantization}
+        options = {**hub, **{name: value for name, value in given.items() if value}}
         if keep_head:
             model = kind.load_classifier(path, task, **options)
         else:
@@ -127,7 +130,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
     A saved head counts twice, because peft keeps its original. Sharded parameters count whole.
     """
-    parameters = [(parameter.requires_grad, whole_shape(parameter).numel()) for parameter in model.parameters()]
+    parameters = [(parameter.requires_grad, count_values(parameter)) for parameter in model.parameters()]
     return sum(count for trained, count in parameters if trained), sum(count for _, count in parameters)
 
 
@@ -157,6 +160,8 @@ def load(
     model_name_or_path: str | None = None,
     dtype: str | None = None,
     *,
+    quantization: str | None = None,
+    dequantised: bool = False,
     allow_other_base: bool = False,
     revision: str | None = None,
 ) -> Loaded:
@@ -167,6 +172,9 @@ def load(
         task: the task whose kind and labels apply, if the folder does not say it.
         model_name_or_path: the base to load instead of the one that was trained on.
         dtype: dtype of the base; the one of the training by default.
+        quantization: form of the base, one of `peft_lab.backbones.quantized_loading.FORMS`, or "none"; the one of the
+            training by default.
+        dequantised: replace quantised weights by their values in float32, which an adapter can be merged into.
         allow_other_base: warn instead of refusing where the base's weights differ from those trained on.
         revision: branch, tag or commit of the adapter on the Hub.
 
@@ -180,10 +188,15 @@ def load(
     if labels is None:
         labels = list(found.labels) or _labels_of_data(found)
     dtype = dtype or folder.origin.get("dtype")
+    quantization = quantization or folder.origin.get("quantization")
+    if quantization == "none":
+        quantization = None
     # The recorded revision is one of the recorded base.
     base_revision = folder.origin.get("model_revision") if model_name_or_path is None else None
     base = model_name_or_path or folder.base_name()
-    processor, bare = load_base(kind, found, labels, base, base_revision, dtype, folder.uses_source_head)
+    processor, bare = load_base(kind, found, labels, base, base_revision, dtype, folder.uses_source_head, quantization)
+    if dequantised and dequantise(bare):
+        bare.float()
     model: Any = load_folder(bare, folder, allow_other_base=allow_other_base) if folder.has_adapter else bare
     return Loaded(model.eval(), processor, found, kind, labels, folder.path)
 

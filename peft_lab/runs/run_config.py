@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_lab import registry
+from peft_lab.backbones.quantized_loading import FORMS, check_form
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.utils import source_reader
 
@@ -55,6 +56,12 @@ class RunConfig:
         default=None, metadata={"help": "Branch, tag or commit of the backbone on the Hub."}
     )
     dtype: str | None = field(default=None, metadata={"help": f"Dtype of the backbone: {', '.join(DTYPES)}."})
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": f"Load the linear layers of the backbone quantised: {', '.join(FORMS)}."},
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Short for --quantization nf4."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Short for --quantization int8."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many examples, drawn with a fixed seed."}
     )
@@ -123,6 +130,7 @@ class RunConfig:
         read["training_arguments"] = {
             name: convert(name, known[name].annotation, value) for name, value in self.training_arguments.items()
         }
+        _spell_out_quantization(read)
         for name, value in read.items():
             object.__setattr__(self, name, value)
 
@@ -171,6 +179,7 @@ class RunConfig:
             raise ConfigError(
                 f'dtype "{self.dtype}" must be one of {", ".join(DTYPES)}.{did_you_mean(self.dtype, DTYPES)}'
             )
+        self._check_quantization(info)
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -188,6 +197,16 @@ class RunConfig:
         if Path(self.output_dir).expanduser().is_file():
             raise ConfigError(f'output_dir "{self.output_dir}" is a file; name a folder.')
         return info
+
+    def _check_quantization(self, info: registry.MethodInfo) -> None:
+        if self.quantization is None:
+            return
+        check_form(self.quantization)
+        if info.place == "baseline" and "head" not in info.roles:
+            raise ConfigError(
+                f'Baseline "{info.name}" trains all weights, and quantised ones cannot be trained; leave '
+                f'quantization="{self.quantization}" out, or choose a method with an adapter.'
+            )
 
     def _check_time(self) -> None:
         if self.max_seconds is None:
@@ -244,6 +263,23 @@ class RunConfig:
             for name, value in values.items()
             if name not in _NO_INFLUENCE and not name.startswith(_NO_INFLUENCE_BEGINNINGS)
         }
+
+
+#: Short flags, as in the example scripts of transformers, and the form that each stands for.
+_SHORT_FORMS = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
+
+
+def _spell_out_quantization(values: dict[str, Any]) -> None:
+    """Replace a short flag by the form that it stands for, so that a run has one spelling.
+
+    Raises:
+        ConfigError: the flags ask for two forms.
+    """
+    asked = [form for flag, form in _SHORT_FORMS.items() if values[flag]]
+    asked += [values["quantization"]] if values["quantization"] is not None else []
+    if len({*asked}) > 1:
+        raise ConfigError(f"The backbone has one quantised form, and the options ask for {' and '.join(asked)}.")
+    values |= {"quantization": asked[0] if asked else None, **dict.fromkeys(_SHORT_FORMS, False)}
 
 
 #: Options of bi-level training.

@@ -27,6 +27,7 @@ from peft_lab.adapter_files.names import (
     MODEL_WEIGHTS,
     write_json,
 )
+from peft_lab.backbones.quantized_loading import FORMS
 from peft_lab.data.task_registry import validate_task
 from peft_lab.data.task_schema import MAX_LABELS, Task, check_classes
 from peft_lab.errors import ConfigError, did_you_mean
@@ -133,16 +134,18 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 def read_origin(folder: Path) -> dict[str, str]:
     """Origin of a saved adapter, as far as it is known.
 
-    Keys: `task`, `model_name_or_path`, `model_revision`, `dtype`.
+    Keys: `task`, `model_name_or_path`, `model_revision`, `dtype`, `quantization`.
 
     Raises:
         ConfigError: a value is not what it should be; a folder may come from anywhere.
     """
     run = read_metrics(folder).get("run", {})
-    names = ("task", "model_name_or_path", "model_revision", "dtype")
+    names = ("task", "model_name_or_path", "model_revision", "dtype", "quantization")
     found = {name: run[name] for name in names if run.get(name) is not None}
     if found.get("dtype", "auto") not in DTYPES:
         raise ConfigError(f'"{folder / METRICS}" names {found["dtype"]!r} as dtype, which cannot be.')
+    if found.get("quantization", "nf4") not in FORMS:
+        raise ConfigError(f'"{folder / METRICS}" names {found["quantization"]!r} as quantization, which cannot be.')
     return found
 
 

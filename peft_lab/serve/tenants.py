@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peft_lab import registry
 from peft_lab.adapter_files import base_fingerprint, module_matching
+from peft_lab.backbones.quantized_weight import keep_layout, stored_weight
 from peft_lab.errors import AdapterMismatchError, ConfigError, did_you_mean
 from peft_lab.loading.load_adapter import most_bytes
 from peft_lab.serve.adapter_file import AdapterFile, check_shapes, read_adapter, row_layer_class
@@ -73,6 +74,7 @@ class Tenants:
                     f'Module "{path}" of the model already carries {type(module).__name__}; pass a base without '
                     "adapters, or add to the tenants that it has."
                 )
+        keep_layout(model)
         self.model = model
         self._find_module = module_matching.module_finder(model)
         self._lock = threading.Lock()
@@ -286,7 +288,7 @@ class Tenants:
             if key not in self._shapes:
                 self._shapes[key] = layer.row_shapes(file.config)
             check_shapes(path, tensors, self._shapes[key])
-            device = layer.base_layer.weight.device
+            device = stored_weight(layer.base_layer).device  # type: ignore[union-attr]
             rows[path] = layer.row_values({name: value.to(device) for name, value in tensors.items()}, file.config)
         return rows
 
@@ -338,8 +340,8 @@ class Tenants:
 
     def _fingerprint(self, path: str) -> dict[str, Any] | None:
         module = self._base_module(path)
-        weight = getattr(module, "weight", None)
-        return base_fingerprint.module_fingerprint(module, weight) if isinstance(weight, Tensor) else None
+        weight = None if module is None else stored_weight(module)
+        return None if weight is None else base_fingerprint.module_fingerprint(module, weight)
 
     def _publish(self, layouts: Mapping[str, tuple[RowLayout, ...]], banks: Mapping[RowLayout, ParameterBank]) -> None:
         """Replace the snapshot that requests begin with."""

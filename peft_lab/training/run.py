@@ -224,6 +224,7 @@ class _Run:
             self.config.model_revision,
             self.config.dtype,
             keeps_head,
+            self.config.quantization,
         )
         self.kind.check_processor(self.processor, base)
         # found before the adapter is on it, because peft wraps the head and its paths change

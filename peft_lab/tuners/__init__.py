@@ -11,7 +11,15 @@ from peft_lab.tuners.dtypes import WIDE_DTYPES, sum_dtype
 from peft_lab.tuners.forward_context import ForwardContext, RowInput, before_forward
 from peft_lab.tuners.layer import AdapterLayer, FeatureLayer, WeightLayer
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters
-from peft_lab.tuners.operations import Operation, apply_matrix, conv2d_rows, embed_scale, norm_offset, operation
+from peft_lab.tuners.operations import (
+    Operation,
+    apply_matrix,
+    conv2d_rows,
+    embed_scale,
+    matrix_shape,
+    norm_offset,
+    operation,
+)
 from peft_lab.tuners.registration import register
 from peft_lab.tuners.residual_layer import ResidualBranches, ResidualLayer, register_residual
 from peft_lab.tuners.tokens import insert, parameter_names, split
@@ -37,6 +45,7 @@ __all__ = [
     "conv2d_rows",
     "embed_scale",
     "insert",
+    "matrix_shape",
     "norm_offset",
     "operation",
     "parameter_names",

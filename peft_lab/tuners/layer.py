@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lab.adapter_files.base_fingerprint import module_fingerprint
+from peft_lab.backbones.quantized_weight import weight_shape
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.active_adapters import LayerAdapters
@@ -301,7 +302,7 @@ class WeightLayer(AdapterLayer):
 
         The name is peft's, whose conversion to LoRA calls it.
         """
-        return self.op.weight(self.delta_weight(adapter), self.base_layer.weight.shape)
+        return self.op.weight(self.delta_weight(adapter), weight_shape(self.base_layer))
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """Exact factors B (out, r) and A (r, in) of `delta_weight`.

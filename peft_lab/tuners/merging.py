@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from peft_lab.adapter_files.base_fingerprint import reference_weight
 from peft_lab.backbones.family_table import declared_names
+from peft_lab.backbones.quantized_weight import dense_weight, quantization
 from peft_lab.errors import ConfigError
 from peft_lab.registry import CAPABILITIES, MethodInfo
 from peft_lab.tuners.expert_layer import ExpertsLayer
@@ -87,14 +88,26 @@ class MergeableLayer(StandIn, BaseTunerLayer):
         return weight
 
     @property
-    def whole_base_weight(self) -> Tensor:
-        """Unmerged weight as all processes together hold it; each of them has to ask for it."""
-        return whole_weight(self.base_weight)
-
-    @property
     def is_sharded(self) -> bool:
         """True if this process holds only a part of the base weight now."""
         return is_sharded(self.base_weight)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Dtype of the base weight's values, float32 where they are packed."""
+        dtype = self.base_weight.dtype
+        return dtype if dtype.is_floating_point else torch.float32
+
+    def dense_weight(self) -> Tensor:
+        """Unmerged base weight as its values: dequantised to float32 where it is quantised.
+
+        A sharded one is gathered, so that all processes have to ask for it.
+
+        Raises:
+            ConfigError: the library of a quantised weight gives no values.
+        """
+        unmerged = self.unmerged_weight
+        return whole_weight(dense_weight(self.base_layer) if unmerged is None else unmerged)
 
     @property
     def creates_bias(self) -> bool:
@@ -105,10 +118,17 @@ class MergeableLayer(StandIn, BaseTunerLayer):
         """Weight and bias, in the base's dtypes, with the named adapters and none else folded in.
 
         Raises:
-            ConfigError: they are not finite in these dtypes, or the base is sharded.
+            ConfigError: they are not finite in these dtypes, or the base is sharded or quantised.
         """
         if self.is_sharded:
             raise ConfigError(SHARDED_MERGE)
+        form = quantization(self.base_layer)
+        if form:
+            raise ConfigError(
+                f"The base weights are quantised ({form}), and a merged weight would be rounded to that again; "
+                "`peft-lab merge` and peft_lab.merge take their values as they are, or put the adapter on the base "
+                "without quantisation and merge it there."
+            )
         weight, bias = self.base_weight, self.unmerged_bias if self.merged else getattr(self.base_layer, "bias", None)
         # Weights made in inference mode could not be trained on later.
         with torch.inference_mode(False), torch.no_grad():
@@ -354,8 +374,10 @@ class MergingTuner(BaseTuner):
                 yield start, module
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # peft would look for the one weight of a head, which may be a module of several layers, or of experts.
-        if isinstance(child, AuxiliaryTrainingWrapper | ExpertsLayer):
+        # peft would look for the one weight of a head, which may be a module of several layers, or of experts. A base
+        # that comes back needs nothing set, and a quantised one may have no weight under that name.
+        whole = isinstance(child, AuxiliaryTrainingWrapper | ExpertsLayer)
+        if whole or getattr(child, "base_layer", None) is new_module:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_lab.backbones.quantized_weight import quantization, weight_shape
 from peft_lab.errors import ConfigError
 from peft_lab.utils.sharded_weights import whole_shape
 
@@ -71,6 +72,7 @@ class Operation:
         takes_bias: True if the module's forward adds a `bias`, present or not. RMSNorm's does not.
         experts: number of experts in a stacked weight; 0 for a weight of its own.
         transposed: True if a stacked weight is (experts, in, out).
+        quantization: name of the form in which the weight is quantised, "" for a plain weight.
     """
 
     op_type: str
@@ -79,6 +81,7 @@ class Operation:
     takes_bias: bool = True
     experts: int = 0
     transposed: bool = False
+    quantization: str = ""
 
     @property
     def channel_shape(self) -> tuple[int, ...]:
@@ -122,13 +125,17 @@ def operation(module: nn.Module, name: str) -> Operation:
     Raises:
         ConfigError: the module is no operation that an adapter can wrap exactly, with the reason.
     """
+    form = quantization(module)
+    if form and hasattr(module, "out_features"):
+        return Operation("linear", int(module.out_features), quantization=form)  # type: ignore[arg-type]
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise ConfigError(f'Module "{name}" ({type(module).__name__}) has no weight to adapt; choose other modules.')
-    if not weight.is_floating_point():
+    if form or not weight.is_floating_point():
         raise ConfigError(
-            f'Module "{name}" has a quantised weight ({weight.dtype}), which no method of peft-lab declares to adapt; '
-            "load the backbone in float32, bfloat16 or float16."
+            f'Module "{name}", a {type(module).__name__}, has a quantised weight ({form or weight.dtype}), and only '
+            "linear layers quantised by a library that peft knows can be adapted; choose other modules, or load the "
+            "backbone in float32, bfloat16 or float16."
         )
     found = _stacked(module, name) if isinstance(module, ExpertWeight) else _recognise(module, weight)
     if found is None:
@@ -179,14 +186,19 @@ def features(module: Any, op: Operation) -> tuple[int, int]:
 
     Channels of a convolution, tokens and width of an embedding, channels of a norm twice.
     """
-    weight = module.weight
     if op.op_type == "experts":
-        return int(op.matrix(weight).shape[2]), op.channels
+        return int(op.matrix(module.weight).shape[2]), op.channels
     if op.op_type == "conv2d":
         return int(module.in_channels), op.channels
     if op.op_type == "norm":
         return op.channels, op.channels
-    return int(whole_shape(weight)[1 if op.op_type == "linear" else 0]), op.channels
+    return int(weight_shape(module)[1 if op.op_type == "linear" else 0]), op.channels
+
+
+def matrix_shape(module: nn.Module, op: Operation) -> torch.Size:
+    """Shape of a base module's `Operation.matrix`, also where its weight is packed."""
+    # On the meta device a tensor has a shape and no values.
+    return op.matrix(torch.empty(weight_shape(module), device="meta")).shape
 
 
 def apply_matrix(module: Any, op: Operation, x: Tensor, matrix: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from peft_lab.backbones.experts import expert_parameter, names_of_experts
 from peft_lab.backbones.frozen_norms import has_running_norms, set_frozen_norms
 from peft_lab.backbones.heads import PEFT_HEADS
 from peft_lab.backbones.names import PEFT_PREFIX
+from peft_lab.backbones.quantized_weight import keep_layout
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.active_adapters import KeepsTrainability
 from peft_lab.tuners.adapter_names import check_adapter_name, check_base_names
@@ -67,6 +68,7 @@ class AdapterTuner(MergingTuner):
             self._forget(adapter_name)
             raise
         vars(config).pop("read_alone", None)
+        keep_layout(model)
         # peft sets `requires_grad` of all adapters on the way, which is not what counts once they are enabled again.
         disabled = [m for m in model.modules() if isinstance(m, KeepsTrainability) and m.disable_adapters]
         before = [module.trained_before for module in disabled]
@@ -314,7 +316,7 @@ class AdapterTuner(MergingTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for module in self.model.modules():
             if isinstance(module, AdapterLayer) and adapter_name in module.configs:
-                module.cast_adapter(adapter_name, None if autocast_adapter_dtype else module.base_weight.dtype)
+                module.cast_adapter(adapter_name, None if autocast_adapter_dtype else module.base_dtype)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def add_weighted_adapter(

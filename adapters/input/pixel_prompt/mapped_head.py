@@ -300,7 +300,7 @@ class MappedHead(AdapterLayer):
         try:
             for batch in batches:
                 # A Trainer's autocast is around the whole adapter only.
-                images = batch["pixel_values"].to(self.base_weight.dtype)
+                images = batch["pixel_values"].to(self.base_dtype)
                 labels = self._class_indices(batch.get("labels"), targets).to(images.device)
                 logits = self.whole[0](pixel_values=images).logits
                 counts += (logits.argmax(-1) * targets + labels).cpu().bincount(minlength=len(counts))

@@ -63,7 +63,7 @@ class Pruning(nn.Module):
     def _find(self, sparsity: float) -> list[Tensor]:
         """Masks of the weights by module, bool, False at pruned entries."""
         weights: list[Tensor] = [module.weight for module in self.layers]
-        if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
+        if any(w.is_meta or type(w) is not nn.Parameter or not w.is_floating_point() for w in weights):
             raise ConfigError(
                 f"sparsity={sparsity} prunes the base by the size of its weights: load it into memory, not quantised."
             )

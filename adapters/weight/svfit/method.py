@@ -22,7 +22,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from peft_lab.adapters.weight.svfit import svd
-from peft_lab.adapters.weight.svfit.kernels import spectral_conv2d, spectral_linear
+from peft_lab.adapters.weight.svfit.kernels import spectral_conv2d, spectral_delta, spectral_linear
 from peft_lab.errors import ConfigError
 from peft_lab.tuners import AdapterConfig, MethodInfo, RowAdapters, WeightLayer, conv2d_rows, embed_scale, register
 
@@ -163,6 +163,8 @@ class SVFitLayer(WeightLayer):
         bases, delta = self.bases(adapters[0]), self.delta(adapters[0])
         if plain_conv:
             return spectral_conv2d(x, base, bases.u, delta, bases.vh)
+        if self.op.quantization:
+            return base(x) + spectral_delta(x, bases.u, delta, bases.vh)
         return spectral_linear(x, self.op.matrix(base.weight), base.bias, bases.u, delta, bases.vh)
 
     def mixed(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
@@ -190,8 +192,8 @@ class SVFitLayer(WeightLayer):
         self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         delta, base = values["svfit_delta"], self.base_layer
-        bases, weight = self._shared.select(delta.shape[1], "principal"), base.weight
-        linear = self.op.op_type in ("linear", "conv1d")
+        bases, weight = self._shared.select(delta.shape[1], "principal"), self.base_weight
+        linear = self.op.op_type in ("linear", "conv1d") and not self.op.quantization
         if out is None and linear and bases.rank == min(weight.shape) and x.dtype == weight.dtype == torch.float32:
             # The bases span the whole weight, so its own product is not needed beside theirs.
             out = self._project(x, bases, delta + bases.s)
@@ -252,9 +254,9 @@ class SVFitLayer(WeightLayer):
 
     def _bases_of_weight(self, rank: int | str) -> svd.Bases:
         """Singular bases of the unmerged base weight, up to a rank."""
-        weight = self.whole_base_weight
-        if weight.is_meta:
+        if self.base_weight.is_meta:
             raise RuntimeError("SVFit needs the base weights to build its bases; load the backbone before the adapter.")
+        weight = self.dense_weight()
         wanted, side = svd.parse_rank(rank), min(self.op.matrix(weight).shape[-2:])
         # Shared bases of at least this rank hold the wanted ones; a share of energy needs the whole spectrum.
         if self._shared is not None and not isinstance(wanted, float) and (wanted or side) <= self._shared.rank:

@@ -142,7 +142,8 @@ def _counter(run: Run, name: str) -> Callable[[int], int]:
     info, splits = registry.method(run.method), load_splits(task)
     labels = splits.labels
     revision, dtype = options.get("model_revision"), options.get("dtype")
-    processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, has_trait(info, "uses_source_head"))
+    keeps_head, form = has_trait(info, "uses_source_head"), options.get("quantization")
+    processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, keeps_head, form)
     settings = rule.adapter_settings(processor, labels) | prompt_column.settings(splits.prompt_values)
 
     def count(value: int) -> int:
