@@ -119,10 +119,12 @@ def module_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
 
 def _values_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
     """Fingerprint of a weight in `module`, dequantised where it is quantised."""
-    owner = next((part for part in module.modules() if stored_weight(part) is weight), module)
-    name = quantization(owner)
-    if not name:
+    # An adapter around the module shows its weight too, and is not quantised itself.
+    holders = (part for part in module.modules() if stored_weight(part) is weight and quantization(part))
+    owner = next(holders, None)
+    if owner is None:
         return fingerprint(weight)
+    name = quantization(owner)
     try:
         values = dense_weight(owner)
         return {**fingerprint(values), "quantization": name, "rms": values.square().mean().sqrt().item()}

@@ -40,7 +40,7 @@ def make_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **names)
 
 
-def make_backbone(folder: Path, dropout: float = 0.0, seed: int = 0) -> Path:
+def make_backbone(folder: Path, dropout: float = 0.0, seed: int = 0, width: int = 32) -> Path:
     """A random BERT of about 20,000 parameters with the tokenizer of `make_tokenizer`."""
     from transformers import BertConfig, BertModel
 
@@ -48,10 +48,10 @@ def make_backbone(folder: Path, dropout: float = 0.0, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=64,
+        intermediate_size=2 * width,
         max_position_embeddings=32,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
