@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from peft_lab.adapter_files import safe_files
 from peft_lab.adapter_files.names import BASE_RECORD
-from peft_lab.backbones.quantized_weight import dense_weight, quantization, stored_parts, stored_weight, weight_shape
+from peft_lab.backbones.quantized_weight import (
+    dense_weight,
+    is_plain,
+    quantization,
+    stored_parts,
+    stored_weight,
+    weight_shape,
+)
 from peft_lab.errors import AdapterMismatchError, ConfigError
 from peft_lab.utils.sharded_weights import is_sharded, whole_weight
 
@@ -119,6 +126,8 @@ def module_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
 
 def _values_fingerprint(module: nn.Module, weight: Tensor) -> dict[str, Any]:
     """Fingerprint of a weight in `module`, dequantised where it is quantised."""
+    if is_plain(weight):
+        return fingerprint(weight)
     # An adapter around the module shows its weight too, and is not quantised itself.
     holders = (part for part in module.modules() if stored_weight(part) is weight and quantization(part))
     owner = next(holders, None)

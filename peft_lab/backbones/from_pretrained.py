@@ -38,11 +38,13 @@ def load_checkpoint(
     check_files(name, revision)
     from peft_lab.backbones.quantized_weight import keep_layout
 
+    if quantization is not None:
+        hub = {"revision": revision} if revision else {}
+        # a limit of its own, because it builds the model a first time
+        with bounded_build(name, revision):
+            form = quantization_config(auto_class, name, quantization, options.get("dtype"), **hub)
+        options["quantization_config"] = form
     with _without_report(), bounded_build(name, revision):
-        if quantization is not None:
-            hub = {"revision": revision} if revision else {}
-            dtype = options.get("dtype")
-            options["quantization_config"] = quantization_config(auto_class, name, quantization, dtype, **hub)
         model, info = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
     keep_layout(model)
     # A new head is missing too.

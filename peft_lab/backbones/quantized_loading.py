@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
+from importlib.util import find_spec
 from typing import Any
 
 from peft_lab.errors import ConfigError, did_you_mean
@@ -27,7 +27,7 @@ def check_form(name: str) -> None:
     """
     if name not in FORMS:
         raise ConfigError(f'quantization "{name}" must be one of {", ".join(FORMS)}.{did_you_mean(name, FORMS)}')
-    if importlib.util.find_spec(FORMS[name]) is None:
+    if find_spec(FORMS[name]) is None:
         raise ConfigError(f'quantization "{name}" needs a package that is not installed: pip install {FORMS[name]}')
 
 

@@ -37,6 +37,11 @@ def quantization(module: nn.Module) -> str:
     return f"hqq-{module.meta['nbits']}bit" if name == "hqq" else name  # type: ignore[index]
 
 
+def is_plain(tensor: Any) -> bool:
+    """True for a tensor of plain floating-point values, which is neither packed nor a subclass."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point()
+
+
 def stored_weight(module: nn.Module) -> Tensor | None:
     """Tensor that holds a module's weight: packed where it is quantised, and None if there is none."""
     own = getattr(module, "weight", None)
@@ -121,7 +126,7 @@ def has_wrong_scales(linear: Any) -> bool:
 
 def stored_parts(weight: Tensor) -> list[Tensor]:
     """Plain tensors that a weight consists of: itself, or the parts of a tensor subclass."""
-    if not hasattr(weight, "__tensor_flatten__"):
+    if type(weight) in (nn.Parameter, Tensor) or not hasattr(weight, "__tensor_flatten__"):
         return [weight]
     names, _ = weight.__tensor_flatten__()
     parts: list[Tensor] = []
@@ -165,18 +170,16 @@ def dequantise(model: Any) -> list[str]:
 def _backend(module: nn.Module) -> Any:
     """Quantisation backend of peft for a module, None for plain ones."""
     weight = getattr(module, "weight", None)
-    own = [weight] if weight is not None else [*module._parameters.values(), *module._buffers.values()]
     # Plain tensors need no look into all the libraries that are installed, which peft would import.
-    if all(tensor is None or _is_plain(tensor) for tensor in own):
+    if weight is not None and is_plain(weight):
+        return None
+    own = [] if weight is not None else [*module._parameters.values(), *module._buffers.values()]
+    if weight is None and all(tensor is None or is_plain(tensor) for tensor in own):
         return None
     from peft.utils import resolve_quantization_backend
 
     # torchao's backend takes a function for merging into the quantised weight, which peft-lab does not do.
     return resolve_quantization_backend(module, get_apply_tensor_subclass=_never)
-
-
-def _is_plain(tensor: Any) -> bool:
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point()
 
 
 def _never() -> None:

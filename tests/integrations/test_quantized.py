@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.backbones import tiny, tiny_inputs
+from support.method_runs import interrupt
 from support.properties import (
     EVERY,
     IMAGES,
@@ -26,8 +27,15 @@ from support.properties import (
     move,
     output,
 )
+from support.tiny_runs import make_backbone, make_task, options
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    BertModel,
+)
 
 import peft_lab
 from peft_lab.backbones.from_pretrained import load_checkpoint
@@ -325,3 +333,92 @@ def test_rows_of_one_batch_have_their_own_adapters(method: str, form: str, load:
         expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
         # LLM.int8 rounds by the largest value of what comes in
         assert_close(main_tensor(tenants(**inputs, adapter_names=names)), expected, 2e-3 if form == "int8" else 1e-5)
+
+
+def test_odd_layers_stay_unquantised_and_are_named(
+    load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = BertForSequenceClassification(tiny("bert").config)
+    odd.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "peft_lab"):
+        model, _ = load_checkpoint(AUTO["bert"], str(tmp_path), quantization="nf4", dtype="float32")
+    assert not any(quantization(module) for module in model.modules())
+    assert "no multiple of 64" in caplog.text
+    # what it spares the layers: 4-bit values that are read by the scales of other blocks
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(32, 16, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=False)
+    exact = torch.randn(16, 32) * torch.arange(1, 17)[:, None]
+    layer.weight.data.copy_(exact)
+    layer = layer.to("cpu")
+    assert (dense_weight(layer) - exact).norm() > 0.2 * exact.norm()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "peft_lab"):
+        put("ssf", nn.Sequential(layer), target_modules=["0"])
+    assert "wrong scales" in caplog.text
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a task and a backbone for runs."""
+    place = tmp_path_factory.mktemp("runs")
+    make_task(place / "task")
+    make_backbone(place / "bert", width=64)
+    return place
+
+
+@forms("`peft-lab train`, evaluate, predict, merge", tuple(FORMS))
+@pytest.mark.parametrize("method", ["svfit", "ssf", "lora"])
+def test_run_is_recorded_and_read_in_its_form(method: str, form: str, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = options(place / "task" / "topics.yaml", place / "bert", out, method=method, quantization=form)
+    metrics = peft_lab.train(run).metrics
+    assert metrics["run"]["quantization"] == form
+    # counted by their values, not by the bytes that hold them
+    plain = sum(p.numel() for p in BertModel.from_pretrained(place / "bert").parameters())
+    assert metrics["parameters"]["total"] > plain
+    found = peft_lab.evaluate(out)
+    # LLM.int8 takes outliers by batch
+    assert found["loss"] == pytest.approx(metrics["metrics"]["test"]["loss"], rel=1e-3 if form == "int8" else 1e-5)
+    assert peft_lab.predict(out, ["the song now"])[0]["label"]
+    card = (out / "README.md").read_text()
+    assert f"quantised to `{form}`" in card
+    assert 'model = load("run").model' in card
+    loaded = peft_lab.loading.load_run.load(out)
+    assert {quantization(module) for module in loaded.model.modules()} == {"", form}
+    peft_lab.merge(out, tmp_path / "merged")
+    merged = AUTO["bert"].from_pretrained(tmp_path / "merged").eval()
+    assert not any(quantization(module) for module in merged.modules())
+    inputs = loaded.processor(["the song now please"], return_tensors="pt")
+    values = peft_lab.loading.load_run.load(out, dequantised=True).model
+    assert_close(output(merged, inputs), output(values, inputs), 1e-5)
+    # LLM.int8 rounds what comes in as well, which a merged float32 model does not
+    if form != "int8":
+        assert_close(output(merged, inputs), output(loaded.model, inputs), 1e-5)
+    if method == "svfit":
+        peft_lab.to_lora(out, tmp_path / "lora")
+        again = peft_lab.loading.load_run.load(tmp_path / "lora").model
+        assert_close(output(again, inputs), output(loaded.model, inputs), 1e-5)
+
+
+@pytest.mark.parametrize("form", ["nf4", "torchao-int8"])
+def test_interrupted_run_goes_on_in_its_form(form: str, place: Path, tmp_path: Path) -> None:
+    def run(folder: str) -> dict[str, Any]:
+        changes = {"method": "svfit", "quantization": form, "save_strategy": "steps", "save_steps": 3}
+        return options(place / "task" / "topics.yaml", place / "bert", tmp_path / folder, **changes)
+
+    whole = peft_lab.train(run("whole"))
+    interrupt(tmp_path / "whole", tmp_path / "again", step=3)
+    again = peft_lab.train(run("again"))
+    assert again.metrics["resumed_from"] == "checkpoint-3"
+    assert again.metrics["metrics"] == whole.metrics["metrics"]
+    interrupt(tmp_path / "whole", tmp_path / "other", step=3)
+    with pytest.raises(ConfigError, match=r"quantization|base"):
+        peft_lab.train({**run("other"), "quantization": "int8"})
+
+
+def test_quantised_checkpoint_is_not_quantised_again(load: Load, tmp_path: Path) -> None:
+    load("bert", "int8").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="quantised already"):
+        load_checkpoint(AUTO["bert"], str(tmp_path), quantization="nf4", dtype="float32")
+    model, _ = load_checkpoint(AUTO["bert"], str(tmp_path), dtype="float32")
+    assert {quantization(module) for module in model.modules()} == {"", "int8"}

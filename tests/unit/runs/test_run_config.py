@@ -55,3 +55,36 @@ def test_a_checked_run_is_trained_as_it_is() -> None:
     config = RunConfig(**RUN)
     assert as_run_config(config, {}) is config
     assert as_run_config(config, {"max_steps": "3"}).training_arguments == {"max_steps": 3}
+
+
+@pytest.fixture
+def any_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All libraries that quantise count as installed."""
+    monkeypatch.setattr("peft_lab.backbones.quantized_loading.find_spec", lambda name: name)
+
+
+@pytest.mark.usefixtures("any_library")
+def test_a_quantised_form_has_one_spelling() -> None:
+    run = RunConfig(**RUN, load_in_4bit="true")
+    assert (run.quantization, run.load_in_4bit) == ("nf4", False)
+    assert run.to_dict() == RunConfig(**RUN, quantization="nf4").to_dict()
+    assert RunConfig(**RUN, load_in_8bit=True, quantization="int8").check()
+    with pytest.raises(ConfigError, match="nf4 and int8"):
+        RunConfig(**RUN, load_in_4bit=True, load_in_8bit=True)
+
+
+@pytest.mark.usefixtures("any_library")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"quantization": "nf5"}, '"nf4"'), ({"method": "full", "quantization": "int8"}, "cannot be trained")],
+)
+def test_a_quantised_form_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(**{**RUN, **change}).check()
+
+
+def test_a_missing_library_is_named_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_lab.backbones.quantized_loading.find_spec", lambda name: None)
+    for form, library in (("nf4", "bitsandbytes"), ("torchao-float8", "torchao")):
+        with pytest.raises(ConfigError, match=f"pip install {library}"):
+            RunConfig(**RUN, quantization=form).check()
