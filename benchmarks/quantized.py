@@ -170,8 +170,8 @@ def summary(frame: pd.DataFrame, options: argparse.Namespace) -> str:
         f"{options.rows} rows, AdamW at each method's default learning rate without any search, perplexity on "
         f"{options.test_rows} test rows that training never saw; mean over seeds {', '.join(map(str, SEEDS))} "
         "with its 95 % interval (t). So few steps show that training works and what it costs, and not which method is "
-        "best. Weights are all bytes of the base, its embedding in float32 (108 MiB) included; kept is what autograd holds "
-        "for backward at the largest batch, beside the weights."
+        "best. Weights are all bytes of the base, its embedding in float32 (108 MiB) included; kept is what autograd "
+        "holds for backward at the largest batch, beside the weights."
     )
     return f"# Quantised bases\n\n{report.environment('cpu')}\n\n{about}\n\n{report.table(header, rows)}"
 
