@@ -368,8 +368,8 @@ def _compatibility() -> str:
         "- several adapters on one model, `set_adapter`, `disable_adapter`, `delete_adapter`, which leave trained and "
         'frozen what was so; names of letters, digits, "_" and "-" that mean nothing else in the model\n'
         "- `low_cpu_mem_usage=True` in `PeftModel.from_pretrained`",
-        "The tests of `tests/properties` check these for every method that they list, on tiny models. No method of "
-        "ours works on quantised weights yet: that raises an error.",
+        "The tests of `tests/properties` check these for every method that they list, on tiny models. All methods "
+        "work on quantised weights too, see [Quantised bases](train.md#quantised-bases).",
         *_integrations(infos),
         *_peft_suite(),
         "## Backbones",

@@ -416,6 +416,16 @@ def test_interrupted_run_goes_on_in_its_form(form: str, place: Path, tmp_path: P
         peft_lab.train({**run("other"), "quantization": "int8"})
 
 
+@pytest.mark.parametrize("form", LIBRARIES)
+def test_quantised_module_cannot_be_trained_in_full(form: str, load: Load) -> None:
+    base = load("bert", form)
+    inputs = tiny_inputs(base)
+    before = output(base, inputs)
+    with pytest.raises(ConfigError, match="cannot be trained"):
+        put("ssf", base, modules_to_save=["query"])
+    assert torch.equal(output(base, inputs), before)
+
+
 def test_quantised_checkpoint_is_not_quantised_again(load: Load, tmp_path: Path) -> None:
     load("bert", "int8").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="quantised already"):
