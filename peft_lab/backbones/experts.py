@@ -21,6 +21,9 @@ def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
     Transformers 5 holds the weights of all experts of a block in one parameter; adapters around it change no path.
     """
     found: dict[str, Tensor] = {}
+    # Paths cost more than this look, and most models have no experts.
+    if not [module for module in model.modules() if isinstance(getattr(module, "num_experts", None), int)]:
+        return found
     for path, module in without_adapters(unwrap(model)):
         count = getattr(module, "num_experts", None)
         for name, parameter in module._parameters.items() if isinstance(count, int) and path else ():

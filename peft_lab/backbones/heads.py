@@ -58,9 +58,9 @@ def head_paths(model: nn.Module) -> list[str]:
     if not taken:
         return found
     # Parents come before their children, so a module inside the head is never listed beside it.
-    inside = _classifiers(model)
+    inside = {id(classifier) for classifier in _classifiers(model)}
     for path, module in model.named_modules():
-        if any(module is classifier for classifier in inside):
+        if id(module) in inside:
             found.append(path)
             continue
         owns = next(module.parameters(recurse=False), None) is not None

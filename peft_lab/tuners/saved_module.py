@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from peft_lab.backbones.quantized_weight import quantization
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.active_adapters import KeepsTrainability
 from peft_lab.tuners.mixed_batch import BASE, current_row_adapters
@@ -62,3 +64,23 @@ def adopt_saved_modules(model: nn.Module) -> None:
         # peft makes them itself and offers no way to choose the class.
         if type(module) is ModulesToSaveWrapper:
             module.__class__ = SavedModule
+
+
+def check_trainable(model: nn.Module, names: Sequence[str]) -> None:
+    """Check that modules which are trained in full can be.
+
+    `names` are paths or their ends, as in `modules_to_save`.
+
+    Raises:
+        ConfigError: naming one with a quantised weight.
+    """
+    ends = tuple(f".{name}" for name in names)
+    for path, module in model.named_modules():
+        if not f".{path}".endswith(ends):
+            continue
+        form = next(filter(None, map(quantization, module.modules())), "")
+        if form:
+            raise ConfigError(
+                f'modules_to_save names "{path}", whose weight is quantised ({form}) and cannot be trained; leave it '
+                "out there, or load the backbone so that this module stays unquantised."
+            )

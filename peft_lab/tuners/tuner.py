@@ -22,8 +22,8 @@ from peft_lab.adapter_files.completeness import check_complete
 from peft_lab.backbones.experts import expert_parameter, names_of_experts
 from peft_lab.backbones.frozen_norms import has_running_norms, set_frozen_norms
 from peft_lab.backbones.heads import PEFT_HEADS
-from peft_lab.backbones.names import PEFT_PREFIX, ends_with
-from peft_lab.backbones.quantized_weight import keep_layout, quantization
+from peft_lab.backbones.names import PEFT_PREFIX
+from peft_lab.backbones.quantized_weight import keep_layout
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.active_adapters import KeepsTrainability
 from peft_lab.tuners.adapter_names import check_adapter_name, check_base_names
@@ -34,7 +34,7 @@ from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.merging import MergingTuner
 from peft_lab.tuners.mixed_batch import BASE, batch_sizes, check_count, mixed_batch
 from peft_lab.tuners.operations import ExpertWeight
-from peft_lab.tuners.saved_module import adopt_saved_modules
+from peft_lab.tuners.saved_module import adopt_saved_modules, check_trainable
 from peft_lab.tuners.trained_tokens import (
     adopt_trained_tokens,
     check_rows,
@@ -159,7 +159,7 @@ class AdapterTuner(MergingTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Before anything is injected, so that a refused adapter leaves the model as it was.
         check_trained_tokens(model, peft_config)
-        _check_trainable(model, peft_config.modules_to_save or [])
+        check_trainable(model, peft_config.modules_to_save or [])
         if not peft_config.fingerprints:
             return
         largest = max((max(whole_shape(parameter), default=1) for parameter in model.parameters()), default=1)
@@ -353,23 +353,6 @@ def _heads(model: nn.Module, task_type: str | None) -> list[str]:
         around = [name for name in wrapped if f"{head}.".startswith(f"{name}.")]
         heads.append(around[0] if around else head)
     return heads
-
-
-def _check_trainable(model: nn.Module, names: Sequence[str]) -> None:
-    """Check that modules which are trained in full can be.
-
-    Raises:
-        ConfigError: naming one with a quantised weight.
-    """
-    for path, module in model.named_modules() if names else ():
-        if not any(ends_with(path, name) for name in names):
-            continue
-        form = next(filter(None, map(quantization, module.modules())), "")
-        if form:
-            raise ConfigError(
-                f'modules_to_save names "{path}", whose weight is quantised ({form}) and cannot be trained; leave it '
-                "out there, or load the backbone so that this module stays unquantised."
-            )
 
 
 def _find_fingerprint(model: nn.Module, name: str) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ def _calls(function: Any) -> int:
 
 def test_an_adapter_is_put_in_with_few_calls() -> None:
     model, config = TINY["bert"](), peft_lab.SVFitConfig(task_type="SEQ_CLS")
-    assert _calls(lambda: get_peft_model(model, config)) <= 300
+    assert _calls(lambda: get_peft_model(model, config)) <= 400
 
 
 def test_a_second_question_is_answered_from_the_map() -> None:
