@@ -68,6 +68,17 @@ class TokenLayer(KeepsTrainability, TrainableTokensLayer):
                 )
 
 
+class _ItemsAlone(dict[str, str]):
+    """Mapping of names that a loop over its keys does not see.
+
+    transformers reads the items. peft loops over the keys, and would end in a KeyError for a file without the rows or
+    with another path; there `renamed_rows` does the same.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+
 class TrainedTokens(TrainableTokensWrapper):
     """peft's wrapper of an embedding, for adapters of which some train no rows.
 
@@ -122,7 +133,7 @@ class TrainedTokens(TrainableTokensWrapper):
         return super().adapter_state_dict(adapter_name, *state) if self._present(adapter_name) else {}
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        return {}  # `renamed_rows` does it, which tells of a file that lacks the rows
+        return _ItemsAlone(super().adapter_state_dict_load_map(adapter_name) if self._present(adapter_name) else {})
 
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """Run the module with the rows of the active adapter, or with each batch row's own."""

@@ -12,10 +12,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.backbones import tiny_inputs
 from support.cover import cover, each_place
-from support.properties import METHODS, OWN, UNTRAINED, adapt, config, move, output
+from support.properties import METHODS, OWN, UNTRAINED, adapt, config, move, needs_add_adapter, output
 
 from peft_lab import registry
 from peft_lab.errors import ConfigError
+from peft_lab.export.to_lora import convert
+from peft_lab.loading.load_adapter import load_adapter
 from peft_lab.serve.tenants import load_many
 
 TOKENS = [7, 9]
@@ -202,6 +204,26 @@ def test_a_tied_head_that_is_trained_whole_is_tied_no_longer(family: str, base: 
     other = adapt("svfit", base, trainable_token_indices=TOKENS)
     with pytest.raises(ConfigError, match="cannot be trained whole"):
         other.add_adapter("more", config("svfit", base, modules_to_save=["lm_head"]))
+
+
+@LLAMA
+@needs_add_adapter
+def test_other_ways_to_load_them(family: str, base: Any, tmp_path: Path) -> None:
+    """Loading by transformers' own method, as LoRA in place of the method, and a backbone without the head."""
+    model, inputs = trained("svfit", base), text(base)
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path / "svfit", save_embedding_layers=False)
+    own = copy.deepcopy(base)
+    own.load_adapter(str(tmp_path / "svfit"))
+    assert torch.equal(output(own, inputs), expected)
+    done = convert(model)
+    done.config.save_pretrained(tmp_path / "lora")
+    save_file(done.state, tmp_path / "lora" / "adapter_model.safetensors")
+    as_lora = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora")
+    torch.testing.assert_close(output(as_lora, inputs), expected, atol=1e-5, rtol=1e-5)
+    hidden = model.base_model.model.model(**inputs).last_hidden_state
+    alone = load_adapter(copy.deepcopy(base.model), tmp_path / "svfit").eval()
+    torch.testing.assert_close(alone(**inputs).last_hidden_state, hidden)
 
 
 @LLAMA
