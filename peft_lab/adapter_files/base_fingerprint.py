@@ -28,8 +28,8 @@ from peft_lab.backbones.quantized_weight import (
     stored_weight,
     weight_shape,
 )
+from peft_lab.backbones.sharded_weights import is_sharded, whole_weight
 from peft_lab.errors import AdapterMismatchError, ConfigError
-from peft_lab.utils.sharded_weights import is_sharded, whole_weight
 
 _LOG = logging.getLogger("peft_lab")
 _PROBES = 8

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_lab.backbones.sharded_weights import whole_shape
 from peft_lab.errors import ConfigError
-from peft_lab.utils.sharded_weights import whole_shape
 
 _LOG = logging.getLogger("peft_lab")
 #: Values that share a scale in bitsandbytes' 4-bit weights.

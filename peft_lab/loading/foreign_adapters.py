@@ -34,10 +34,10 @@ from peft_lab.backbones.experts import expert_parameter, expert_parameters
 from peft_lab.backbones.family import LINEAR
 from peft_lab.backbones.names import PEFT_PREFIX, ends_with, unwrap
 from peft_lab.backbones.quantized_weight import stored_weight
+from peft_lab.backbones.sharded_weights import holds_shards
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.config_files import parameter_prefix
 from peft_lab.tuners.expert_layer import adapted_parameters
-from peft_lab.utils.sharded_weights import holds_shards
 
 _LOG = logging.getLogger("peft_lab")
 #: Roles whose weights tell which backbone it is.

@@ -54,14 +54,11 @@ def launch_train(name: str, num_processes: int | None, file: str | None, options
             "leave one of them out."
         )
     path = find_config(name)
-    values, options = read_config(path), dict(options)
+    values = read_config(path)
     count = _check_devices(name, values, num_processes, options)
     flags = {"config_file": path, **({} if count is None else {"num_processes": count})}
-    if values.get("use_cpu"):
-        # accelerate's config tells this to its launcher alone
-        options["use_cpu"] = "true"
     try:
-        return launch(flags, train_command(file, options))
+        return launch(flags, train_command(file, {**options, **process_options(values)}))
     except Stopped as stop:
         # the first of the processes has said how to go on
         return int(str(stop.code))
@@ -79,6 +76,11 @@ def read_config(path: Path) -> dict[str, Any]:
             f'"{path}" is no config of accelerate, because it has no distributed_type; `accelerate config` makes one.'
         )
     return values
+
+
+def process_options(config: Mapping[str, Any]) -> dict[str, str]:
+    """Options of the run that each process needs, because accelerate tells its launcher alone."""
+    return {"use_cpu": "true"} if config.get("use_cpu") else {}
 
 
 def train_command(file: str | None, options: Mapping[str, Any]) -> list[str]:

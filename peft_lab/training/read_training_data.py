@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from peft_lab.backbones.sharded_weights import is_partitioned
 from peft_lab.errors import ConfigError
-from peft_lab.utils.sharded_weights import is_partitioned
 
 
 def read_training_data(model: nn.Module, batches: Iterable[Mapping[str, Any]], epoch: int = 0) -> None:

@@ -23,6 +23,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_d
 from peft_lab.adapter_files.names import write_json
 from peft_lab.backbones import module_roles
 from peft_lab.backbones.pypi_weights import cached_commit
+from peft_lab.backbones.sharded_weights import whole_shape
 from peft_lab.data import prompt_column
 from peft_lab.data.row_maps import map_options
 from peft_lab.data.splits import Splits, load_splits
@@ -50,7 +51,6 @@ from peft_lab.tuners.registration import has_trait
 from peft_lab.utils import strict_json
 from peft_lab.utils.atomic_files import write_errors, write_text
 from peft_lab.utils.interruption import going_on
-from peft_lab.utils.sharded_weights import whole_shape
 from peft_lab.utils.versions import device_name, versions
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from peft_lab.backbones.sharded_weights import whole_shape
 from peft_lab.errors import ConfigError
-from peft_lab.utils.sharded_weights import whole_shape
 
 #: Key of DeepSpeed's config for the size below which a parameter is not partitioned, and its default.
 _THRESHOLD, _DEFAULT_THRESHOLD = "stage3_param_persistence_threshold", 100_000

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 from peft_lab.adapter_files.base_fingerprint import reference_weight
 from peft_lab.backbones.family_table import declared_names
 from peft_lab.backbones.quantized_weight import dense_weight, quantization
+from peft_lab.backbones.sharded_weights import holds_shards, is_sharded, whole_weight
 from peft_lab.errors import ConfigError
 from peft_lab.registry import CAPABILITIES, MethodInfo
 from peft_lab.tuners.expert_layer import ExpertsLayer
 from peft_lab.tuners.operations import StandIn
 from peft_lab.tuners.trained_tokens import TokenLayer
-from peft_lab.utils.sharded_weights import holds_shards, is_sharded, whole_weight
 
 #: A flag of a model's config, to be set when the merged model stands alone.
 Flag = tuple[Any, str]

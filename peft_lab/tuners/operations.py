@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_lab.backbones.quantized_weight import quantization, weight_shape
+from peft_lab.backbones.sharded_weights import whole_shape
 from peft_lab.errors import ConfigError
-from peft_lab.utils.sharded_weights import whole_shape
 
 _TORCH_NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 

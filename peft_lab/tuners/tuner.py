@@ -24,6 +24,7 @@ from peft_lab.backbones.frozen_norms import has_running_norms, set_frozen_norms
 from peft_lab.backbones.heads import PEFT_HEADS
 from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.backbones.quantized_weight import keep_layout
+from peft_lab.backbones.sharded_weights import whole_shape
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.active_adapters import KeepsTrainability
 from peft_lab.tuners.adapter_names import check_adapter_name, check_base_names
@@ -42,7 +43,6 @@ from peft_lab.tuners.trained_tokens import (
     renamed_rows,
 )
 from peft_lab.tuners.weighted_adapter import add_weighted_adapter
-from peft_lab.utils.sharded_weights import whole_shape
 
 _LOG = logging.getLogger("peft_lab")
 #: What peft puts into `modules_to_save` for text classification, whatever the model's head is called.

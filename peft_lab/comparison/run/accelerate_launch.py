@@ -13,6 +13,7 @@ from typing import Any
 from peft_lab.errors import PeftLabError
 from peft_lab.runs import run_folder
 from peft_lab.runs.run_config import dump_yaml
+from peft_lab.training.launch import find_config, process_options, read_config
 from peft_lab.utils.accelerate_launch import launch
 from peft_lab.utils.atomic_files import write_text
 
@@ -22,15 +23,20 @@ def train_launched(options: Mapping[str, Any], launcher: Mapping[str, Any], plac
 
     Args:
         options: options of the run.
-        launcher: `{"accelerate": flags}`, the flags as `accelerate launch --help` lists them, without dashes.
+        launcher: `{"accelerate": flags}`, the flags as `accelerate launch --help` lists them, without dashes;
+            `config_file` may be the name of a config that is shipped.
         place: the run's folder; the options and the lock are written beside it.
 
     Raises:
         PeftLabError: the processes ended with an error; their output is in the run's log.
     """
     file = place.with_name(f"{place.name}.yaml")
+    flags, options = dict(launcher["accelerate"]), dict(options)
+    if "config_file" in flags:
+        flags["config_file"] = path = find_config(str(flags["config_file"]))
+        options |= process_options(read_config(path))
     write_text(file, dump_yaml(options))
-    code = launch(launcher["accelerate"], ["train", str(file)], lock=place.with_name(f"{place.name}.launch"))
+    code = launch(flags, ["train", str(file)], lock=place.with_name(f"{place.name}.launch"))
     # a launch that left no metrics has failed too
     if code or not (place / run_folder.METRICS).is_file():
         reason = _last_error(place.with_name(f"{place.name}.log"))

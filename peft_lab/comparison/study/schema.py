@@ -37,6 +37,7 @@ from peft_lab.data.task_registry import load_task, validate_task
 from peft_lab.data.task_schema import Task, check_classes
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.runs.run_config import ALTERNATING, RunConfig, method_args, read_run_file
+from peft_lab.training.launch import find_config
 from peft_lab.utils.schema import S, Schema, check
 
 #: Options of runs that the study itself sets, and where.
@@ -337,7 +338,10 @@ def _launcher(value: Any) -> dict[str, Any]:
         return {}
     values = {value: {}} if isinstance(value, str) else _mapping(value, "launcher")
     check_keys(values, ("accelerate",), '"launcher"')
-    return {"accelerate": dict(_mapping(values.get("accelerate"), "launcher"))}
+    flags = dict(_mapping(values.get("accelerate"), "launcher"))
+    if "config_file" in flags:
+        find_config(str(flags["config_file"]))
+    return {"accelerate": flags}
 
 
 def _check(study: Study) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peft_lab.backbones.sharded_weights import holds_shards
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.sequence.particles import Points, particles
 from peft_lab.tuners.sequence.prompt_state import PromptState
 from peft_lab.tuners.sequence.stored_prompts import StoredPrompts
-from peft_lab.utils.sharded_weights import holds_shards
 
 #: Most rows that a mixture is fitted to, sampled uniformly from all that are read.
 MAX_ROWS = 10_000
