@@ -35,7 +35,7 @@ def whole_weight(weight: Tensor) -> Tensor:
     Gathering is done by all processes together: each has to call this, for the same weights in the same order.
     """
     if isinstance(weight, DTensor):
-        return weight.detach().full_tensor()
+        return weight.full_tensor().detach()
     if is_partitioned(weight):
         import deepspeed
 

@@ -88,7 +88,8 @@ def _units(model: nn.Module) -> list[str]:
 
     accelerate shards the embeddings by themselves, so a class around them must not be a second unit.
     """
-    names, blocks = {*(getattr(model, "_no_split_modules", None) or ())}, {}
+    names = {*(getattr(model, "_no_split_modules", None) or ())}
+    blocks: dict[str, bool] = {}
     find = getattr(model, "get_input_embeddings", None)
     embeddings = _embeddings(find) if find else None
     for module in model.modules():
