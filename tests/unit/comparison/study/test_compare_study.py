@@ -129,6 +129,7 @@ def test_options_go_from_the_study_over_its_limits_to_the_task() -> None:
         ({"measures": {"shift": "snips"}}, 'Did you mean "shifted"'),
         ({"measures": {"shifted": "sign-digits"}}, "kind"),
         ({"launcher": "torchrun"}, '"torchrun"'),
+        ({"launcher": {"accelerate": {"config_file": "fsdp"}}}, 'Did you mean "fsdp2"?'),
         ({"name": "a/b"}, "name"),
     ],
 )
