@@ -49,18 +49,19 @@ def _read(model: nn.Module, batches: Iterable[Mapping[str, Any]], epoch: int) ->
         reader.read_data(_on_device(model, batches), epoch)
 
 
-def _in_forward(model: Any, read: Callable[[], None]) -> None:
+def _in_forward(model: nn.Module, read: Callable[[], None]) -> None:
     """Call `read` with the weights at hand that FSDP2 gathers for a forward of the whole model."""
     if not isinstance(model, FSDPModule):
         read()
         return
     # readers call parts of the model, whose forward gathers their own weights and not those of the whole
-    model.read_data_in_forward = read
+    whole: Any = model
+    whole.read_data_in_forward = read
     register_fsdp_forward_method(model, "read_data_in_forward")
     try:
-        model.read_data_in_forward()
+        whole.read_data_in_forward()
     finally:
-        del model.read_data_in_forward
+        del whole.read_data_in_forward
 
 
 class ReadTrainingData(TrainerCallback):
