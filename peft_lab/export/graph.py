@@ -93,8 +93,9 @@ class _Logits(nn.Module):
             return model(**inputs, **options).logits
 
         # torch.export reads the names of the inputs here, and takes no dynamic axes of `**inputs`
-        forward.__signature__ = Signature([Parameter(name, Parameter.KEYWORD_ONLY) for name in names])
-        self.forward = forward
+        named: Any = forward
+        named.__signature__ = Signature([Parameter(name, Parameter.KEYWORD_ONLY) for name in names])
+        self.forward = named
 
 
 def _export(

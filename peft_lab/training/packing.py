@@ -144,7 +144,7 @@ def _check_isolation(model: Any, collator: PackedCollator, tokens: Sequence[int]
     tried = [[pieces[0], pieces[1]], [pieces[2]], [pieces[1], pieces[0], pieces[2]]]
     batch = collator([_sequence(parts) for parts in tried])
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if "position_ids" not in signature(base.forward).parameters:
         raise ConfigError(f"packing: {type(base).__name__} takes no positions; leave packing out.")
     training = [module for module in model.modules() if module.training]

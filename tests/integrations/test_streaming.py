@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.compare_helpers import tiny_study
 from support.method_runs import TRAINABLE, interrupt, options_for
 from support.properties import KEEPS_HEAD, UNTRAINED
 from support.tiny_runs import (
@@ -26,6 +27,7 @@ from support.tiny_runs import (
     train_as_rank,
 )
 
+from peft_lab import compare
 from peft_lab.errors import ConfigError, TaskError
 from peft_lab.training.evaluate import evaluate
 from peft_lab.training.run import train
@@ -204,3 +206,13 @@ def test_streamed_rows_are_packed_and_their_loss_is_taken_in_chunks(tmp_path):
     assert again.metrics["resumed_from"] == "checkpoint-4"
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
     assert whole.metrics["metrics"] == again.metrics["metrics"]
+
+
+def test_a_comparison_on_streamed_rows(place, tmp_path):
+    entry = {"task": str(place["task"]), "model_name_or_path": str(place["backbone"])}
+    study = tiny_study(tmp_path, tasks=[entry], methods=["lora"], seeds=1)
+    compare(study, tmp_path / "study")
+    record = json.loads((tmp_path / "study" / "results.jsonl").read_text().splitlines()[-1])
+    assert record["status"] == "done", record
+    measured = {**record, **record.get("measures", {})}
+    assert measured["step_flops"] > 0

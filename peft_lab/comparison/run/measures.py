@@ -258,15 +258,19 @@ def _pooled(features: Tensor, mask: Tensor | None) -> Tensor:
 def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
     """FLOPs and kept activations, in bytes, of a training step."""
     from peft_lab.backbones.frozen_norms import set_frozen_norms
+    from peft_lab.data.task_registry import load_task
+    from peft_lab.training.chunked_loss import chunked_loss
     from peft_lab.training.run import prepare
     from peft_lab.training.step_cost import count_flops, kept_activations, training_step
 
     few = {name: value for name, value in options.items() if name not in ALTERNATING}  # no rows to hold out of so few
     few |= {"max_eval_samples": 1, "do_predict": False}
-    if options.get("examples_per_class") is None:  # nothing but the one batch is looked at
+    streaming = load_task(options["task"]).streaming
+    if options.get("examples_per_class") is None and not streaming:  # nothing but the one batch is looked at
         rows = COST_BATCHES * int(options.get("per_device_train_batch_size", 8))
         few["max_train_samples"] = min(rows, options.get("max_train_samples") or rows)
-    with prepare(few) as trainer:
+    chunk = options.get("loss_chunk_size")
+    with prepare(few) as trainer, chunked_loss(trainer.model, chunk):
         model = trainer.model.train()
         # train() also switches the norms that stay in evaluation mode while a run trains
         set_frozen_norms(model)
@@ -274,6 +278,8 @@ def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
         autocast = getattr(trainer, "compute_loss_context_manager", nullcontext)
         # mixed precision changes the size of the kept activations
         with autocast():
+            if chunk is not None:
+                loss = model(**inputs).loss  # the first call with chunks is checked, which is no part of a step
             flops = count_flops(training_step(model, inputs))
             with kept_activations(model, inputs) as kept:
                 # the activations are kept only as long as the loss is alive
