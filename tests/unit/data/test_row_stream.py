@@ -36,7 +36,7 @@ def passes(stream: RowStream, rows: int, count: int = 1) -> list[list[dict[str, 
     return [list(islice(drawn, rows)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("builder", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("builder", ["csv", pytest.param("tsv", marks=pytest.mark.full), "jsonl", "parquet"])
 def test_streamed_rows_are_those_of_a_whole_data_set(builder: str, tmp_path: Path) -> None:
     rows = make_rows("text_classification")
     rows[7] |= {"sentence": "0100.50", "other": "NA"}

@@ -114,6 +114,7 @@ def test_every_method_of_decoders(method: str) -> None:
     assert_same(model)
 
 
+@FULL
 def test_adapted_and_trained_heads_and_virtual_tokens() -> None:
     for config in (
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], init_lora_weights=False),

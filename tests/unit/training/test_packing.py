@@ -27,8 +27,8 @@ def rows() -> list[dict[str, list[int]]]:
     found = []
     for length in LENGTHS:
         ids = torch.randint(3, 90, (length,), generator=draw).tolist()
-        # the first row has a label at its first token, which nothing predicts
-        labels = ids if not found else [-100, -100, *ids[2:]]
+        # two rows have a label at their first token, which nothing predicts
+        labels = ids if len(found) < 2 else [-100, -100, *ids[2:]]
         found.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
     return found
 
@@ -77,7 +77,7 @@ def test_rows_are_joined_whole_and_in_order() -> None:
     assert joined[0]["position_ids"] == [*range(5), *range(9)]
     first, second = rows()[:2]
     assert joined[0]["input_ids"] == first["input_ids"] + second["input_ids"]
-    assert joined[0]["labels"] == [-100, *first["labels"][1:], *second["labels"]]
+    assert joined[0]["labels"] == [-100, *first["labels"][1:], -100, *second["labels"][1:]]
     tokens = sorted(token for row in rows() for token in row["input_ids"])
     assert sorted(token for row in joined for token in row["input_ids"]) == tokens
 
