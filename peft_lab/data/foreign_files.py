@@ -17,6 +17,7 @@ from peft_lab.utils.bounded_files import parse_json, read_bytes
 _ENDINGS = {
     "csv": (".csv", ".tsv", ".txt"),
     "json": (".json", ".jsonl"),
+    "text": (".txt",),
     "imagefolder": (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"),
 }
 _ENCODINGS = ("", "utf-8", "utf8", "utf-8-sig", "utf-16", "ascii", "latin-1", "latin1", "iso-8859-1", "cp1252")
@@ -65,7 +66,10 @@ def check_files(task: Task, files: Sequence[str]) -> None:
             raise TaskError(_refusal(task, f'has the data file "{path.name}", which is packed'))
         if task.data.builder == "json":
             _check_json(task, path, data)
-        elif data.partition(b"\n")[0].count(options.get("delimiter", ",").encode()) > _MAX_COLUMNS:
+        elif (
+            task.data.builder == "csv"
+            and data.partition(b"\n")[0].count(options.get("delimiter", ",").encode()) > _MAX_COLUMNS
+        ):
             raise TaskError(_refusal(task, f'has the data file "{path.name}" with more than {_MAX_COLUMNS} columns'))
 
 

@@ -60,6 +60,8 @@ def test_lines_of_text_and_json_lists(tmp_path: Path) -> None:
     values = {"name": "t", "kind": "causal_lm", "data": data, "template": template, "empty_rows": "keep"}
     task = parse_task(values | {"streaming": True, "validation_rows": 1}, tmp_path / "t.yaml")
     assert [row["text"] for row in passes(load_splits(task).train, 3)[0]] == ["two", "", "three"]
+    whole = load_splits(parse_task(values | {"validation_fraction": 0.25}, tmp_path / "t.yaml"))
+    assert sorted([*whole.train["text"], *whole.validation["text"]]) == ["", "one", "three", "two"]
     listed = streamed(tmp_path, make_rows("text_classification"), "json")
     with pytest.raises(TaskError, match=r"line 1 is no object, and a stream needs one row a line"):
         load_splits(listed)
