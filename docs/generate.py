@@ -405,7 +405,8 @@ def _peft_suite() -> list[str]:
     return [
         "## In peft's own tests",
         "`make test-peft` puts our methods into the cases that peft's tests have for LoRA, with peft's assertions, and "
-        f"runs LoRA beside them ({versions}). Of {sum(counts.values())} cases {counts['passed']} pass, "
+        f"runs LoRA beside them ({versions}; files {', '.join(found['files'])}). "
+        f"Of {sum(counts.values())} cases {counts['passed']} pass, "
         f"{counts['refused']} fail for a reason of `tests/peft_suite/expected.yaml`, {counts['skipped']} are left out "
         f"by the test itself, and {counts['environment']} fail for LoRA too, because they need the Hub. A case that "
         "fails without a reason, or passes in spite of one, fails the run.",

@@ -102,10 +102,13 @@ def _translate(value: Any, method: str) -> Any:
         return cls
     if isinstance(value, LoraConfig):
         return cls(**AT_BASE.get(method, {}), **_fields(_given(value), method))
-    if isinstance(value, dict):
-        return {**AT_BASE.get(method, {}), **_fields(value, method)}
+    if isinstance(value, tuple) and LoraConfig in value:
+        parts = [_translate(part, method) for part in value]
+        return tuple({**AT_BASE.get(method, {}), **part} if isinstance(part, dict) else part for part in parts)
     if isinstance(value, tuple):
         return tuple(_translate(part, method) for part in value)
+    if isinstance(value, dict):
+        return _fields(value, method)
     # Name of the method in a case, as peft's tests compare it.
     return method if value == CONTROL else value
 
