@@ -344,7 +344,7 @@ def _load(folder: Path, base: str | None) -> PeftModel:
     elif not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ConfigError(f'"{folder}" does not say which class its base is; convert it in Python by convert(model).')
     outputs = head_outputs(folder)
-    labels = {"num_labels": outputs, "ignore_mismatched_sizes": True} if outputs else {}
+    labels: dict[str, Any] = {"num_labels": outputs, "ignore_mismatched_sizes": True} if outputs else {}
     try:
         model = load_checkpoint(cls, path, **labels)[0]
     except OSError as error:
