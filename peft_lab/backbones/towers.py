@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peft_lab.backbones.family import Family
 from peft_lab.backbones.family_table import FAMILIES
 from peft_lab.backbones.heads import has_no_head, head_paths
-from peft_lab.backbones.names import PEFT_PREFIX, any_of, is_under, join, model_type, path_regex
+from peft_lab.backbones.names import PEFT_PREFIX, any_of, is_under, join, model_type, path_regex, without_adapters
 from peft_lab.backbones.unknown_families import made_up_family
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _has_weights(module: nn.Module, tower: Tower) -> bool:
     if matcher is None:
         return False
     renames = tower.family.renames
-    for name, _ in module.named_modules():
+    for name, _ in without_adapters(module):
         path = join(tower.path, name) if tower.path else name
         if matcher.fullmatch(renames.new(path) if tower.family.aliases else path):
             return True
