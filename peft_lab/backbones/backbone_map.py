@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -11,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from peft_lab.backbones.family import ROLES
 from peft_lab.backbones.heads import has_no_head, head_paths
-from peft_lab.backbones.names import model_type, unwrap
+from peft_lab.backbones.names import WRAPPED, model_type, unwrap
 from peft_lab.backbones.renaming import Renamer, TowerNames
 from peft_lab.backbones.towers import Tower, find_towers
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 #: Roles of single modules, narrow ones first: cross-attention has the roles of all attention too.
 _NARROW = sorted(set(ROLES) - {"linear", "op", "head"}, key=lambda role: not role.startswith("cross."))
-#: Attribute in which peft's layers, and ours, keep the module that they wrap.
-_WRAPPED = re.compile(r"\.base_layer(?![^.])")
 
 
 class BackboneMap:
@@ -44,7 +41,7 @@ class BackboneMap:
         self._paths: dict[str, str] = {}
         self.without_parameters: set[str] = set()
         for path, module in modules.items():
-            name = _WRAPPED.sub("", path)
+            name = WRAPPED.sub("", path)
             # The wrapper comes before the module in it.
             if name not in self._paths:
                 self.names.append(name)

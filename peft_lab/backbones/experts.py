@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from peft_lab.backbones.names import ends_with, unwrap, without_adapters
+from peft_lab.backbones.names import WRAPPED, ends_with, unwrap, without_adapters
 from peft_lab.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -21,14 +21,11 @@ def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
     Transformers 5 holds the weights of all experts of a block in one parameter; adapters around it change no path.
     """
     found: dict[str, Tensor] = {}
-    # Paths cost more than this look, and most models have no experts.
-    if not [module for module in model.modules() if isinstance(getattr(module, "num_experts", None), int)]:
-        return found
-    for path, module in without_adapters(unwrap(model)):
+    for path, module in unwrap(model).named_modules():
         count = getattr(module, "num_experts", None)
         for name, parameter in module._parameters.items() if isinstance(count, int) and path else ():
             if parameter is not None and parameter.ndim == 3 and len(parameter) == count:
-                found[f"{path}.{name}"] = parameter
+                found[f"{WRAPPED.sub('', path)}.{name}"] = parameter
     return found
 
 

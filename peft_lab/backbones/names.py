@@ -8,6 +8,8 @@ from typing import Any
 
 #: Prefix of all module names of the base below a `PeftModel`, in state dicts and adapter files.
 PEFT_PREFIX = "base_model.model."
+#: Attribute in which peft's layers, and ours, keep the module that they wrap, within a path.
+WRAPPED = re.compile(r"\.base_layer(?![^.])")
 
 
 def unwrap(model: Any) -> Any:

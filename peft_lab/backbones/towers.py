@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peft_lab.backbones.family import Family
 from peft_lab.backbones.family_table import FAMILIES
 from peft_lab.backbones.heads import has_no_head, head_paths
-from peft_lab.backbones.names import PEFT_PREFIX, any_of, is_under, join, model_type, path_regex, without_adapters
+from peft_lab.backbones.names import PEFT_PREFIX, WRAPPED, any_of, is_under, join, model_type, path_regex
 from peft_lab.backbones.unknown_families import made_up_family
 
 if TYPE_CHECKING:
@@ -92,23 +92,27 @@ def _known_towers(module: Any, path: str) -> Iterator[Tower]:
     if family:
         tower = Tower.of(module, path, family)
         # A custom model may claim a known type and be built otherwise: then it is read as an unknown one.
-        if _has_weights(module, tower):
+        if _has_blocks(module, tower):
             yield tower
         return
     for name, child in module.named_children():
         yield from _known_towers(child, join(path, name))
 
 
-def _has_weights(module: nn.Module, tower: Tower) -> bool:
-    """Test whether a module has one of the family's weights in one of its blocks."""
-    matcher = tower.matcher(tower.family.paths("linear"))
-    if matcher is None:
-        return False
+def _has_blocks(module: nn.Module, tower: Tower) -> bool:
+    """Test whether a module has one of the family's blocks."""
+    matchers = [tower.block_matcher(block) for block in tower.family.blocks]
+    # One type stands for all architectures of another library, whose blocks may have the same name.
+    weights = tower.matcher(tower.family.paths("linear")) if tower.family.library else None
+    matchers = [weights] if weights else matchers
     renames = tower.family.renames
-    for name, _ in without_adapters(module):
+    for name, _ in module.named_modules():
+        name = WRAPPED.sub("", name)
         path = join(tower.path, name) if tower.path else name
-        if matcher.fullmatch(renames.new(path) if tower.family.aliases else path):
-            return True
+        path = renames.new(path) if tower.family.aliases else path
+        for matcher in matchers:
+            if matcher.fullmatch(path):
+                return True
     return False
 
 
