@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import PeftModel, get_peft_model
 from support.backbones import EXPERTS, tiny_inputs
 from support.cover import cover
@@ -139,6 +140,20 @@ def test_every_implementation_reads_the_adapted_weights(method: str) -> None:
         outputs.append(output(move(adapt(method, base, **STACKED)), tiny_inputs(base)))
     torch.testing.assert_close(outputs[1], outputs[0])
     torch.testing.assert_close(outputs[2], outputs[0])
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_a_forward_that_is_bound_to_the_module_has_the_adapter_or_is_refused(method: str) -> None:
+    base = base_of()
+    inputs = tiny_inputs(base)
+    moved = output(move(adapt(method, base, **STACKED)), inputs)
+    add_hook_to_module(base.model.layers[0].mlp.experts, AlignDevicesHook(execution_device="cpu"))
+    torch.manual_seed(0)
+    assert torch.equal(output(move(get_peft_model(base, config(method, base, **STACKED))), inputs), moved)
+    base = base_of()
+    base.model.layers[1].mlp.experts.forward = base.model.layers[1].mlp.experts.forward
+    with pytest.raises(ConfigError, match=r"forward of the experts \"model\.layers\.1\.mlp\.experts\" was replaced"):
+        get_peft_model(base, config(method, base, **STACKED))
 
 
 @pytest.mark.parametrize("method", OWN)
