@@ -34,6 +34,8 @@ CANNOT = [name for name in EVERY_OWN if name not in CAN]
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 STACKED = {"target_parameters": [ALL_EXPERTS], "target_modules": []}
 
+#: What is the same for every method is daily tested with one.
+one = pytest.mark.parametrize("method", cover(OWN, lambda _: {"method"}))
 cases = pytest.mark.parametrize(("method", "family"), cover([(m, f) for m in CAN for f in EXPERTS]))
 
 
@@ -131,7 +133,7 @@ def test_adapter_moves_between_a_backbone_and_the_model_around_it(method: str, t
     assert torch.equal(output(load_adapter(base_of().model, tmp_path), tiny_inputs(base)), moved)
 
 
-@pytest.mark.parametrize("method", OWN)
+@one
 def test_every_implementation_reads_the_adapted_weights(method: str) -> None:
     base = base_of()
     outputs = []
@@ -142,7 +144,7 @@ def test_every_implementation_reads_the_adapted_weights(method: str) -> None:
     torch.testing.assert_close(outputs[2], outputs[0])
 
 
-@pytest.mark.parametrize("method", OWN)
+@one
 def test_a_forward_that_is_bound_to_the_module_has_the_adapter_or_is_refused(method: str) -> None:
     base = base_of()
     inputs = tiny_inputs(base)
@@ -156,7 +158,7 @@ def test_a_forward_that_is_bound_to_the_module_has_the_adapter_or_is_refused(met
         get_peft_model(base, config(method, base, **STACKED))
 
 
-@pytest.mark.parametrize("method", OWN)
+@one
 def test_half_precision_rounds_as_a_merged_weight_does(method: str) -> None:
     base = base_of().to(torch.bfloat16)
     model = move(adapt(method, base, **STACKED))
@@ -225,7 +227,7 @@ def test_the_share_of_experts_that_are_left_out_is_told(method: str, targets: An
     assert "without an adapter: experts.gate_up_proj;" in caplog.text
 
 
-@pytest.mark.parametrize("method", OWN)
+@one
 def test_blocks_are_chosen_as_for_modules(method: str) -> None:
     model = adapt(method, base_of(), target_parameters=[ALL_EXPERTS], target_modules=[], layers_to_transform=[1])
     assert model.peft_config["default"].recorded_fingerprints.keys() == {
@@ -234,7 +236,7 @@ def test_blocks_are_chosen_as_for_modules(method: str) -> None:
     }
 
 
-@pytest.mark.parametrize("method", OWN)
+@one
 def test_target_modules_of_a_second_adapter_mean_modules(method: str) -> None:
     """The layer on a stacked weight has the path of the parameter, which is no module."""
     model = adapt(method, base_of("qwen2_moe"), **STACKED)
