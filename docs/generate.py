@@ -23,7 +23,7 @@ sys.path.insert(0, str(DOCS))
 
 import diagrams  # noqa: E402
 import integration_results  # noqa: E402
-import peft_suite  # noqa: E402
+import peft_suite_results  # noqa: E402
 import study_results  # noqa: E402
 
 from peft_lab import registry  # noqa: E402
@@ -397,11 +397,11 @@ def _integrations(infos: Sequence[registry.MethodInfo]) -> list[str]:
 
 def _peft_suite() -> list[str]:
     """Section of what peft's own tests say of our methods; empty before the first run."""
-    found = peft_suite.results()
+    found = peft_suite_results.results()
     if not found:
         return []
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    counts = {group: peft_suite.total(found, group) for group in ("passed", "refused", "skipped", "environment")}
+    counts = {group: peft_suite_results.total(found, group) for group in ("passed", "refused", "skipped", "environment")}
     return [
         "## In peft's own tests",
         "`make test-peft` puts our methods into the cases that peft's tests have for LoRA, with peft's assertions, and "
@@ -410,8 +410,8 @@ def _peft_suite() -> list[str]:
         f"{counts['refused']} fail for a reason of `tests/peft_suite/expected.yaml`, {counts['skipped']} are left out "
         f"by the test itself, and {counts['environment']} fail for LoRA too, because they need the Hub. A case that "
         "fails without a reason, or passes in spite of one, fails the run.",
-        _table(peft_suite.HEAD, peft_suite.rows(found)),
-        _table(peft_suite.REASONS, peft_suite.reasons(found)),
+        _table(peft_suite_results.HEAD, peft_suite_results.rows(found)),
+        _table(peft_suite_results.REASONS, peft_suite_results.reasons(found)),
     ]
 
 

@@ -84,8 +84,9 @@ def check_record(model: nn.Module, recorded: Mapping[str, Mapping[str, Any]]) ->
     for name in recorded:
         module = find_module(model, name)
         place = expert_parameter(model, name) if module is None else (module, stored_weight(module))
-        if place is not None and place[1] is not None:
-            found[name] = base_fingerprint.module_fingerprint(*place)
+        holder, weight = place or (None, None)
+        if holder is not None and weight is not None:
+            found[name] = base_fingerprint.module_fingerprint(holder, weight)
     base_fingerprint.check(recorded, found, dtype_bound=False)
 
 

@@ -238,7 +238,12 @@ def test_the_whole_way_from_training_to_a_merged_model(place, tmp_path, peft_lab
         "assert not any(m.startswith('peft_lab') for m in sys.modules)"
     )
     plain = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=True
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        # as where peft-lab is not installed: `import torch` loads it otherwise
+        env=environment() | {"PEFT_LAB_AUTOLOAD": "0"},
+        check=True,
     )
     assert plain.stdout.strip() == answers[0][0]["label"]
 
