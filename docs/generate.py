@@ -401,7 +401,9 @@ def _peft_suite() -> list[str]:
     if not found:
         return []
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    counts = {group: peft_suite_results.total(found, group) for group in ("passed", "refused", "skipped", "environment")}
+    counts = {
+        group: peft_suite_results.total(found, group) for group in ("passed", "refused", "skipped", "environment")
+    }
     return [
         "## In peft's own tests",
         "`make test-peft` puts our methods into the cases that peft's tests have for LoRA, with peft's assertions, and "
