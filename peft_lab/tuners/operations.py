@@ -192,7 +192,9 @@ def features(module: Any, op: Operation) -> tuple[int, int]:
         return int(module.in_channels), op.channels
     if op.op_type == "norm":
         return op.channels, op.channels
-    return int(weight_shape(module)[1 if op.op_type == "linear" else 0]), op.channels
+    if op.quantization:
+        return int(module.in_features), op.channels
+    return int(whole_shape(module.weight)[1 if op.op_type == "linear" else 0]), op.channels
 
 
 def matrix_shape(module: nn.Module, op: Operation) -> torch.Size:
