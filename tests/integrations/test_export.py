@@ -107,7 +107,9 @@ def test_graphs_load_without_peft_lab_and_answer_the_same(form, runs, tmp_path):
         torch.save(found, sys.argv[1] + "/logits.pt")
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "out"), form]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    # else torch itself would load peft_lab, as its plug-in
+    where = environment({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
+    done = subprocess.run(command, capture_output=True, text=True, env=where, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     ids = torch.tensor([[2, 4, 14, 3], [2, 17, 3, 0]])
     with torch.no_grad():
