@@ -17,6 +17,8 @@ FORMS = {
     "torchao-int8": "torchao",
     "torchao-float8": "torchao",
 }
+#: Short flags, as in the example scripts of transformers, and the form that each stands for.
+SHORT_FORMS = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
 
 
 def check_form(name: str) -> None:
@@ -29,6 +31,19 @@ def check_form(name: str) -> None:
         raise ConfigError(f'quantization "{name}" must be one of {", ".join(FORMS)}.{did_you_mean(name, FORMS)}')
     if find_spec(FORMS[name]) is None:
         raise ConfigError(f'quantization "{name}" needs a package that is not installed: pip install {FORMS[name]}')
+
+
+def spell_out(values: dict[str, Any]) -> None:
+    """Replace a short flag among a run's options by `quantization`, so that a run has one spelling.
+
+    Raises:
+        ConfigError: the flags ask for two forms.
+    """
+    asked = [form for flag, form in SHORT_FORMS.items() if values[flag]]
+    asked += [values["quantization"]] if values["quantization"] is not None else []
+    if len({*asked}) > 1:
+        raise ConfigError(f"The backbone has one quantised form, and the options ask for {' and '.join(asked)}.")
+    values |= {"quantization": asked[0] if asked else None, **dict.fromkeys(SHORT_FORMS, False)}
 
 
 def quantization_config(auto_class: Any, path: str, form: str, dtype: Any, **hub_kwargs: Any) -> Any:

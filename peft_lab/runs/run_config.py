@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_lab import registry
-from peft_lab.backbones.quantized_loading import FORMS, check_form
+from peft_lab.backbones.quantized_loading import FORMS, check_form, spell_out
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.utils import source_reader
 
@@ -130,7 +130,7 @@ class RunConfig:
         read["training_arguments"] = {
             name: convert(name, known[name].annotation, value) for name, value in self.training_arguments.items()
         }
-        _spell_out_quantization(read)
+        spell_out(read)
         for name, value in read.items():
             object.__setattr__(self, name, value)
 
@@ -263,23 +263,6 @@ class RunConfig:
             for name, value in values.items()
             if name not in _NO_INFLUENCE and not name.startswith(_NO_INFLUENCE_BEGINNINGS)
         }
-
-
-#: Short flags, as in the example scripts of transformers, and the form that each stands for.
-_SHORT_FORMS = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
-
-
-def _spell_out_quantization(values: dict[str, Any]) -> None:
-    """Replace a short flag by the form that it stands for, so that a run has one spelling.
-
-    Raises:
-        ConfigError: the flags ask for two forms.
-    """
-    asked = [form for flag, form in _SHORT_FORMS.items() if values[flag]]
-    asked += [values["quantization"]] if values["quantization"] is not None else []
-    if len({*asked}) > 1:
-        raise ConfigError(f"The backbone has one quantised form, and the options ask for {' and '.join(asked)}.")
-    values |= {"quantization": asked[0] if asked else None, **dict.fromkeys(_SHORT_FORMS, False)}
 
 
 #: Options of bi-level training.
