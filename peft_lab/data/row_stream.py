@@ -161,8 +161,12 @@ def _data_set(task: Task, split: str, chunk: Sequence[_Named], features: Any) ->
         check_columns(task, split, read_files.column_names(rows))
         return read_files.in_memory(rows, columns)
     check_columns(task, split, list(features))
-    chosen = [{name: row[name] for name in columns} for row in rows]
-    return Dataset.from_list(chosen, features=type(features)({name: features[name] for name in columns}))
+    cells: dict[str, list[Any]] = {}
+    types: dict[str, Any] = {}
+    for name in columns:
+        cells[name] = [row[name] for row in rows]
+        types[name] = features[name]
+    return Dataset.from_dict(cells, features=type(features)(types))
 
 
 def _labels(task: Task, first: Dataset) -> tuple[str, ...] | None:

@@ -222,10 +222,12 @@ def _parameter_names(model: Any, names: Any) -> Any:
     It knows "all-experts" not, and passes over a name that fits nothing.
     """
     known = {name for name, _ in model.named_parameters()}
-    given = [names] if isinstance(names, str) else names
-    # A tuner of peft may be put on any other parameter too.
-    others = [name for name in given if any(ends_with(path, str(name)) for path in known)]
-    rest = [name for name in given if name not in others]
+    others: list[str] = []
+    rest: list[str] = []
+    for name in [names] if isinstance(names, str) else names:
+        # A tuner of peft may be put on any other parameter too.
+        fits = any(ends_with(path, str(name)) for path in known)
+        (others if fits else rest).append(name)
     return [*others, *names_of_experts(model, rest)]
 
 
