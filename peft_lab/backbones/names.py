@@ -31,12 +31,22 @@ def without_adapters(module: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
     An adapter around a module gives the module in its place, under the path of the wrapper.
     """
-    # The attributes in which peft's layers, ours and peft's wrappers of saved modules keep the base.
-    while "base_layer" in module._modules or "original_module" in module._modules:
-        module = module._modules.get("base_layer", module._modules.get("original_module"))
+    while (inside := _adapted(module)) is not None:
+        module = inside
     yield path, module
     for name, child in module.named_children():
         yield from without_adapters(child, join(path, name))
+
+
+def _adapted(module: Any) -> Any:
+    """Return the module inside of an adapter's layer or of a wrapper of peft; None for other modules."""
+    children = module._modules
+    # The attributes in which peft's layers, ours and peft's wrappers of saved modules keep the base. A wrapper of
+    # trained tokens has an empty one, because its base stands inside of a layer of its own.
+    for name in ("base_layer", "original_module"):
+        if name in children:
+            return children[name] if children[name] is not None else children.get("token_adapter")
+    return None
 
 
 def join(path: str, name: str) -> str:

@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.backbones import tiny_inputs
 from support.cover import cover, each_place
-from support.properties import METHODS, OWN, UNTRAINED, adapt, config, move, needs_add_adapter, output
+from support.properties import METHODS, ON_OPS, OWN, UNTRAINED, adapt, config, move, needs_add_adapter, output
+from torch import nn
 
 from peft_lab import registry
 from peft_lab.errors import ConfigError
@@ -245,3 +246,25 @@ def test_uses_without_a_meaning_for_them_say_so(family: str, base: Any, tmp_path
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ConfigError, match="load_many does not serve"):
         load_many(copy.deepcopy(base).eval(), {"a": tmp_path})
+
+
+class _Net(nn.Module):
+    """A model of one's own, with an embedding that no family names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.body, self.top = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.top(self.body(self.emb(ids)).mean(1))
+
+
+@pytest.mark.parametrize("method", ON_OPS)
+def test_they_are_trained_in_a_model_of_ones_own(method: str, tmp_path: Path) -> None:
+    base, ids = _Net(), torch.arange(6).reshape(2, 3)
+    model = move(adapt(method, base, target_modules=["body"], trainable_token_indices={"emb": [0, 5]}))
+    model(ids).sum().backward()
+    assert [n for n, p in model.named_parameters() if "trainable_tokens_delta" in n and p.grad is not None]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(loaded(ids), model(ids))
