@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().with_suffix(".json")
+RESULTS = Path(__file__).resolve().with_name("peft_suite.json")
 HEAD = ("method", "pass", "fail, for a reason below", "left out by the test", "fail for LoRA too")
 REASONS = ("cases", "reason")
 _GROUPS = ("passed", "refused", "skipped", "environment")
