@@ -94,7 +94,8 @@ def test_hidden_states_of_a_row(method, family, side, given):
     together = stack(**inputs).last_hidden_state
     for number, row in enumerate(ROWS):
         own = inputs["attention_mask"][number].bool()
-        assert_close(together[number, own], stack(**_alone(row)).last_hidden_state[0], 2e-5)
+        # large weights enlarge rounding, by another factor on each CPU; a shifted position moves far more
+        assert_close(together[number, own], stack(**_alone(row)).last_hidden_state[0], 2e-4)
     if "Classification" in type(base).__name__ and family not in ENCODERS:
         alone = torch.cat([model(**_alone(row)).logits for row in ROWS])
         assert_close(model(**inputs).logits, alone, 2e-5)

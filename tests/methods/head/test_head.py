@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,7 +150,10 @@ def test_a_trained_head_is_loaded_by_peft_alone(tmp_path: Path) -> None:
         "print(model(torch.arange(1, 6)[None]).logits.tolist())",
         "assert 'peft_lab' not in sys.modules",
     ]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120)
+    # as where peft-lab is not installed: `import torch` loads it otherwise
+    alone = os.environ | {"PEFT_LAB_AUTOLOAD": "0"}
+    script = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=alone)
     assert done.returncode == 0, done.stderr
     expected = load(tmp_path / "out").model(torch.arange(1, 6)[None]).logits
     assert_close(torch.tensor(json.loads(done.stdout)), expected)
