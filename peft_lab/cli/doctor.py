@@ -29,7 +29,7 @@ DISTRIBUTION = "peft-lab"
 BACKENDS = "torch.backends"
 TORCH_SWITCH, OUR_SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD", "PEFT_LAB_AUTOLOAD"
 #: Extras whose packages are tools of this project's developers.
-_FOR_DEVELOPERS = ("test", "dev")
+_FOR_DEVELOPERS = ("test", "dev", "integrations", "peft-suite")
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 #: Prints the names of all types of adapter that peft knows in a program that does not import peft_lab.
 _TYPES_WITHOUT_US = "import json; from peft import PeftType; print(json.dumps([str(t.value) for t in PeftType]))"

@@ -23,9 +23,10 @@ def found(check: Any) -> dict[str, str]:
 def test_versions_are_compared_with_the_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {*found(doctor._packages).values()} == {"ok"}
     wanted = ["numpy<1", "no-such-package-9>=1", 'matplotlib<1; extra == "plots"', 'pytest<1; extra == "test"']
+    wanted.append('trl==1; extra == "integrations"')
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted)
     monkeypatch.setattr(doctor, "_version", lambda: "0")
-    versions = {"numpy": "2.0", "matplotlib": "3.0", "pytest": "8.0"}
+    versions = {"numpy": "2.0", "matplotlib": "3.0", "pytest": "8.0", "trl": "2.0"}
 
     def version(name: str) -> str:
         if name not in versions:
