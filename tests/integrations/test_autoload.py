@@ -15,7 +15,7 @@ from peft import PeftModel
 from support.properties import METHODS, adapt, move
 from support.tiny_runs import environment, make_tokenizer
 from tokenizers import processors
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 IDS = [[5, 9, 7, 11], [6, 8, 10, 5]]
 #: Door -> code that makes `model`, whose logits are compared, from the adapter's folder and the base's.
@@ -115,6 +115,28 @@ def test_an_adapter_loads_without_our_import(door: str, method: str, place: dict
     found = opened(door)[method]
     assert isinstance(found, list), found
     torch.testing.assert_close(torch.tensor(found), place["logits"][method], atol=1e-5, rtol=0)
+
+
+@pytest.mark.integration(
+    library="transformers", use="`AutoModel.from_pretrained(adapter)` of a bare model without `import peft_lab`"
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bare_model_loads_by_auto_model(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaModel(LlamaConfig(vocab_size=32, **settings)).save_pretrained(tmp_path / "base")
+    model = move(adapt(method, LlamaModel.from_pretrained(tmp_path / "base")))
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor(IDS)).last_hidden_state.flatten()
+    code = (
+        "import json, sys, torch; from transformers import AutoModel; model = AutoModel.from_pretrained(sys.argv[1])\n"
+        f"with torch.no_grad(): out = model.eval()(torch.tensor({IDS})).last_hidden_state\n"
+        "print(json.dumps(out.flatten().tolist()))"
+    )
+    done = run(code, str(tmp_path / "adapter"))
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected, atol=1e-5, rtol=0)
 
 
 TASK = {
