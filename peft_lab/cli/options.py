@@ -14,3 +14,4 @@ OtherBase = Annotated[
     bool, typer.Option("--allow_other_base", help="Warn instead of refusing if the base has other weights.")
 ]
 BatchSize = Annotated[int, typer.Option("--per_device_eval_batch_size", help="Rows in one batch.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output and nothing else.")]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import typer
 from rich.table import Table
 
+from peft_lab.utils import strict_json
 from peft_lab.utils.terminal import PlainTable, SafeConsole
+from peft_lab.utils.text import json_line
 
 
 def print_out(content: str | Table) -> None:
@@ -26,3 +31,9 @@ def format_metric(value: object) -> str:
     if value is None:
         return "undefined"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def print_json(document: Any) -> None:
+    """Print a document as one line of JSON, the only output of a command with `--json`."""
+    # a number that is not finite has no form in JSON
+    typer.echo(json_line(strict_json.finite(document)))
