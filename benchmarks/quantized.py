@@ -103,7 +103,7 @@ class Experiment:
         return self.kind.preprocess(rows, self.processor, self.task, self.model)
 
     def _batches(self, rows: Any) -> DataLoader[Any]:
-        return DataLoader(rows, self.rows, collate_fn=self.kind.data_collator(self.processor, self.model))
+        return DataLoader(rows, self.rows, collate_fn=self.kind.data_collator(self.processor, self.task, self.model))
 
     @torch.no_grad()
     def perplexity(self, model: nn.Module) -> float:

@@ -114,7 +114,10 @@ class KindInfo:
         title: one line for listings.
         runtime: name of the class in the kind's file that loads, prepares, measures and predicts.
         columns: canonical column name -> whether a task must name it.
+        one_of: columns of which a task names exactly one.
+        answers: columns that hold the answer, which a model must not look at.
         settings: the optional keys of a task file that this kind reads.
+        problem_type: that of its tasks, as in a config of transformers, unless a task file says otherwise.
         metrics: our metrics that fit, the default first.
         regression_metrics: those for `problem_type: regression`.
         task_type: peft's `TaskType`, None where peft has none.
@@ -127,7 +130,10 @@ class KindInfo:
     title: str
     runtime: str
     columns: Mapping[str, bool] = field(default_factory=dict, hash=False)
+    one_of: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ("label",)
     settings: tuple[str, ...] = ()
+    problem_type: str = "single_label_classification"
     metrics: tuple[str, ...] = ()
     regression_metrics: tuple[str, ...] = ()
     task_type: str | None = None

@@ -48,7 +48,7 @@ def prepared(
 ) -> Dataset:
     """Rows of one split with encoded labels, without those that the task drops."""
     dropped = faulty(task, split, dataset) if dropped is None else dropped
-    dataset = label_column.encode(task, split, dataset, labels, dropped)
+    dataset = kind(task.kind).encode_labels(task, split, dataset, labels, dropped)
     # dropped last, because what `map` makes of chosen rows has lost their numbers in the file
     return dataset.select([row for row in range(len(dataset)) if row not in dropped]) if dropped else dataset
 

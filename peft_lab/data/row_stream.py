@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset
 
-from peft_lab.data import labels as label_column
 from peft_lab.data import read_files
 from peft_lab.data.row_checks import name_rows
 from peft_lab.data.row_preparation import canonical, check_columns, faulty
 from peft_lab.data.sources import Part, identity, open_parts, take
+from peft_lab.data.task_registry import kind
 from peft_lab.data.task_schema import PROMPT_IDS, Task
 from peft_lab.errors import TaskError
 
@@ -142,7 +142,7 @@ def as_rows(
     rows = name_rows(_data_set(task, split, chunk, features), names)
     rows = name_rows(canonical(task, split, rows), names)
     dropped = faulty(task, split, rows)
-    rows = label_column.encode(task, split, rows, labels, dropped)
+    rows = kind(task.kind).encode_labels(task, split, rows, labels, dropped)
     kept = [row for row in range(len(rows)) if row not in dropped]
     return rows.select(kept), [names[row] for row in kept]
 
@@ -173,13 +173,13 @@ def _labels(task: Task, first: Dataset) -> tuple[str, ...] | None:
     from datasets import ClassLabel
 
     declared = "label" in first.column_names and isinstance(first.features["label"], ClassLabel)
-    if "label" in first.column_names and task.problem_type != "regression" and not declared and not task.labels:
+    if task.has_classes and not declared and not task.labels:
         raise TaskError(f'Task "{task.name}": a stream does not know all labels of its rows; list them in "labels".')
-    return label_column.names_of(task, first)
+    return kind(task.kind).class_names(task, first)
 
 
 def _warn_of_classes(task: Task, validation: Dataset, labels: tuple[str, ...] | None) -> None:
-    if labels is None or "label" not in validation.column_names:
+    if labels is None or not task.has_classes:
         return
     there = len(set(validation["label"][:]))
     if there < len(labels):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peft_lab.data import labels as label_column
 from peft_lab.data import prompt_column
 from peft_lab.data.row_preparation import canonical, faulty, prepared
 from peft_lab.data.row_stream import RowStream, open_stream
 from peft_lab.data.sources import read
+from peft_lab.data.task_registry import kind
 from peft_lab.data.task_schema import Task
 from peft_lab.errors import TaskError
 
@@ -72,7 +72,7 @@ def load_splits(task: Task, seed: int | None = None, *, test: bool = False) -> S
     # labels and prompts are those of all training rows, so they are read before any rows are carved
     train = canonical(task, "train", read(task, "train"))
     dropped = faulty(task, "train", train)
-    labels, prompt_values = label_column.names_of(task, train, dropped), prompt_column.values_of(task, train)
+    labels, prompt_values = kind(task.kind).class_names(task, train, dropped), prompt_column.values_of(task, train)
     train = prepared(task, "train", train, labels, dropped)
     parts: dict[str, Dataset] = {}
     # test rows are carved first and even if nobody asked: train must be the same with and without them

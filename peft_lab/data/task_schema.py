@@ -235,7 +235,9 @@ class Task(Schema):
     columns: Mapping[str, str] = {}
     labels: Annotated[tuple[str, ...], BeforeValidator(partial(_names, what="label", least=2))] = ()
     prompt_values: Annotated[tuple[str, ...], BeforeValidator(partial(_names, what="prompt_value", least=1))] = ()
-    problem_type: Literal["single_label_classification", "regression"] = "single_label_classification"
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = (
+        "single_label_classification"
+    )
     metrics: Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_as_list)] = ()
     empty_rows: Literal["refuse", "drop", "keep"] = "refuse"
     template: Annotated[Template, BeforeValidator(_template)] | None = None
@@ -287,8 +289,14 @@ class Task(Schema):
     @property
     def inputs(self) -> tuple[str, ...]:
         """Canonical columns that a model may look at: neither answer nor `prompt_ids`."""
-        known = self.template.inputs() if self.template else tuple(name for name in self.columns if name != "label")
-        return tuple(name for name in known if name != PROMPT_IDS)
+        known = self.template.inputs() if self.template else tuple(self.columns)
+        hidden = (PROMPT_IDS, *kind_info(self.kind).answers)
+        return tuple(name for name in known if name not in hidden)
+
+    @property
+    def has_classes(self) -> bool:
+        """True if each row has one class, in the column `label`."""
+        return "label" in self.columns and self.problem_type == "single_label_classification"
 
     @property
     def folder(self) -> Path:
@@ -308,7 +316,7 @@ class Task(Schema):
 
 def check_classes(task: Task) -> None:
     """Raise `TaskError` if a task has no classes to draw `examples_per_class` of."""
-    if "label" not in task.columns or task.problem_type == "regression":
+    if not task.has_classes:
         raise TaskError(f'examples_per_class needs a classification task; "{task.name}" has no classes.')
 
 
@@ -335,6 +343,8 @@ def build(mapping: Mapping[str, Any], origin: Path | None) -> Task:
             raise TaskError(f'"{key}" in a task is empty; give it a value or remove it.')
         if key in _SETTINGS and key not in rule.settings:
             raise TaskError(f'"{key}" has no meaning for the kind "{rule.name}"; remove it.')
+    if "problem_type" not in given.model_fields_set:
+        given = given.model_copy(update={"problem_type": rule.problem_type})
     if given.problem_type == "regression" and given.labels:
         raise TaskError('a regression has no "labels"; remove them, or the problem_type.')
     # what the file leaves open is filled in from the kind and from the data
@@ -400,6 +410,9 @@ def _columns(task: Task, rule: KindInfo) -> dict[str, str]:
     for name, required in known.items():
         if required and name not in task.columns:
             raise TaskError(f'the kind "{rule.name}" needs "columns" to name the column of "{name}".')
+    if rule.one_of and len([name for name in rule.one_of if name in task.columns]) != 1:
+        choices = " or ".join(f'"{name}"' for name in rule.one_of)
+        raise TaskError(f'the kind "{rule.name}" needs "columns" to name the column of either {choices}.')
     chosen = {name: source for name, source in task.columns.items() if name == PROMPT_IDS}
     columns = {name: source for name, source in task.columns.items() if name != PROMPT_IDS}
     if task.template is not None:

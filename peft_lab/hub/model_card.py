@@ -159,7 +159,7 @@ def card_text(
         base=base,
         revision=_revision(base),
         form=f", quantised to {markdown_code(form)}," if form else "",
-        usage=_usage(repo or name, info, kind, metrics["data"]["labels"], is_adapter, peft_finds_base),
+        usage=_usage(repo or name, info, kind, task, metrics["data"]["labels"], is_adapter, peft_finds_base),
         run=metrics,
         task=task,
         data=_data(task),
@@ -235,18 +235,18 @@ def _template() -> Template:
 
 
 def _usage(
-    source: str, info: MethodInfo, kind: Kind, labels: int | None, is_adapter: bool, peft_finds_base: bool
+    source: str, info: MethodInfo, kind: Kind, task: Task, labels: int | None, is_adapter: bool, peft_finds_base: bool
 ) -> Usage:
     """Lines that load a run with the classes of transformers or peft.
 
     Args:
         source: folder of the run, or its Hub id.
-        info, kind: method and kind of task of the run.
+        info, kind, task: method, kind of task and task of the run.
         labels: number of classes, which the base model must be told of; None for generation.
         is_adapter: False if a whole model was saved.
         peft_finds_base: False if the base has no name that peft can load; peft-lab loads it then.
     """
-    auto = kind.auto_class().__name__
+    auto = kind.auto_class(task).__name__
     if not is_adapter:
         return Usage("transformers", auto, f"{auto}.from_pretrained({_literal(source)})")
     if not peft_finds_base:

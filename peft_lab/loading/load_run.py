@@ -243,6 +243,6 @@ def _labels_of_data(task: Task) -> list[str] | None:
 
     None for regression and generation.
     """
-    if "label" not in task.columns or task.problem_type == "regression":
+    if not task_kind(task.kind).labelled or task.problem_type == "regression":
         return None
     return list(load_splits(task).labels or ()) or None

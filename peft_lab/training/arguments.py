@@ -60,7 +60,6 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
     flags.setdefault("report_to", "none")
     flags.setdefault("restore_callback_states_from_checkpoint", True)  # else early stopping forgets its count at resume
     flags.setdefault("remove_unused_columns", False)  # the collator reads what the kind's preprocessing made
-    flags.setdefault("label_names", ["labels"])
     flags.setdefault("logging_nan_inf_filter", False)  # it would leave batches out of an evaluation's loss in silence
     if flags.get("metric_for_best_model"):
         # Trainer takes every metric but a loss for one of which more is better

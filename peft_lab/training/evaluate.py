@@ -89,11 +89,11 @@ def evaluate(
                 report_to="none",
                 remove_unused_columns=False,  # the collator reads what the kind's preprocessing made
                 dataloader_pin_memory=torch.cuda.is_available(),
-                label_names=["labels"],
+                label_names=list(loaded.kind.trainer_labels),
                 logging_nan_inf_filter=False,  # it would leave batches out of the loss in silence
             ),
-            data_collator=loaded.kind.data_collator(loaded.processor, loaded.model),
-            compute_metrics=loaded.kind.compute_metrics(loaded.task, loaded.labels),
+            data_collator=loaded.kind.data_collator(loaded.processor, loaded.task, loaded.model),
+            compute_metrics=loaded.kind.compute_metrics(loaded.task, loaded.labels, raw),
             preprocess_logits_for_metrics=loaded.kind.preprocess_logits_for_metrics,
         )
         found = trainer.evaluate(rows, metric_key_prefix=split)
@@ -130,7 +130,7 @@ def predict(
     rows = read_inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
     file = next((row for row in rows if isinstance(row, str | Path) and os.path.isfile(row)), None)
-    if loaded.kind.predicts_texts and file is not None:
+    if loaded.kind.reads_texts(loaded.task) and file is not None:
         raise ConfigError(f'"{file}" is a file, and not one of inputs: these end with {", ".join(INPUT_FILES)}.')
     # the column that chooses prompts is read now, because `_input` keeps only those of the task
     ids = prompt_column.ids_of_inputs(rows, loaded.model, loaded.task)

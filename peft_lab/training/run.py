@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,6 +145,7 @@ class _Run:
     ) -> None:
         self.config, self.info, self.task, self.arguments, self.folder = config, info, task, arguments, folder
         self.kind = task_kind(task.kind)
+        arguments.label_names = list(self.kind.trainer_labels)
         self.start = time.perf_counter()
         self.process = PartialState()
         #: State of the folder once it is this run's; before, nothing was written.
@@ -152,7 +153,9 @@ class _Run:
         #: True if checkpoints are written or read, which record what is trained on; hashing it takes time.
         self.keeps_record, self.base = False, ""
         self.inputs: dict[str, Any] = {}
-        self.items: Predictions | None = None  # of the split that was evaluated last, which is test if there is one
+        #: Split that is evaluated, and predictions for its rows; test comes last, if there is one.
+        self.scored = "validation"
+        self.items: Predictions | None = None
 
     def execute(self) -> TrainResult:
         """Train, evaluate and save."""
@@ -226,13 +229,13 @@ class _Run:
             keeps_head,
             self.config.quantization,
         )
-        self.kind.check_processor(self.processor, base)
+        self.kind.check_processor(self.processor, self.task, base)
         # found before the adapter is on it, because peft wraps the head and its paths change
         self.head_modules = [] if keeps_head else module_roles.head_modules(base)
         if self.keeps_record:
             self.base = base_hash(base, self.head_modules)
         set_seed(seed)  # the backbone's own random draws must not shift the adapter's
-        settings = self.kind.adapter_settings(self.processor, self.labels)
+        settings = self.kind.adapter_settings(self.processor, self.task, self.labels)
         settings |= prompt_column.settings(self.splits.prompt_values)
         self.model = adapt(base, self.info, self.config.method_args, self.kind.info.task_type, settings)
 
@@ -269,7 +272,7 @@ class _Run:
         chunked = self.config.loss_chunk_size is not None
         if chunked and not self.kind.scores_tokens:
             raise ConfigError(f'loss_chunk_size is for decoders that write; kind "{self.kind.name}" has no such loss.')
-        collator = self.kind.data_collator(self.processor, self.model)
+        collator = self.kind.data_collator(self.processor, self.task, self.model)
         if self.config.packing:
             collator = packed_collator(collator, self.processor, self.model, self.rows["train"])
         self.trainer = build_or_refuse(
@@ -280,7 +283,7 @@ class _Run:
             eval_dataset=self.rows["validation"],
             processing_class=self.processor,
             data_collator=collator,
-            compute_metrics=self._keeping_items(self.kind.compute_metrics(self.task, self.labels)),
+            compute_metrics=self._scores_of_rows,
             # a loss in chunks makes no logits
             preprocess_logits_for_metrics=None if chunked else self.kind.preprocess_logits_for_metrics,
             callbacks=self._callbacks(),
@@ -290,17 +293,14 @@ class _Run:
             inputs=self.inputs,
         )
 
-    def _keeping_items(self, compute: Callable[[EvalPrediction], dict[str, float]]) -> Callable[..., dict[str, float]]:
-        """Wrap `compute` to keep the predictions of each row.
+    def _scores_of_rows(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Compute the metrics, and keep the predictions of each row.
 
         No split is evaluated a second time for them.
         """
-
-        def keep(prediction: EvalPrediction) -> dict[str, float]:
-            self.items = self.kind.row_predictions(prediction)
-            return compute(prediction)
-
-        return keep
+        rows = self.raw[self.scored]
+        self.items = self.kind.row_predictions(prediction, self.task, rows)
+        return self.kind.compute_metrics(self.task, self.labels, rows)(prediction)
 
     def _claim_folder(self, checkpoint: str | None) -> None:
         """Clear the folder and write run.yaml: nothing is refused from here on."""
@@ -345,6 +345,7 @@ class _Run:
         for split, prefix in wanted.items():
             if split not in self.rows:
                 continue
+            self.scored = split
             found = self.trainer.evaluate(self.rows[split], metric_key_prefix=prefix)
             # metrics of written text need generation, which Trainer's evaluation does not do
             written = self.kind.generation_scores(

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.backbones.from_pretrained import load_checkpoint
-from peft_lab.data.kind import Kind, length_limit, longer_rows, padding_tokenizer
+from peft_lab.data.kind import Kind
 from peft_lab.data.prompt_template import Template, fields, fill, values_in
 from peft_lab.data.row_checks import RowFault, check_inputs, numbered, source_rows, warn_of_cut
 from peft_lab.data.row_maps import identity_of_tokenizer, map_rows
 from peft_lab.data.task_schema import PROMPT_IDS
+from peft_lab.data.text_inputs import length_limit, longer_rows, padding_tokenizer
 from peft_lab.errors import TaskError
 from peft_lab.metrics import load_metric
 from peft_lab.metrics.baselines import Baseline
@@ -58,7 +59,6 @@ class CausalLM(Kind):
     """
 
     info = KIND
-    predicts_texts = True
     scores_tokens = True
 
     def check(self, task: Task) -> None:
@@ -77,7 +77,10 @@ class CausalLM(Kind):
         if bool(task.template.required) != ("coverage" in task.metrics):
             raise TaskError('the metric "coverage" and the key "required" of the template go together; give both.')
 
-    def auto_class(self) -> Any:
+    def reads_texts(self, task: Task) -> bool:
+        return True
+
+    def auto_class(self, task: Task) -> Any:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM
@@ -101,7 +104,7 @@ class CausalLM(Kind):
         self, model_name_or_path: str, task: Task, labels: Sequence[str] | None, **hub_kwargs: Any
     ) -> PreTrainedModel:
         hub_kwargs.setdefault("dtype", KIND.default_dtype)
-        return load_checkpoint(self.auto_class(), model_name_or_path, **hub_kwargs)[0]
+        return load_checkpoint(self.auto_class(task), model_name_or_path, **hub_kwargs)[0]
 
     def row_faults(self, dataset: Dataset, task: Task) -> list[RowFault]:
         template = _template(task)
@@ -161,7 +164,7 @@ class CausalLM(Kind):
     def packed_length(self, processor: Any, task: Task, model: Any) -> int:
         return length_limit(task, MAX_LENGTH, processor, model)
 
-    def data_collator(self, processor: Any, model: Any) -> Any:
+    def data_collator(self, processor: Any, task: Task, model: Any) -> Any:
         from transformers import DataCollatorForSeq2Seq
 
         return DataCollatorForSeq2Seq(padding_tokenizer(processor, model), label_pad_token_id=IGNORED)
@@ -186,7 +189,9 @@ class CausalLM(Kind):
         ]
         return logits.argmax(-1), -torch.stack(losses)
 
-    def compute_metrics(self, task: Task, labels: Sequence[str] | None) -> Callable[[EvalPrediction], dict[str, float]]:
+    def compute_metrics(
+        self, task: Task, labels: Sequence[str] | None, rows: Dataset | None = None
+    ) -> Callable[[EvalPrediction], dict[str, float]]:
         perplexity, accuracy = load_metric("perplexity"), load_metric("accuracy")
         if "rouge_l" in task.metrics:
             load_metric("rouge_l")  # a missing package is found before the training and not after it
@@ -207,7 +212,7 @@ class CausalLM(Kind):
 
         return compute
 
-    def row_predictions(self, prediction: EvalPrediction) -> Predictions:
+    def row_predictions(self, prediction: EvalPrediction, task: Task, rows: Dataset | None = None) -> Predictions:
         outputs: Any = prediction.predictions
         label_ids: Any = prediction.label_ids
         (predicted, log_probabilities), targets = outputs, label_ids[:, 1:]

@@ -228,7 +228,7 @@ def test_batches_of_a_kind(method, name, family, side, text_folder, monkeypatch)
     if name == "causal_lm":
         rows = [{"topic": "rain", "sentence": "a"}, {"topic": "a song now", "sentence": "the band and more"}]
     encoded = list(used.preprocess(Dataset.from_list(rows), tokenizer, task, model))
-    collate = used.data_collator(tokenizer, model)
+    collate = used.data_collator(tokenizer, task, model)
     together = model(**collate(encoded))
     alone = [model(**collate([row])) for row in encoded]
     if name == "causal_lm":
@@ -269,10 +269,10 @@ def test_a_head_that_reads_the_last_place(text_folder):
     import transformers as hf
     from support.backbones import _build
 
-    used, _ = _kind("text_classification", text_folder)
+    used, task = _kind("text_classification", text_folder)
     sizes = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": 99, "pad_token_id": 0}
     model = _build(hf.XLNetForSequenceClassification, **sizes)
-    collate = used.data_collator(AutoTokenizer.from_pretrained(text_folder / "decoder"), model)
+    collate = used.data_collator(AutoTokenizer.from_pretrained(text_folder / "decoder"), task, model)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row), "labels": 0} for row in ROWS]
     with torch.no_grad():
         alone = torch.cat([model(**collate([row])).logits for row in rows])

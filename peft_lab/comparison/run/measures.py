@@ -134,7 +134,7 @@ def _control(place: Path, control: str, batch_size: int) -> dict[str, float]:
     splits = load_splits(task, test=task.has_test)
     # bounded, because both the base and the adapted model see these rows
     train, scored = subset(splits.train, CONTROL_ROWS), subset(splits.test or splits.validation, CONTROL_ROWS)
-    by_loss = loaded.task.problem_type != "regression" and "label" not in loaded.task.columns
+    by_loss = not loaded.task.has_classes and loaded.task.problem_type != "regression"
 
     def score(model: Any) -> float:
         if by_loss:
@@ -180,7 +180,7 @@ def _batches(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -
     model.to(device)
     rows = prompt_column.for_model(rows, model, task)
     prepared: Any = loaded.kind.preprocess(rows, loaded.processor, task, model)
-    for batch in DataLoader(prepared, size, collate_fn=loaded.kind.data_collator(loaded.processor, model)):
+    for batch in DataLoader(prepared, size, collate_fn=loaded.kind.data_collator(loaded.processor, task, model)):
         yield {name: value.to(device) for name, value in batch.items()}
 
 

@@ -144,7 +144,7 @@ def _counter(run: Run, name: str) -> Callable[[int], int]:
     revision, dtype = options.get("model_revision"), options.get("dtype")
     keeps_head, form = has_trait(info, "uses_source_head"), options.get("quantization")
     processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, keeps_head, form)
-    settings = rule.adapter_settings(processor, labels) | prompt_column.settings(splits.prompt_values)
+    settings = rule.adapter_settings(processor, task, labels) | prompt_column.settings(splits.prompt_values)
 
     def count(value: int) -> int:
         arguments = {**run.method_args, name: value}

@@ -159,7 +159,7 @@ def test_both_texts_of_a_pair_are_read(bert: Path) -> None:
     assert [len(row["input_ids"]) for row in rows] == [8, 20]
     assert {"x", "y"} <= set(tokenizer.decode(rows[1]["input_ids"]).split()), "truncation keeps some of both"
     assert rows["labels"][:] == [0, 1]
-    batch = rule.data_collator(tokenizer, model)([rows[0], rows[1]])
+    batch = rule.data_collator(tokenizer, task, model)([rows[0], rows[1]])
     assert batch["input_ids"].shape == (2, 20)
     forward, backward = (rule.predict(model, tokenizer, [pair], task) for pair in (("abc", "de"), ("de", "abc")))
     assert forward != backward
@@ -197,7 +197,7 @@ def test_regression_has_one_output_and_correlations(bert: Path) -> None:
     rows = Dataset.from_dict(
         {"text": ["a b"], "label": [2.5]}, features=Features(text=Value("string"), label=Value("float32"))
     )
-    batch = rule.data_collator(tokenizer, model)([rule.preprocess(rows, tokenizer, task, model)[0]])
+    batch = rule.data_collator(tokenizer, task, model)([rule.preprocess(rows, tokenizer, task, model)[0]])
     with torch.no_grad():
         loss = model.eval()(**batch).loss
     assert float(loss) == pytest.approx(
@@ -271,7 +271,7 @@ def test_images_arrive_in_the_size_that_the_backbone_can_take(
     rows = Dataset.from_dict({"image": pictures(), "label": [0, 1, 2] * 2}, features=features)
     ready = rule.preprocess(rows, processor, task, model)
     assert set(ready.column_names) == {"pixel_values", "labels"}
-    batch = rule.data_collator(processor, model)([ready[0], ready[1]])
+    batch = rule.data_collator(processor, task, model)([ready[0], ready[1]])
     assert batch["pixel_values"].shape == (2, 3, size, size)
     assert batch["pixel_values"].min() < -0.5
     assert batch["pixel_values"].max() > 0.5
@@ -291,10 +291,10 @@ def test_a_processor_of_a_size_that_the_backbone_cannot_take_is_refused(
     rule, task = kind("image_classification"), image_task()
     processor, model = load_base(rule, task, LABELS, str(folder))
     if not refused:
-        rule.check_processor(processor, model)
+        rule.check_processor(processor, task, model)
         return
     with pytest.raises(ConfigError, match=r"takes no images of 40 x 40 pixels.*correct the size"):
-        rule.check_processor(processor, model)
+        rule.check_processor(processor, task, model)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_methods_are_told_the_size_of_images_where_there_is_one(
     processor = rule.load_processor(str(image_models["efficientnet"]), image_task())
     for name, value in changes.items():
         setattr(processor, name, value)
-    settings = rule.adapter_settings(processor, LABELS)
+    settings = rule.adapter_settings(processor, image_task(), LABELS)
     assert settings.get("image_size") == size
     assert settings["image_mean"] == pytest.approx([0.5] * 3, abs=1e-6)
 
@@ -332,7 +332,7 @@ def test_trainer_leaves_the_images_in_place(image_models: dict[str, Path], tmp_p
         model,
         arguments,
         eval_dataset=ready,
-        data_collator=rule.data_collator(processor, model),
+        data_collator=rule.data_collator(processor, task, model),
         compute_metrics=rule.compute_metrics(task, LABELS),
     )
     found = trainer.predict(ready)
@@ -404,7 +404,7 @@ def test_the_loss_is_that_of_the_answer_alone(llama: Path) -> None:
     assert tokenizer.decode(ids[1:-1]).replace("  ", "_").replace(" ", "").replace("_", " ") == "q: a b? yes"
     assert [i for i, label in zip(ids, ready[0]["labels"], strict=True) if label != -100] == [*ids[-5:]]
     assert ids[-1] == tokenizer.eos_token_id
-    batch = rule.data_collator(tokenizer, model)([ready[0], ready[1]])
+    batch = rule.data_collator(tokenizer, task, model)([ready[0], ready[1]])
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
     with torch.no_grad():
         out = model(**batch)

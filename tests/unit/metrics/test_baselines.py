@@ -15,7 +15,7 @@ from support.tiny_runs import make_backbone, make_task, options
 from peft_lab.cli import demo, runs
 from peft_lab.comparison.report.sentences import describe
 from peft_lab.comparison.stats.statistics import rank_arms
-from peft_lab.data.kind import ClassificationKind
+from peft_lab.data.classification_kind import ClassificationKind
 from peft_lab.data.task_registry import kind, parse_task
 from peft_lab.metrics import METRICS
 from peft_lab.metrics.baselines import Baseline, comparison, shortfall

@@ -161,7 +161,7 @@ def test_items_of_a_regression_of_any_number_of_rows() -> None:
 
     for rows in (1, 3):
         values = np.arange(rows, dtype=np.float32)
-        items = kind("text_classification").row_predictions(EvalPrediction(values[:, None] + 0.5, values))
+        items = kind("text_classification").row_predictions(EvalPrediction(values[:, None] + 0.5, values), Any)
         assert items is not None
         assert items.output_type == "regression"
         assert items.columns["prediction"].tolist() == (values + 0.5).tolist()
