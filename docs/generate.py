@@ -331,7 +331,7 @@ def _kinds() -> str:
     for kind in registry.list_kinds().values():
         columns = [f"`{name}`" + ("" if needed else " (optional)") for name, needed in kind.columns.items()]
         metrics = ", ".join(f"`{name}`" for name in (*kind.metrics, *kind.regression_metrics))
-        settings = ", ".join(f"`{name}`" for name in kind.settings)
+        settings = ", ".join(f"`{name}`" for name in (*kind.settings, *kind.options))
         own = f"`{kind.task_type}`" if kind.task_type else "none"
         rows.append(
             (f"`{kind.name}`", kind.title, ", ".join(columns) or "those of the template", settings, metrics, own)

@@ -117,6 +117,8 @@ class KindInfo:
         one_of: columns of which a task names exactly one.
         answers: columns that hold the answer, which a model must not look at.
         settings: the optional keys of a task file that this kind reads.
+        options: further keys of a task file that this kind alone reads -> default value, whose type a value must have;
+            `Task.options` holds them.
         problem_type: that of its tasks, as in a config of transformers, unless a task file says otherwise.
         metrics: our metrics that fit, the default first.
         regression_metrics: those for `problem_type: regression`.
@@ -133,6 +135,7 @@ class KindInfo:
     one_of: tuple[str, ...] = ()
     answers: tuple[str, ...] = ("label",)
     settings: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     problem_type: str = "single_label_classification"
     metrics: tuple[str, ...] = ()
     regression_metrics: tuple[str, ...] = ()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, create_model
 
+from peft_lab.data.data_source import DataSource, as_list, data_source
 from peft_lab.data.prompt_template import Template
 from peft_lab.errors import TaskError
 from peft_lab.metrics import METRICS, metric_path
-from peft_lab.registry import KindInfo, kind_info
-from peft_lab.utils.data_root import DATA_PREFIX, DATA_VARIABLE
+from peft_lab.registry import KindInfo, kind_info, list_kinds
+from peft_lab.utils.data_root import DATA_VARIABLE
 from peft_lab.utils.schema import Schema, check, describe, unknown_key
 
 SPLITS = ("train", "validation", "test")
@@ -30,122 +31,14 @@ MAX_LABELS = 100_000
 _SETTINGS = ("labels", "problem_type", "template", "max_length", "max_new_tokens", "image_size")
 
 
-class _CsvOptions(Schema):
-    delimiter: str = ","
-    column_names: Sequence[str] = ()
-    quoting: Literal["minimal", "all", "nonnumeric", "none"] = "minimal"
-    quotechar: str = '"'
-    encoding: str = ""
-    skiprows: int = 0
-
-
-class _JsonOptions(Schema):
-    field: str = ""
-    encoding: str = ""
-
-
-#: Options of each `datasets` builder that a task may set. The list is closed, because a YAML file is never trusted.
-_BUILDER_OPTIONS: dict[str, type[Schema]] = {
-    "csv": _CsvOptions,
-    "json": _JsonOptions,
-    "parquet": Schema,
-    "imagefolder": Schema,
-    "text": Schema,
-    "webdataset": Schema,
-}
-
 #: Keys that a stream of rows alone reads.
 _OF_STREAMS = ("validation_rows", "test_rows", "shuffle_buffer_size")
-
-
-def _check_file(name: str) -> str:
-    if not name:
-        raise TaskError("a file name must not be empty.")
-    if "://" in name:
-        raise TaskError(f'file "{name}" is an address; files are local, a Hub data set is named by "path".')
-    if "$" in name.removeprefix(DATA_PREFIX) or name.startswith("~"):
-        raise TaskError(f'file "{name}": only a leading {DATA_PREFIX} is replaced, no other variable and no "~".')
-    return name
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-# strict mode refuses a list in place of a tuple, and YAML has lists alone
-_FileNames = Annotated[
-    tuple[Annotated[str, AfterValidator(_check_file)], ...], Field(strict=False), BeforeValidator(_as_list)
-]
-
-
-class _Files(Schema):
-    train: _FileNames = ()
-    validation: _FileNames = ()
-    test: _FileNames = ()
 
 
 class _SplitNames(Schema):
     train: str = ""
     validation: str = ""
     test: str = ""
-
-
-class _HubData(Schema):
-    path: str = ""
-    name: str = ""
-    revision: str = ""
-
-
-class _LocalData(Schema):
-    builder: Literal["csv", "json", "parquet", "imagefolder", "text", "webdataset"]
-    files: Mapping[str, Any] = {}
-    options: Mapping[str, Any] = {}
-
-
-class DataSource(Schema):
-    """Source of a task's rows.
-
-    It is a data set of the Hub, or local files that a builder of `datasets` reads.
-
-    Attributes:
-        path, name, revision: Hub id, configuration and commit, branch or tag ("" for local files).
-        builder: `csv`, `json`, `parquet`, `text`, `imagefolder` or `webdataset` ("" for the Hub).
-        files: split -> file names as written: relative to the YAML file or to `${PEFT_LAB_DATA}`; `*` is a wildcard.
-        options: options of the builder.
-    """
-
-    path: str = ""
-    name: str = ""
-    revision: str = ""
-    builder: str = ""
-    files: Mapping[str, tuple[str, ...]] = {}
-    options: Mapping[str, Any] = {}
-
-
-def _data_source(values: Any) -> DataSource:
-    """The checked value of `data`."""
-    if isinstance(values, Mapping) and "builder" in values:
-        return _local_data(values)
-    hub = check(_HubData, values, 'the "data" of a Hub data set', TaskError)
-    if not hub.path:
-        raise TaskError('"data" needs "path" (a Hub id) or "builder" and "files" (local files).')
-    # load_dataset would take the path of a local folder too, and read whatever is in it
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", hub.path):
-        raise TaskError(f'data path "{hub.path}" is no Hub id; for local files give "builder" and "files" instead.')
-    return DataSource(**dict(hub))
-
-
-def _local_data(values: Mapping[str, Any]) -> DataSource:
-    local = check(_LocalData, values, 'the "data" of local files', TaskError)
-    # the keys of the files are the splits, so one that was not named must not appear as an empty one
-    files = check(_Files, local.files, "the files", TaskError).model_dump(exclude_unset=True)
-    if "train" not in files:
-        raise TaskError('"files" of "data" must name at least the file of "train".')
-    empty = next((split for split, names in files.items() if not names), None)
-    if empty is not None:
-        raise TaskError(f'the list of {empty} files is empty; name a file or leave "{empty}" out.')
-    options = check(_BUILDER_OPTIONS[local.builder], local.options, f"the options of {local.builder}", TaskError)
-    return DataSource(builder=local.builder, files=files, options=options.model_dump(exclude_unset=True))
 
 
 def _check_name(name: str) -> str:
@@ -228,7 +121,7 @@ class Task(Schema):
 
     name: Annotated[str, AfterValidator(_check_name)]
     kind: str
-    data: Annotated[DataSource, BeforeValidator(_data_source)]
+    data: Annotated[DataSource, BeforeValidator(data_source)]
     title: str = ""
     description: str = ""
     splits: Annotated[Mapping[str, str], BeforeValidator(_split_names)] = {}
@@ -238,7 +131,7 @@ class Task(Schema):
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = (
         "single_label_classification"
     )
-    metrics: Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_as_list)] = ()
+    metrics: Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(as_list)] = ()
     empty_rows: Literal["refuse", "drop", "keep"] = "refuse"
     template: Annotated[Template, BeforeValidator(_template)] | None = None
     validation_fraction: _Fraction = 0.1
@@ -259,6 +152,12 @@ class Task(Schema):
     control: str = ""
     _origin: Path | None = None
     _foreign: bool = False
+    _options: Mapping[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Values of the keys that the task's kind alone reads, defaults included."""
+        return self._options
 
     @property
     def origin(self) -> Path | None:
@@ -333,15 +232,19 @@ def build(mapping: Mapping[str, Any], origin: Path | None) -> Task:
 
     `origin` is the YAML file, if there is one, and anchors relative paths.
     """
-    given = check(Task, mapping, "a task", TaskError)
-    # a private attribute, so that no key of a file can set it
+    of_kinds, own = _kind_options(mapping)
+    # no mapping at all is refused by the check of the rest
+    rest = {key: mapping[key] for key in mapping if key not in of_kinds} if isinstance(mapping, Mapping) else mapping
+    given = check(Task, rest, "a task", TaskError)
+    # private attributes, so that no key of a file can set them
     given._origin = origin
+    given._options = own.model_dump()
     rule = kind_info(given.kind)
     for key in mapping:
         # YAML reads a key without a value as null
         if mapping[key] is None:
             raise TaskError(f'"{key}" in a task is empty; give it a value or remove it.')
-        if key in _SETTINGS and key not in rule.settings:
+        if (key in _SETTINGS and key not in rule.settings) or (key in of_kinds and key not in rule.options):
             raise TaskError(f'"{key}" has no meaning for the kind "{rule.name}"; remove it.')
     if "problem_type" not in given.model_fields_set:
         given = given.model_copy(update={"problem_type": rule.problem_type})
@@ -354,6 +257,17 @@ def build(mapping: Mapping[str, Any], origin: Path | None) -> Task:
     _check_streaming(task)
     _check_prompt_column(task)
     return task
+
+
+def _kind_options(mapping: Mapping[str, Any]) -> tuple[set[str], Schema]:
+    """Keys of a task file that single kinds read, and the checked values of those of its own kind."""
+    kinds = list_kinds()
+    rule = kinds.get(str(mapping.get("kind"))) if isinstance(mapping, Mapping) else None
+    known = {key for card in kinds.values() for key in card.options}
+    defaults = dict(rule.options) if rule else {}
+    fields: dict[str, Any] = {key: (type(default), default) for key, default in defaults.items()}
+    given = {key: mapping[key] for key in defaults if key in mapping}
+    return known, check(create_model("KindOptions", __base__=Schema, **fields), given, "a task", TaskError)
 
 
 def _splits(task: Task) -> dict[str, str]:

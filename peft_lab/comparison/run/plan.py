@@ -368,6 +368,10 @@ def _task_content(source: str) -> str:
     task = load_task(source)
     # without the values that are a field's default, so that a key that is new in tasks changes no id of an older run
     values = task.model_dump(exclude_defaults=True, exclude=set(_IGNORED_IN_ID))
+    defaults = registry.kind_info(task.kind).options
+    changed = {key: value for key, value in task.options.items() if value != defaults[key]}
+    if changed:
+        values["options"] = changed
     return json.dumps([values, str(task.folder) if task.where == "files" else ""], sort_keys=True, default=str)
 
 

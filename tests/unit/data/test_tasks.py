@@ -522,3 +522,20 @@ def test_a_subset_is_drawn_from_everywhere(tmp_path: Path) -> None:
     assert some["text"][:] == subset(rows, 60, seed=0)["text"][:]
     assert subset(rows, None) is rows
     assert subset(rows, 10**6) is rows
+
+
+def test_a_key_of_one_kind_is_read_by_that_kind_alone(plugin: Path) -> None:
+    card = (
+        (plugin / "__init__.py")
+        .read_text()
+        .replace('metrics=("accuracy",)', 'metrics=("accuracy",), options={"least": 2}')
+    )
+    (plugin / "__init__.py").write_text(card)
+    registry.list_kinds.cache_clear()
+    own = {**TEXT, "name": "counts", "kind": "counting", "columns": {"text": "sentence"}}
+    assert parse_task(own).options == {"least": 2}
+    assert parse_task({**own, "least": 5}).options == {"least": 5}
+    with pytest.raises(TaskError, match='"least" in a task must be a whole number'):
+        parse_task({**own, "least": "five"})
+    with pytest.raises(TaskError, match='"least" has no meaning for the kind "text_classification"'):
+        parse_task({**TEXT, "least": 5})
