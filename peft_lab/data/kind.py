@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import EvalPrediction, PreTrainedModel
 
+    from peft_lab.data.profile import DataProfile, Proposal
     from peft_lab.data.task_schema import Task
 
 
@@ -55,6 +56,13 @@ class Kind:
 
         The schema has been checked already.
         """
+
+    def propose(self, profile: DataProfile) -> Proposal | None:
+        """Proposal of this kind for somebody's data; None if their columns do not fit it.
+
+        Imports nothing heavy, as `check`.
+        """
+        return None
 
     def cast(self, dataset: Dataset, task: Task) -> Dataset:
         """Cast the canonical columns to their types.

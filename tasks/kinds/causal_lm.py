@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.data.kind import Kind
+from peft_lab.data.profile import DataProfile, Proposal
 from peft_lab.data.prompt_template import Template, fields, fill, values_in
 from peft_lab.data.row_checks import RowFault, check_inputs, numbered, source_rows, warn_of_cut
 from peft_lab.data.row_maps import identity_of_tokenizer, map_rows
@@ -37,6 +38,13 @@ _CUT_ANSWER = "have an answer longer than the limit, which loses its end and the
 #: Metrics of what the model writes by itself: each row has a value of its own, and the metric is their mean.
 WRITTEN = ("exact_match", "rouge_l", "coverage")
 
+#: Usual names of the columns of prompt and answer; a third column may hold what the instruction is about.
+_PAIRS = (
+    *(("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response")),
+    *(("question", "answer"), ("input", "output"), ("source", "target")),
+)
+_ABOUT = ("input", "context")
+
 
 KIND = KindInfo(
     name="causal_lm",
@@ -60,6 +68,21 @@ class CausalLM(Kind):
 
     info = KIND
     scores_tokens = True
+
+    def propose(self, profile: DataProfile) -> Proposal | None:
+        known = {
+            column.name.lower(): column for column in profile.columns.values() if column.type in ("text", "number")
+        }
+        pair = next((pair for pair in _PAIRS if known.keys() >= set(pair)), None)
+        if pair is None or profile.given:
+            return None
+        prompt, answer = (known[name] for name in pair)
+        about = next((known[name] for name in _ABOUT if name in known and name not in pair), None)
+        between = f"\n{{{about.name}}}" if about else ""
+        template = {"prompt": f"{{{prompt.name}}}{between}\n", "answer": f"{{{answer.name}}}"}
+        # a question with an answer, or a source with a target, may be meant for another kind
+        confidence = 0.3 if answer.holds_classes else 0.9 if pair[0] in ("prompt", "instruction") else 0.6
+        return Proposal(self.name, confidence, settings={"template": template}, metrics=KIND.metrics[:2])
 
     def check(self, task: Task) -> None:
         if task.template is None:

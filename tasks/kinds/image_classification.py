@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from peft_lab.data.classification_kind import ClassificationKind
 from peft_lab.data.image_inputs import ImageInputs
+from peft_lab.data.profile import DataProfile, Proposal
 from peft_lab.registry import KindInfo
+
+#: Usual names of the columns.
+_IMAGES = ("image", "img", "picture", "photo", "file_name")
+_LABELS = ("label", "labels", "class", "category", "fine_label", "target", "species")
 
 KIND = KindInfo(
     name="image_classification",
@@ -22,3 +27,14 @@ class ImageClassification(ClassificationKind):
 
     info = KIND
     inputs = ImageInputs()
+
+    def propose(self, profile: DataProfile) -> Proposal | None:
+        image = profile.find("image", _IMAGES, lambda column: column.type == "image")
+        label = profile.find("label", _LABELS, lambda column: column.holds_classes)
+        if image is None or label is None:
+            return None
+        columns = {"image": image.name, "label": label.name}
+        usual = "label" in profile.given or label.name.lower() in _LABELS
+        return Proposal(
+            self.name, 0.9 if usual else 0.6, columns, metrics=KIND.metrics[:2], doubts=tuple(label.class_doubts())
+        )
