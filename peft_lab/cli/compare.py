@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peft_lab.cli.options import Json
+from peft_lab.cli.output import print_json
 from peft_lab.errors import ConfigError
 from peft_lab.utils.terminal import SafeConsole, shown
 
@@ -99,11 +101,16 @@ def recommend(
 def report(
     folder: Annotated[Path, typer.Argument(help="The output_dir of a comparison.")],
     out: Annotated[Path | None, typer.Option(help="Folder for a copy to share: no runs, no paths of yours.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Write the report of a comparison again, or a copy to share."""
     from peft_lab.comparison.report.report import write_report
 
-    SafeConsole(highlight=False, soft_wrap=True).print(f"Report: {shown(write_report(folder, out))}")
+    written = write_report(folder, out)
+    if as_json:
+        print_json({"report": str(written)})
+    else:
+        SafeConsole(highlight=False, soft_wrap=True).print(f"Report: {shown(written)}")
 
 
 def _study(file: Path | None, task: str | None, backbone: str | None, max_steps: int | None) -> Study:

@@ -11,14 +11,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import typer
 
 from peft_lab import registry
-from peft_lab.cli.output import print_out
+from peft_lab.cli.options import Json
+from peft_lab.cli.output import print_json, print_out
 from peft_lab.utils.cache import cache_dir
 from peft_lab.utils.data_root import DATA_VARIABLE
 from peft_lab.utils.terminal import shown
@@ -55,14 +56,17 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def doctor() -> None:
+def doctor(as_json: Json = False) -> None:
     """Check the installation: one line for each check, with the mend. Exit status 1 if one has failed."""
-    failed = False
+    found = []
     for finding in findings():
-        failed = failed or finding.status == "failed"
-        mend = f" Mend: {finding.mend}" if finding.mend else ""
-        print_out(f"[{_COLOURS[finding.status]}]{finding.status}[/] {shown(one_line(finding.what + mend))}")
-    raise typer.Exit(1 if failed else 0)
+        found.append(finding)
+        if not as_json:
+            mend = f" Mend: {finding.mend}" if finding.mend else ""
+            print_out(f"[{_COLOURS[finding.status]}]{finding.status}[/] {shown(one_line(finding.what + mend))}")
+    if as_json:
+        print_json([asdict(finding) for finding in found])
+    raise typer.Exit(1 if any(finding.status == "failed" for finding in found) else 0)
 
 
 def findings() -> Iterator[Finding]:

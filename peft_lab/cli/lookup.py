@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_lab import registry
-from peft_lab.cli.output import new_table, print_out
+from peft_lab.cli.options import Json
+from peft_lab.cli.output import new_table, print_json, print_out
 from peft_lab.utils.terminal import shown
 
 if TYPE_CHECKING:
@@ -20,8 +21,14 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def methods(name: Annotated[str | None, typer.Argument(help="Show the arguments of this method.")] = None) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show the arguments of this method.")] = None,
+    as_json: Json = False,
+) -> None:
     """List the methods, or the arguments of one method."""
+    if as_json:
+        print_json(_with_fields(name) if name else [_as_json(info) for info in registry.list_methods().values()])
+        return
     if name is not None:
         _show_method(registry.method(name), registry.config_fields(name))
         return
@@ -36,6 +43,24 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show the arguments 
     own = [info.name for info in registry.list_methods().values() if info.place == "peft"]
     print_out(f"Tuners of peft itself, by their own names: {', '.join(own)}.")
     print_out("`peft-lab methods NAME` shows the arguments of one method.")
+
+
+def _as_json(info: Any) -> dict[str, Any]:
+    names = ("name", "title", "place", "roles", "learning_rate", "paper")
+    return {name: getattr(info, name) for name in names}
+
+
+def _with_fields(name: str) -> dict[str, Any]:
+    """Card of a method, its arguments and its presets; an argument of a preset that the user must give is None."""
+    info = registry.method(name)
+    found = []
+    for field in registry.config_fields(name).values():
+        meaning = " ".join(field.help.split())
+        found.append({"name": field.name, "type": field.annotation, "default": field.default, "meaning": meaning})
+    presets = {}
+    for preset, values in info.presets.items():
+        presets[preset] = {key: None if value is ... else value for key, value in values.items()}
+    return {**_as_json(info), "method_args": found, "presets": presets}
 
 
 def _show_method(info: Any, fields: dict[str, Field]) -> None:
@@ -54,10 +79,14 @@ def _show_method(info: Any, fields: dict[str, Field]) -> None:
         print_out(f"preset={name} stands for {shown(', '.join(fields_of))}")
 
 
-def tasks() -> None:
+def tasks(as_json: Json = False) -> None:
     """List the built-in tasks."""
     from peft_lab.data.task_registry import list_tasks
 
+    if as_json:
+        names = ("name", "title", "kind", "metrics", "licence", "where")
+        print_json([{name: getattr(task, name) for name in names} for task in list_tasks().values()])
+        return
     table = new_table("task", "kind", "metrics", "licence", "data")
     for task in list_tasks().values():
         table.add_row(task.name, task.kind, ", ".join(task.metrics), task.licence, task.where)

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+
+from peft_lab.cli.output import json_alone
+from peft_lab.errors import ConfigError
+from peft_lab.utils.verbosity import at_level
+
+
+def _begin_json(context: typer.Context, wanted: bool) -> bool:
+    if wanted and not context.resilient_parsing:
+        context.with_resource(json_alone())
+    return wanted
+
 
 Adapter = Annotated[str, typer.Argument(help="Folder that `peft-lab train` wrote, or a Hub id.", show_default=False)]
 Base = Annotated[
@@ -14,4 +28,39 @@ OtherBase = Annotated[
     bool, typer.Option("--allow_other_base", help="Warn instead of refusing if the base has other weights.")
 ]
 BatchSize = Annotated[int, typer.Option("--per_device_eval_batch_size", help="Rows in one batch.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output and nothing else.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", callback=_begin_json, help="Print one JSON document to standard output and nothing else."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings, errors and the result alone.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print what peft-lab and transformers do as well.")]
+
+
+def chosen_level(quiet: bool, verbose: bool) -> str | None:
+    """Level of the two flags; None without either.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose exclude each other; leave one out.")
+    return "quiet" if quiet else "verbose" if verbose else None
+
+
+def with_level(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options `--quiet` and `--verbose`, and run it at their level."""
+    signature = inspect.signature(command, eval_str=True)
+    added = {"quiet": Quiet, "verbose": Verbose}
+
+    @functools.wraps(command)
+    def run(*args: Any, quiet: bool = False, verbose: bool = False, **options: Any) -> Any:
+        with at_level(chosen_level(quiet, verbose)):
+            return command(*args, **options)
+
+    parameters = list(signature.parameters.values())
+    for name, annotation in added.items():
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation))
+    # typer reads both
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 import typer
 from rich.table import Table
@@ -33,7 +37,23 @@ def format_metric(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+#: Standard outputs that commands with `--json` keep for their documents.
+_KEPT: list[TextIO] = []
+
+
+@contextmanager
+def json_alone() -> Iterator[None]:
+    """Send all output but that of `print_json` to standard error until the end of the block."""
+    _KEPT.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _KEPT.pop()
+
+
 def print_json(document: Any) -> None:
     """Print a document as one line of JSON, the only output of a command with `--json`."""
-    # a number that is not finite has no form in JSON
-    typer.echo(json_line(strict_json.finite(document)))
+    # a number that is not finite has no form in JSON, and neither has a dtype among metrics
+    values = json.loads(strict_json.dumps(document))
+    typer.echo(json_line(values), file=_KEPT[-1] if _KEPT else None)

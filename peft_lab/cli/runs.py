@@ -5,17 +5,19 @@ The functions behind them are imported once the arguments are checked, because t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from peft_lab.cli.options import Adapter, Base, BatchSize, OtherBase
-from peft_lab.cli.output import format_metric, new_table, print_out
+from peft_lab.cli.options import Adapter, Base, BatchSize, Json, OtherBase
+from peft_lab.cli.output import format_metric, new_table, print_json, print_out
 from peft_lab.metrics.baselines import shortfall
 from peft_lab.utils import strict_json
 from peft_lab.utils.terminal import shown
 from peft_lab.utils.text import json_line
+from peft_lab.utils.verbosity import bars
 
 
 def register(app: typer.Typer) -> None:
@@ -27,7 +29,7 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def train(context: typer.Context) -> None:
+def train(context: typer.Context, as_json: Json = False) -> None:
     """Train an adapter; `peft-lab train --help` lists the flags.
 
     The options are flags, a run YAML, or both.
@@ -44,12 +46,16 @@ def train(context: typer.Context) -> None:
     if started is not None:
         from peft_lab.training.launch import launch_train
 
-        raise typer.Exit(launch_train(*started, file, overrides))
-    from peft_lab.training.run import train as run_training
+        raise typer.Exit(launch_train(*started, file, overrides, ["--json"] if as_json else []))
+    wanted = config.training_arguments.get("disable_tqdm")
+    with nullcontext() if wanted is None else bars(not wanted, always=True):
+        from peft_lab.training.run import train as run_training
 
-    result = run_training(config)
-    if result.is_main_process:
-        _show_metrics(result.metrics)
+        result = run_training(config)
+    if result.is_main_process and as_json:
+        print_json({"output_dir": str(result.output_dir), **result.metrics})
+    elif result.is_main_process:
+        _show_metrics(result.metrics, result.output_dir)
 
 
 def evaluate(
@@ -62,6 +68,7 @@ def evaluate(
     max_samples: Annotated[int | None, typer.Option("--max_samples", help="Evaluate on this many examples.")] = None,
     per_device_eval_batch_size: BatchSize = 32,
     allow_other_base: OtherBase = False,
+    as_json: Json = False,
 ) -> None:
     """Evaluate a saved adapter on a split of its task."""
     from peft_lab.data.task_registry import check_split, load_task
@@ -82,6 +89,9 @@ def evaluate(
         batch_size=per_device_eval_batch_size,
         allow_other_base=allow_other_base,
     )
+    if as_json:
+        print_json({"adapter": adapter, "split": split, "metrics": found})
+        return
     table = new_table("metric", "value")
     for name, value in found.items():
         table.add_row(name, format_metric(value))
@@ -124,6 +134,7 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Folder for the merged model.", show_default=False)],
     model_name_or_path: Base = None,
     allow_other_base: OtherBase = False,
+    as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base: the result loads with transformers alone."""
     from peft_lab.runs.run_folder import find_adapter, refuse_filled
@@ -133,10 +144,21 @@ def merge(
     from peft_lab.export.merge import merge as run_merge
 
     run_merge(folder, out, model_name_or_path, allow_other_base=allow_other_base)
-    print_out(f"Merged model written to {shown(out)}")
+    if as_json:
+        print_json({"output_dir": str(out)})
+    else:
+        print_out(f"Merged model written to {shown(out)}")
 
 
-def _show_metrics(metrics: dict[str, Any]) -> None:
+def _times(metrics: dict[str, Any]) -> str:
+    """Seconds of the training steps, and of the whole run where an older one has kept them."""
+    times = f"{metrics['train_seconds']:.1f} s of training"
+    if "wall_seconds" in metrics:
+        times += f" ({metrics['wall_seconds']:.1f} s with loading and evaluation)"
+    return times
+
+
+def _show_metrics(metrics: dict[str, Any], folder: Path) -> None:
     table = new_table("split", "metric", "value", title=metrics["run"]["method"])
     for split, values in metrics["metrics"].items():
         for name, value in values.items():
@@ -145,7 +167,7 @@ def _show_metrics(metrics: dict[str, Any]) -> None:
     size = metrics["adapter_bytes"] / 1024
     print_out(
         f"{metrics['parameters']['trainable']:,} trainable parameters, {size:,.0f} KB in "
-        f"{shown(metrics['run']['output_dir'])}, {metrics['train_seconds']:.1f} s, "
+        f"{shown(folder)}, {_times(metrics)}, "
         f"peak memory {metrics['peak_memory_bytes'] / 2**20:,.0f} MB"
     )
     if shortfall(metrics):

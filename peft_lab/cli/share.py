@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from peft_lab.cli.options import Adapter, Base, OtherBase
+from peft_lab.cli.options import Adapter, Base, Json, OtherBase
+from peft_lab.cli.output import print_json
 from peft_lab.errors import ConfigError
 from peft_lab.utils.text import visible
 
@@ -37,6 +38,7 @@ def push(
     comparison: Annotated[
         Path | None, typer.Option(help="Folder of the comparison that the run is of, if it lies elsewhere.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Push an adapter to the Hub with a filled card.
 
@@ -58,7 +60,10 @@ def push(
         commit_message=commit_message,
         base_model=base_model,
     )
-    typer.echo(visible(f"Pushed to {done.commit_url}"))
+    if as_json:
+        print_json({"repo_id": repo_id, "commit_url": str(done.commit_url)})
+    else:
+        typer.echo(visible(f"Pushed to {done.commit_url}"))
 
 
 def to_lora(
@@ -68,6 +73,7 @@ def to_lora(
         int | None, typer.Option(min=1, help="Truncate to this rank; by default what an exact conversion needs.")
     ] = None,
     model_name_or_path: Base = None,
+    as_json: Json = False,
 ) -> None:
     """Convert an adapter into a LoRA adapter that loads with peft alone."""
     from peft_lab.runs.run_folder import find_adapter, refuse_filled
@@ -79,6 +85,9 @@ def to_lora(
     done = run_conversion(folder, out, rank=rank, model_name_or_path=model_name_or_path)
     # the worst module tells how far a conversion at a smaller rank is from the original
     worst = max(done.errors, key=lambda name: done.errors[name])
+    if as_json:
+        print_json({"output_dir": str(out), "ranks": done.ranks, "relative_errors": done.errors})
+        return
     text = (
         f"LoRA adapter written to {out}: {len(done.ranks)} modules, rank up to {max(done.ranks.values())}, "
         f"largest relative error {done.errors[worst]:.1e} ({worst})"
@@ -96,6 +105,7 @@ def export(
     torch_export: Annotated[bool, typer.Option("--torch-export", help="Write model.pt2, by torch.export.")] = False,
     model_name_or_path: Base = None,
     allow_other_base: OtherBase = False,
+    as_json: Json = False,
 ) -> None:
     """Export a model, its adapter merged where the method merges, as a graph whose outputs are compared."""
     if onnx == torch_export:
@@ -108,6 +118,10 @@ def export(
 
     run_export = to_onnx if onnx else to_torch_export
     done = run_export(folder, out, model_name_or_path, allow_other_base=allow_other_base)
+    if as_json:
+        found = {"file": str(done.file), "merged": done.merged, "inputs": done.inputs, "difference": done.difference}
+        print_json({**found, "tolerance": TOLERANCE})
+        return
     axes = ", ".join(f"{name} ({', '.join(map(str, sizes))})" for name, sizes in done.inputs.items())
     typer.echo(
         visible(

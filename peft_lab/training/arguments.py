@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_in_notebook
 
 from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
 from peft_lab.metrics import METRICS, greater_is_better
 from peft_lab.registry import MethodInfo
 from peft_lab.runs.run_config import RunConfig, load_run
+from peft_lab.utils import verbosity
 
 if TYPE_CHECKING:
     from peft_lab.data.task_schema import Task
@@ -80,7 +83,18 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
     if config.early_stopping_patience is not None:
         _set_early_stopping(flags)
     _set_device_flags(flags)
-    return build_or_refuse(TrainingArguments, output_dir=config.output_dir, **flags)
+    if not shows_bars():
+        flags.setdefault("disable_tqdm", True)
+    with warnings.catch_warnings():
+        # a flag that is to go is the user's own
+        warnings.simplefilter("default", FutureWarning)
+        return build_or_refuse(TrainingArguments, output_dir=config.output_dir, **flags)
+
+
+def shows_bars() -> bool:
+    """Test whether Trainer's progress bars have a terminal or a notebook to be drawn on, and are wanted."""
+    # a notebook draws them itself, though its standard error is no terminal
+    return verbosity.shows_bars() or (is_in_notebook() and verbosity.level() != "quiet")
 
 
 def _set_early_stopping(flags: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from peft_lab.data import prompt_column
 from peft_lab.data.read_files import read_rows
@@ -18,6 +18,7 @@ from peft_lab.data.task_registry import check_split
 from peft_lab.errors import ConfigError
 from peft_lab.loading.load_run import load
 from peft_lab.runs.trained_task import check_metrics
+from peft_lab.training.arguments import shows_bars
 from peft_lab.training.trainer import LabTrainer, scores
 from peft_lab.utils.atomic_files import write_errors
 
@@ -87,6 +88,7 @@ def evaluate(
                 output_dir=scratch,
                 per_device_eval_batch_size=batch_size,
                 report_to="none",
+                disable_tqdm=not shows_bars(),
                 remove_unused_columns=False,  # the collator reads what the kind's preprocessing made
                 dataloader_pin_memory=torch.cuda.is_available(),
                 label_names=list(loaded.kind.trainer_labels),
@@ -96,6 +98,7 @@ def evaluate(
             compute_metrics=loaded.kind.compute_metrics(loaded.task, loaded.labels, raw),
             preprocess_logits_for_metrics=loaded.kind.preprocess_logits_for_metrics,
         )
+        trainer.remove_callback(PrinterCallback)  # it would print what is returned
         found = trainer.evaluate(rows, metric_key_prefix=split)
     # metrics of written text need generation, which Trainer's evaluation does not do
     written = loaded.kind.generation_metrics(loaded.model, loaded.processor, raw, loaded.task, batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ def find_config(name: str) -> Path:
     )
 
 
-def launch_train(name: str, num_processes: int | None, file: str | None, options: Mapping[str, Any]) -> int:
+def launch_train(
+    name: str, num_processes: int | None, file: str | None, options: Mapping[str, Any], flags: Sequence[str] = ()
+) -> int:
     """Run `peft-lab train` in the processes of a config.
 
     Args:
@@ -41,6 +43,7 @@ def launch_train(name: str, num_processes: int | None, file: str | None, options
         num_processes: number of processes; None for that of the config, else one per GPU.
         file: the run file, if any.
         options: options of the run by name, as texts or lists of texts.
+        flags: flags of the command that are no options of the run.
 
     Returns:
         The exit code.
@@ -56,9 +59,9 @@ def launch_train(name: str, num_processes: int | None, file: str | None, options
     path = find_config(name)
     values = read_config(path)
     count = _check_devices(name, values, num_processes, options)
-    flags = {"config_file": path, **({} if count is None else {"num_processes": count})}
+    launcher = {"config_file": path, **({} if count is None else {"num_processes": count})}
     try:
-        return launch(flags, train_command(file, {**options, **process_options(values)}))
+        return launch(launcher, [*train_command(file, {**options, **process_options(values)}), *flags])
     except Stopped as stop:
         # the first of the processes has said how to go on
         return int(str(stop.code))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_lab.backbones.frozen_norms import set_frozen_norms
@@ -25,7 +25,7 @@ from peft_lab.training.sharding import gather_adapter, prepare_sharding
 from peft_lab.training.step_timer import StepTimer, factor
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.operations import ExpertWeight
-from peft_lab.utils import strict_json
+from peft_lab.utils import strict_json, verbosity
 
 #: Trainer's own measurements of an evaluation; they are no property of the model.
 _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
@@ -69,6 +69,8 @@ class LabTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         prepare_sharding(self)
+        if verbosity.level() == "quiet":
+            self.remove_callback(PrinterCallback)  # it prints what Trainer logs where no bar is drawn
         # behind the callbacks that were given, which may add files to a checkpoint, and before the timer's clock
         self.add_callback(WriteManifest(inputs or {}))
         self.add_callback(StepTimer(max_seconds))
