@@ -136,7 +136,10 @@ class AdapterFolder:
         """
         if not self.has_adapter:
             return str(self.path)
-        named = self.origin.get("model_name_or_path") or self.values.get("base_model_name_or_path")
+        named, known = self.origin.get("model_name_or_path"), self.values.get("base_model_name_or_path")
+        # of a base that is a folder metrics.json has no path, and adapter_config.json has it where run.yaml is gone
+        if not named or (named.startswith("./") and known and not Path(named).is_dir()):
+            named = known
         if not named or not isinstance(named, str):
             raise ConfigError(f'"{self.path}" does not name its base; pass model_name_or_path.')
         named = reachable_name(named)

@@ -37,6 +37,7 @@ class _Parameters(_Part):
 class _Data(_Part):
     task: str = ""
     version: str = ""
+    task_file: str | None = None
     labels: int | None = None
     fingerprint: str = ""
     rows: Mapping[str, int] = {}

@@ -27,6 +27,7 @@ from peft_lab.adapter_files.names import (
     MODEL_WEIGHTS,
     write_json,
 )
+from peft_lab.backbones.pypi_weights import public_name
 from peft_lab.backbones.quantized_loading import FORMS
 from peft_lab.data.task_registry import validate_task
 from peft_lab.data.task_schema import MAX_LABELS, Task, check_classes
@@ -134,14 +135,19 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 def read_origin(folder: Path) -> dict[str, str]:
     """Origin of a saved adapter, as far as it is known.
 
-    Keys: `task`, `model_name_or_path`, `model_revision`, `dtype`, `quantization`.
+    Keys: `task`, `task_file` (the digest of the user's own), `model_name_or_path`, `model_revision`, `dtype`,
+    `quantization`. Paths are those of run.yaml, because metrics.json holds none of this machine.
 
     Raises:
         ConfigError: a value is not what it should be; a folder may come from anywhere.
     """
-    run = read_metrics(folder).get("run", {})
+    metrics = read_metrics(folder)
+    run, data = metrics.get("run", {}), metrics.get("data", {})
     names = ("task", "model_name_or_path", "model_revision", "dtype", "quantization")
     found = {name: run[name] for name in names if run.get(name) is not None}
+    found |= _typed_names(folder, found)
+    if data.get("task_file") is not None:
+        found["task_file"] = data["task_file"]
     if found.get("dtype", "auto") not in DTYPES:
         raise ConfigError(f'"{folder / METRICS}" names {found["dtype"]!r} as dtype, which cannot be.')
     if found.get("quantization", "nf4") not in FORMS:
@@ -248,6 +254,33 @@ def _download(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f'There is no folder "{name}", and the Hub gave no adapter of that name: {reason}') from error
+
+
+def _typed_names(folder: Path, found: Mapping[str, str]) -> dict[str, str]:
+    """Task and base as run.yaml has them, where they are those that metrics.json means."""
+    if not found or not (folder / RUN).is_file():
+        return {}
+    typed = read_run_file(folder / RUN)
+    named = {}
+    for name in ("task", "model_name_or_path"):
+        value = typed.get(name)
+        # a file that was changed after the run tells of another run
+        if isinstance(value, str) and name in found and shared_options({name: value}) == {name: found[name]}:
+            named[name] = value
+    return named
+
+
+def shared_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a run as files that are shared hold them, without absolute paths.
+
+    A backbone has the name by which others can load it, else `./` and the last part of its path, which no one can take
+    for a Hub id.
+    """
+    found = {key: without_paths(value) for key, value in options.items()}
+    base = options.get("model_name_or_path")
+    if base is not None and found["model_name_or_path"] != base:
+        found["model_name_or_path"] = public_name(base) or f"./{found['model_name_or_path']}"
+    return found
 
 
 def without_paths(value: Any) -> Any:

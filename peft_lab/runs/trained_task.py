@@ -45,8 +45,9 @@ def trained_task(
         return load_task(named)
     # A file of the user's own: found where it was, or its copy.
     if copy.is_file():
-        if named and not download and own_tasks.is_remembered(Path(named).expanduser(), copy):
-            return load_task(Path(named).expanduser())
+        place = own_tasks.find(named, origin.get("task_file"), copy) if named and not download else None
+        if place is not None:
+            return load_task(place)
         return _foreign(load_task(copy))
     if named:
         raise TaskError(f'Unknown task "{named}".{did_you_mean(named, list_tasks())} Name one with --task.')

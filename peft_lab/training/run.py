@@ -368,7 +368,7 @@ class _Run:
         baselines: dict[str, Baseline] = {split: self.baselines[split] for split in scores if split in self.baselines}
         values = {
             # a token must not lie in a file that is meant to be shared
-            "run": self.config.to_dict() | {"hub_token": None},
+            "run": run_folder.shared_options(self.config.to_dict() | {"hub_token": None}),
             "metrics": scores,
             "main_metric": self.task.main_metric,
             **comparison(scores, baselines, self.task.main_metric),
@@ -390,6 +390,7 @@ class _Run:
             "data": {
                 "task": self.task.name,
                 "version": self.task.version,
+                "task_file": own_tasks.digest(own) if (own := self._own_task()) else None,
                 "labels": _outputs(self.task, self.labels),
                 "fingerprint": self.splits.fingerprint,
                 "fingerprints": self.splits.fingerprints,
@@ -401,19 +402,23 @@ class _Run:
             "versions": versions(),
             "device": device_name(),
         }
-        # as metrics.json holds them: None for a metric that is undefined
-        return strict_json.finite(values)
+        # as metrics.json holds them: None for a metric that is undefined, no path of this machine
+        return run_folder.without_paths(strict_json.finite(values))
+
+    def _own_task(self) -> Path | None:
+        """Task file of the user's own; None for a built-in task."""
+        return self.task.origin if self.config.task != self.task.name else None
 
     def _write(self) -> None:
         if self.labels:
             run_folder.write_labels(self.folder, list(self.labels))
-        origin = self.task.origin
+        own = self._own_task()
         # your own task file may change or move later, so the run keeps a copy of it
-        if origin is not None and self.config.task != self.task.name:
-            write_text(self.folder / run_folder.TASK, origin.read_text(encoding="utf-8"))
-            own_tasks.remember(origin)
+        if own is not None:
+            write_text(self.folder / run_folder.TASK, own.read_text(encoding="utf-8"))
+            own_tasks.remember(own)
         # not by Trainer's own method, which writes NaN where a best metric is undefined
-        write_json(self.folder / run_folder.HISTORY, asdict(self.trainer.state))
+        write_json(self.folder / run_folder.HISTORY, run_folder.without_paths(asdict(self.trainer.state)))
         # the items are those of the split evaluated last, which is test only if test was scored
         if self.items is not None and "test" in self.metrics["metrics"]:
             write_predictions(self.folder, self.items)

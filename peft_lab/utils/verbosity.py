@@ -78,9 +78,16 @@ def at_level(chosen: str | None = None) -> Iterator[None]:
     values: dict[str, str | None] = {} if chosen is None else {VARIABLE: chosen}
     with set_variables(values):
         now = level()
-        verbose = {"TRANSFORMERS_VERBOSITY": "info"} if now == "verbose" else {}
-        with set_variables(verbose), bars(shows_bars()), _log_lines(now), _plain_warnings(now):
+        with set_variables(_of_libraries(now)), bars(shows_bars()), _log_lines(now), _plain_warnings(now):
             yield
+
+
+def _of_libraries(now: str) -> dict[str, str | None]:
+    """Variables by which libraries speak at a level."""
+    if now == "verbose":
+        return {"TRANSFORMERS_VERBOSITY": "info"}
+    # what torch's C++ warns of, such as DistributedDataParallel's search for unused parameters, is about its own calls
+    return {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 @contextmanager

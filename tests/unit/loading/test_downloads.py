@@ -71,8 +71,15 @@ def test_task_file_is_followed_only_if_its_user_trained_on_it_and_it_is_the_same
     own_tasks.remember(own)
     assert trained_task(snapshot, run).folder == tmp_path
     assert trained_task(snapshot, run, download=True).folder == snapshot
+    # metrics.json names the file alone, and where it was noted here
+    noted = {"task": "mine.yaml", "task_file": own_tasks.digest(own)}
+    assert trained_task(snapshot, noted).folder == tmp_path
+    assert trained_task(snapshot, noted, download=True).folder == snapshot
+    (snapshot / "elsewhere").write_text(str(own))
+    assert trained_task(snapshot, {**noted, "task_file": str(snapshot / "elsewhere")}).folder == snapshot
     (snapshot / "task.yaml").write_text(own.read_text() + "title: another\n")
     assert trained_task(snapshot, run).folder == snapshot
+    assert trained_task(snapshot, noted).folder == snapshot
 
 
 def test_metric_of_a_folder_is_not_run(snapshot):
