@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peft_lab.cli.completion import complete_backbone, complete_task
 from peft_lab.cli.options import Json
 from peft_lab.cli.output import print_json
 from peft_lab.errors import ConfigError
@@ -18,8 +19,15 @@ from peft_lab.utils.terminal import SafeConsole, shown
 if TYPE_CHECKING:
     from peft_lab.comparison import Comparison, Study
 
-Task = Annotated[str | None, typer.Option("--task", help="A task, if there is no study file.")]
-Model = Annotated[str | None, typer.Option("--model_name_or_path", help="The backbone, if there is no study file.")]
+Task = Annotated[
+    str | None, typer.Option("--task", autocompletion=complete_task, help="A task, if there is no study file.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model_name_or_path", autocompletion=complete_backbone, help="The backbone, if there is no study file."
+    ),
+]
 Folder = Annotated[Path | None, typer.Option("--output_dir", help="Its folder; comparisons/NAME if left out.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Runs at once; one per GPU, else one per two cores.")]
 Where = Annotated[str, typer.Option(help="local, or ray (needs the package ray).")]
@@ -66,8 +74,10 @@ def compare(
 
 
 def recommend(
-    task: Annotated[str, typer.Option("--task", help="The task.")],
-    model_name_or_path: Annotated[str, typer.Option("--model_name_or_path", help="The backbone.")],
+    task: Annotated[str, typer.Option("--task", autocompletion=complete_task, help="The task.")],
+    model_name_or_path: Annotated[
+        str, typer.Option("--model_name_or_path", autocompletion=complete_backbone, help="The backbone.")
+    ],
     minutes: Annotated[float, typer.Option(min=0, help="Time for everything.")] = 10.0,
     output: Annotated[Path, typer.Option(help="The run YAML to write.")] = Path("run.yaml"),
     output_dir: Folder = None,

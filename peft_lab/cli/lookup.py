@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_lab import registry
+from peft_lab.cli.completion import complete_method
 from peft_lab.cli.options import Json
 from peft_lab.cli.output import new_table, print_json, print_out
 from peft_lab.utils.terminal import shown
@@ -22,7 +23,9 @@ def register(app: typer.Typer) -> None:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show the arguments of this method.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(autocompletion=complete_method, help="Show the arguments of this method.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods, or the arguments of one method."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from peft_lab.cli.completion import complete_backbone
 from peft_lab.cli.output import json_alone
 from peft_lab.errors import ConfigError
 from peft_lab.utils.verbosity import at_level
@@ -22,7 +23,12 @@ def _begin_json(context: typer.Context, wanted: bool) -> bool:
 
 Adapter = Annotated[str, typer.Argument(help="Folder that `peft-lab train` wrote, or a Hub id.", show_default=False)]
 Base = Annotated[
-    str | None, typer.Option("--model_name_or_path", help="Load this base instead of the one the adapter names.")
+    str | None,
+    typer.Option(
+        "--model_name_or_path",
+        autocompletion=complete_backbone,
+        help="Load this base instead of the one the adapter names.",
+    ),
 ]
 OtherBase = Annotated[
     bool, typer.Option("--allow_other_base", help="Warn instead of refusing if the base has other weights.")

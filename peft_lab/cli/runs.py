@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from peft_lab.cli.completion import TrainCommand, complete_task
 from peft_lab.cli.options import Adapter, Base, BatchSize, Json, OtherBase
 from peft_lab.cli.output import format_metric, new_table, print_json, print_out
 from peft_lab.metrics.baselines import shortfall
@@ -24,7 +25,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     # the flags of `train` are those of Trainer too, so its own parser reads them and prints their help
     settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    app.command(context_settings=settings, add_help_option=False)(train)
+    app.command(cls=TrainCommand, context_settings=settings, add_help_option=False)(train)
     for command in (evaluate, predict, merge):
         app.command()(command)
 
@@ -61,7 +62,8 @@ def train(context: typer.Context, as_json: Json = False) -> None:
 def evaluate(
     adapter: Adapter,
     task: Annotated[
-        str | None, typer.Option(help="Evaluate on this task instead of the one it was trained on.")
+        str | None,
+        typer.Option(autocompletion=complete_task, help="Evaluate on this task instead of the one it was trained on."),
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     model_name_or_path: Base = None,
@@ -108,7 +110,10 @@ def predict(
         ),
     ],
     task: Annotated[
-        str | None, typer.Option(help="The task whose kind and labels apply, if the adapter names none.")
+        str | None,
+        typer.Option(
+            autocompletion=complete_task, help="The task whose kind and labels apply, if the adapter names none."
+        ),
     ] = None,
     model_name_or_path: Base = None,
     per_device_eval_batch_size: BatchSize = 32,

@@ -1,0 +1,76 @@
+"""Names that a shell completes: tasks, methods, short names of backbones, and the flags of `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from typer.core import TyperCommand
+
+from peft_lab import registry
+
+try:
+    from typer._click.shell_completion import CompletionItem
+except ImportError:  # typer brings its own click along from 0.26 on
+    from click.shell_completion import CompletionItem
+
+Names = list[tuple[str, str]]
+
+
+def complete_task(incomplete: str) -> Names:
+    """Built-in tasks with their kinds; of a file the shell completes the path."""
+    from peft_lab.data.task_registry import list_tasks
+
+    return _beginning(incomplete, ((task.name, task.kind) for task in list_tasks().values()))
+
+
+def complete_method(incomplete: str) -> Names:
+    """Methods with their titles."""
+    return _beginning(incomplete, ((info.name, info.title) for info in registry.list_methods().values()))
+
+
+def complete_backbone(incomplete: str) -> Names:
+    """Short names of backbones with their titles; of a folder the shell completes the path."""
+    from peft_lab.backbones.pypi_weights import BACKBONES
+
+    return _beginning(incomplete, ((backbone.name, backbone.title) for backbone in BACKBONES.values()))
+
+
+def complete_flag(incomplete: str) -> Names:
+    """Flags of `train`, those of Trainer included."""
+    from peft_lab.runs.command_line import argument_parser
+
+    found = []
+    for action in argument_parser()._actions:
+        meaning = (action.help or "").split(". ")[0]
+        found += [(option, meaning) for option in action.option_strings]
+    return _beginning(incomplete, found)
+
+
+#: Options of `train` whose values have names.
+OF_TRAIN: dict[str, Callable[[str], Names]] = {
+    "--task": complete_task,
+    "--method": complete_method,
+    "--model_name_or_path": complete_backbone,
+}
+
+
+class TrainCommand(TyperCommand):
+    """Command whose flags another parser reads, so that typer knows none of them."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Complete a flag, or the value of the flag before it."""
+        if incomplete.startswith("-"):
+            known = super().shell_complete(ctx, incomplete)
+            own = {item.value for item in known}
+            return [*known, *_items(pair for pair in complete_flag(incomplete) if pair[0] not in own)]
+        complete = OF_TRAIN.get(ctx.args[-1].replace("-", "_").replace("__", "--", 1) if ctx.args else "")
+        return _items(complete(incomplete)) if complete else []
+
+
+def _beginning(incomplete: str, names: Iterable[tuple[str, str]]) -> Names:
+    return [(name, meaning) for name, meaning in names if name.startswith(incomplete)]
+
+
+def _items(names: Iterable[tuple[str, str]]) -> list[Any]:
+    return [CompletionItem(name, help=meaning) for name, meaning in names]
