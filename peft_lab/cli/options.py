@@ -12,6 +12,7 @@ import typer
 from peft_lab.cli.completion import complete_backbone
 from peft_lab.cli.output import json_alone
 from peft_lab.errors import ConfigError
+from peft_lab.runs.command_line import OUTPUT
 from peft_lab.utils.verbosity import at_level
 
 
@@ -36,10 +37,10 @@ OtherBase = Annotated[
 BatchSize = Annotated[int, typer.Option("--per_device_eval_batch_size", help="Rows in one batch.")]
 Json = Annotated[
     bool,
-    typer.Option("--json", callback=_begin_json, help="Print one JSON document to standard output and nothing else."),
+    typer.Option("--json", callback=_begin_json, help=OUTPUT["json"]),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings, errors and the result alone.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Print what peft-lab and transformers do as well.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help=OUTPUT["quiet"])]
+Verbose = Annotated[bool, typer.Option("--verbose", help=OUTPUT["verbose"])]
 
 
 def chosen_level(quiet: bool, verbose: bool) -> str | None:

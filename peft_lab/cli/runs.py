@@ -110,10 +110,7 @@ def predict(
         ),
     ],
     task: Annotated[
-        str | None,
-        typer.Option(
-            autocompletion=complete_task, help="The task whose kind and labels apply, if the adapter names none."
-        ),
+        str | None, typer.Option(help="The task whose kind and labels apply, if the adapter names none.")
     ] = None,
     model_name_or_path: Base = None,
     per_device_eval_batch_size: BatchSize = 32,

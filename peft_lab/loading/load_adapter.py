@@ -22,6 +22,7 @@ from peft_lab.loading.foreign_adapters import adapt_folder, check_record
 from peft_lab.tuners.adapter_names import check_adapter_name
 from peft_lab.tuners.config import AdapterConfig
 from peft_lab.utils.atomic_files import write_errors
+from peft_lab.utils.verbosity import without_deprecations_of_peft
 
 #: An adapter's file may be larger than its base by this many bytes: heads, embeddings of new tokens.
 _SPARE_BYTES = 2**26
@@ -131,7 +132,8 @@ def _inject(model: Any, folder: AdapterFolder, adapter_name: str, **options: Any
         model.load_adapter(str(folder.path), adapter_name, **options)
         return model
     # With the checked config given, peft does not read the one in the folder again.
-    return PeftModel.from_pretrained(model, str(folder.path), adapter_name, config=folder.config, **options)
+    with without_deprecations_of_peft():
+        return PeftModel.from_pretrained(model, str(folder.path), adapter_name, config=folder.config, **options)
 
 
 def _check_sizes(folder: AdapterFolder, base: Any) -> None:

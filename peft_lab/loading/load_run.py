@@ -26,6 +26,7 @@ from peft_lab.registry import MethodInfo
 from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.expert_layer import tell_left_out
 from peft_lab.tuners.registration import make_config
+from peft_lab.utils.verbosity import without_deprecations_of_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,7 +100,8 @@ def adapt(
     if info.place != "baseline":
         config = make_config(info.name, args, model=model, task_type=task_type, **settings or {})
         try:
-            adapted = get_peft_model(model, config)
+            with without_deprecations_of_peft():
+                adapted = get_peft_model(model, config)
         except PeftLabError:
             raise
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -122,7 +124,8 @@ def adapt(
         raise ConfigError(
             f'Baseline "{info.name}" finds no task head in {type(model).__name__}, which it could train alone.'
         )
-    return get_peft_model(model, head_config(model, task_type))
+    with without_deprecations_of_peft():
+        return get_peft_model(model, head_config(model, task_type))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

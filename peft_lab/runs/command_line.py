@@ -16,6 +16,13 @@ LAUNCH = {
     "num_processes": "Number of these processes, if not that of the config or one per GPU.",
 }
 
+#: Flags of all commands for what they print, which the command line takes before this parser, with their help.
+OUTPUT = {
+    "json": "Print one JSON document to standard output and nothing else.",
+    "quiet": "Print warnings, errors and the result alone.",
+    "verbose": "Print what peft-lab and transformers do as well.",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """argparse that raises instead of printing its usage and leaving."""
@@ -50,6 +57,9 @@ def argument_parser() -> argparse.ArgumentParser:
     start = parser.add_argument_group("several processes")
     for name, text in LAUNCH.items():
         _add(start, name, "", text, several=False)
+    output = parser.add_argument_group("output")
+    for name, text in OUTPUT.items():
+        output.add_argument(f"--{name}", action="store_true", help=text)
     trainer = parser.add_argument_group("flags of transformers.TrainingArguments")
     for name, spec_ in training_argument_fields().items():
         if name != "output_dir" and name not in REFUSED:

@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from peft_lab.backbones.frozen_norms import set_frozen_norms
 from peft_lab.data.row_stream import RowStream
 from peft_lab.hub.push import create_repository, push
+from peft_lab.training.callbacks.notebook import name_splits
 from peft_lab.training.checkpoint_manifest import WriteManifest
 from peft_lab.training.checkpoints import order_times
 from peft_lab.training.model_rows import plain_errors_of_workers
@@ -69,6 +70,7 @@ class LabTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         prepare_sharding(self)
+        name_splits(self)
         if verbosity.level() == "quiet":
             self.remove_callback(PrinterCallback)  # it prints what Trainer logs where no bar is drawn
         # behind the callbacks that were given, which may add files to a checkpoint, and before the timer's clock

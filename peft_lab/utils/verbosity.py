@@ -134,6 +134,14 @@ def _plain_warnings(now: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_deprecations_of_peft() -> Iterator[None]:
+    """Ignore the deprecations of transformers that peft meets, because its users cannot change them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
 def _print_warning(
     message: Warning | str,
     category: type[Warning],

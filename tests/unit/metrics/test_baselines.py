@@ -111,7 +111,7 @@ def test_a_run_that_does_not_beat_it_says_so_everywhere(tmp_path, monkeypatch, c
     assert written["beats_baseline"] is False
     assert written["baseline"]["metrics"]["test"] == {"accuracy": 1.0}
     assert words in (tmp_path / "out" / "README.md").read_text()
-    runs._show_metrics(result.metrics)
+    runs._show_metrics(result.metrics, result.output_dir)
     assert words in capsys.readouterr().out.strip().splitlines()[-1]
 
 
@@ -151,6 +151,7 @@ def test_the_demo_says_so_after_its_table(tmp_path, monkeypatch, capsys):
         "parameters": {"trainable": 1},
         "adapter_bytes": 1,
         "train_seconds": 1.0,
+        "wall_seconds": 2.0,
         "peak_memory_bytes": 1,
         "main_metric": "accuracy",
         "metrics": {"test": {"accuracy": 0.2}},
