@@ -1,4 +1,4 @@
-"""Commands `train`, `evaluate`, `predict` and `merge`.
+"""Commands `train`, `evaluate` and `merge`.
 
 The functions behind them are imported once the arguments are checked, because they import torch.
 """
@@ -15,9 +15,7 @@ from peft_lab.cli.completion import TrainCommand, complete_task
 from peft_lab.cli.options import Adapter, Base, BatchSize, Json, OtherBase
 from peft_lab.cli.output import format_metric, new_table, print_json, print_out
 from peft_lab.metrics.baselines import shortfall
-from peft_lab.utils import strict_json
 from peft_lab.utils.terminal import shown
-from peft_lab.utils.text import json_line
 from peft_lab.utils.verbosity import bars
 
 
@@ -26,7 +24,7 @@ def register(app: typer.Typer) -> None:
     # the flags of `train` are those of Trainer too, so its own parser reads them and prints their help
     settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     app.command(cls=TrainCommand, context_settings=settings, add_help_option=False)(train)
-    for command in (evaluate, predict, merge):
+    for command in (evaluate, merge):
         app.command()(command)
 
 
@@ -98,37 +96,6 @@ def evaluate(
     for name, value in found.items():
         table.add_row(name, format_metric(value))
     print_out(table)
-
-
-def predict(
-    adapter: Adapter,
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT...",
-            help="Texts, image files, or one file of inputs: .txt, .csv, .tsv, .json, .jsonl or .parquet.",
-        ),
-    ],
-    task: Annotated[
-        str | None, typer.Option(help="The task whose kind and labels apply, if the adapter names none.")
-    ] = None,
-    model_name_or_path: Base = None,
-    per_device_eval_batch_size: BatchSize = 32,
-    allow_other_base: OtherBase = False,
-) -> None:
-    """Predict for texts or images, one answer a line as JSON."""
-    from peft_lab.data.task_registry import load_task
-    from peft_lab.runs.run_folder import find_adapter
-
-    if task is not None:
-        load_task(task)
-    folder = find_adapter(adapter)
-    from peft_lab.training.evaluate import predict as run_prediction
-
-    options: dict[str, Any] = {"batch_size": per_device_eval_batch_size, "allow_other_base": allow_other_base}
-    # not printed by rich, which would break long lines and read brackets as markup
-    for answer in run_prediction(folder, inputs, task, model_name_or_path, **options):
-        typer.echo(json_line(strict_json.finite(answer)))
 
 
 def merge(

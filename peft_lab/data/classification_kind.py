@@ -14,6 +14,7 @@ from peft_lab.errors import TaskError
 from peft_lab.metrics import HUB_METRICS, METRICS, load_metric
 from peft_lab.metrics.baselines import Baseline
 from peft_lab.metrics.predictions import Predictions
+from peft_lab.utils.batch_progress import advance
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from peft_lab.data.task_schema import Task
 
-#: Prediction records of a classifier: `{"label": name, "score": probability}`.
+#: Prediction records of a classifier: `{"label": name, "score": probability}`, with `top_k` a list of these besides.
 Record = dict[str, Any]
 
 
@@ -44,6 +45,9 @@ class LabelledKind(Kind):
 
     def reads_texts(self, task: Task) -> bool:
         return self.inputs_of(task).texts
+
+    def input_files(self, task: Task) -> tuple[str, ...]:
+        return self.inputs_of(task).files
 
     def cast(self, dataset: Dataset, task: Task) -> Dataset:
         return self.inputs_of(task).cast(dataset, task)
@@ -101,18 +105,36 @@ class LabelledKind(Kind):
         return self.inputs_of(task).data_collator(processor, model)
 
     def predict(
-        self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Sequence[Any],
+        task: Task,
+        batch_size: int = 32,
+        top_k: int | None = None,
     ) -> list[Record]:
-        """Record of each input; inputs are what `inputs_of` takes."""
+        """Record of each input; inputs are what `inputs_of` takes.
+
+        `top_k` is the number of labels in each record, for kinds that `ranks_labels`.
+        """
         encode = self.inputs_of(task).encoder(inputs, processor, task, model)
-        return self.batches(model, range(len(inputs)), encode, batch_size)
+        return self.batches(model, range(len(inputs)), encode, batch_size, top_k)
 
     def records(self, logits: Any, model: Any) -> list[Record]:
         """Records of the logits of a batch, in order."""
         raise NotImplementedError
 
+    def ranked_records(self, logits: Any, model: Any, top_k: int) -> list[Record]:
+        """Records that hold `top_k` labels each, for kinds that `ranks_labels`."""
+        raise NotImplementedError
+
     def batches(
-        self, model: Any, inputs: Sequence[Any], encode: Callable[[Sequence[Any]], Any], size: int
+        self,
+        model: Any,
+        inputs: Sequence[Any],
+        encode: Callable[[Sequence[Any]], Any],
+        size: int,
+        top_k: int | None = None,
     ) -> list[Record]:
         """Run the model over encoded batches and return its records.
 
@@ -127,7 +149,9 @@ class LabelledKind(Kind):
             with torch.no_grad():
                 for start in range(0, len(inputs), size):
                     batch = encode(inputs[start : start + size]).to(model.device)
-                    found += self.records(model(**batch).logits, model)
+                    logits = model(**batch).logits
+                    found += self.records(logits, model) if top_k is None else self.ranked_records(logits, model, top_k)
+                    advance(len(inputs[start : start + size]))
         finally:
             model.train(training)
         return found
@@ -135,6 +159,8 @@ class LabelledKind(Kind):
 
 class ClassificationKind(LabelledKind):
     """Base of the kinds with one label or one value a row, in the column `label`."""
+
+    ranks_labels = True
 
     def preprocess(self, dataset: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
         # the name of the argument that a model's forward computes its loss with
@@ -201,6 +227,17 @@ class ClassificationKind(LabelledKind):
         scores, indices = logits.float().softmax(-1).max(-1)
         pairs = zip(indices.tolist(), scores.tolist(), strict=True)
         return [{"label": model.config.id2label[index], "score": score} for index, score in pairs]
+
+    def ranked_records(self, logits: Any, model: Any, top_k: int) -> list[Record]:
+        """Records of logits (n, labels) with the `top_k` best labels, the best one first and beside the list."""
+        # sorted in a stable way, so that of equal scores the label that argmax takes comes first
+        scores, indices = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+        found = []
+        for places, values in zip(indices[:, :top_k].tolist(), scores[:, :top_k].tolist(), strict=True):
+            names = [model.config.id2label[place] for place in places]
+            ranked = [{"label": name, "score": value} for name, value in zip(names, values, strict=True)]
+            found.append({**ranked[0], "top_k": ranked})
+        return found
 
 
 def probabilities(logits: Any) -> Any:

@@ -27,6 +27,7 @@ class ImageInputs(ModelInputs):
     """Column `image`; an image processor."""
 
     columns = ("image",)
+    files = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForImageClassification
@@ -126,7 +127,7 @@ class ImageInputs(ModelInputs):
         return DefaultDataCollator()
 
     def encoder(self, inputs: Sequence[Any], processor: Any, task: Task, model: Any) -> Callable[[Sequence[int]], Any]:
-        """Check paths or PIL images, and encode them."""
+        """Check paths, open files or PIL images, and encode them."""
         from peft_lab.data.image_column import trait_faults
 
         inputs = list(inputs)

@@ -32,6 +32,7 @@ class Kind:
     Attributes:
         info: the card.
         text_columns: canonical columns of texts, in which a blank one is a fault.
+        ranks_labels: `predict` takes `top_k`, the number of labels in an answer.
         labelled: the head has an output for each label name, which the data say if the task does not.
         trainer_labels: columns of preprocessed rows that hold the answers, `Trainer`'s `label_names`.
         preprocess_logits_for_metrics: `Trainer`'s hook, for kinds whose logits are too big to be kept.
@@ -41,6 +42,7 @@ class Kind:
 
     info: ClassVar[KindInfo]
     text_columns: ClassVar[tuple[str, ...]] = ()
+    ranks_labels: ClassVar[bool] = False
     labelled: ClassVar[bool] = False
     trainer_labels: ClassVar[tuple[str, ...]] = ("labels",)
     scores_tokens: ClassVar[bool] = False
@@ -102,6 +104,10 @@ class Kind:
     def reads_texts(self, task: Task) -> bool:
         """Test whether an input of a prediction is a text, so that the name of a file is a mistake."""
         return False
+
+    def input_files(self, task: Task) -> tuple[str, ...]:
+        """Endings of the files that are inputs of a prediction, such as ".png"; empty where inputs are no files."""
+        return ()
 
     def auto_class(self, task: Task) -> Any:
         """Auto class of transformers that loads a backbone with this kind's head."""
@@ -213,15 +219,17 @@ class Kind:
         task: Task,
         batch_size: int,
         ids: Sequence[int] | None,
+        **options: Any,
     ) -> list[Any]:
         """Answers to raw inputs, in order, each with its own prompts.
 
         Args:
             model, processor, inputs, task, batch_size: as for `predict`.
             ids: number of the prompts of each input; None if the method chooses none by row.
+            options: what `predict` of this kind takes besides, such as `top_k` where it `ranks_labels`.
         """
         if ids is None:
-            return self.predict(model, processor, inputs, task, batch_size)
+            return self.predict(model, processor, inputs, task, batch_size, **options)
         import torch
 
         from peft_lab.tuners.forward_context import row_inputs
@@ -231,5 +239,5 @@ class Kind:
             chosen = slice(start, start + batch_size)
             # `generate` takes no arguments of ours, so the numbers reach the forward through a context
             with row_inputs(**{PROMPT_IDS: torch.tensor(ids[chosen])}):
-                found += self.predict(model, processor, inputs[chosen], task, batch_size)
+                found += self.predict(model, processor, inputs[chosen], task, batch_size, **options)
         return found

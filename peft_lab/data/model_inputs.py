@@ -24,10 +24,12 @@ class ModelInputs:
     Attributes:
         columns: canonical columns that hold the inputs.
         texts: an input of a prediction is a text, so that the name of a file is a mistake.
+        files: endings of the files that an input of a prediction may be, such as ".png".
     """
 
     columns: tuple[str, ...] = ()
     texts: bool = False
+    files: tuple[str, ...] = ()
 
     def auto_class(self) -> Any:
         """Auto class of transformers that loads a backbone with a head over labels of such inputs."""

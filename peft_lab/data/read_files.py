@@ -257,7 +257,7 @@ def _json_stream(path: str, options: Mapping[str, Any]) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = _decode(line)
+                row = decode_json(line)
             except ValueError as error:
                 raise TaskError(f"line {number} is not JSON: {error}; a stream needs one row a line.") from error
             if not isinstance(row, (dict, str)):
@@ -270,22 +270,22 @@ def _json_rows(path: str, options: Mapping[str, Any]) -> list[Any]:
     with _open(path, options) as file:
         text = file.read()
     if options.get("field"):
-        value = _decode(text)
+        value = decode_json(text)
         if not isinstance(value, dict) or options["field"] not in value:
             raise TaskError(f'there is no field "{options["field"]}".')
         return _json_table(value[options["field"]])
     if text.lstrip().startswith("["):
-        return _json_table(_decode(text))
+        return _json_table(decode_json(text))
     rows: list[Any] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            rows.append(_decode(line))
+            rows.append(decode_json(line))
         except ValueError as error:
             # one object over several lines holds columns
             if not rows and line.strip() in ("{", "{ "):
-                return _json_table(_decode(text))
+                return _json_table(decode_json(text))
             raise TaskError(f"line {number} is not JSON: {error}.") from error
     return _json_table(rows)
 
@@ -314,7 +314,8 @@ def _constant(text: str) -> str | None:
     return None if text == "NaN" else text
 
 
-_decode: Callable[[str], Any] = json.JSONDecoder(
+#: Parser of JSON text by which every number stays the text that stands in it; raises `ValueError`.
+decode_json: Callable[[str], Any] = json.JSONDecoder(
     object_pairs_hook=_once, parse_float=str, parse_int=str, parse_constant=_constant
 ).decode
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,28 +12,21 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 
 from peft_lab.data import prompt_column
-from peft_lab.data.read_files import read_rows
+from peft_lab.data.prediction_inputs import INPUT_FILES, check_top_k, input_columns, read_inputs
 from peft_lab.data.splits import load_splits, subset
 from peft_lab.data.task_registry import check_split
+from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.errors import ConfigError
 from peft_lab.loading.load_run import load
-from peft_lab.runs.trained_task import check_metrics
+from peft_lab.runs import run_folder
+from peft_lab.runs.trained_task import check_metrics, trained_task
 from peft_lab.training.arguments import shows_bars
 from peft_lab.training.trainer import LabTrainer, scores
 from peft_lab.utils.atomic_files import write_errors
+from peft_lab.utils.batch_progress import progress_bar
 
 if TYPE_CHECKING:
     from peft_lab.data.task_schema import Task
-
-#: Endings of files of inputs for `predict` -> builder and options that read them. They may be packed, as `.csv.gz`.
-INPUT_FILES: dict[str, tuple[str, dict[str, str]]] = {
-    ".txt": ("text", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"delimiter": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
 
 
 def evaluate(
@@ -107,10 +100,11 @@ def evaluate(
 
 def predict(
     adapter: str | Path,
-    inputs: str | Sequence[Any],
+    inputs: str | Path | Sequence[Any],
     task: str | Task | None = None,
     model_name_or_path: str | None = None,
     *,
+    top_k: int | None = None,
     batch_size: int = 32,
     allow_other_base: bool = False,
 ) -> list[Any]:
@@ -119,79 +113,49 @@ def predict(
     Args:
         adapter, task, model_name_or_path: as for `load`.
         inputs: one input or several: texts, pairs of texts, image files, PIL images, or mappings of the task's columns;
-            or one file of them (.txt, .csv, .tsv, .json, .jsonl, .parquet). The column that chooses prompts may be
-            among those of a mapping.
+            folders of files and patterns such as `scans/*.png` where the kind of task reads files; or files of rows
+            (.txt, .csv, .tsv, .json, .jsonl, .parquet). The column that chooses prompts may be among those of a
+            mapping.
+        top_k: number of labels in each answer, the best first, under "top_k"; for kinds that choose one of several.
         batch_size: rows in one batch.
         allow_other_base: as for `load`.
 
     Raises:
-        ConfigError: there is no such adapter or base, or an input lacks a column.
+        ConfigError: there is no such adapter, base or file, an input lacks a column, or `top_k` does not fit the task.
         TaskError: the task is not what it should be.
         AdapterMismatchError: the adapter does not fit the base.
     """
+    folder = run_folder.find_adapter(adapter)
+    trained = trained_task(folder, run_folder.read_origin(folder), task, run_folder.is_download(adapter))
     # inputs are read first, because a wrong file should be refused before a model is loaded
-    rows = read_inputs([inputs] if isinstance(inputs, str | Path) else list(inputs))
+    given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    rows = read_inputs(given, task_kind(trained.kind).info.input_files)
+    options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "allow_other_base": allow_other_base}
+    return predict_rows(folder, rows, task, model_name_or_path, **options)
+
+
+def predict_rows(
+    adapter: str | Path,
+    rows: Sequence[Any],
+    task: str | Task | None = None,
+    model_name_or_path: str | None = None,
+    *,
+    top_k: int | None = None,
+    batch_size: int = 32,
+    allow_other_base: bool = False,
+) -> list[Any]:
+    """Predict the answers to inputs that `read_inputs` has read; arguments and errors are those of `predict`."""
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
+    check_top_k(top_k, loaded.kind.info, loaded.task, loaded.labels)
     file = next((row for row in rows if isinstance(row, str | Path) and os.path.isfile(row)), None)
     if loaded.kind.reads_texts(loaded.task) and file is not None:
         raise ConfigError(f'"{file}" is a file, and not one of inputs: these end with {", ".join(INPUT_FILES)}.')
-    # the column that chooses prompts is read now, because `_input` keeps only those of the task
+    # the column that chooses prompts is read now, because `input_columns` keeps only those of the task
     ids = prompt_column.ids_of_inputs(rows, loaded.model, loaded.task)
-    rows = [_input(row, loaded.task, number) for number, row in enumerate(rows, start=1)]
-    return loaded.kind.predict_with_prompts(loaded.model, loaded.processor, rows, loaded.task, batch_size, ids)
-
-
-def read_inputs(inputs: list[Any]) -> list[Any]:
-    """Inputs as given, or the rows of a file, read as those of training are.
-
-    Raises:
-        ConfigError: the file does not exist or is empty, or there are further inputs beside it.
-        TaskError: it cannot be read, or a row does not have the cells of its header.
-    """
-    files = [value for value in inputs if isinstance(value, str | Path) and _ending(value)]
-    if len(inputs) > 1:
-        # a text may end like the name of a file, so only files that are there count
-        file = next((value for value in files if os.path.isfile(os.path.expanduser(value))), None)
-        if file is not None:
-            raise ConfigError(f'"{file}" is a file of inputs, which must be the only input.')
-        return inputs
-    if not files:
-        return inputs
-    path = Path(files[0]).expanduser()
-    if not os.path.isfile(path):
-        raise ConfigError(f'There is no input file "{path}".')
-    builder, options = INPUT_FILES[_ending(path)]
-    rows: list[Any] = read_rows(builder, [path], options, bare=True)
-    if not rows:
-        raise ConfigError(f'"{path}" holds no input.')
-    return [row["text"] for row in rows] if builder == "text" else rows
-
-
-def _ending(value: str | Path) -> str:
-    """Ending of a file of inputs; empty for other inputs."""
-    name = str(value).lower().removesuffix(".gz")
-    return next((ending for ending in INPUT_FILES if name.endswith(ending)), "")
-
-
-def _input(row: Any, task: Task, number: int) -> Any:
-    """Input columns of a mapping; an input of another type is returned as it is.
-
-    The columns may have the canonical names or those of the task's own data; further columns are left out.
-    """
-    if not isinstance(row, Mapping):
-        return row
-    chosen, missing = {}, []
-    for name in task.inputs:
-        source = task.columns[name]
-        if name in row:
-            chosen[name] = row[name]
-        elif source in row:
-            chosen[name] = row[source]
-        else:
-            missing.append(name)
-    if missing:
-        raise ConfigError(f"Row {number} of the inputs lacks {', '.join(sorted(missing))}; it has {', '.join(row)}.")
-    # a template refers to its columns by name, so it needs the mapping even if there is only one
-    if len(chosen) == 1 and task.template is None:
-        return next(iter(chosen.values()))
-    return chosen or row
+    values = [input_columns(row, loaded.task, number) for number, row in enumerate(rows, start=1)]
+    # kinds that rank no labels know no such argument
+    options = {} if top_k is None else {"top_k": top_k}
+    with progress_bar(f"predicting with {Path(adapter).name}", len(values)):
+        return loaded.kind.predict_with_prompts(
+            loaded.model, loaded.processor, values, loaded.task, batch_size, ids, **options
+        )

@@ -19,6 +19,7 @@ from peft_lab.metrics import load_metric
 from peft_lab.metrics.baselines import Baseline
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.registry import KindInfo
+from peft_lab.utils.batch_progress import advance
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -325,6 +326,7 @@ class CausalLM(Kind):
                 texts = processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
                 for row, text in zip(chosen, texts, strict=True):
                     written[row] = text.strip()
+                advance(len(chosen))
         finally:
             model.train(training)
         return written
@@ -337,10 +339,11 @@ class CausalLM(Kind):
         task: Task,
         batch_size: int,
         ids: Sequence[int] | None,
+        **options: Any,
     ) -> list[Any]:
         # numbers of prompts are given batch by batch, in the order of the inputs, which `predict` may change
         size = batch_size if ids is None or _skips_padding(model) else 1
-        return super().predict_with_prompts(model, processor, inputs, task, size, ids)
+        return super().predict_with_prompts(model, processor, inputs, task, size, ids, **options)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

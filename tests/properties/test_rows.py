@@ -13,12 +13,12 @@ from PIL import Image
 from support.cover import cover
 from support.task_rows import KINDS, builders, make_rows, write_task
 
+from peft_lab.data.prediction_inputs import input_columns, read_inputs
 from peft_lab.data.splits import load_splits
 from peft_lab.data.task_registry import kind as kind_of
 from peft_lab.errors import PeftLabError, TaskError
 from peft_lab.loading.load_run import load_base
 from peft_lab.registry import list_kinds
-from peft_lab.training.evaluate import _input, read_inputs
 from peft_lab.utils.images import open_image
 
 EACH = pytest.mark.parametrize(("kind", "builder"), builders())
@@ -75,7 +75,7 @@ def test_training_and_prediction_read_what_stands_in_the_file(kind: str, builder
     assert sorted(zip(*columns, strict=True)) == (written if texts else [])
     assert splits.labels == (("00", "01") if KINDS[kind].label else None)
     if not builder.startswith("metadata"):
-        inputs = [_input(row, task, 1) for row in read_inputs([str(path)])]
+        inputs = [input_columns(row, task, 1) for row in read_inputs([str(path)])]
         wanted = [tuple(row[name] for name in KINDS[kind].inputs) for row in rows]
         assert [tuple(row[names[name]] for name in KINDS[kind].inputs) for row in inputs] == wanted
 
@@ -114,7 +114,8 @@ def test_empty_cells_are_refused_or_dropped_by_number(
         processor, model = backbone(kind, tmp_path)
         read = read_inputs([str(path)])
         with pytest.raises(PeftLabError, match=r"rows 3, 8|Row 3|input 3"):
-            kind_of(kind).predict(model, processor, [_input(row, task, i + 1) for i, row in enumerate(read)], task)
+            inputs = [input_columns(row, task, number) for number, row in enumerate(read, start=1)]
+            kind_of(kind).predict(model, processor, inputs, task)
     keeping = task.model_copy(update={"empty_rows": "keep"})
     can_keep = column != KINDS[kind].label and (kind == "causal_lm" or value in ("", "  "))
     if can_keep:
@@ -164,7 +165,7 @@ def test_rows_over_the_limit_are_counted_by_their_number_in_the_file(
         assert ('raise "max_length"' in caplog.text) == bool(held)
     if column in KINDS[kind].inputs:
         caplog.clear()
-        inputs = [_input(row, task, 1) for row in rows[:10]]
+        inputs = [input_columns(row, task, 1) for row in rows[:10]]
         kind_of(kind).predict(model, processor, inputs, task, batch_size=10)
         assert "1 inputs are longer than the limit" in caplog.text
         assert "(row 7" in caplog.text

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from peft_lab.data.prediction_inputs import read_inputs
 from peft_lab.data.read_files import as_dataset, read_rows
 from peft_lab.errors import ConfigError, TaskError
-from peft_lab.training.evaluate import read_inputs
 
 REFUSED = [
     ("x.csv", "text,label\nhello, world,a\nb,c\n", r"1 of 2 rows do not have the 2 cells .*\(row 1; the first has 3\)"),
