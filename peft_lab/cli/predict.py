@@ -48,8 +48,8 @@ def predict(
     """Predict for texts or images, one answer a line as JSON, with its input."""
     from peft_lab.data.answer_files import answer_line, check_output, write_answers
     from peft_lab.data.prediction_inputs import check_top_k
+    from peft_lab.data.task_registry import kind as task_kind
     from peft_lab.data.task_registry import load_task
-    from peft_lab.registry import kind_info
     from peft_lab.runs import run_folder
     from peft_lab.runs.trained_task import trained_task
 
@@ -60,9 +60,9 @@ def predict(
         load_task(task)
     folder = run_folder.find_adapter(adapter)
     trained = trained_task(folder, run_folder.read_origin(folder), task, run_folder.is_download(adapter))
-    info = kind_info(trained.kind)
-    check_top_k(top_k, info, trained, run_folder.read_labels(folder))
-    rows = _read(inputs, info.input_files)
+    kind = task_kind(trained.kind)
+    check_top_k(top_k, kind, trained, run_folder.read_labels(folder))
+    rows = _read(inputs, kind.input_files(trained))
     from peft_lab.training.evaluate import predict_rows
 
     options: dict[str, Any] = {"batch_size": per_device_eval_batch_size, "allow_other_base": allow_other_base}

@@ -33,7 +33,8 @@ from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.backbones.pypi_weights import resolve_model
 from peft_lab.errors import ConfigError
 from peft_lab.hub.model_card import card_text
-from peft_lab.hub.public_copy import PROCESSOR_FILES, head_outputs
+from peft_lab.hub.public_copy import PROCESSOR_FILES
+from peft_lab.hub.usage import head_outputs
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.load_adapter import load_folder
 from peft_lab.loading.load_run import load

@@ -17,13 +17,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from peft_lab.backbones.pypi_weights import BACKBONES, is_local, public_name
 from peft_lab.data.task_registry import kind as task_kind
+from peft_lab.hub import usage
 from peft_lab.hub.evaluation_results import eval_results, mean_of_arm
+from peft_lab.hub.usage import Usage
 from peft_lab.metrics.baselines import shortfall
 from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
 from peft_lab.tuners.registration import has_trait
 from peft_lab.utils.atomic_files import write_text
-from peft_lab.utils.text import json_line, markdown_code, markdown_text, visible
+from peft_lab.utils.text import markdown_code, markdown_text, visible
 
 if TYPE_CHECKING:
     from peft_lab.data.kind import Kind
@@ -42,16 +44,6 @@ LOCAL_OPTIONS = frozenset(
     )
 )
 
-#: peft's classes that load a base with its head, by task type.
-_AUTO_CLASSES = {
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
-
 
 @dataclass(frozen=True)
 class Base:
@@ -66,22 +58,6 @@ class Base:
     name: str
     on_hub: bool = False
     revision: str | None = None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Lines of code that load a saved model.
-
-    Attributes:
-        module, name: the import.
-        call: expression that gives the model.
-        registers: True if `import peft_lab` has to come first, because peft does not know the method by itself.
-    """
-
-    module: str
-    name: str
-    call: str
-    registers: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,9 +161,6 @@ def plain_card(
         size: bytes of the adapter file.
         labels: outputs of the head in the adapter file, if there is one.
     """
-    auto = _AUTO_CLASSES.get(config.get("task_type") or "", "AutoPeftModel")
-    # the base's own head has other outputs, which transformers refuses unless told to replace it
-    options = "" if labels is None else f", num_labels={labels}, ignore_mismatched_sizes=True"
     return _template().render(
         head=ModelCardData(
             library_name="peft", base_model=base.name if base.on_hub else None, tags=_tags(base, info), model_name=name
@@ -196,7 +169,7 @@ def plain_card(
         method=_method(info),
         base=base,
         revision=_revision(base),
-        usage=Usage("peft", auto, f"{auto}.from_pretrained({_literal(name)}{options})", _registers(info)),
+        usage=usage.of_foreign_adapter(name, info, config.get("task_type"), labels),
         run=None,
         info=info,
         # the template raises on a missing key, and adapters from elsewhere may lack any of these
@@ -246,27 +219,11 @@ def _usage(
         is_adapter: False if a whole model was saved.
         peft_finds_base: False if the base has no name that peft can load; peft-lab loads it then.
     """
-    auto = kind.auto_class(task).__name__
     if not is_adapter:
-        return Usage("transformers", auto, f"{auto}.from_pretrained({_literal(source)})")
+        return usage.of_model(source, kind.auto_class(task).__name__)
     if not peft_finds_base:
-        return Usage("peft_lab.loading.load_run", "load", f"load({_literal(source)}).model")
-    options = "" if labels is None or has_trait(info, "uses_source_head") else f", num_labels={labels}"
-    if kind.info.task_type is None:
-        # peft loads the class that the base was; a head for other labels is replaced by the saved one
-        auto, options = "AutoModel", f"{options}, ignore_mismatched_sizes=True" if options else ""
-    auto = auto.replace("AutoModel", "AutoPeftModel")
-    return Usage("peft", auto, f"{auto}.from_pretrained({_literal(source)}{options})", _registers(info))
-
-
-def _literal(name: str) -> str:
-    """Name as a literal in a block of code, which it cannot leave."""
-    return json_line(name).replace("`", "\\u0060")
-
-
-def _registers(info: MethodInfo) -> bool:
-    """Test whether peft-lab has to register a method with peft."""
-    return info.place != "baseline" and not info.module.startswith("peft.")
+        return usage.by_peft_lab(source)
+    return usage.of_adapter(source, info, kind.info.task_type, labels, has_trait(info, "uses_source_head"))
 
 
 def _tags(base: Base, info: MethodInfo, is_adapter: bool = True) -> list[str]:

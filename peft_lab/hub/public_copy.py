@@ -6,7 +6,6 @@ It holds no path of this machine, no token and no pickle.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from peft_lab.backbones.pypi_weights import BACKBONES, is_local, public_name
 from peft_lab.errors import ConfigError
 from peft_lab.hub.evaluation_results import eval_entries
 from peft_lab.hub.model_card import LOCAL_OPTIONS, Base, card_text, items_of, plain_card
+from peft_lab.hub.usage import head_outputs
 from peft_lab.runs import run_folder
 from peft_lab.runs.metrics_schema import check_complete
 from peft_lab.runs.run_config import dump_yaml, read_run_file
@@ -187,13 +187,6 @@ def _stage_plain(folder: Path, repo_id: str, out: Path, base: Base) -> None:
     info = registry.method(str(config.get("peft_type", "")).lower())
     text = plain_card(repo_id, config, info, base, run_folder.weights_bytes(folder), head_outputs(folder))
     write_text(out / run_folder.CARD, text)
-
-
-def head_outputs(folder: Path) -> int | None:
-    """Number of outputs of a saved classifier; None without one."""
-    header = read_header(folder / ADAPTER_WEIGHTS)
-    heads = [key for key in header if re.search(r"\.(classifier|score)(\.\w+)?\.weight$", key)]
-    return next(iter(header[heads[-1]][1]), None) if heads else None
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def predict(
     trained = trained_task(folder, run_folder.read_origin(folder), task, run_folder.is_download(adapter))
     # inputs are read first, because a wrong file should be refused before a model is loaded
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    rows = read_inputs(given, task_kind(trained.kind).info.input_files)
+    rows = read_inputs(given, task_kind(trained.kind).input_files(trained))
     options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "allow_other_base": allow_other_base}
     return predict_rows(folder, rows, task, model_name_or_path, **options)
 
@@ -146,7 +146,7 @@ def predict_rows(
 ) -> list[Any]:
     """Predict the answers to inputs that `read_inputs` has read; arguments and errors are those of `predict`."""
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
-    check_top_k(top_k, loaded.kind.info, loaded.task, loaded.labels)
+    check_top_k(top_k, loaded.kind, loaded.task, loaded.labels)
     file = next((row for row in rows if isinstance(row, str | Path) and os.path.isfile(row)), None)
     if loaded.kind.reads_texts(loaded.task) and file is not None:
         raise ConfigError(f'"{file}" is a file, and not one of inputs: these end with {", ".join(INPUT_FILES)}.')

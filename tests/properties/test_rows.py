@@ -114,8 +114,9 @@ def test_empty_cells_are_refused_or_dropped_by_number(
         processor, model = backbone(kind, tmp_path)
         read = read_inputs([str(path)])
         with pytest.raises(PeftLabError, match=r"rows 3, 8|Row 3|input 3"):
-            inputs = [input_columns(row, task, number) for number, row in enumerate(read, start=1)]
-            kind_of(kind).predict(model, processor, inputs, task)
+            kind_of(kind).predict(
+                model, processor, [input_columns(row, task, i + 1) for i, row in enumerate(read)], task
+            )
     keeping = task.model_copy(update={"empty_rows": "keep"})
     can_keep = column != KINDS[kind].label and (kind == "causal_lm" or value in ("", "  "))
     if can_keep:
