@@ -125,6 +125,8 @@ class KindInfo:
         task_type: peft's `TaskType`, None where peft has none.
         pipeline_tag: the Hub's name for what a trained model does.
         default_dtype: dtype of a loaded model unless the caller says otherwise.
+        source_head: it answers by the head that the backbone was pretrained with, so that the backbone without an
+            adapter has scores that mean something.
         module: dotted module that defines it, filled in by the registry.
     """
 
@@ -142,6 +144,7 @@ class KindInfo:
     task_type: str | None = None
     pipeline_tag: str = ""
     default_dtype: str = "float32"
+    source_head: bool = False
     module: str = ""
 
     def metrics_for(self, problem_type: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import typer
 from peft_lab.cli.completion import TrainCommand, complete_task
 from peft_lab.cli.options import Adapter, Base, BatchSize, Json, OtherBase
 from peft_lab.cli.output import format_metric, new_table, print_json, print_out
-from peft_lab.metrics.baselines import shortfall
+from peft_lab.metrics.baselines import beside_baselines, shortfall
 from peft_lab.utils.terminal import shown
 from peft_lab.utils.verbosity import bars
 
@@ -139,5 +139,6 @@ def _show_metrics(metrics: dict[str, Any], folder: Path) -> None:
         f"{shown(folder)}, {_times(metrics)}, "
         f"peak memory {metrics['peak_memory_bytes'] / 2**20:,.0f} MB"
     )
-    if shortfall(metrics):
-        print_out(f"[bold red]{shown(shortfall(metrics))}[/]")
+    sentence = beside_baselines(metrics)
+    if sentence:
+        print_out(f"[bold red]{shown(sentence)}[/]" if shortfall(metrics) else shown(sentence))

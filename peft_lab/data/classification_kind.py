@@ -12,7 +12,7 @@ from peft_lab.data.model_inputs import ModelInputs
 from peft_lab.data.row_checks import RowFault
 from peft_lab.errors import TaskError
 from peft_lab.metrics import HUB_METRICS, METRICS, load_metric
-from peft_lab.metrics.baselines import Baseline
+from peft_lab.metrics.baselines import CHANCE, Baseline
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.utils.batch_progress import advance
 
@@ -171,9 +171,7 @@ class ClassificationKind(LabelledKind):
     ) -> Callable[[EvalPrediction], dict[str, float]]:
         metrics = {name: load_metric(name) for name in task.metrics}
         takes_probabilities = {name for name in task.metrics if name in METRICS and METRICS[name].takes_probabilities}
-        # over all labels, because classes that are absent from an evaluation count too
-        average = "binary" if labels is not None and len(labels) == 2 else "macro"
-        options = {"f1": {"average": average, "labels": list(range(len(labels or ())))}}
+        options = _metric_options(labels)
 
         def compute(prediction: EvalPrediction) -> dict[str, float]:
             logits = prediction.predictions
@@ -205,6 +203,25 @@ class ClassificationKind(LabelledKind):
         kept = tuple(name for name in kept if name not in METRICS or not METRICS[name].takes_probabilities)
         compute = self.compute_metrics(task.model_copy(update={"metrics": kept}), labels)
         return Baseline(predictor, compute(EvalPrediction(np.tile(logits, (len(wanted), 1)), wanted)))
+
+    def chance(self, task: Task, labels: Sequence[str] | None, rows: Dataset) -> Baseline | None:
+        """Scores of guessing each class alike; None for regression.
+
+        They are those of the expected number of rows of each class with each guess, not of one draw.
+        """
+        import numpy as np
+
+        if labels is None:
+            return None
+        count = len(labels)
+        references, guesses = np.repeat(np.arange(count), count), np.tile(np.arange(count), count)
+        wanted = np.bincount(np.asarray(rows["labels"][:]), minlength=count)
+        weights, found = np.repeat(wanted / count, count), {}
+        for name in task.metrics:
+            if name in METRICS and METRICS[name].takes_weights:
+                options = _metric_options(labels).get(name, {})
+                found |= METRICS[name].compute(guesses, references, sample_weight=weights, **options)
+        return Baseline(CHANCE, found)
 
     def row_predictions(self, prediction: EvalPrediction, task: Task, rows: Dataset | None = None) -> Predictions:
         import numpy as np
@@ -238,6 +255,13 @@ class ClassificationKind(LabelledKind):
             ranked = [{"label": name, "score": value} for name, value in zip(names, values, strict=True)]
             found.append({**ranked[0], "top_k": ranked})
         return found
+
+
+def _metric_options(labels: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """Options of our metrics, by name, for a task of these labels."""
+    # over all labels, because classes that are absent from an evaluation count too
+    average = "binary" if labels is not None and len(labels) == 2 else "macro"
+    return {"f1": {"average": average, "labels": list(range(len(labels or ())))}}
 
 
 def probabilities(logits: Any) -> Any:

@@ -189,6 +189,14 @@ class Kind:
         """
         return None
 
+    def chance(self, task: Task, labels: Sequence[str] | None, rows: Dataset) -> Baseline | None:
+        """Scores of guessing among the answers; None where they are not counted.
+
+        Args:
+            task, labels, rows: as for `baseline`.
+        """
+        return None
+
     def generation_scores(
         self, model: Any, processor: Any, dataset: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, list[float]]:

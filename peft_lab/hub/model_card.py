@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,9 +18,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from peft_lab.backbones.pypi_weights import BACKBONES, is_local, public_name
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.hub import usage
+from peft_lab.hub.card_tables import class_tables, score_rows
 from peft_lab.hub.evaluation_results import eval_results, mean_of_arm
 from peft_lab.hub.usage import Usage
-from peft_lab.metrics.baselines import shortfall
+from peft_lab.metrics.baselines import beside_baselines, shortfall
 from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
 from peft_lab.tuners.registration import has_trait
@@ -78,13 +79,18 @@ class Interval:
 
 def write_card(folder: Path, metrics: Mapping[str, Any], info: MethodInfo, task: Task) -> None:
     """Write README.md from the content of metrics.json."""
-    text = card_text(folder.name, metrics, info, task, items=items_of(folder))
+    text = card_text(folder.name, metrics, info, task, items=items_of(folder), labels=labels_of(folder))
     write_text(folder / run_folder.CARD, text)
 
 
 def items_of(folder: Path) -> Predictions | None:
     """Predictions of a run for each test row; None if absent."""
     return read_predictions(folder / PREDICTIONS) if (folder / PREDICTIONS).is_file() else None
+
+
+def labels_of(folder: Path) -> list[str] | None:
+    """Label names of a run; None if it has none."""
+    return run_folder.read_labels(folder) if (folder / run_folder.LABELS).is_file() else None
 
 
 def card_text(
@@ -96,6 +102,7 @@ def card_text(
     repo: str = "",
     items: Predictions | None = None,
     standing: Standing | None = None,
+    labels: Sequence[str] | None = None,
 ) -> str:
     """Render the card of a run: Markdown with the Hub's YAML head.
 
@@ -109,6 +116,7 @@ def card_text(
         repo: Hub id that the lines of code load from; by default they load from the folder `name`.
         items: predictions for each test row, for the interval of a metric that is no share of right answers.
         standing: standing of the run in the comparison that it belongs to.
+        labels: names of the classes, for the tables of classes.
     """
     kind = task_kind(task.kind)
     base = base or base_of(metrics)
@@ -140,7 +148,10 @@ def card_text(
         task=task,
         data=_data(task),
         interval=_interval(metrics, task, items),
-        shortfall=shortfall(metrics),
+        scores=score_rows(metrics),
+        beside=beside_baselines(metrics),
+        falls_short=bool(shortfall(metrics)),
+        classes=class_tables(items, labels),
         standing=_standing(standing, metrics["seed"]) if standing else "",
         options=_options(metrics["run"], task, base),
     )

@@ -21,7 +21,7 @@ from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_R
 from peft_lab.backbones.pypi_weights import BACKBONES, is_local, public_name
 from peft_lab.errors import ConfigError
 from peft_lab.hub.evaluation_results import eval_entries
-from peft_lab.hub.model_card import LOCAL_OPTIONS, Base, card_text, items_of, plain_card
+from peft_lab.hub.model_card import LOCAL_OPTIONS, Base, card_text, items_of, labels_of, plain_card
 from peft_lab.hub.usage import head_outputs
 from peft_lab.runs import run_folder
 from peft_lab.runs.metrics_schema import check_complete
@@ -171,7 +171,7 @@ def _stage_run(
     if "lora_export" not in metrics:
         write_text(out / run_folder.RUN, dump_yaml(public))
     title, items = repo_id.rpartition("/")[2], items_of(folder)
-    card = card_text(title, shown | {"run": public}, info, task, base, repo_id, items, standing)
+    card = card_text(title, shown | {"run": public}, info, task, base, repo_id, items, standing, labels_of(folder))
     write_text(out / run_folder.CARD, card)
     entries = eval_entries(metrics, info, task, standing)
     if entries:

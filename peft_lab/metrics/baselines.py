@@ -1,4 +1,4 @@
-"""Baselines of a run: scores of a predictor that sees no input.
+"""Baselines of a run: scores of predictors that learn nothing, beside which its own score stands.
 
 Imports nothing heavy.
 """
@@ -6,24 +6,31 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peft_lab.metrics import greater_is_better
 
+#: Predictor of `Kind.chance`.
+CHANCE = "uniform guessing"
+#: Predictor whose scores are those of the backbone before any training.
+UNTOUCHED = "the base without an adapter"
+
 
 @dataclass(frozen=True)
 class Baseline:
-    """Scores of a predictor that sees training answers and no input.
+    """Scores of a predictor that learns nothing from the inputs.
 
     Attributes:
         predictor: what it answers, in words.
         scores: metric -> its value.
+        seconds: time of its evaluation, where that cost any.
     """
 
     predictor: str
     scores: dict[str, float]
+    seconds: float | None = None
 
 
 def beats(metric: str, score: float, baseline: float) -> bool:
@@ -32,57 +39,87 @@ def beats(metric: str, score: float, baseline: float) -> bool:
 
 
 def comparison(
-    scores: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, Baseline], metric: str
+    scores: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, Sequence[Baseline]], metric: str
 ) -> dict[str, Any]:
-    """Entries of metrics.json on the baseline.
+    """Entries of metrics.json on the baselines.
 
     Args:
         scores: split -> metric -> value.
-        baselines: split -> its baseline, for the splits that have one.
+        baselines: split -> its baselines, for the splits that have some.
         metric: the main metric, which decides.
 
     Returns:
-        `baseline`, with its scores by split, and `beats_baseline` on the test rows, or on the validation rows where no
-        test rows were scored; None if that is not defined.
+        `baselines`, each with its scores by split, and `beats_baseline`: whether the score on the test rows, or on the
+        validation rows where no test rows were scored, is better than that of each baseline; None if undefined.
     """
-    if not baselines:
-        return {"baseline": None, "beats_baseline": None}
-    split, recorded = _split(scores), {name: found.scores for name, found in baselines.items()}
-    score, least = scores.get(split, {}).get(metric), recorded.get(split, {}).get(metric)
-    better = None
-    if score is not None and least is not None and math.isfinite(score) and math.isfinite(least):
-        better = beats(metric, score, least)
-    return {
-        "baseline": {"predictor": next(iter(baselines.values())).predictor, "metrics": recorded},
-        "beats_baseline": better,
-    }
+    recorded: dict[str, dict[str, Any]] = {}
+    for split, found in baselines.items():
+        for each in found:
+            entry = recorded.setdefault(each.predictor, {"predictor": each.predictor, "metrics": {}})
+            entry["metrics"][split] = each.scores
+            if each.seconds is not None:
+                entry["seconds"] = entry.get("seconds", 0.0) + each.seconds
+    entries: dict[str, Any] = {"baselines": list(recorded.values()), "beats_baseline": None}
+    split = _split(scores)
+    score, known = scores.get(split, {}).get(metric), baselines_of(entries, split, metric)
+    if score is not None and math.isfinite(score) and known:
+        entries["beats_baseline"] = all(beats(metric, score, least) for _, least in known)
+    return entries
 
 
-def baseline_of(metrics: Mapping[str, Any], split: str, metric: str) -> tuple[str, float] | None:
-    """Recorded baseline of a run: predictor and score; None without one.
+def baselines_of(metrics: Mapping[str, Any], split: str, metric: str) -> list[tuple[str, float]]:
+    """Recorded baselines of a run that have a finite score: predictor and score, the best one first.
 
     Args:
         metrics: content of metrics.json, which may come from an earlier version or from a stranger.
         split, metric: name of the score.
     """
-    score = _number(metrics, "baseline", "metrics", split, metric)
-    return None if score is None else (str(metrics["baseline"].get("predictor"))[:200], score)
+    entries = metrics.get("baselines")
+    # earlier versions recorded a single one
+    entries = entries if isinstance(entries, list) else [metrics.get("baseline")]
+    found = []
+    for entry in entries:
+        score = _number(entry, "metrics", split, metric)
+        if score is not None and math.isfinite(score):
+            found.append((str(entry.get("predictor"))[:200], score))
+    return sorted(found, key=lambda each: each[1], reverse=greater_is_better(metric))
+
+
+def beside_baselines(metrics: Mapping[str, Any]) -> str:
+    """Sentence that puts the main score of a run beside its baselines; "" without any.
+
+    Args:
+        metrics: as for `baselines_of`.
+    """
+    found = _decision(metrics)
+    if found is None:
+        return ""
+    split, metric, score, known = found
+    below = [f"{predictor} ({least:.4f})" for predictor, least in known if beats(metric, score, least)]
+    above = [f"{predictor}, which has {least:.4f}" for predictor, least in known if not beats(metric, score, least)]
+    clauses = []
+    if above:
+        clauses.append(f"does not beat {' or '.join(above)}")
+    if below:
+        clauses.append(f"{'it ' if above else ''}beats {' and '.join(below)}")
+    return f"The {split} {metric} of {score:.4f} {'; '.join(clauses)}."
 
 
 def shortfall(metrics: Mapping[str, Any]) -> str:
-    """Sentence on a run that does not beat its baseline, else "".
+    """Sentence on a run that does not beat its baselines, else "".
 
     Args:
-        metrics: as for `baseline_of`.
+        metrics: as for `baselines_of`.
     """
-    if metrics.get("beats_baseline") is not False:
-        return ""
-    split, metric = _split(metrics["metrics"]), str(metrics["main_metric"])
-    score, found = _number(metrics, "metrics", split, metric), baseline_of(metrics, split, metric)
-    if score is None or found is None:
-        return ""
-    predictor, least = found
-    return f"The {split} {metric} of {score:.4f} does not beat {predictor}, which has {least:.4f} without any input."
+    return beside_baselines(metrics) if metrics.get("beats_baseline") is False else ""
+
+
+def _decision(metrics: Mapping[str, Any]) -> tuple[str, str, float, list[tuple[str, float]]] | None:
+    """Split and metric that decide, the run's score there, and its baselines; None if one is missing."""
+    scores, metric = metrics.get("metrics"), str(metrics.get("main_metric"))
+    split = _split(scores) if isinstance(scores, Mapping) else ""
+    score, known = _number(scores, split, metric), baselines_of(metrics, split, metric)
+    return None if score is None or not math.isfinite(score) or not known else (split, metric, score, known)
 
 
 def _number(values: Any, *keys: str) -> float | None:

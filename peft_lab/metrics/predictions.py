@@ -48,6 +48,21 @@ class Predictions:
             return (self.columns["reference"] == self.columns["prediction"]).astype(float)
         return self.columns.get("exact_match")
 
+    @property
+    def classes(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Class indices of reference and prediction, (n,) each; None if a row has no single class.
+
+        None too if a file holds numbers that are no indices.
+        """
+        import numpy as np
+
+        if self.output_type != "classification" or not len(self):
+            return None
+        pair = np.stack([self.columns["reference"], self.columns["prediction"]])
+        # not a test of the dtype, because a file gives back whole numbers as floats
+        whole = np.isfinite(pair).all() and (pair >= 0).all() and (pair == np.floor(pair)).all()
+        return (pair[0].astype(int), pair[1].astype(int)) if whole else None
+
 
 def write_predictions(folder: str | Path, predictions: Predictions) -> None:
     """Write the predictions into a run's folder.

@@ -5,6 +5,7 @@ Each function imports what it computes with, because checking a task file needs 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,16 +38,25 @@ class Metric:
         """Compute the metric, called and returned as by an `evaluate` module."""
         return {self.name: float(self.function(predictions, references, **options))}
 
+    @property
+    def takes_weights(self) -> bool:
+        """True if rows can be weighted (`sample_weight`), so that the metric follows from counts of pairs."""
+        return "sample_weight" in inspect.signature(self.function).parameters
 
-def accuracy(predictions: ArrayLike, references: ArrayLike) -> float:
+
+def accuracy(predictions: ArrayLike, references: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
     """Share of predictions that equal their reference; class indices, (n,)."""
     from sklearn.metrics import accuracy_score
 
-    return accuracy_score(references, predictions)
+    return accuracy_score(references, predictions, sample_weight=sample_weight)
 
 
 def f1(
-    predictions: ArrayLike, references: ArrayLike, average: str = "auto", labels: Sequence[int] | None = None
+    predictions: ArrayLike,
+    references: ArrayLike,
+    average: str = "auto",
+    labels: Sequence[int] | None = None,
+    sample_weight: ArrayLike | None = None,
 ) -> float:
     """F1 score of class indices, (n,).
 
@@ -57,6 +67,7 @@ def f1(
         references: true classes.
         average: average of scikit-learn; `auto` is `binary` (of class 1) while all values are 0 or 1, else `macro`.
         labels: classes that a macro average is taken over, absent ones included.
+        sample_weight: weights of the rows, (n,).
     """
     import numpy as np
     from sklearn.metrics import f1_score
@@ -66,14 +77,18 @@ def f1(
         average = "binary" if set(found.tolist()) <= {0, 1} else "macro"
     # scikit-learn takes `labels` of a binary average for a selection and warns
     labels = None if average == "binary" else labels
-    return f1_score(references, predictions, average=average, labels=labels, zero_division=0)
+    return f1_score(
+        references, predictions, average=average, labels=labels, sample_weight=sample_weight, zero_division=0
+    )
 
 
-def matthews_correlation(predictions: ArrayLike, references: ArrayLike) -> float:
+def matthews_correlation(
+    predictions: ArrayLike, references: ArrayLike, sample_weight: ArrayLike | None = None
+) -> float:
     """Matthews correlation coefficient of class indices, (n,); 0 by chance."""
     from sklearn.metrics import matthews_corrcoef
 
-    return matthews_corrcoef(references, predictions)
+    return matthews_corrcoef(references, predictions, sample_weight=sample_weight)
 
 
 def ece(predictions: ArrayLike, references: ArrayLike, bins: int | None = None) -> float:

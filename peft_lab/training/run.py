@@ -33,12 +33,13 @@ from peft_lab.errors import ConfigError, WriteError
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, count_parameters, load_base
-from peft_lab.metrics.baselines import Baseline, comparison, shortfall
+from peft_lab.metrics.baselines import comparison, shortfall
 from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import own_tasks, run_folder
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.arguments import as_run_config, build_or_refuse, check_best_metric, training_arguments
+from peft_lab.training.baseline_scores import of_untouched_base, without_input
 from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
 from peft_lab.training.chunked_loss import chunked_loss
@@ -173,15 +174,11 @@ class _Run:
         if checkpoint is not None:
             check_inputs(checkpoint, self.inputs, own=Path(checkpoint).parent.resolve() == self.folder.resolve())
         self._build_trainer()
-        scored = [split for split in ("validation", "test") if split in self.rows]
-        train = self.rows["train"]
-        # a predictor that knows all training answers has none to know in a stream
-        known = [] if self.task.streaming else scored
-        found = {split: self.kind.baseline(self.task, self.labels, train, self.rows[split]) for split in known}
-        self.baselines: dict[str, Baseline] = {split: each for split, each in found.items() if each is not None}
+        self.baselines = without_input(self.kind, self.task, self.labels, self.rows)
         self._claim_folder(checkpoint)
         # memory and time are those of the training steps, without loading and evaluation at the end
         with chunked_loss(self.model, self.config.loss_chunk_size):
+            self._score_untouched_base()
             with PeakMemory(self.arguments.device) as memory:
                 started = time.perf_counter()
                 self.trainer.train(checkpoint)
@@ -200,6 +197,11 @@ class _Run:
         if self.arguments.push_to_hub:
             self.trainer.push_to_hub()
         return TrainResult(self.folder, self.metrics, self.model, self.trainer, self.process.is_main_process)
+
+    def _score_untouched_base(self) -> None:
+        do_eval = self.config.training_arguments.get("do_eval") is not False
+        for split, found in of_untouched_base(self.trainer, self.kind, self.task, self.rows, do_eval).items():
+            self.baselines[split].append(found)
 
     def _load(self) -> None:
         seed = self.arguments.seed
@@ -365,7 +367,7 @@ class _Run:
         head = {id(p) for p in self.trainer.head_parameters(self.model)}
         trained = [p for p in self.model.parameters() if p.requires_grad and id(p) not in head]
         adapter = sum(whole_shape(parameter).numel() for parameter in trained)
-        baselines: dict[str, Baseline] = {split: self.baselines[split] for split in scores if split in self.baselines}
+        baselines = {split: self.baselines[split] for split in scores if split in self.baselines}
         values = {
             # a token must not lie in a file that is meant to be shared
             "run": run_folder.shared_options(self.config.to_dict() | {"hub_token": None}),

@@ -55,6 +55,7 @@ KIND = KindInfo(
     metrics=("perplexity", "token_accuracy", "exact_match", "rouge_l", "coverage"),
     task_type="CAUSAL_LM",
     pipeline_tag="text-generation",
+    source_head=True,
 )
 
 

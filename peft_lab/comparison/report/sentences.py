@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from peft_lab.comparison.stats.cell_baselines import cell_baselines
 from peft_lab.comparison.stats.estimates import LEVEL, Estimate
 from peft_lab.comparison.stats.statistics import ALL_TASKS, ArmResult, CellResult
-from peft_lab.metrics.baselines import baseline_of, beats
+from peft_lab.metrics.baselines import beats
 
 _TITLES = {
     "ece": "calibration error",
@@ -18,67 +19,97 @@ _TITLES = {
 }
 
 
+def leaders(cell: CellResult) -> tuple[str, ...]:
+    """Labels of the arms with the best mean, several where it is the same as it is printed."""
+    shown = number(cell.arms[0].score.value) if cell.arms else ""
+    return tuple(arm.label for arm in cell.arms if number(arm.score.value) == shown)
+
+
 def describe(cell: CellResult) -> str:
     """Describe the results on one task and backbone.
 
-    An arm is called better only if the test against it is significant.
+    An arm is called better only if the test against it is significant, and best only if no other has the same score.
     """
     if not cell.arms:
         return f"No run on {cell.task} with {cell.backbone} gave a score. " + _failures(cell)
     top = cell.arms[0]
-    extreme = "highest" if cell.higher_is_better else "lowest"
-    of_what = "over tasks" if cell.task == ALL_TASKS else metric_title(cell.metric)
-    best = f"{top.label} has the {extreme} mean {of_what}, {interval_text(top.score)}"
     if len(cell.arms) == 1:
         text = f"{top.label} is the only arm with a score, {interval_text(top.score)}."
     # one seed: no statement about the method, only about this run
     elif top.score.basis in ("rows", "none"):
-        text = f"{best}, with one seed. Another seed may turn the order, so no arm is called better than another."
+        text = (
+            f"{_best(cell)}, with one seed. Another seed may turn the order, so no arm is called better than another."
+        )
+    elif len(leaders(cell)) == len(cell.arms):
+        text = f"{_best(cell)}, and there is no other arm."
     else:
-        text = f"{best}; {_against_others(cell)}"
+        text = f"{_best(cell)}; {_against_others(cell)}"
     if top.score.basis == "rows":
         text += " The interval is over the test rows alone; there is none over seeds."
     if top.score.basis == "seeds":
         text += (
             " The intervals are over seeds alone: the runs left nothing from which the test rows could be resampled."
         )
-    return " ".join(filter(None, (text, _below_baseline(cell), _failures(cell))))
+    return " ".join(filter(None, (text, _beside_baseline(cell), _failures(cell))))
 
 
-def _below_baseline(cell: CellResult) -> str:
-    """Sentence on the arms that do not beat a predictor without input."""
-    below: dict[str, list[str]] = {}
-    for arm in cell.arms:
-        found = [baseline_of(record.metrics, "test", cell.metric) for record in arm.records]
-        known = [each for each in found if each is not None]
-        # a mean over tasks has no baseline of its own
-        if cell.task == ALL_TASKS or not known:
-            continue
-        least = sum(score for _, score in known) / len(known)
-        if not beats(cell.metric, arm.score.value, least):
-            below.setdefault(f"{known[0][0]} ({number(least)})", []).append(arm.label)
-    sentences = []
-    for baseline, labels in below.items():
-        sentences.append(f"{join(labels)} {'does' if len(labels) == 1 else 'do'} not beat {baseline}.")
-    return " ".join(sentences)
+def _best(cell: CellResult) -> str:
+    """Clause on the arm or the arms with the best mean."""
+    top, first = cell.arms[0], leaders(cell)
+    extreme = "highest" if cell.higher_is_better else "lowest"
+    of_what = "over tasks" if cell.task == ALL_TASKS else metric_title(cell.metric)
+    if len(first) == 1:
+        return f"{top.label} has the {extreme} mean {of_what}, {interval_text(top.score)}"
+    return f"{join(first)} tie for the {extreme} mean {of_what}, {number(top.score.value)}"
+
+
+def _beside_baseline(cell: CellResult) -> str:
+    """Sentences on the arms beside the best of the baselines."""
+    known = cell_baselines(cell)
+    if not known:
+        return ""
+    best = f"{known[0].predictor} ({number(known[0].score)})"
+    beaten = [arm for arm in cell.arms if beats(cell.metric, arm.score.value, known[0].score)]
+    below = [arm.label for arm in cell.arms if arm not in beaten]
+    if not beaten:
+        return f"No arm beats {best}." if len(below) > 1 else f"It does not beat {best}."
+    if below:
+        text = f"{join(below)} {'does' if len(below) == 1 else 'do'} not beat {best}."
+    elif len(beaten) > 1:
+        text = f"Every arm beats {best}."
+    else:
+        text = f"It beats {best}."
+    # a mean that is better by chance is no evidence
+    within = [arm.label for arm in beaten if _includes(arm.score, known[0].score)]
+    if within:
+        intervals = "interval of" if len(within) == 1 else "intervals of"
+        text += f" The {intervals} {join(within)} {'includes' if len(within) == 1 else 'include'} that score."
+    return text
+
+
+def _includes(score: Estimate, value: float) -> bool:
+    """Test whether the interval of a score includes a value."""
+    return score.low is not None and score.high is not None and score.low <= value <= score.high
 
 
 def _against_others(cell: CellResult) -> str:
-    """Clauses on the tests of the best arm against the others."""
-    others = cell.arms[1:]
+    """Clauses on the tests of the best arm against those that do not tie with it."""
+    first = leaders(cell)
+    subject = "it" if len(first) == 1 else f"of these, {cell.arms[0].label}"
+    others = [arm for arm in cell.arms if arm.label not in first]
     # each other arm is worse, untested, or not distinguishable
     worse = [arm.label for arm in others if arm.label not in cell.indistinguishable]
     untested = [arm.label for arm in others if arm.versus_best is None or arm.versus_best.p is None]
     same = [arm.label for arm in others if arm.label not in (*worse, *untested)]
     at_level = "at the 5 % level (Holm)"
     if not worse and same:
-        text = f"it is not distinguishable from {_all_others('any', same, cell)} {at_level}."
+        text = f"{subject} is not distinguishable from {_all_others('any', same, len(others))} {at_level}."
     elif not same and worse:
-        text = f"it is better than {_all_others('each', worse, cell)} {at_level}."
+        text = f"{subject} is better than {_all_others('each', worse, len(others))} {at_level}."
     elif same:
-        text = f"it is not distinguishable from {join(same)} {at_level}, and better than {join(worse)}."
+        text = f"{subject} is not distinguishable from {join(same)} {at_level}, and better than {join(worse)}."
     else:
-        text = "it could be tested against no other arm."
+        text = f"{subject} could be tested against no other arm."
     alone = [arm.label for arm in others if arm.label in same and _significant_alone(arm)]
     if alone:
         text += (
@@ -95,9 +126,9 @@ def _significant_alone(arm: ArmResult) -> bool:
     return arm.versus_best is not None and arm.versus_best.p is not None and arm.versus_best.p < LEVEL
 
 
-def _all_others(every: str, labels: list[str], cell: CellResult) -> str:
-    """Join labels, or count them if they are all other arms."""
-    if len(labels) == len(cell.arms) - 1 and len(labels) > 2:
+def _all_others(every: str, labels: list[str], others: int) -> str:
+    """Join labels, or count them if they are all others, of which there are more than two."""
+    if len(labels) == others and len(labels) > 2:
         return f"{every} of the other {len(labels)} arms"
     return join(labels)
 

@@ -173,7 +173,9 @@ def cell_result(
     decide which arm that is.
     """
     higher = greater_is_better(metric)
-    ranked = sorted(arms, key=lambda arm: arm.score.value, reverse=higher)
+    # arms of the same mean stand in the order of their names, which says nothing of either
+    by_name = sorted(arms, key=lambda arm: arm.label)
+    ranked = sorted(by_name, key=lambda arm: arm.score.value, reverse=higher)
     adjusted = holm([test.p for test in pair_tests])
     tested = [replace(test, p_adjusted=p) for test, p in zip(pair_tests, adjusted, strict=True)]
     for position, arm in enumerate(ranked[1:], 1):

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from datasets import Dataset
+from sklearn.metrics import f1_score, matthews_corrcoef
 from support.compare_helpers import record
-from support.tiny_runs import make_backbone, make_task, options
+from support.tiny_runs import make_backbone, make_decoder, make_task, make_writing_task, options
 
 from peft_lab.cli import demo, runs
 from peft_lab.comparison.report.sentences import describe
@@ -18,7 +19,15 @@ from peft_lab.comparison.stats.statistics import rank_arms
 from peft_lab.data.classification_kind import ClassificationKind
 from peft_lab.data.task_registry import kind, parse_task
 from peft_lab.metrics import METRICS
-from peft_lab.metrics.baselines import Baseline, comparison, shortfall
+from peft_lab.metrics.baselines import (
+    CHANCE,
+    UNTOUCHED,
+    Baseline,
+    baselines_of,
+    beside_baselines,
+    comparison,
+    shortfall,
+)
 from peft_lab.registry import list_kinds
 from peft_lab.training.run import train
 
@@ -90,13 +99,73 @@ def test_every_kind_is_covered_here():
     ],
 )
 def test_the_direction_of_the_main_metric_decides(metric, score, least, beats):
-    scores, baselines = {"validation": {metric: score}}, {"validation": Baseline("always the same", {metric: least})}
+    scores, baselines = {"validation": {metric: score}}, {"validation": [Baseline("always the same", {metric: least})]}
     found = comparison(scores, baselines, metric)
     assert found["beats_baseline"] is beats
     sentence = shortfall({"metrics": scores, "main_metric": metric, **found})
     assert ("does not beat always the same" in sentence) == (beats is False)
     assert shortfall({"metrics": scores, "main_metric": metric}) == "", "an earlier version recorded none"
-    assert comparison(scores, {}, metric) == {"baseline": None, "beats_baseline": None}
+    assert comparison(scores, {}, metric) == {"baselines": [], "beats_baseline": None}
+
+
+def test_the_best_of_several_baselines_has_to_be_beaten():
+    found = {"test": [Baseline("a mean", {"accuracy": 0.3}), Baseline("a base", {"accuracy": 0.6}, seconds=1.5)]}
+    scores = {"validation": {"accuracy": 0.9}, "test": {"accuracy": 0.5}}
+    metrics = {"metrics": scores, "main_metric": "accuracy", **comparison(scores, found, "accuracy")}
+    assert metrics["beats_baseline"] is False
+    assert baselines_of(metrics, "test", "accuracy") == [("a base", 0.6), ("a mean", 0.3)]
+    assert baselines_of(metrics, "validation", "accuracy") == []
+    assert [entry.get("seconds") for entry in metrics["baselines"]] == [None, 1.5]
+    words = "The test accuracy of 0.5000 does not beat a base, which has 0.6000; it beats a mean (0.3000)."
+    assert beside_baselines(metrics) == shortfall(metrics) == words
+    scores["test"]["accuracy"] = 0.7
+    metrics |= comparison(scores, found, "accuracy")
+    assert metrics["beats_baseline"] is True
+    assert shortfall(metrics) == ""
+    assert beside_baselines(metrics) == "The test accuracy of 0.7000 beats a base (0.6000) and a mean (0.3000)."
+
+
+def test_runs_of_earlier_versions_keep_their_baseline():
+    recorded = {"baseline": {"predictor": "the mean", "metrics": {"test": {"pearsonr": 0.0}}}}
+    assert baselines_of(recorded, "test", "pearsonr") == [("the mean", 0.0)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_chance_is_the_mean_of_many_uniform_guesses(count):
+    """Against drawn guesses, metric by metric, with scikit-learn's own functions."""
+    draw = np.random.default_rng(0)
+    wanted = draw.choice(count, 4000, p=np.arange(1, count + 1) / sum(range(1, count + 1)))
+    task, labels = task_of("text_classification", "single_label_classification"), tuple("abcde"[:count])
+    found = kind("text_classification").chance(task, labels, Dataset.from_dict({"labels": wanted.tolist()}))
+    assert found.predictor == CHANCE
+    assert found.scores["accuracy"] == pytest.approx(1 / count)
+    guesses = draw.integers(0, count, 4000)
+    average = "binary" if count == 2 else "macro"
+    expected = {
+        "f1": f1_score(wanted, guesses, average=average),
+        "matthews_correlation": matthews_corrcoef(wanted, guesses),
+    }
+    assert {name: found.scores[name] for name in expected} == pytest.approx(expected, abs=0.03)
+    regression = task_of("text_classification", "regression")
+    assert kind("text_classification").chance(regression, None, Dataset.from_dict({"labels": [0.5]})) is None
+
+
+def test_the_base_without_an_adapter_is_scored_once_and_changes_nothing(tmp_path):
+    """Its scores are those of the base evaluated by itself, and the training is the same as without."""
+    task, base = make_writing_task(tmp_path / "texts"), make_decoder(tmp_path / "llama")
+    given = options(task, base, tmp_path / "run", max_steps=2, save_strategy="no", per_device_eval_batch_size=4)
+    metrics = train(given).metrics
+    (untouched,) = [entry for entry in metrics["baselines"] if entry["predictor"] == UNTOUCHED]
+    assert untouched["seconds"] > 0
+    assert set(untouched["metrics"]) == {"test"}, "the rows that decide, and no others"
+    # a run without a step has the base's own scores
+    start = train(given | {"output_dir": str(tmp_path / "start"), "learning_rate": 0.0, "max_steps": 1}).metrics
+    assert untouched["metrics"]["test"] == pytest.approx(start["metrics"]["test"], rel=1e-5)
+    assert start["beats_baseline"] is False
+    # without test rows there is nothing to compare, so a search pays nothing for it
+    silent = train(given | {"output_dir": str(tmp_path / "silent"), "do_predict": False}).metrics
+    assert UNTOUCHED not in [entry["predictor"] for entry in silent["baselines"]]
+    assert silent["metrics"]["validation"] == metrics["metrics"]["validation"]
 
 
 def test_a_run_that_does_not_beat_it_says_so_everywhere(tmp_path, monkeypatch, caplog, capsys):
@@ -109,7 +178,11 @@ def test_a_run_that_does_not_beat_it_says_so_everywhere(tmp_path, monkeypatch, c
     assert words in caplog.text
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert written["beats_baseline"] is False
-    assert written["baseline"]["metrics"]["test"] == {"accuracy": 1.0}
+    assert written["baselines"][0]["metrics"]["test"] == {"accuracy": 1.0}
+    assert written["baselines"][1] == {
+        "predictor": CHANCE,
+        "metrics": {split: {"accuracy": pytest.approx(1 / 3)} for split in ("validation", "test")},
+    }
     assert words in (tmp_path / "out" / "README.md").read_text()
     runs._show_metrics(result.metrics, result.output_dir)
     assert words in capsys.readouterr().out.strip().splitlines()[-1]
@@ -127,19 +200,36 @@ def test_the_report_names_the_arms_that_do_not_beat_it():
     (cell,) = rank_arms(
         [*arm("good", 0.9, 0.5), *arm("bad", 0.5, 0.5), *arm("worse", 0.4, 0.5), *arm("old", 0.1, None)]
     )
-    assert "bad and worse do not beat the most frequent class (0.500)." in describe(cell)
-    (cell,) = rank_arms(arm("good", 0.9, 0.5))
+    # the rows are the same for an arm whose runs are of an earlier version
+    assert "bad, worse and old do not beat the most frequent class (0.500)." in describe(cell)
+    (cell,) = rank_arms([*arm("good", 0.9, 0.5), *arm("fair", 0.8, 0.5)])
+    assert describe(cell).endswith("Every arm beats the most frequent class (0.500).")
+    (cell,) = rank_arms([*arm("bad", 0.5, 0.5), *arm("worse", 0.4, 0.5)])
+    assert describe(cell).endswith("No arm beats the most frequent class (0.500).")
+    (cell,) = rank_arms(arm("old", 0.9, None))
     assert "beat" not in describe(cell)
+
+
+def test_an_interval_that_includes_the_baseline_is_told():
+    recorded = {"predictor": "the most frequent class", "metrics": {"test": {"accuracy": 0.5}}}
+    runs = []
+    for seed, score in enumerate((0.45, 0.55, 0.62)):
+        one = record("near", seed, score=score)
+        runs.append(replace(one, metrics={**one.metrics, "baselines": [recorded]}))
+    assert "It beats the most frequent class (0.500). The interval of near includes that score." in describe(
+        rank_arms(runs)[0]
+    )
 
 
 @pytest.mark.parametrize(
     "recorded",
-    [[], "x", {"metrics": 1}, {"metrics": {"test": None}}, {"metrics": {"test": {"accuracy": "high"}}}],
+    [[], "x", [1, None], {"metrics": 1}, {"metrics": {"test": None}}, {"metrics": {"test": {"accuracy": "high"}}}],
     ids=str,
 )
 def test_what_a_stranger_recorded_breaks_nothing(recorded):
     metrics = {"metrics": {"test": {"accuracy": "x"}}, "main_metric": "accuracy", "beats_baseline": False}
-    assert shortfall(metrics | {"baseline": recorded}) == ""
+    for key in ("baseline", "baselines"):
+        assert shortfall(metrics | {key: recorded}) == ""
 
 
 def test_the_demo_says_so_after_its_table(tmp_path, monkeypatch, capsys):
@@ -156,7 +246,7 @@ def test_the_demo_says_so_after_its_table(tmp_path, monkeypatch, capsys):
         "main_metric": "accuracy",
         "metrics": {"test": {"accuracy": 0.2}},
     }
-    least = {"test": Baseline("the most frequent class", {"accuracy": 0.5})}
+    least = {"test": [Baseline("the most frequent class", {"accuracy": 0.5})]}
     metrics |= comparison(metrics["metrics"], least, "accuracy")
     monkeypatch.setattr(demo, "forkserver", lambda *_: SimpleNamespace())
     monkeypatch.setattr(demo, "_in_process", lambda *_: metrics)
