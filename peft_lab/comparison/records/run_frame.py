@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from peft_lab.comparison.records.run import Record
+from peft_lab.metrics.baselines import baselines_of
 from peft_lab.utils.text import csv_cell
 
 #: Fields of a record in the first columns, and in the last ones.
@@ -32,6 +33,38 @@ def run_frame(records: Sequence[Record]) -> pd.DataFrame:
         ],
         axis="columns",
     )
+
+
+def results_frame(records: Sequence[Record], stage: str | None = None) -> pd.DataFrame:
+    """Runs as a frame to compute with: `run_frame` with the dtypes of its values, and what else they have measured.
+
+    Args:
+        records: of a comparison.
+        stage: "search" or "final" for the runs of that stage alone; None for all.
+
+    Returns:
+        One row for each run, in the order of the records, with an index of its own. Columns as in `run_frame`, and
+        before the last ones "baseline", the score of the best baseline in the main metric on the test rows, "main_metric",
+        "beats_baseline", "wall_seconds" and "steps". A number that a run does not have is NaN.
+    """
+    chosen = [record for record in records if stage in (None, record.stage)]
+    frame = run_frame(chosen)
+    further = _frame([_further(record) for record in chosen])
+    ending = frame.shape[1] - len(ENDING)
+    whole = pd.concat([frame.iloc[:, :ending], further, frame.iloc[:, ending:]], axis="columns")
+    # the columns of objects become int64, float64 or str; None among numbers becomes NaN
+    return whole.apply(lambda column: pd.Series(column.tolist(), dtype=None if len(column) else object))
+
+
+def _further(record: Record) -> dict[str, Any]:
+    known = baselines_of(record.metrics, "test", record.main_metric)
+    return {
+        "main_metric": record.main_metric or None,
+        "baseline": known[0][1] if known else None,
+        "beats_baseline": record.metrics.get("beats_baseline"),
+        "wall_seconds": record.metrics.get("wall_seconds"),
+        "steps": record.steps,
+    }
 
 
 def _attributes(records: Sequence[Record], names: Sequence[str]) -> pd.DataFrame:

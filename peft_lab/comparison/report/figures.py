@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+#: Folder of the plots beside a page.
+PLOTS = "plots"
+
+
 @dataclass(frozen=True)
 class EmbeddedFigure:
     """Figure as the page embeds it.
@@ -34,21 +38,27 @@ class EmbeddedFigure:
         caption: the text below it.
         light: PNG for light pages, in base64.
         dark: PNG for dark pages, in base64.
+        group: title of the figures of which the page shows one at a time, "" for one by itself.
+        option: name of this one among them.
     """
 
     file: str
     caption: str
     light: str
     dark: str
+    group: str = ""
+    option: str = ""
 
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """Figure to be drawn."""
+    """Figure to be drawn; `group` and `option` as in `EmbeddedFigure`."""
 
     name: str
     caption: str
     draw: Callable[[plots.ColourScheme], Figure]
+    group: str = ""
+    option: str = ""
 
 
 def cell_figures(
@@ -91,7 +101,22 @@ def _pareto(cell: CellResult, costs: Sequence[str]) -> Iterator[FigureSpec]:
         front = join([arm.label for arm, there in zip(arms, on, strict=True) if there])
         caption = f"{capital(metric_title(cell.metric))} against {measure.head}. On the front of the means: {front}."
         draw = partial(plots.pareto, cell, cost, measure.head)
-        yield FigureSpec(f"pareto-{name.replace('_', '-')}", caption, draw)
+        yield FigureSpec(f"pareto-{name.replace('_', '-')}", caption, draw, "Score against", measure.head)
+
+
+def confusion_figures(counts: Mapping[str, np.ndarray], labels: Sequence[str]) -> Iterator[FigureSpec]:
+    """Yield a heat map of each arm's confusion matrix; none for more classes than can be drawn.
+
+    Args:
+        counts: label of an arm -> numbers of rows, (true classes, predicted classes).
+        labels: names of the classes.
+    """
+    if len(labels) > plots.DRAWN_CLASSES:
+        return
+    for number, (arm, matrix) in enumerate(counts.items()):
+        caption = f"{arm}: rows of each true class by predicted class, summed over seeds; the colour is their share."
+        draw = partial(plots.heat_map, matrix, labels)
+        yield FigureSpec(f"confusion-{number}", caption, draw, "Confusion matrix of", arm)
 
 
 def _rates(
@@ -178,4 +203,5 @@ def draw(spec: FigureSpec, folder: Path, prefix: str) -> EmbeddedFigure:
     file = f"{prefix}-{spec.name}.png"
     with new_file(folder / file) as partial:
         partial.write_bytes(light)
-    return EmbeddedFigure(file, spec.caption, *(base64.b64encode(png).decode() for png in (light, dark)))
+    embedded = [base64.b64encode(png).decode() for png in (light, dark)]
+    return EmbeddedFigure(file, spec.caption, *embedded, spec.group, spec.option)

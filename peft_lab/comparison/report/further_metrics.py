@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from peft_lab.comparison.report.sentences import interval_text, join, metric_title
-from peft_lab.comparison.report.tables import MISSING, Column, Entry, Group, Table, further_names
+from peft_lab.comparison.report.sentences import interval_text, join, metric_title, number
+from peft_lab.comparison.report.tables import MISSING, Column, Entry, Group, Subsection, Table, further_names
+from peft_lab.comparison.stats.cell_baselines import cell_baselines
 from peft_lab.comparison.stats.estimates import Estimate
 from peft_lab.comparison.stats.statistics import ArmResult, CellResult, ReadPredictions, mean_score
 from peft_lab.metrics import greater_is_better
@@ -15,16 +14,7 @@ from peft_lab.metrics import greater_is_better
 TITLE = "Further metrics"
 
 
-@dataclass(frozen=True)
-class FurtherMetrics:
-    """Table of the further metrics, with the words that go before it."""
-
-    words: str
-    table: Table
-    title: str = TITLE
-
-
-def further_metrics_table(cell: CellResult, predictions: ReadPredictions | None = None) -> FurtherMetrics | None:
+def further_metrics_table(cell: CellResult, predictions: ReadPredictions | None = None) -> Subsection | None:
     """Build the table of the further metrics.
 
     The arms are in the order of the headline.
@@ -54,6 +44,7 @@ def further_metrics_table(cell: CellResult, predictions: ReadPredictions | None 
             if score.basis == "seeds":
                 over_seeds_alone.add(name)
         rows.append(tuple(entries))
+    footer = _baseline_rows(cell, names)
     words = (
         f"Means over seeds of the same runs on the same test rows, with 95 % intervals. The arms are in the order of "
         f"their mean {metric_title(cell.metric)}; they are neither ranked by these metrics nor tested on them."
@@ -61,7 +52,24 @@ def further_metrics_table(cell: CellResult, predictions: ReadPredictions | None 
     if over_seeds_alone:
         titles = join([metric_title(name) for name in names if name in over_seeds_alone])
         words += f" Intervals of {titles} are over seeds alone where the runs left no rows to resample."
-    return FurtherMetrics(words, Table(f"{TITLE}: {cell.task}, {cell.backbone}", tuple(columns), tuple(rows)))
+    return Subsection(
+        TITLE, words, Table(f"{TITLE}: {cell.task}, {cell.backbone}", tuple(columns), tuple(rows), footer)
+    )
+
+
+def _baseline_rows(cell: CellResult, names: list[str]) -> tuple[tuple[Entry, ...], ...]:
+    """Row of each baseline, with its scores in the metrics of these names."""
+    scores: dict[str, dict[str, float]] = {}
+    for name in names:
+        for known in cell_baselines(cell, name):
+            scores.setdefault(known.predictor, {})[name] = known.score
+    rows = []
+    for predictor, by_name in scores.items():
+        entries = [Entry(f"baseline: {predictor}")]
+        for name in names:
+            entries.append(Entry(number(by_name[name]), by_name[name]) if name in by_name else MISSING)
+        rows.append(tuple(entries))
+    return tuple(rows)
 
 
 def _score(arm: ArmResult, metric: str, predictions: ReadPredictions | None) -> tuple[Estimate, int]:

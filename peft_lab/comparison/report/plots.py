@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peft_lab.comparison.report.sentences import metric_title
+from peft_lab.comparison.report.sentences import metric_title, number
+from peft_lab.comparison.stats.cell_baselines import cell_baselines
 from peft_lab.comparison.stats.pareto import pareto_front
 from peft_lab.comparison.stats.statistics import CellResult
 from peft_lab.utils.text import plain
@@ -78,7 +79,7 @@ def render(draw: Callable[[ColourScheme], Figure], scheme: ColourScheme) -> byte
 
 
 def forest(cell: CellResult, scheme: ColourScheme) -> Figure:
-    """Draw means with their intervals, best on top.
+    """Draw means with their intervals, best on top, and the best baseline.
 
     Arms that differ significantly from the best are faint.
     """
@@ -95,9 +96,28 @@ def forest(cell: CellResult, scheme: ColourScheme) -> Figure:
     axes.set_yticks(range(len(cell.arms)), [plain(arm.label) for arm in reversed(cell.arms)])
     axes.set_ylim(-0.6, len(cell.arms) - 0.4)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel(metric_title(cell.metric))
+    axes.set_xlabel(_with_baseline(cell, axes.axvline, scheme))
     axes.grid(axis="x", color=scheme.faint, alpha=0.3, lw=0.6)
     return figure
+
+
+def _with_baseline(cell: CellResult, draw_line: Callable[..., Any], scheme: ColourScheme) -> str:
+    """Draw the best baseline as a dashed line, and return the words for the axis of the scores.
+
+    A baseline that lies further from the arms than these from one another is named alone, because a line would leave
+    them no room.
+    """
+    title, known = metric_title(cell.metric), cell_baselines(cell)
+    if not known:
+        return title
+    values = [end for arm in cell.arms for end in (arm.score.low, arm.score.value, arm.score.high) if end is not None]
+    least, most, baseline = min(values), max(values), known[0].score
+    # one arm alone has a line beside it in any case
+    room = max(most - least, 0.05 * abs(most))
+    if least - room <= baseline <= most + room:
+        draw_line(baseline, color=scheme.ink, ls=(0, (4, 3)), lw=1.1, zorder=2)
+        return f"{title} (dashed: best baseline, {number(baseline)})"
+    return f"{title} (best baseline, {number(baseline)}, is further {'down' if baseline < least else 'up'})"
 
 
 def pareto(cell: CellResult, cost: Mapping[str, float], title: str, scheme: ColourScheme) -> Figure:
@@ -129,7 +149,9 @@ def pareto(cell: CellResult, cost: Mapping[str, float], title: str, scheme: Colo
         axes.plot(x, y, "o", ms=6, mfc=colour if on else scheme.paper, mec=colour, zorder=4 if on else 3)
     axes.margins(x=0.14, y=0.1)
     axes.set_xlabel(title)
-    axes.set_ylabel(metric_title(cell.metric))
+    label = _with_baseline(cell, axes.axhline, scheme)
+    # a long label would not fit the height of the figure
+    axes.set_ylabel(label.replace(" (", "\n(", 1))
     axes.grid(color=scheme.faint, alpha=0.25, lw=0.6)
     place_labels(axes, points, [plain(arm.label, 22) for arm in arms], front, scheme)
     return figure
@@ -177,6 +199,43 @@ def chart(
         fontsize=8,
         labelcolor=scheme.ink,
     )
+    return figure
+
+
+#: Most classes that a heat map has counts and names for, and most that it is drawn for.
+NAMED_CLASSES, DRAWN_CLASSES = 12, 100
+
+
+def heat_map(counts: np.ndarray, labels: Sequence[str], scheme: ColourScheme) -> Figure:
+    """Draw a confusion matrix, each true class by the shares of its rows.
+
+    Args:
+        counts: numbers of rows, (true classes, predicted classes).
+        labels: names of the classes.
+        scheme: the colours.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    few = len(labels) <= NAMED_CLASSES
+    figure, axes = _axes(scheme, 3.6)
+    rows = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, rows, out=np.zeros(counts.shape), where=rows > 0)
+    colours = LinearSegmentedColormap.from_list("shares", (scheme.paper, scheme.accent))
+    axes.imshow(shares, cmap=colours, vmin=0, vmax=1)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if not few:
+        axes.locator_params(nbins=10, integer=True)
+        return figure
+    names = [plain(label, 16) for label in labels]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    size = 8 if len(names) <= 8 else 6.5
+    for (row, column), count in np.ndenumerate(counts):
+        # the accent is dark on a light page and light on a dark one, so paper is readable on it
+        colour = scheme.paper if shares[row, column] > 0.6 else scheme.ink
+        if count:
+            axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=size, color=colour)
     return figure
 
 

@@ -1,12 +1,9 @@
-"""Report of a comparison: report.html, report.md, results.csv and plots/, made from results.jsonl."""
+"""Report of a comparison: report.html, .md and .tex, results.csv and plots/, made from results.jsonl."""
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,103 +14,25 @@ from peft_lab.comparison.records.run import Record
 from peft_lab.comparison.records.run_frame import results_csv
 from peft_lab.comparison.records.search_budget import overlapping, search_budgets
 from peft_lab.comparison.report import figures, tables
-from peft_lab.comparison.report.further_metrics import FurtherMetrics, further_metrics_table
+from peft_lab.comparison.report.contents import Report, RunGroup, RunLine
+from peft_lab.comparison.report.pages import as_html, as_latex, as_markdown
 from peft_lab.comparison.report.public_copy import check_copy, copy_records, without_paths
 from peft_lab.comparison.report.run_standing import write_standings
-from peft_lab.comparison.report.sentences import describe, join, metric_title
+from peft_lab.comparison.report.sections import anchors_of, cell_section, overall_section
+from peft_lab.comparison.report.sentences import join
 from peft_lab.comparison.stats.over_tasks import over_tasks
-from peft_lab.comparison.stats.pareto import front_of_all
-from peft_lab.comparison.stats.statistics import CellResult, ReadPredictions, rank_arms
+from peft_lab.comparison.stats.statistics import CellResult, rank_arms
 from peft_lab.runs.run_config import dump_yaml
 from peft_lab.utils.atomic_files import check_can_be_made, new_folder, write_text
-from peft_lab.utils.text import markdown_text, visible
 
-HTML, MARKDOWN, CSV, PLOTS = "report.html", "report.md", "results.csv", "plots"
+HTML, MARKDOWN, LATEX, CSV = "report.html", "report.md", "report.tex", "results.csv"
 
 #: Below these, the report warns.
 FEW_SEEDS, FEW_VALIDATION_ROWS = 3, 200
 
-METHOD = (
-    "A mean is over seeds. Its 95 % interval accounts for two sources of chance: another seed, and other test rows of "
-    "the same kind. The variance of the seeds' scores over the number of seeds and the variance over the test rows "
-    "(by the jackknife for metrics that are not means of rows) are added; the quantile is that of a mixture of t "
-    "distributions with the degrees of freedom of each source: for 3 seeds alone, 4.3 standard errors each way.",
-    "Two arms are compared on the same seeds and the same test rows, difference by difference. The variance between "
-    "seeds is pooled over the arms of a table, and an arm that varies more than the others is charged for it. The "
-    "p-values are two-sided and adjusted by Holm's method for all pairs of arms in a table, at a familywise level of "
-    "5 %. An arm is called better only if this test separates it. The interval of a single difference is not widened "
-    "for the number of pairs, so it may leave out zero where the adjusted test does not separate. In simulations the "
-    "familywise error is 2 to 5 % where arms vary about alike with the seed; where one arm varies five times as much "
-    "as the others and seeds outweigh test rows, it reaches 7 to 9 % at 3 seeds.",
-    "The mean over tasks is over these tasks, not over tasks in general. Learning rates and other tuned arguments were "
-    "chosen on validation rows; the test rows were scored by the final runs alone.",
-)
-
-
-@dataclass
-class Section:
-    """Section on one task and backbone, or on all tasks."""
-
-    anchor: str
-    title: str
-    words: str
-    table: tables.Table | None
-    front: str = ""
-    further_metrics: FurtherMetrics | None = None
-    pictures: list[figures.EmbeddedFigure] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class RunGroup:
-    """Runs of one arm on one task and backbone.
-
-    Numbers link to the anchor.
-    """
-
-    anchor: str
-    task: str
-    backbone: str
-    arm: str
-    runs: tuple[RunLine, ...]
-
-
-@dataclass(frozen=True)
-class RunLine:
-    """Line in the list of runs.
-
-    Attributes:
-        link: folder of the run as a relative address, "" if it left none.
-        files: names of the files in it that the page links to.
-    """
-
-    record: Record
-    score: str
-    validation: str
-    options: str
-    link: str
-    files: tuple[str, ...]
-
-
-@dataclass
-class Report:
-    """Contents of the page and of the Markdown file."""
-
-    title: str
-    summary: str
-    warnings: list[str]
-    sections: list[Section]
-    overall: Section | None
-    budget: str
-    tuning: tables.Table | None
-    groups: list[RunGroup]
-    failed: list[RunLine]
-    facts: list[tuple[str, str]]
-    data: tables.Table | None
-    method: tuple[str, ...] = METHOD
-
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write report.html, report.md, results.csv and plots/*.png of a comparison.
+    """Write report.html, report.md, report.tex, results.csv and plots/*.png of a comparison.
 
     The page is one file that needs no network. Each final run's folder gets its standing.json, from which its model
     card states the mean over seeds.
@@ -123,7 +42,8 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
     Args:
         folder: the output folder of a comparison, finished or not.
         out: another folder for them, to be shared without the runs: it gets study.yaml and results.jsonl too, the
-            records without paths of this machine, and the page has no links to the folders of runs.
+            records without paths of this machine, and the page has no links to the folders of runs and no row of the
+            data.
 
     Returns:
         The path of report.html.
@@ -150,6 +70,7 @@ def _write(folder: Path, records: Sequence[Record], place: Path) -> None:
     report = build(folder, records, place)
     write_text(place / CSV, results_csv(records))
     write_text(place / MARKDOWN, as_markdown(report))
+    write_text(place / LATEX, as_latex(report))
     write_text(place / HTML, as_html(report))
 
 
@@ -168,11 +89,10 @@ def build(folder: Path, records: Sequence[Record], out: Path | None = None) -> R
     # matplotlib is an optional dependency
     plots = importlib.util.find_spec("matplotlib") is not None
     order = figures.colour_order(cells, records)
-    anchors = _anchors(cells)
-    sections = [
-        _section(place, anchor, cell, records, predictions, order, plots)
-        for anchor, cell in zip(anchors, cells, strict=True)
-    ]
+    drawn = order if plots else None
+    sections = []
+    for anchor, cell in zip(anchors_of(cells), cells, strict=True):
+        sections.append(cell_section(folder, place, anchor, cell, records, predictions, drawn))
     mean = over_tasks(cells)
     lines = [_line(folder, record, linked=place == folder) for record in records]
     return Report(
@@ -180,7 +100,7 @@ def build(folder: Path, records: Sequence[Record], out: Path | None = None) -> R
         summary=_summary(records),
         warnings=[*_warnings(records, cells), *([] if plots else [NO_PLOTS])],
         sections=sections,
-        overall=_overall(place, mean, cells, plots) if mean else None,
+        overall=overall_section(place, mean, cells, plots) if mean else None,
         budget=_budget(records),
         tuning=tables.tuning(records),
         groups=_groups(lines),
@@ -191,61 +111,6 @@ def build(folder: Path, records: Sequence[Record], out: Path | None = None) -> R
 
 
 NO_PLOTS = "There are no plots: matplotlib is not installed (pip install 'peft-lab[plots]')."
-
-
-def _anchors(cells: Sequence[CellResult]) -> list[str]:
-    """Unique names of the cells for addresses and file names."""
-    found: list[str] = []
-    for cell in cells:
-        # names that differ only in signs or capitals have the same slug
-        name = slug(f"{cell.task}-{cell.backbone}")
-        found.append(f"{name}-{len(found)}" if name in found else name)
-    return found
-
-
-def _section(
-    folder: Path,
-    anchor: str,
-    cell: CellResult,
-    records: Sequence[Record],
-    predictions: ReadPredictions,
-    order: Sequence[str],
-    plots: bool,
-) -> Section:
-    costs = tables.costs(records)
-    # one front over all costs at once; the figures show one cost each
-    labels, heads = front_of_all(cell, costs)
-    front = ""
-    if len(cell.arms) > 1 and labels:
-        axes = join([metric_title(cell.metric), *heads])
-        front = f"Pareto front of the means, over {axes} at once: {join(labels)}."
-    title = f"{cell.task}, {cell.backbone}"
-    section = Section(
-        anchor, title, describe(cell), tables.headline(cell), front, further_metrics_table(cell, predictions)
-    )
-    if plots:
-        mine = [record for record in records if (record.task, record.backbone) == (cell.task, cell.backbone)]
-        for plan in figures.cell_figures(cell, mine, order, costs):
-            section.pictures.append(figures.draw(plan, folder / PLOTS, anchor))
-    return section
-
-
-def _overall(folder: Path, mean: CellResult, cells: Sequence[CellResult], plots: bool) -> Section:
-    text = describe(mean)
-    averaged = {arm.label for arm in mean.arms}
-    left_out = []
-    for cell in cells:
-        if not averaged.issubset(arm.label for arm in cell.arms):
-            left_out.append(cell.task)
-    if "," in mean.metric:
-        text += f" The tasks have different metrics ({metric_title(mean.metric)})."
-    if left_out:
-        text += f" {join(left_out)} counts in neither mean nor rank."
-    section = Section("all-tasks", "All tasks", text, tables.overall(mean, cells))
-    if plots:
-        plan = figures.FigureSpec("intervals", f"{figures.INTERVALS}.", partial(figures.plots.forest, mean))
-        section.pictures.append(figures.draw(plan, folder / PLOTS, "all-tasks"))
-    return section
 
 
 def _summary(records: Sequence[Record]) -> str:
@@ -382,55 +247,3 @@ def _data(records: Iterable[Record]) -> tables.Table | None:
         texts = (*seen, ", ".join(f"{count:,} {split}" for split, count in counts.items()))
         rows.append(tuple(tables.Entry(text, text) for text in texts))
     return tables.Table("Data", columns, tuple(rows)) if rows else None
-
-
-def slug(text: str) -> str:
-    """Text as part of a file name or an anchor."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
-
-
-def as_html(report: Report) -> str:
-    """Render the page; everything that comes from records is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        # undefined names must not pass as empty text
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        # markup that autoescape has made is a text of its own type
-        finalize=lambda value: visible(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    anchors = {(group.task, group.backbone, group.arm): group.anchor for group in report.groups}
-    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return environment.get_template("report.html.jinja").render(report=report, anchors=anchors, now=now)
-
-
-def as_markdown(report: Report) -> str:
-    """Render the same words and tables as Markdown."""
-    text = markdown_text
-    parts = [f"# {text(report.title)}", text(report.summary)]
-    if report.warnings:
-        parts.append("\n".join(f"- **Note:** {text(warning)}" for warning in report.warnings))
-    for section in [*report.sections, *([report.overall] if report.overall else [])]:
-        parts += [f"## {text(section.title)}", text(section.words)]
-        parts += [tables.markdown(section.table)] if section.table else []
-        parts += [text(section.front)] if section.front else []
-        if section.further_metrics:
-            more = section.further_metrics
-            parts += [f"### {more.title}", text(more.words), tables.markdown(more.table)]
-    parts += ["## Tuning", text(report.budget)]
-    parts += [tables.markdown(report.tuning)] if report.tuning else []
-    if report.failed:
-        parts.append("## Failed runs")
-        parts.append("\n".join(f"- {text(_failure(line.record))}" for line in report.failed))
-    parts += ["## How it was measured", *map(text, report.method)]
-    parts.append("\n".join(f"- {text(name)}: {text(value)}" for name, value in report.facts))
-    parts += [tables.markdown(report.data)] if report.data else []
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _failure(record: Record) -> str:
-    where = f"{record.arm} on {record.task}, {record.backbone}, {record.stage} run, seed {record.seed}"
-    return f"{where}, learning rate {record.learning_rate:g}: {record.error}"

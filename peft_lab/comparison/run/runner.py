@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -38,6 +38,9 @@ from peft_lab.errors import ConfigError, WriteError
 from peft_lab.runs.run_config import dump_yaml
 from peft_lab.utils.atomic_files import check_can_be_made, write_errors, write_text
 from peft_lab.utils.interruption import going_on
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Seconds between two looks at what other processes have done.
 POLL = 0.5
@@ -67,6 +70,16 @@ class Comparison:
     def failed(self) -> list[Record]:
         """Records of the runs that failed."""
         return [record for record in self.records if not record.ok]
+
+    def frame(self, stage: str | None = None) -> pd.DataFrame:
+        """Runs as a pandas DataFrame, one row each: settings, scores, measures, times.
+
+        Args:
+            stage: "search" or "final" for the runs of that stage alone; None for all.
+        """
+        from peft_lab.comparison.records.run_frame import results_frame
+
+        return results_frame(self.records, stage)
 
 
 def compare(

@@ -7,9 +7,11 @@ import io
 import subprocess
 import sys
 
+import numpy as np
+import pytest
 from support.compare_helpers import record
 
-from peft_lab.comparison.records.run_frame import ENDING, SETTINGS, results_csv, run_frame
+from peft_lab.comparison.records.run_frame import ENDING, SETTINGS, results_csv, results_frame, run_frame
 
 
 def test_values_stay_as_they_are_in_the_records() -> None:
@@ -37,6 +39,25 @@ def test_values_stay_as_they_are_in_the_records() -> None:
 
 def test_no_runs_are_a_header() -> None:
     assert results_csv([]) == ",".join([*SETTINGS, *ENDING]) + "\n"
+
+
+def test_a_frame_to_compute_with_has_numbers() -> None:
+    runs = [record("lora", seed, score=0.8 + 0.1 * seed) for seed in (0, 1)]
+    runs += [record("head", 0, score=None), record("head", 0, "search", measures={})]
+    recorded = {"predictor": "the most frequent class", "metrics": {"test": {"accuracy": 0.5}}}
+    runs[0].metrics.update(baselines=[recorded], beats_baseline=True, wall_seconds=2.5)
+    frame = results_frame(runs)
+    assert list(frame.columns[-len(ENDING) :]) == list(ENDING)
+    assert frame.groupby("arm")["test_accuracy"].mean()["lora"] == pytest.approx(0.85)
+    assert frame["seed"].dtype == np.int64
+    assert frame["trainable_parameters"].dtype == np.float64
+    assert frame["trainable_parameters"].isna().tolist() == [False, False, True, True]
+    assert frame["baseline"].tolist()[0] == 0.5
+    assert frame["wall_seconds"].tolist()[0] == 2.5
+    assert frame["baseline"].isna().tolist() == [False, True, True, True]
+    assert results_frame(runs, "search")["arm"].tolist() == ["head"]
+    assert results_frame(runs, "final").index.tolist() == [0, 1, 2]
+    assert set(SETTINGS) <= set(results_frame([]).columns)
 
 
 def test_reading_and_planning_import_nothing_heavy() -> None:

@@ -6,13 +6,13 @@ import csv
 import importlib.util
 import json
 import re
-from dataclasses import asdict, replace
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.compare_helpers import record
+from support.report_pages import ACCURACY, ROWS, Page, comparison
 
 from peft_lab.comparison.records.results import RESULTS, read_results
 from peft_lab.comparison.records.run import Record
@@ -20,8 +20,10 @@ from peft_lab.comparison.records.run_frame import results_csv
 from peft_lab.comparison.records.search_budget import overlapping
 from peft_lab.comparison.report import plots, tables
 from peft_lab.comparison.report.further_metrics import further_metrics_table
+from peft_lab.comparison.report.pages import as_html, as_latex, as_markdown
 from peft_lab.comparison.report.public_copy import without_paths
-from peft_lab.comparison.report.report import as_html, as_markdown, build, slug, write_report
+from peft_lab.comparison.report.report import build, write_report
+from peft_lab.comparison.report.sections import slug
 from peft_lab.comparison.report.sentences import interval_text
 from peft_lab.comparison.stats.pareto import front_of_all
 from peft_lab.comparison.stats.statistics import mean_score, rank_arms
@@ -30,34 +32,6 @@ from peft_lab.metrics.per_row import jackknife_values
 from peft_lab.metrics.predictions import Predictions, write_predictions
 
 HOSTILE = '<script>alert("x")</script>|`[a](javascript:alert(1))$x_1$'
-ACCURACY = {"svfit rank=8": 0.9, "lora r=8": 0.905, "head": 0.6}
-ROWS = 120
-
-
-def comparison(folder: Path, records: list[Record] | None = None) -> Path:
-    """A folder of a comparison: two tasks, three arms, three seeds, a search, one failed run; or the given records."""
-    rng = np.random.default_rng(0)
-    reference = rng.integers(0, 2, ROWS).astype(float)
-    made = [] if records is None else records
-    for task in ("words", "signs") if records is None else ():
-        for arm, accuracy in ACCURACY.items():
-            made += [record(arm, 0, "search", task, rate, score=accuracy - 0.1 * rate) for rate in (1e-4, 1e-3, 1e-2)]
-            for seed in (0, 1, 2):
-                if (task, arm, seed) == ("signs", "head", 2):
-                    made.append(record(arm, seed, task=task, score=None))
-                    continue
-                right = rng.random(ROWS) < accuracy
-                made.append(record(arm, seed, task=task, score=float(right.mean())))
-                run = folder / made[-1].folder
-                run.mkdir(parents=True)
-                (run / "metrics.json").write_text("{}")
-                prediction = np.where(right, reference, 1 - reference)
-                write_predictions(
-                    run, Predictions("classification", {"reference": reference, "prediction": prediction})
-                )
-    folder.mkdir(exist_ok=True)
-    (folder / RESULTS).write_text("".join(json.dumps(asdict(one)) + "\n" for one in made))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -74,33 +48,6 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
 
 
-class Page(HTMLParser):
-    """What a page holds: its elements, ids, addresses and text; checks that elements are closed in order."""
-
-    VOID = frozenset({"meta", "img", "source", "link", "br", "hr", "input"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self.open = "", []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def all(self, attribute: str) -> list[str]:
-        return [attributes[attribute] or "" for _, attributes in self.elements if attribute in attributes]
-
-
 def test_everything_is_written(folder: Path) -> None:
     page = Page((folder / "report.html").read_text())
     text = " ".join(page.text.split())
@@ -114,7 +61,7 @@ def test_everything_is_written(folder: Path) -> None:
     for arm in ACCURACY:
         assert arm in text
     names = {path.name for path in (folder / "plots").iterdir()}
-    for name in ("intervals", "pareto-trainable-parameters", "learning-rates", "training-loss", "validation"):
+    for name in ("intervals", "pareto-trainable-parameters", "learning-rates", "training-loss", "confusion-2"):
         assert {f"words-tiny-{name}.png", f"signs-tiny-{name}.png"} <= names
     assert "all-tasks-intervals.png" in names
 
@@ -124,7 +71,7 @@ def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
     for address in page.all("src") + page.all("srcset"):
         assert address.startswith("data:image/png;base64,")
     for address in page.all("href"):
-        assert address.startswith(("#", "./runs/", "report.md", "results.csv"))
+        assert address.startswith(("#", "./runs/", "report.md", "report.tex", "results.csv"))
     assert not any(tag in ("link", "iframe", "object") for tag, _ in page.elements)
     assert "@import" not in (folder / "report.html").read_text()
     assert len(page.all("srcset")) == len(page.all("src")) == len(list((folder / "plots").iterdir()))
@@ -149,13 +96,26 @@ def records_of(folder: Path) -> list[Record]:
     return [Record(**json.loads(line)) for line in (folder / RESULTS).read_text().splitlines()]
 
 
-def test_tables_can_be_sorted_without_a_mouse(folder: Path) -> None:
-    page = Page((folder / "report.html").read_text())
-    tags = [tag for tag, _ in page.elements]
-    assert tags.count("button") >= 10
-    assert "aria-sort" in (folder / "report.html").read_text()
+def test_columns_and_figures_are_chosen_by_plain_inputs(folder: Path) -> None:
+    """In a browser: tests/full/test_report_browser.py."""
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert "aria-sort" in text
     regions = [attributes for _, attributes in page.elements if attributes.get("class") == "scroll"]
     assert all(region["tabindex"] == "0" and region["aria-label"] for region in regions)
+    inputs = [attributes for tag, attributes in page.elements if tag == "input"]
+    radios = {attributes["name"] for attributes in inputs if attributes["type"] == "radio"}
+    # one choice of costs and one of confusion matrices on each task, each with one figure chosen
+    assert len(radios) == 4
+    for name in radios:
+        chosen = [one for one in inputs if one.get("name") == name and "checked" in one]
+        assert [one["class"] for one in chosen] == ["o1"]
+    assert len([attributes for tag, attributes in page.elements if tag == "label"]) == len(inputs)
+    (rules,) = re.findall(r"nth-child\((\d+)\) \{ display: none", text)[-1:]
+    widest = max(int(one["class"][1:]) for one in inputs if one["type"] == "checkbox")
+    assert int(rules) == widest
+    for words in ("What the words and columns mean", "probability of a difference this large", "baseline", "Pareto"):
+        assert words in page.text
 
 
 def test_markdown_and_csv(folder: Path) -> None:
@@ -172,6 +132,18 @@ def test_markdown_and_csv(folder: Path) -> None:
     assert [row["error"] for row in rows if row["status"] == "failed"] == ["RuntimeError: it broke"]
 
 
+def test_tables_for_latex(folder: Path) -> None:
+    text = (folder / "report.tex").read_text()
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 3
+    for block in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, flags=re.DOTALL):
+        rows = [line for line in block[1].splitlines() if line.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in rows} == {len(block[0])}
+        assert [rule for rule in re.findall(r"\\(\w+rule)", block[1])][:2] == ["toprule", "midrule"]
+    # the baselines stand below a rule of their own, and one arm of each table is bold
+    assert len(re.findall(r"\\midrule\nbaseline: uniform guessing & 0\.500 ", text)) == 2
+    assert text.count(r"\bfseries lora r=8") + text.count(r"\bfseries svfit rank=8") == 3
+
+
 def test_hostile_strings_stay_text(tmp_path: Path, plain: None) -> None:
     study = {"study": HOSTILE, "task": HOSTILE, "backbone": HOSTILE, "folder": "javascript:alert(1)"}
     runs = [record(HOSTILE, seed, options={"task": HOSTILE}, **study) for seed in (0, 1)]
@@ -182,12 +154,18 @@ def test_hostile_strings_stay_text(tmp_path: Path, plain: None) -> None:
     page = Page(as_html(report))
     assert [tag for tag, _ in page.elements].count("script") == 1
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
-    assert all(address.startswith(("#", "./", "report.md", "results.csv")) for address in page.all("href"))
+    assert all(
+        address.startswith(("#", "./", "report.md", "report.tex", "results.csv")) for address in page.all("href")
+    )
     assert HOSTILE in page.text
     assert not any("etc" in address for address in page.all("href"))
     text = as_markdown(report)
     assert "<script" not in text
     assert "[a](" not in text
+    latex = as_latex(build(tmp_path, [record(r"\input{x}%$_^~&#{}" + "\n\\end{x}", 0, study="a\n\\input{y}")]))
+    assert r"\input" not in latex.split("\n", 1)[1]
+    assert latex.split("\n")[0].startswith("% a")
+    assert r"\textbackslash{}input\{x\}\%\$\_\textasciicircum{}\textasciitilde{}\&\#\{\}" in latex
     assert "'=1+1" in results_csv(runs)
 
 
