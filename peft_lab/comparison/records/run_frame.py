@@ -44,7 +44,7 @@ def results_frame(records: Sequence[Record], stage: str | None = None) -> pd.Dat
 
     Returns:
         One row for each run, in the order of the records, with an index of its own. Columns as in `run_frame`, and
-        before the last ones "baseline", the score of the best baseline in the main metric on the test rows, "main_metric",
+        before the last ones "main_metric", "baseline", the score of the best baseline in that metric on the test rows,
         "beats_baseline", "wall_seconds" and "steps". A number that a run does not have is NaN.
     """
     chosen = [record for record in records if stage in (None, record.stage)]

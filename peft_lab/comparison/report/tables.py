@@ -112,8 +112,8 @@ def headline(cell: CellResult) -> Table:
         Column("arm", numeric=False, help="a method with its arguments"),
         Column(
             metric_title(cell.metric),
-            help="mean over seeds on the test rows, and its 95 % interval: 95 of 100 intervals made like this, each from "
-            "other seeds and test rows, hold the true mean",
+            help="mean over seeds on the test rows, and its 95 % interval: 95 of 100 intervals made like this, each "
+            "from other seeds and test rows, hold the true mean",
         ),
         Column(
             "bootstrap",
