@@ -27,15 +27,21 @@ class _JsonOptions(Schema):
     encoding: str = ""
 
 
+class _TextOptions(Schema):
+    encoding: str = ""
+
+
 #: Options of each `datasets` builder that a task may set. The list is closed, because a YAML file is never trusted.
 _BUILDER_OPTIONS: dict[str, type[Schema]] = {
     "csv": _CsvOptions,
     "json": _JsonOptions,
     "parquet": Schema,
     "imagefolder": Schema,
-    "text": Schema,
+    "text": _TextOptions,
     "webdataset": Schema,
 }
+#: Names of these builders.
+BUILDERS = tuple(_BUILDER_OPTIONS)
 
 
 def _check_file(name: str) -> str:

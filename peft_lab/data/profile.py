@@ -23,8 +23,8 @@ _IMAGE_MARKS = (
     (8, b"WEBP"),
 )
 _SOUND_MARKS = (*((0, mark) for mark in (b"fLaC", b"OggS", b"ID3", b"\xff\xfb")), (8, b"WAVE"))
-_IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-_SOUND_ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+SOUND_ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 
 #: Values of a column that a profile shows.
 _SHOWN = 3
@@ -72,6 +72,12 @@ class ColumnProfile:
             return True
         named = self.type in ("text", "boolean") or (self.type == "number" and self.whole)
         return named and 2 <= self.distinct <= (self.count - self.blanks) / 2 and self.mean_length <= 80
+
+    @property
+    def holds_few_classes(self) -> bool:
+        """True for classes so few that even a column without a telling name holds them."""
+        given = self.count - self.blanks
+        return self.holds_classes and self.distinct <= max(20, given / 20)
 
     @property
     def is_fractional(self) -> bool:
@@ -140,6 +146,16 @@ class DataProfile:
         """Column that the user named, or that has one of the usual names, if it fits; None for any other."""
         found = self.find(canonical, names, fits)
         return found if found and (canonical in self.given or found.name.lower() in names) else None
+
+    def classes(self, canonical: str, names: Sequence[str], taken: Sequence[str | None] = ()) -> ColumnProfile | None:
+        """Column of classes: the named one, else one of the usual names, else that of the fewest classes."""
+        found = self.find(canonical, names, lambda column: column.holds_classes, taken)
+        if found is None or canonical in self.given or found.name.lower() in names:
+            return found
+        others = {*taken, *self.given.values()}
+        fitting = [column for column in self.columns.values() if column.name not in others and column.holds_few_classes]
+        # a mark that most rows lack is less of a class than one that all have
+        return min(fitting, key=lambda column: (column.blanks, column.distinct), default=None)
 
     def longest_text(
         self, canonical: str, names: Sequence[str], taken: Sequence[str | None] = ()
@@ -244,7 +260,7 @@ def _type_of(values: Sequence[Any]) -> str:
     if not values:
         return "empty"
     found = {_type(value) for value in values}
-    if found == {"text"} and all(_is_number(value) for value in values):
+    if found == {"text"} and all(is_number(value) for value in values):
         return "number"
     return found.pop() if len(found) == 1 else "mixed"
 
@@ -266,13 +282,14 @@ def _type(value: Any) -> str:
     return type(value).__name__
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Test whether a text is a finite number; 007 is a code."""
     return _NUMBER.fullmatch(text.strip()) is not None and math.isfinite(float(text))
 
 
 def _type_of_file(data: bytes, path: str) -> str:
     """Type of a file by its first bytes, or by its ending where they are not at hand."""
-    for held, marks, endings in (("image", _IMAGE_MARKS, _IMAGE_ENDINGS), ("audio", _SOUND_MARKS, _SOUND_ENDINGS)):
+    for held, marks, endings in (("image", _IMAGE_MARKS, IMAGE_ENDINGS), ("audio", _SOUND_MARKS, SOUND_ENDINGS)):
         marked = any(data[place : place + len(mark)] == mark for place, mark in marks)
         if marked or (not data and Path(path).suffix.lower() in endings):
             return held

@@ -6,6 +6,7 @@ stay truth values and null a missing one.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
@@ -43,12 +44,14 @@ def read_rows(
     """
     rows: list[Any] = []
     for name in files:
-        for path in _unpacked(str(name)):
+        for path in unpacked(str(name)):
             try:
                 found = _READERS[builder](path, options or {})
                 rows += found if bare else _objects(found)
             except TaskError as error:
                 raise TaskError(f'"{name}": {error}') from error
+            except UnicodeError as error:
+                raise TaskError(_not_utf8(str(name), path, error)) from error
             # csv and datasets raise errors of many classes, and all of them are about the file
             except (OSError, ValueError, TypeError, LookupError, RecursionError, csv.Error) as error:
                 raise TaskError(f'"{name}" cannot be read as {builder}: {" ".join(str(error).split())}.') from error
@@ -66,11 +69,13 @@ def stream_rows(builder: str, name: str | Path, options: Mapping[str, Any] | Non
     Raises:
         TaskError: the file cannot be read, or a row is not as the first ones are.
     """
-    for path in _unpacked(str(name)):
+    for path in unpacked(str(name)):
         try:
             yield from _STREAMS[builder](path, options or {})
         except TaskError as error:
             raise TaskError(f'"{name}": {error}') from error
+        except UnicodeError as error:
+            raise TaskError(_not_utf8(str(name), path, error)) from error
         except (OSError, ValueError, TypeError, LookupError, RecursionError, csv.Error) as error:
             raise TaskError(f'"{name}" cannot be read as {builder}: {" ".join(str(error).split())}.') from error
 
@@ -128,7 +133,8 @@ def column_names(rows: Sequence[Row]) -> list[str]:
     return list(names)
 
 
-def _unpacked(name: str) -> list[str]:
+def unpacked(name: str) -> list[str]:
+    """Paths of the files that a packed one holds; of any other, its own."""
     import datasets
 
     manager = datasets.DownloadManager()
@@ -138,6 +144,43 @@ def _unpacked(name: str) -> list[str]:
 def _open(path: str, options: Mapping[str, Any], newline: str | None = None) -> Any:
     # utf-8-sig leaves out the mark that some programs write first
     return open(path, encoding=options.get("encoding") or "utf-8-sig", newline=newline)
+
+
+def guess_encoding(path: str) -> str | None:
+    """Encoding of a text file that is not UTF-8; None for one that is."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    with open(path, "rb") as file:
+        mark = file.read(2)
+        file.seek(0)
+        try:
+            while block := file.read(1 << 20):
+                decode(block)
+            decode(b"", final=True)
+            return None
+        except UnicodeDecodeError:
+            if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                return "utf-16"
+        # Windows has quotes and dashes at codes that Latin-1 leaves to control characters
+        file.seek(0)
+        return "cp1252" if any(0x80 <= byte <= 0x9F for byte in file.read(1 << 24)) else "latin-1"
+
+
+def _not_utf8(name: str, path: str, error: UnicodeError) -> str:
+    """Sentence about a file whose bytes are not of its encoding, with the mend."""
+    tried = str(getattr(error, "encoding", "") or "utf-8")
+    line = 0
+    with open(path, "rb") as file:
+        for data in file:
+            line += 1
+            try:
+                data.decode(tried)
+            except UnicodeError:
+                break
+    encoding = guess_encoding(path) or "utf-8"
+    return (
+        f'"{name}" is not in the encoding {tried} (line {line}); name its own in the task file, such as '
+        f"`options: {{encoding: {encoding}}}`."
+    )
 
 
 def _objects(rows: list[Any]) -> list[Row]:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.runs.data_flags import data_flags
 from peft_lab.runs.run_config import FALSE, REFUSED, TRUE, RunConfig, training_argument_fields
 
 #: Flags that start several processes, which are no options of the run, with their help.
@@ -54,6 +55,9 @@ def argument_parser() -> argparse.ArgumentParser:
     for spec in fields(RunConfig):
         if spec.name != "training_arguments":
             _add(own, spec.name, str(spec.type), spec.metadata["help"], several=spec.name == "method_args")
+    data = parser.add_argument_group("your own data, for which a task file is written")
+    for name, text in data_flags().items():
+        _add(data, name, "", text, several=False)
     start = parser.add_argument_group("several processes")
     for name, text in LAUNCH.items():
         _add(start, name, "", text, several=False)
@@ -115,6 +119,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
             continue
         name, equals, value = token[2:].partition("=")
         name = name.replace("-", "_")
+        if name.endswith("_column_name") and name.removesuffix("_name") in known:
+            name = name.removesuffix("_name")  # as some of the example scripts call it
         # argparse itself would name no near option, and take `--learning-rate` for an unknown one
         if name not in known:
             near = did_you_mean(name, known).replace('"', "", 1).replace('"', "", 1)

@@ -20,6 +20,7 @@ from typing import Any
 from peft_lab import registry
 from peft_lab.backbones.quantized_loading import FORMS, check_form, spell_out
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
+from peft_lab.runs.data_flags import with_task
 from peft_lab.utils import source_reader
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -298,7 +299,7 @@ def load_run(
 ) -> RunConfig:
     """Read a run from an optional file, with `overrides` on top.
 
-    `method_args` are merged key by key.
+    `method_args` are merged key by key. For options that name data (`data_flags`) a task file is written.
 
     Raises:
         ConfigError: an unreadable file, an unknown key or a wrong value.
@@ -312,7 +313,7 @@ def load_run(
         overrides["method_args"] = {**method_args(values.get("method_args")), **method_args(overrides["method_args"])}
     nested = values.pop("training_arguments", None) or {}
     # flattened first, so that a flag also wins over one that the file nests
-    return RunConfig.from_mapping({**values, **nested, **overrides}, where)
+    return RunConfig.from_mapping(with_task({**values, **nested, **overrides}), where)
 
 
 def read_run_file(path: str | Path) -> dict[str, Any]:

@@ -40,13 +40,13 @@ def as_run_config(config: Any, options: Mapping[str, Any]) -> RunConfig:
         ConfigError: an option is unknown, missing or has a wrong value.
     """
     if config is None:
-        return RunConfig.from_mapping(options, "the arguments of train()")
+        return load_run(None, options, "the arguments of train()")
     if isinstance(config, str | Path):
         return load_run(config, options)
     if isinstance(config, RunConfig) and not options:
         return config
     values = config.to_dict() if isinstance(config, RunConfig) else dict(config)
-    return RunConfig.from_mapping({**values, **options}, "the arguments of train()")
+    return load_run(None, {**values, **options}, "the arguments of train()")
 
 
 def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.data.kind import Kind
-from peft_lab.data.profile import DataProfile, Proposal
+from peft_lab.data.profile import ColumnProfile, DataProfile, Proposal
 from peft_lab.data.prompt_template import Template, fields, fill, values_in
 from peft_lab.data.row_checks import RowFault, check_inputs, numbered, source_rows, warn_of_cut
 from peft_lab.data.row_maps import identity_of_tokenizer, map_rows
@@ -72,19 +72,30 @@ class CausalLM(Kind):
     scores_tokens = True
 
     def propose(self, profile: DataProfile) -> Proposal | None:
+        if profile.given:
+            return None
         known = {
             column.name.lower(): column for column in profile.columns.values() if column.type in ("text", "number")
         }
         pair = next((pair for pair in _PAIRS if known.keys() >= set(pair)), None)
-        if pair is None or profile.given:
-            return None
+        if pair is None:
+            return self._of_two_texts(list(known.values()))
         prompt, answer = (known[name] for name in pair)
         about = next((known[name] for name in _ABOUT if name in known and name not in pair), None)
         between = f"\n{{{about.name}}}" if about else ""
         template = {"prompt": f"{{{prompt.name}}}{between}\n", "answer": f"{{{answer.name}}}"}
         # a question with an answer, or a source with a target, may be meant for another kind
-        confidence = 0.3 if answer.holds_classes else 0.9 if pair[0] in ("prompt", "instruction") else 0.6
+        confidence = 0.9 if pair[0] in ("prompt", "instruction") else 0.3 if answer.holds_classes else 0.6
         return Proposal(self.name, confidence, settings={"template": template}, metrics=KIND.metrics[:2])
+
+    def _of_two_texts(self, columns: Sequence[ColumnProfile]) -> Proposal | None:
+        """Proposal for two columns of texts whose names say nothing."""
+        if len(columns) != 2 or any(column.type != "text" or column.holds_few_classes for column in columns):
+            return None
+        first, second = columns
+        template = {"prompt": f"{{{first.name}}}\n", "answer": f"{{{second.name}}}"}
+        doubt = f'the prompt is "{first.name}", and "{second.name}" is what the model learns to write'
+        return Proposal(self.name, 0.3, settings={"template": template}, metrics=KIND.metrics[:2], doubts=(doubt,))
 
     def check(self, task: Task) -> None:
         if task.template is None:

@@ -30,7 +30,7 @@ class ImageClassification(ClassificationKind):
 
     def propose(self, profile: DataProfile) -> Proposal | None:
         image = profile.find("image", _IMAGES, lambda column: column.type == "image")
-        label = profile.find("label", _LABELS, lambda column: column.holds_classes)
+        label = profile.classes("label", _LABELS)
         if image is None or label is None:
             return None
         columns = {"image": image.name, "label": label.name}
