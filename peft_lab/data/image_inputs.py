@@ -28,6 +28,7 @@ class ImageInputs(ModelInputs):
 
     columns = ("image",)
     files = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+    pipeline_tag = "image-classification"
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForImageClassification

@@ -109,6 +109,14 @@ class Kind:
         """Endings of the files that are inputs of a prediction, such as ".png"; empty where inputs are no files."""
         return ()
 
+    def task_type(self, task: Task) -> str | None:
+        """Task type of a model in peft; None where peft has none."""
+        return self.info.task_type
+
+    def pipeline_tag(self, task: Task) -> str:
+        """Name of a model's purpose on the Hub."""
+        return self.info.pipeline_tag
+
     def auto_class(self, task: Task) -> Any:
         """Auto class of transformers that loads a backbone with this kind's head."""
         raise NotImplementedError

@@ -25,11 +25,15 @@ class ModelInputs:
         columns: canonical columns that hold the inputs.
         texts: an input of a prediction is a text, so that the name of a file is a mistake.
         files: endings of the files that an input of a prediction may be, such as ".png".
+        task_type: peft's `TaskType` of a model with a head over labels of such inputs; None where peft has none.
+        pipeline_tag: the Hub's name for what such a model does.
     """
 
     columns: tuple[str, ...] = ()
     texts: bool = False
     files: tuple[str, ...] = ()
+    task_type: str | None = None
+    pipeline_tag: str = ""
 
     def auto_class(self) -> Any:
         """Auto class of transformers that loads a backbone with a head over labels of such inputs."""

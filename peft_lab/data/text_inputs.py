@@ -30,6 +30,8 @@ class TextInputs(ModelInputs):
 
     columns = ("text", "text_pair")
     texts = True
+    task_type = "SEQ_CLS"
+    pipeline_tag = "text-classification"
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForSequenceClassification

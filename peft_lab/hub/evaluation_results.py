@@ -13,12 +13,12 @@ from huggingface_hub import EvalResult, EvalResultEntry
 
 if TYPE_CHECKING:
     from peft_lab.data.task_schema import Task
-    from peft_lab.registry import KindInfo, MethodInfo
+    from peft_lab.registry import MethodInfo
     from peft_lab.runs.standing import Standing
 
 
 def eval_results(
-    metrics: Mapping[str, Any], task: Task, kind: KindInfo, standing: Standing | None = None
+    metrics: Mapping[str, Any], task: Task, pipeline_tag: str, standing: Standing | None = None
 ) -> list[EvalResult]:
     """Entries of the card's `model-index`.
 
@@ -26,12 +26,13 @@ def eval_results(
 
     Args:
         metrics: content of metrics.json.
-        task, kind: the task of the run and the card of its kind.
+        task: the task of the run.
+        pipeline_tag: the Hub's name for what its model does; empty without one.
         standing: standing of the run in the comparison that it belongs to.
     """
     entry = partial(
         EvalResult,
-        task_type=kind.pipeline_tag or task.kind,
+        task_type=pipeline_tag or task.kind,
         dataset_type=task.data.path or task.name,
         dataset_name=task.title or task.name,
         dataset_config=task.data.name or None,

@@ -125,12 +125,12 @@ def card_text(
         library_name="peft" if is_adapter else "transformers",
         # the Hub links this entry to a repository, so a name that is none must not stand here
         base_model=base.name if base.on_hub else None,
-        pipeline_tag=kind.info.pipeline_tag or None,
+        pipeline_tag=kind.pipeline_tag(task) or None,
         tags=_tags(base, info, is_adapter),
         datasets=[task.data.path] if task.data.path else None,
         metrics=[Path(metric).stem for metric in task.metrics],
         model_name=name,
-        eval_results=eval_results(metrics, task, kind.info, standing),
+        eval_results=eval_results(metrics, task, kind.pipeline_tag(task), standing),
     )
     # peft finds the base by the name in adapter_config.json: a path in a local folder, a Hub id in a repository
     form = metrics["run"].get("quantization")
@@ -234,7 +234,7 @@ def _usage(
         return usage.of_model(source, kind.auto_class(task).__name__)
     if not peft_finds_base:
         return usage.by_peft_lab(source)
-    return usage.of_adapter(source, info, kind.info.task_type, labels, has_trait(info, "uses_source_head"))
+    return usage.of_adapter(source, info, kind.task_type(task), labels, has_trait(info, "uses_source_head"))
 
 
 def _tags(base: Base, info: MethodInfo, is_adapter: bool = True) -> list[str]:

@@ -26,7 +26,7 @@ _HUB_SCORES = (
     *("bertscore", "bleu", "chrf", "google_bleu", "mean_iou", "meteor", "nist_mt", "poseval", "precision"),
     *("r_squared", "recall", "roc_auc", "rouge", "sacrebleu", "sari", "seqeval", "squad", "squad_v2", "wiki_split"),
 )
-_HUB_ERRORS = (*("brier_score", "cer", "character", "charcut_mt", "mae", "mape", "mase", "mse", "smape", "ter", "wer"),)
+_HUB_ERRORS = (*("brier_score", "cer", "character", "charcut_mt", "mape", "mase", "mse", "smape", "ter", "wer"),)
 
 #: Metrics that the evaluate library keeps on the Hub under its own account and that take plain predictions and
 #: references.

@@ -23,6 +23,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("accuracy", "exact_match", "rouge_l", "coverage", "token_accuracy", "f1", "ece"), (0.0, 1.0)),
     **dict.fromkeys(("matthews_correlation", "pearsonr", "spearmanr"), (-1.0, 1.0)),
     "perplexity": (1.0, np.inf),
+    **dict.fromkeys(("mae", "rmse"), (0.0, np.inf)),
+    "r2": (-np.inf, 1.0),
 }
 
 #: Metrics that are the share of correct rows.
@@ -110,6 +112,31 @@ def _pearson(columns: dict[str, Array], labels: int | None) -> tuple[Array, Call
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1), _correlation
 
 
+def _mae(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    errors = np.abs(columns["prediction"] - columns["reference"])
+    return np.stack([np.ones_like(errors), errors], axis=1), lambda sums: _ratio(sums[:, 1], sums[:, 0])
+
+
+def _rmse(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    squares = (columns["prediction"] - columns["reference"]) ** 2
+    return np.stack([np.ones_like(squares), squares], axis=1), lambda sums: np.sqrt(_ratio(sums[:, 1], sums[:, 0]))
+
+
+def _r2(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    # centred, because sums of squares of large values would cancel in the variance
+    y = columns["reference"] - columns["reference"].mean()
+    squares = (columns["prediction"] - columns["reference"]) ** 2
+
+    def r2(sums: Array) -> Array:
+        count, total, squared, errors = sums.T
+        # rounding may leave a tiny negative number
+        spread = np.maximum(squared - _ratio(total * total, count), 0)
+        # constant references, as in our metric
+        return np.where(spread > 0, 1 - _ratio(errors, spread), (errors == 0).astype(float))
+
+    return np.stack([np.ones_like(y), y, y * y, squares], axis=1), r2
+
+
 def _correlation(sums: Array) -> Array:
     """Correlations (m,) from sums (m, 6): 1, x, y, xx, yy, xy.
 
@@ -163,9 +190,12 @@ def _ece(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable
 _MOMENTS = {
     "ece": _ece,
     "f1": _f1,
+    "mae": _mae,
     "matthews_correlation": _matthews,
     "pearsonr": _pearson,
     "perplexity": _perplexity,
+    "r2": _r2,
+    "rmse": _rmse,
     "token_accuracy": _token_accuracy,
 }
 

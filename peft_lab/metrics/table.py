@@ -126,6 +126,34 @@ def _correlation(function: Callable[..., Any], predictions: ArrayLike, reference
     return function(y, x).statistic
 
 
+def mae(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Mean absolute error of numbers, (n,), in their own unit."""
+    from sklearn.metrics import mean_absolute_error
+
+    return mean_absolute_error(references, predictions)
+
+
+def rmse(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Root of the mean squared error of numbers, (n,), in their own unit."""
+    from sklearn.metrics import root_mean_squared_error
+
+    return root_mean_squared_error(references, predictions)
+
+
+def r2(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Coefficient of determination of numbers, (n,); 0 for their mean.
+
+    Constant references give 1 where every prediction is right, else 0, as in scikit-learn.
+    """
+    import numpy as np
+    from sklearn.metrics import r2_score
+
+    # scikit-learn leaves one row undefined
+    if len(np.atleast_1d(references)) < 2:
+        return 0.0
+    return r2_score(references, predictions)
+
+
 def perplexity(predictions: ArrayLike, references: None = None) -> float:
     """Exponential of the mean negative log-probability; every token counts the same.
 
@@ -164,9 +192,12 @@ _TABLE = (
     Metric("ece", ece, takes_probabilities=True, greater_is_better=False),
     Metric("exact_match", exact_match),
     Metric("f1", f1),
+    Metric("mae", mae, greater_is_better=False),
     Metric("matthews_correlation", matthews_correlation),
     Metric("pearsonr", pearsonr),
     Metric("perplexity", perplexity, greater_is_better=False),
+    Metric("r2", r2),
+    Metric("rmse", rmse, greater_is_better=False),
     Metric("rouge_l", rouge_l, package="rouge_score", extra="text"),
     Metric("spearmanr", spearmanr),
 )

@@ -239,7 +239,7 @@ class _Run:
         set_seed(seed)  # the backbone's own random draws must not shift the adapter's
         settings = self.kind.adapter_settings(self.processor, self.task, self.labels)
         settings |= prompt_column.settings(self.splits.prompt_values)
-        self.model = adapt(base, self.info, self.config.method_args, self.kind.info.task_type, settings)
+        self.model = adapt(base, self.info, self.config.method_args, self.kind.task_type(self.task), settings)
 
     def _prepare_rows(self, seed: int) -> None:
         """Limit the rows of each split, and preprocess them for the model."""

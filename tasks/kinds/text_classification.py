@@ -25,7 +25,7 @@ KIND = KindInfo(
     columns={"text": True, "text_pair": False, "label": True},
     settings=("labels", "problem_type", "max_length"),
     metrics=("accuracy", "f1", "matthews_correlation", "ece"),
-    regression_metrics=("pearsonr", "spearmanr"),
+    regression_metrics=("pearsonr", "spearmanr", "mae", "rmse", "r2"),
     task_type="SEQ_CLS",
     pipeline_tag="text-classification",
 )

@@ -73,7 +73,7 @@ def test_training_and_prediction_read_what_stands_in_the_file(kind: str, builder
     written = sorted(tuple(row[name] for name in texts) for row in rows)
     columns = [[*splits.train[names[name]], *splits.validation[names[name]]] for name in texts]
     assert sorted(zip(*columns, strict=True)) == (written if texts else [])
-    assert splits.labels == (("00", "01") if KINDS[kind].label else None)
+    assert splits.labels == KINDS[kind].labels
     if not builder.startswith("metadata"):
         inputs = [input_columns(row, task, 1) for row in read_inputs([str(path)])]
         wanted = [tuple(row[name] for name in KINDS[kind].inputs) for row in rows]
@@ -139,8 +139,7 @@ def backbone(kind: str, folder: Path) -> Any:
     """Processor and model of a kind, made once."""
     if kind not in _MODELS:
         task, _ = write_task(folder / "unused", kind, KINDS[kind].builders[0], make_rows(kind))
-        labels = ("00", "01") if KINDS[kind].label else None
-        _MODELS[kind] = load_base(kind_of(kind), task, labels, str(_saved(kind, folder)))
+        _MODELS[kind] = load_base(kind_of(kind), task, KINDS[kind].labels, str(_saved(kind, folder)))
     return _MODELS[kind]
 
 

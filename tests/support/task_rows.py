@@ -26,6 +26,7 @@ class KindRows:
         inputs: those of `texts` that a prediction is given.
         backbone: writes a tiny backbone to a folder.
         builders: that its rows can be written for.
+        classes: its labels are classes.
     """
 
     values: dict[str, Any]
@@ -34,6 +35,12 @@ class KindRows:
     inputs: tuple[str, ...]
     backbone: Callable[[Path], Path]
     builders: tuple[str, ...] = ("csv", "tsv", "json", "jsonl", "parquet")
+    classes: bool = True
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Names of the classes that `make_rows` gives."""
+        return ("00", "01") if self.label and self.classes else None
 
 
 TEXT_COLUMNS = {"text": "sentence", "text_pair": "other", "label": "topic"}
@@ -42,6 +49,10 @@ TEMPLATE = {"prompt": "{sentence}", "answer": "{other}"}
 KINDS = {
     "text_classification": KindRows(
         {"columns": TEXT_COLUMNS}, ("sentence", "other"), "topic", ("sentence", "other"), make_backbone
+    ),
+    "regression": KindRows(
+        *({"columns": TEXT_COLUMNS}, ("sentence", "other"), "topic", ("sentence", "other"), make_backbone),
+        classes=False,
     ),
     "causal_lm": KindRows({"template": TEMPLATE}, ("sentence", "other"), "", ("sentence",), make_decoder),
     "image_classification": KindRows(

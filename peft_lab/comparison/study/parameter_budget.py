@@ -149,6 +149,6 @@ def _counter(run: Run, name: str) -> Callable[[int], int]:
     def count(value: int) -> int:
         arguments = {**run.method_args, name: value}
         # a copy, because peft changes the model that it adapts in place
-        return count_parameters(adapt(copy.deepcopy(base), info, arguments, rule.info.task_type, settings))[0]
+        return count_parameters(adapt(copy.deepcopy(base), info, arguments, rule.task_type(task), settings))[0]
 
     return count

@@ -33,6 +33,12 @@ from peft_lab.training.run import train
 
 LABELS = ("a", "b", "c")
 CLASSES = ([2, 0, 2, 1, 2], [2, 1, 0, 2])
+# the mean of train is 1.5, the references have a mean of 2 and a sum of squares about it of 14
+NUMBERS = (
+    [1.0, 2.0],
+    [0.0, 1.0, 5.0],
+    {"pearsonr": 0.0, "spearmanr": 0.0, "mae": 5.5 / 3, "rmse": (14.75 / 3) ** 0.5, "r2": 1 - 14.75 / 14},
+)
 #: Kind, problem type -> answers of train and of the scored rows, and the scores of the predictor.
 ANSWERS = {
     ("text_classification", "single_label_classification"): (
@@ -43,7 +49,8 @@ ANSWERS = {
         *CLASSES,
         {"accuracy": 0.5, "f1": 2 / 9, "matthews_correlation": 0.0},
     ),
-    ("text_classification", "regression"): ([1.0, 2.0], [0.0, 1.0, 5.0], {"pearsonr": 0.0, "spearmanr": 0.0}),
+    ("text_classification", "regression"): NUMBERS,
+    ("regression", "regression"): NUMBERS,
     # the first token of a row is no prediction; token 5 is counted 3 + 1 times of 5 + 7
     ("causal_lm", "single_label_classification"): (
         [[-100, 5, 5], [-100, 5, 3, 6]],
@@ -59,6 +66,7 @@ def task_of(name, problem):
     values = {"name": "t", "kind": name, "metrics": list(metrics), "data": {"builder": "csv", "files": {"train": "x"}}}
     if known.columns:
         values["columns"] = {column: column for column, needed in known.columns.items() if needed}
+        values["columns"] |= {column: column for column in known.one_of[:1]}
         values["problem_type"] = problem
     else:
         values["template"] = {"prompt": "{a} {b}", "answer": "{c}", "required": "([a-z]+)"}

@@ -28,6 +28,9 @@ CASES = [
     ("matthews_correlation", BINARY, lambda p, y: reference.matthews_corrcoef(y, p)),
     ("pearsonr", NUMBERS, lambda p, y: np.corrcoef(p, y)[0, 1]),
     ("spearmanr", NUMBERS, lambda p, y: np.corrcoef(stats.rankdata(p), stats.rankdata(y))[0, 1]),
+    ("mae", NUMBERS, lambda p, y: np.abs(p - y).mean()),
+    ("rmse", NUMBERS, lambda p, y: np.linalg.norm(p - y) / np.sqrt(len(y))),
+    ("r2", NUMBERS, lambda p, y: 1 - ((p - y) ** 2).mean() / y.var()),
     ("exact_match", CLASSES, lambda p, y: np.mean(p == y)),
 ]
 
