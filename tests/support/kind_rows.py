@@ -1,0 +1,179 @@
+"""Tiny rows, task and backbone of each kind of task, for the properties over the kinds.
+
+A kind is one function that gives its rows, and one entry of `KINDS`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from support.properties import IMAGES, KEEPS_HEAD
+from support.tiny_runs import FILLERS, WORDS, make_backbone, make_decoder, make_image_backbone
+
+Row = dict[str, Any]
+
+#: Rows of each split.
+SPLITS = {"train": 16, "validation": 8, "test": 12}
+
+
+@dataclass(frozen=True)
+class KindRows:
+    """How a kind of task is tried.
+
+    Attributes:
+        keys: its keys of a task file, without name, kind, data and metrics.
+        rows: makes some rows by a seed; texts are of different lengths.
+        answer: source column of the answer, whose absence is refused.
+        inputs: source columns that a prediction is given; alone, its value is the input.
+        backbone: writes a tiny backbone to a folder.
+        features: makes the types of the columns, where those of the values would be others, such as images.
+        refuses: methods that do not go with its inputs or its head, and are refused.
+        metrics: metrics to take; None for all of the kind.
+    """
+
+    keys: dict[str, Any]
+    rows: Callable[[int, int], list[Row]]
+    answer: str
+    inputs: tuple[str, ...]
+    backbone: Callable[[Path], Path]
+    features: Callable[[], Any] | None = None
+    refuses: tuple[str, ...] = field(default=(*IMAGES, *KEEPS_HEAD))
+    metrics: tuple[str, ...] | None = None
+
+
+def write_task(folder: Path, name: str, blank: Sequence[int] = (), **changes: Any) -> Path:
+    """Task file of a kind with parquet files of its rows beside it.
+
+    Args:
+        folder: where to write.
+        name: of the entry of `KINDS`.
+        blank: numbers of train rows that get no answer.
+        changes: further keys of the task.
+    """
+    from datasets import Dataset
+
+    from peft_lab.registry import kind_info
+
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = KINDS[name]
+    card = kind_info(kind_of(name))
+    for seed, (split, count) in enumerate(SPLITS.items()):
+        rows = kind.rows(count, seed)
+        for number in blank if split == "train" else ():
+            rows[number][kind.answer] = None
+        features = kind.features() if kind.features else None
+        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    values = {
+        **{"name": name.replace(" ", "-"), "kind": kind_of(name), **kind.keys},
+        "data": {"builder": "parquet", "files": {split: f"{split}.parquet" for split in SPLITS}},
+        "metrics": list(kind.metrics or card.metrics_for(kind.keys.get("problem_type", card.problem_type))),
+    }
+    path = folder / f"{values['name']}.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return path
+
+
+def kind_of(name: str) -> str:
+    """Kind of an entry of `KINDS`, which may have words behind it."""
+    return name.partition(" ")[0]
+
+
+def inputs_of(name: str, rows: Sequence[Row]) -> list[Any]:
+    """Inputs of a prediction of rows, by the source's columns or as plain values."""
+    chosen = [{column: row[column] for column in KINDS[name].inputs} for row in rows]
+    return [next(iter(row.values())) if len(row) == 1 else row for row in chosen]
+
+
+def sentence(draw: random.Random, *topics: str) -> str:
+    """Text of a few words, with one of each topic in it."""
+    words = [*draw.sample(FILLERS, draw.randint(1, 6)), *(draw.choice(WORDS[topic]) for topic in topics)]
+    draw.shuffle(words)
+    return " ".join(words)
+
+
+def picture(draw: random.Random, level: int) -> Any:
+    """Image of 24 x 24 pixels of about one level of grey."""
+    from PIL import Image
+
+    pixels = bytes(min(max(level + draw.randint(-20, 20), 0), 255) for _ in range(24 * 24 * 3))
+    return Image.frombytes("RGB", (24, 24), pixels)
+
+
+# The kinds ------------------------------------------------------------------------------------------------------------
+
+
+def text_classification(count: int, seed: int) -> list[Row]:
+    draw, topics = random.Random(seed), list(WORDS)
+    return [{"sentence": sentence(draw, topics[i % 3]), "topic": topics[i % 3]} for i in range(count)]
+
+
+def image_classification(count: int, seed: int) -> list[Row]:
+    draw = random.Random(seed)
+    return [{"image": picture(draw, (40, 120, 200)[i % 3]), "shade": ("a", "b", "c")[i % 3]} for i in range(count)]
+
+
+def image_features() -> Any:
+    from datasets import Features, Image, Value
+
+    return Features(image=Image(), shade=Value("string"))
+
+
+def causal_lm(count: int, seed: int) -> list[Row]:
+    draw = random.Random(seed)
+    return [{"prompt": sentence(draw, "weather"), "answer": sentence(draw, "music")} for _ in range(count)]
+
+
+def regression(count: int, seed: int) -> list[Row]:
+    draw = random.Random(seed)
+    return [{"sentence": sentence(draw, list(WORDS)[i % 3]), "score": i % 3 + draw.random()} for i in range(count)]
+
+
+def image_regression(count: int, seed: int) -> list[Row]:
+    draw = random.Random(seed)
+    levels = [draw.randint(20, 230) for _ in range(count)]
+    return [{"image": picture(draw, level), "brightness": level / 255} for level in levels]
+
+
+def image_regression_features() -> Any:
+    from datasets import Features, Image, Value
+
+    return Features(image=Image(), brightness=Value("float64"))
+
+
+#: A kind that is registered and stands not here fails the tests. Words behind its name tell several entries apart.
+KINDS = {
+    "text_classification": KindRows(
+        {"columns": {"text": "sentence", "label": "topic"}},
+        *(text_classification, "topic", ("sentence",), make_backbone),
+    ),
+    "text_classification of numbers": KindRows(
+        {"columns": {"text": "sentence", "label": "score"}, "problem_type": "regression"},
+        *(regression, "score", ("sentence",), make_backbone),
+    ),
+    "image_classification": KindRows(
+        {"columns": {"image": "image", "label": "shade"}},
+        *(image_classification, "shade", ("image",), make_image_backbone, image_features),
+        refuses=("soft_prompt", "iapt", *KEEPS_HEAD),
+    ),
+    "causal_lm": KindRows(
+        {"template": {"prompt": "{prompt}", "answer": "{answer}"}, "max_new_tokens": 4},
+        *(causal_lm, "answer", ("prompt",), make_decoder),
+        metrics=("perplexity", "token_accuracy", "exact_match"),
+        refuses=(*IMAGES, *KEEPS_HEAD, "head"),
+    ),
+    "regression": KindRows(
+        {"columns": {"text": "sentence", "label": "score"}},
+        *(regression, "score", ("sentence",), make_backbone),
+    ),
+    "regression of images": KindRows(
+        {"columns": {"image": "image", "label": "brightness"}},
+        *(image_regression, "brightness", ("image",), make_image_backbone, image_regression_features),
+        refuses=("soft_prompt", "iapt", *KEEPS_HEAD),
+    ),
+}
