@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft_lab.backbones.checkpoint_limits import bounded_build, check_files
 from peft_lab.backbones.heads import backbone_weights
 from peft_lab.backbones.quantized_loading import quantization_config
+from peft_lab.errors import TaskError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +60,23 @@ def load_checkpoint(
             more,
         )
     return model, info
+
+
+def load_with_head(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
+    """`load_checkpoint` of a model whose head may be replaced by one of other shapes.
+
+    Raises:
+        ConfigError: as `load_checkpoint`.
+        TaskError: the checkpoint has weights of other shapes below the head, which would start at random.
+    """
+    model, info = load_checkpoint(auto_class, name, ignore_mismatched_sizes=True, **options)
+    # any weight of another shape than the head's means a wrong checkpoint;
+    # transformers lists a key, or a key with its two shapes
+    keys = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get("mismatched_keys", ())]
+    wrong = backbone_weights(model, keys)
+    if wrong:
+        raise TaskError(f'"{name}": the shape of its weight {wrong[0]} does not fit its own config.')
+    return model
 
 
 @contextmanager

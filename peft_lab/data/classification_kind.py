@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft_lab.backbones.from_pretrained import load_checkpoint
-from peft_lab.backbones.heads import backbone_weights
+from peft_lab.backbones.from_pretrained import load_with_head
 from peft_lab.data.kind import Kind
 from peft_lab.data.model_inputs import ModelInputs
 from peft_lab.data.row_checks import RowFault
@@ -74,23 +73,15 @@ class LabelledKind(Kind):
         """
         names = list(labels) if labels is not None else ["score"]
         hub_kwargs.setdefault("dtype", self.info.default_dtype)
-        model, info = load_checkpoint(
+        model = load_with_head(
             self.auto_class(task),
             model_name_or_path,
             num_labels=len(names),  # the config of timm's models reads no number from the labels
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
             problem_type=task.problem_type,
-            # a checkpoint may bring a head of its own, for other labels
-            ignore_mismatched_sizes=True,
             **hub_kwargs,
         )
-        # a head of other shapes is meant to be replaced; any other weight of another shape means a wrong checkpoint
-        # transformers lists a key, or a key with its two shapes
-        keys = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get("mismatched_keys", ())]
-        wrong = backbone_weights(model, keys)
-        if wrong:
-            raise TaskError(f'"{model_name_or_path}": the shape of its weight {wrong[0]} does not fit its own config.')
         self.inputs_of(task).prepare_model(model)
         return model
 

@@ -36,6 +36,7 @@ class Kind:
         labelled: the head has an output for each label name, which the data say if the task does not.
         trainer_labels: columns of preprocessed rows that hold the answers, `Trainer`'s `label_names`.
         preprocess_logits_for_metrics: `Trainer`'s hook, for kinds whose logits are too big to be kept.
+        raw_baseline: its baselines read rows before preprocessing, such as words and texts.
         scores_tokens: its predictions are predicted tokens and log-probabilities of the true ones, both (n, t - 1); a
             loss in chunks gives them without the hook.
     """
@@ -45,6 +46,7 @@ class Kind:
     ranks_labels: ClassVar[bool] = False
     labelled: ClassVar[bool] = False
     trainer_labels: ClassVar[tuple[str, ...]] = ("labels",)
+    raw_baseline: ClassVar[bool] = False
     scores_tokens: ClassVar[bool] = False
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
 
@@ -154,6 +156,15 @@ class Kind:
         """
         raise NotImplementedError
 
+    def rows_to_score(self, dataset: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
+        """Rows before preprocessing, with further columns that `compute_metrics` needs; by default as they are.
+
+        Args:
+            dataset: the rows that `preprocess` gets, of a split that is scored.
+            processor, task, model: as for `preprocess`.
+        """
+        return dataset
+
     def packed_length(self, processor: Any, task: Task, model: Any) -> int | None:
         """Tokens of a packed sequence; None for kinds whose rows cannot be packed.
 
@@ -172,7 +183,8 @@ class Kind:
 
         Args:
             task, labels: the task and the names of its classes.
-            rows: the scored rows before preprocessing, for metrics that need more than numbers, such as texts.
+            rows: the scored rows before preprocessing, as `rows_to_score` gives them, for metrics that need more than
+                numbers, such as texts.
         """
         raise NotImplementedError
 
@@ -192,8 +204,9 @@ class Kind:
 
         Args:
             task, labels: as for `compute_metrics`.
-            train: preprocessed training rows, whose answers the predictor knows.
-            rows: preprocessed rows that it is scored on.
+            train: preprocessed training rows, whose answers the predictor knows; with `raw_baseline`, as they were
+                before.
+            rows: rows that it is scored on, likewise.
         """
         return None
 

@@ -208,7 +208,7 @@ def _index_of(task: Task, dataset: Dataset, labels: Sequence[str]) -> Callable[[
             return lambda value: position.get(feature.names[value]) if value is not None and value >= 0 else None
         return lambda value: value if value is not None and 0 <= value < len(labels) else None
     if task.streaming:
-        return _index_of_value(labels)
+        return index_of_value(labels)
     values = [value for value in dataset.unique("label") if not is_missing(value)]
     numbers = {value: _whole(value) for value in values}
     # whole numbers may be names too: ratings from 1 to 5 are no positions
@@ -218,7 +218,7 @@ def _index_of(task: Task, dataset: Dataset, labels: Sequence[str]) -> Callable[[
     return known.get
 
 
-def _index_of_value(labels: Sequence[str]) -> Callable[[Any], int | None]:
+def index_of_value(labels: Sequence[str]) -> Callable[[Any], int | None]:
     """Function from a label to its class that looks at no other row, because a stream has not read them all.
 
     A whole number is a position unless there are names that are whole numbers.

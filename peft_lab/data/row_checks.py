@@ -158,9 +158,13 @@ def warn_of_cut(task: Task, dataset: Dataset | None, cut: Mapping[str, Sequence[
 
 
 def _beginning(row: Mapping[str, Any]) -> str:
-    """Beginning of the first text of a row."""
-    texts = [" ".join(value.split()) for value in row.values() if isinstance(value, str) and value.strip()]
-    return texts[0][:_QUOTED] if texts else ""
+    """Beginning of the first text of a row, or of its first list of words."""
+    for value in row.values():
+        words = value if isinstance(value, list) and all(isinstance(word, str) for word in value) else [value]
+        text = " ".join(" ".join(word.split()) for word in words if isinstance(word, str))
+        if text:
+            return text[:_QUOTED]
+    return ""
 
 
 def source_rows(dataset: Any, rows: Sequence[int]) -> list[Any]:

@@ -143,7 +143,9 @@ def fingerprint(dataset: Dataset) -> str:
         # decoded pixels may differ between versions of the decoder, the bytes of a file do not
         if isinstance(dataset.features[name], Image):
             dataset = dataset.cast_column(name, Image(decode=False))
-    known = {n: dataset.features[n].names for n in names if isinstance(dataset.features[n], ClassLabel)}
+    # a column of tags holds lists of classes
+    entries = {name: getattr(dataset.features[name], "feature", dataset.features[name]) for name in names}
+    known = {name: entry.names for name, entry in entries.items() if isinstance(entry, ClassLabel)}
     # a format that was set, such as torch, would hand out values of other types
     plain = dataset.with_format(None)
 

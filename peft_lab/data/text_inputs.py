@@ -139,6 +139,41 @@ def load_tokenizer(model_name_or_path: str, **options: Any) -> Any:
     return tokenizer
 
 
+def load_fast_tokenizer(model_name_or_path: str, purpose: str, **options: Any) -> Any:
+    """Tokenizer of a backbone that knows the places of its tokens in a text.
+
+    Args:
+        model_name_or_path: the backbone.
+        purpose: what the places are needed for, for the message.
+        options: those of `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        TaskError: the backbone has a slow tokenizer alone.
+    """
+    tokenizer = load_tokenizer(model_name_or_path, **options)
+    if not tokenizer.is_fast:
+        raise TaskError(
+            f'"{model_name_or_path}" has no fast tokenizer (tokenizer.json), and {purpose} needs the places of its '
+            "tokens; convert the tokenizer, or take another backbone."
+        )
+    return tokenizer
+
+
+def right_padding(tokenizer: Any) -> Any:
+    """Copy of a tokenizer that pads at the right, for heads that read every place."""
+    padding = copy.copy(tokenizer)
+    padding.padding_side = "right"
+    return padding
+
+
+def virtual_tokens(model: Any) -> int:
+    """Number of tokens that an adapter of peft puts before those of a row, in inputs and logits."""
+    config = getattr(model, "active_peft_config", None)
+    # a prefix stands in the keys and values of the blocks alone
+    in_cache = str(getattr(config, "peft_type", "")).rpartition(".")[2] in ("PREFIX_TUNING", "CARTRIDGE")
+    return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) and not in_cache else 0
+
+
 def padding_side(model: Any) -> str:
     """Side at which the rows of a batch are padded, whatever the tokenizer's own side is.
 

@@ -73,6 +73,7 @@ def evaluate(
     raw = prompt_column.for_model(raw, loaded.model, loaded.task)
     rows = loaded.kind.preprocess(raw, loaded.processor, loaded.task, loaded.model)
     prompt_column.check_kept(rows, raw, loaded.kind.name)
+    raw = loaded.kind.rows_to_score(raw, loaded.processor, loaded.task, loaded.model)
     # Trainer makes its output folder even if nothing is written, so it gets one that vanishes
     with write_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
         trainer = LabTrainer(
@@ -95,7 +96,7 @@ def evaluate(
         found = trainer.evaluate(rows, metric_key_prefix=split)
     # metrics of written text need generation, which Trainer's evaluation does not do
     written = loaded.kind.generation_metrics(loaded.model, loaded.processor, raw, loaded.task, batch_size)
-    return scores(found, f"{split}_") | written | {"rows": len(rows)}
+    return scores(found, f"{split}_") | written | {"rows": len(raw)}
 
 
 def predict(

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 #: Split that bi-level training holds out of train, and its share unless the run gives another.
 HELD_OUT, HELD_OUT_FRACTION = "held_out", 0.1
 
+#: Splits that a run is scored on.
+SCORED = ("validation", "test")
+
 #: Options that draw from all training rows.
 _DRAWING = ("max_train_samples", "examples_per_class", "alternating_every")
 
@@ -102,6 +105,8 @@ def model_rows(
             found[split], rows[split] = part, part.preprocessed(_Second(prepare))
         else:
             found[split], rows[split] = prepare(part)
+            if split in SCORED:
+                found[split] = kind.rows_to_score(found[split], processor, task, model)
     return found, rows
 
 

@@ -174,7 +174,8 @@ class _Run:
         if checkpoint is not None:
             check_inputs(checkpoint, self.inputs, own=Path(checkpoint).parent.resolve() == self.folder.resolve())
         self._build_trainer()
-        self.baselines = without_input(self.kind, self.task, self.labels, self.rows)
+        rows = self.raw if self.kind.raw_baseline else self.rows
+        self.baselines = without_input(self.kind, self.task, self.labels, rows)
         self._claim_folder(checkpoint)
         # memory and time are those of the training steps, without loading and evaluation at the end
         with chunked_loss(self.model, self.config.loss_chunk_size):
