@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from peft_lab.metrics.calibration import BINS, bins_of
+from peft_lab.metrics.entities import ENTITY_SCORES
 from peft_lab.metrics.predictions import Predictions
 
 Array = np.ndarray
@@ -22,6 +23,7 @@ Array = np.ndarray
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("accuracy", "exact_match", "rouge_l", "coverage", "token_accuracy", "f1", "ece"), (0.0, 1.0)),
     **dict.fromkeys(("matthews_correlation", "pearsonr", "spearmanr"), (-1.0, 1.0)),
+    **dict.fromkeys(ENTITY_SCORES, (0.0, 1.0)),
     "perplexity": (1.0, np.inf),
     **dict.fromkeys(("mae", "rmse"), (0.0, np.inf)),
     "r2": (-np.inf, 1.0),
@@ -187,6 +189,22 @@ def _ece(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable
     return moments, lambda sums: _ratio(np.abs(sums[:, 1:]).sum(1), sums[:, 0])
 
 
+def _entities(columns: dict[str, Array]) -> Array:
+    return np.stack([columns[name] for name in ("true_entities", "predicted_entities", "correct_entities")], axis=1)
+
+
+def _entity_f1(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    return _entities(columns), lambda sums: _ratio(2 * sums[:, 2], sums[:, 0] + sums[:, 1])
+
+
+def _entity_precision(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    return _entities(columns), lambda sums: _ratio(sums[:, 2], sums[:, 1])
+
+
+def _entity_recall(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    return _entities(columns), lambda sums: _ratio(sums[:, 2], sums[:, 0])
+
+
 _MOMENTS = {
     "ece": _ece,
     "f1": _f1,
@@ -196,6 +214,9 @@ _MOMENTS = {
     "perplexity": _perplexity,
     "r2": _r2,
     "rmse": _rmse,
+    "seqeval_f1": _entity_f1,
+    "seqeval_precision": _entity_precision,
+    "seqeval_recall": _entity_recall,
     "token_accuracy": _token_accuracy,
 }
 

@@ -17,7 +17,8 @@ Of a final run, all outside the timed part:
   For written answers the loss per token of the answers of its test rows (or, if it has none, its validation rows). For
   classifiers the accuracy of a nearest-centroid classifier on the features that enter the task head: centroids from
   train rows, scored on test (or validation) rows; features of several positions are averaged over the positions that
-  are not padding. At most `CONTROL_ROWS` rows each. forgetting is positive where training made it worse.
+  are not padding, or are those of each token that has a class. At most `CONTROL_ROWS` rows each. forgetting is positive
+  where training made it worse.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def _control(place: Path, control: str, batch_size: int) -> dict[str, float]:
     splits = load_splits(task, test=task.has_test)
     # bounded, because both the base and the adapted model see these rows
     train, scored = subset(splits.train, CONTROL_ROWS), subset(splits.test or splits.validation, CONTROL_ROWS)
-    by_loss = not loaded.task.has_classes and loaded.task.problem_type != "regression"
+    by_loss = loaded.kind.scores_tokens
 
     def score(model: Any) -> float:
         if by_loss:
@@ -219,7 +220,7 @@ def _centroid_accuracy(loaded: Loaded, model: Any, task: Task, train: Dataset, s
 
 
 def _features(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -> tuple[Tensor, Tensor]:
-    """Inputs of the task head, (n, features), and classes, (n,)."""
+    """Inputs of the task head, (n, features), and classes, (n,); n is that of tokens where each has a class."""
     import torch
 
     from peft_lab.backbones import module_roles
@@ -234,11 +235,20 @@ def _features(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) 
     try:
         with torch.no_grad():
             for batch in _batches(loaded, model, task, rows, size):
-                labels.append(batch.pop("labels").cpu())
+                classes = batch.pop("labels").cpu()
                 # a backbone may call its head more than once; the first call counts
                 seen.clear()
                 model(**batch)
-                features.append(_pooled(seen[0].float(), batch.get("attention_mask")).cpu())
+                found = seen[0].float().cpu()
+                if classes.ndim == 2 and found.ndim == 3:
+                    # a class for each token, or -100 for none
+                    kept = classes >= 0
+                    features.append(found[kept])
+                    labels.append(classes[kept])
+                else:
+                    mask = batch.get("attention_mask")
+                    features.append(_pooled(found, None if mask is None else mask.cpu()))
+                    labels.append(classes)
     finally:
         handle.remove()
     return torch.cat(features), torch.cat(labels)

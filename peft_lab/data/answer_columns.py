@@ -1,0 +1,123 @@
+"""Columns of extracted answers: SQuAD's `answers`, or an answer and its place in the context."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from peft_lab.data.row_checks import RowFault, column_faults, numbered, source_rows
+from peft_lab.data.row_maps import map_rows
+from peft_lab.data.task_schema import Task
+from peft_lab.data.text_inputs import cast_texts
+from peft_lab.errors import TaskError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: Answers of a row, as SQuAD writes them: `text` and `answer_start`, two lists of one length.
+Answers = dict[str, list[Any]]
+
+#: Place that stands for one that is no whole number, and so fits no context.
+_NOWHERE = -1
+
+
+def cast_answers(dataset: Dataset, task: Task) -> Dataset:
+    """Rows with texts as `question` and `context`, and `answers` of one form.
+
+    A plain `answer` with its `answer_start` becomes `answers`, which an empty text makes empty. JSON is read where a
+    cell holds a text.
+
+    Raises:
+        TaskError: a column holds something else.
+    """
+    from datasets import List, Value
+
+    dataset = cast_texts(dataset, task, ("question", "context", "answer"))
+    features = dataset.features.copy()
+    features["answers"] = {"text": List(Value("string")), "answer_start": List(Value("int64"))}
+    if "answer" in dataset.column_names:
+        del features["answer"], features["answer_start"]
+        plain = ["answer", "answer_start"]
+        options = {"input_columns": plain, "remove_columns": plain, "features": features, "desc": "Reading answers"}
+        return map_rows(dataset, _of_plain, [], **options)
+    column, values = task.columns["answers"], dataset["answers"][:]
+    unread = [row for row, value in enumerate(values) if value is not None and _read(value) is None]
+    if unread:
+        raise TaskError(
+            f'Task "{task.name}": {len(unread)} rows have no answers in column "{column}" '
+            f"({numbered(source_rows(dataset, unread))} of {len(dataset)}); a row needs a mapping such as "
+            '{"text": ["Paris"], "answer_start": [17]}.'
+        )
+    options = {"input_columns": "answers", "features": features, "desc": "Reading answers"}
+    return map_rows(dataset, _of_answers, [], **options)
+
+
+def _of_plain(answer: Any, start: Any) -> dict[str, Any]:
+    if answer is None:
+        return {"answers": None}
+    return {"answers": {"text": [answer], "answer_start": [_whole(start)]} if answer else _empty()}
+
+
+def _of_answers(value: Any) -> dict[str, Any]:
+    return {"answers": None if value is None else _read(value)}
+
+
+def _empty() -> Answers:
+    return {"text": [], "answer_start": []}
+
+
+def _read(value: Any) -> Answers | None:
+    """Answers of a cell; None if it holds none."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, Mapping):
+            # `datasets` gives a missing mapping as one of missing values
+            texts, starts = value["text"] or (), value["answer_start"] or ()
+            pairs = list(zip(texts, starts, strict=True))
+        else:
+            pairs = [(each["text"], each["answer_start"]) for each in value]
+    except (TypeError, ValueError, KeyError):
+        return None
+    if not all(isinstance(text, str) for text, _ in pairs):
+        return None
+    return {"text": [text for text, _ in pairs], "answer_start": [_whole(start) for _, start in pairs]}
+
+
+def _whole(value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return _NOWHERE
+
+
+def answer_faults(dataset: Dataset, task: Task) -> list[RowFault]:
+    """Rows without a text, or with an answer that does not stand at its place in the context.
+
+    A question without an answer is an empty one.
+    """
+    found = column_faults(dataset, task, ())
+    rows: dict[str, list[int]] = {"question": [], "context": [], "none": [], "misplaced": []}
+    columns = (dataset[name][:] for name in ("question", "context", "answers"))
+    for row, (question, context, answers) in enumerate(zip(*columns, strict=True)):
+        if question is None or context is None or answers is None:
+            continue
+        for name, text in (("question", question), ("context", context)):
+            if not text.strip():
+                rows[name].append(row)
+        pairs = list(zip(answers["text"] or (), answers["answer_start"] or (), strict=True))
+        if not pairs:
+            rows["none"].append(row)
+        elif not all(_stands_there(context, text, start) for text, start in pairs):
+            rows["misplaced"].append(row)
+    return [
+        *found,
+        RowFault(f'have an empty text in column "{task.columns["question"]}"', rows["question"]),
+        RowFault(f'have an empty text in column "{task.columns["context"]}"', rows["context"]),
+        RowFault("have an answer that does not stand at its answer_start in the context", rows["misplaced"]),
+        RowFault("have no answer", rows["none"], "empty"),
+    ]
+
+
+def _stands_there(context: str, text: str, start: int) -> bool:
+    return bool(text.strip()) and start >= 0 and context[start : start + len(text)] == text
