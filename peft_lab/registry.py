@@ -115,6 +115,7 @@ class KindInfo:
         runtime: name of the class in the kind's file that loads, prepares, measures and predicts.
         columns: canonical column name -> whether a task must name it.
         one_of: columns of which a task names exactly one.
+        forms: groups of columns, of which a task without a template names all of exactly one.
         answers: columns that hold the answer, which a model must not look at.
         settings: the optional keys of a task file that this kind reads.
         options: further keys of a task file that this kind alone reads -> default value, whose type a value must have;
@@ -135,6 +136,7 @@ class KindInfo:
     runtime: str
     columns: Mapping[str, bool] = field(default_factory=dict, hash=False)
     one_of: tuple[str, ...] = ()
+    forms: tuple[tuple[str, ...], ...] = ()
     answers: tuple[str, ...] = ("label",)
     settings: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -165,6 +165,14 @@ class Kind:
         """
         return dataset
 
+    def evaluation_rows(self, rows: Dataset, processor: Any, task: Task) -> Dataset:
+        """Preprocessed rows as an evaluation takes them.
+
+        A kind whose training draws at random, such as which tokens are masked, draws here once and for all, so that
+        each evaluation of each run scores the same.
+        """
+        return rows
+
     def packed_length(self, processor: Any, task: Task, model: Any) -> int | None:
         """Tokens of a packed sequence; None for kinds whose rows cannot be packed.
 
@@ -221,9 +229,10 @@ class Kind:
     def generation_scores(
         self, model: Any, processor: Any, dataset: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, list[float]]:
-        """Metrics of the written text, a value for each row.
+        """Columns of the metrics of the written text, with a number for each row.
 
-        Empty for kinds of task in which it writes none.
+        Empty for kinds of task in which it writes none. `peft_lab.metrics.per_row.written_metrics` makes the metrics
+        of them.
 
         `rows` are not preprocessed.
         """
@@ -232,9 +241,10 @@ class Kind:
     def generation_metrics(
         self, model: Any, processor: Any, dataset: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, float]:
-        """Means of `generation_scores`."""
-        found = self.generation_scores(model, processor, dataset, task, batch_size)
-        return {name: sum(values) / len(values) for name, values in found.items()}
+        """Metrics of the written text over all rows."""
+        from peft_lab.metrics.per_row import written_metrics
+
+        return written_metrics(self.generation_scores(model, processor, dataset, task, batch_size))
 
     def predict(self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32) -> list[Any]:
         """Answers to raw inputs, in order."""

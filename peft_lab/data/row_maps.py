@@ -53,14 +53,14 @@ def map_rows(dataset: Dataset, function: Callable[..., Any], reads: Any, **optio
         dataset: the rows.
         function: as for `Dataset.map`.
         reads: what the result depends on beside the rows, as JSON can hold it.
-        options: further arguments of `Dataset.map`.
+        options: further arguments of `Dataset.map`; a `num_proc` among them goes before that of `map_options`.
     """
     settings = _OPTIONS.get()
     # rows in memory, as a stream has them, are not kept
     fingerprint = _fingerprint(dataset, function, reads) if dataset.cache_files else uuid.uuid4().hex
     if settings.overwrite:
         options["load_from_cache_file"] = False
-    if settings.processes is not None and dataset.cache_files:
+    if settings.processes is not None and dataset.cache_files and "num_proc" not in options:
         options["num_proc"] = settings.processes
     return dataset.map(function, new_fingerprint=fingerprint, **options)
 

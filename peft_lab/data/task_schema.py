@@ -316,6 +316,8 @@ def _columns(task: Task, rule: KindInfo) -> dict[str, str]:
     Columns of a template that the task does not name keep their names.
     """
     known = dict(rule.columns) if task.template is None else dict.fromkeys(task.template.columns(), False)
+    if rule.forms:
+        _check_form(task, rule)
     if PROMPT_IDS in known:
         raise TaskError(f'"{PROMPT_IDS}" is the column that chooses prompts; call the one of the template otherwise.')
     unknown = next((name for name in task.columns if name not in (*known, PROMPT_IDS)), None)
@@ -336,6 +338,24 @@ def _columns(task: Task, rule: KindInfo) -> dict[str, str]:
     if double is not None:
         raise TaskError(f'the column "{double}" is named for two purposes.')
     return columns | chosen
+
+
+def _check_form(task: Task, rule: KindInfo) -> None:
+    """Raise `TaskError` unless a task has a template, or the columns of exactly one form."""
+    named = {name for name in task.columns if name in rule.columns}
+    said = "; or ".join(" and ".join(f'"{name}"' for name in form) for form in rule.forms)
+    if task.template is not None:
+        held = next((name for form in rule.forms for name in form if name in named), None)
+        if held is not None and held not in task.template.columns():
+            raise TaskError(f'a task has a "template" or the column "{held}", not both; remove one of them.')
+        return
+    of_forms = {name for form in rule.forms for name in form}
+    if named & of_forms not in [set(form) for form in rule.forms]:
+        given = f", not {', '.join(sorted(named & of_forms))}" if named & of_forms else ""
+        raise TaskError(
+            f'the kind "{rule.name}" needs a "template" with "prompt" and "answer", or "columns" that name the columns '
+            f"of {said}{given}."
+        )
 
 
 def _metrics(task: Task, rule: KindInfo) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from peft_lab.metrics import bleu
 from peft_lab.metrics.calibration import BINS, bins_of
 from peft_lab.metrics.entities import ENTITY_SCORES
 from peft_lab.metrics.predictions import Predictions
@@ -27,6 +28,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "perplexity": (1.0, np.inf),
     **dict.fromkeys(("mae", "rmse"), (0.0, np.inf)),
     "r2": (-np.inf, 1.0),
+    "bleu": (0.0, 100.0),
 }
 
 #: Metrics that are the share of correct rows.
@@ -62,6 +64,18 @@ def jackknife_values(metric: str, predictions: Predictions, labels: int | None =
         return None
     # pseudo-values: for a mean they would be the values of the rows themselves
     return all_rows, count * all_rows - (count - 1) * without_each
+
+
+def written_metrics(columns: dict[str, Array]) -> dict[str, float]:
+    """Metrics of what a model writes, from their columns with a number for each row.
+
+    A column is a metric of its own, whose mean over the rows counts, except for the counts of BLEU.
+    """
+    found = {name: float(np.mean(values)) for name, values in columns.items() if name not in bleu.COLUMNS}
+    if bleu.COLUMNS[0] in columns:
+        counts = np.stack([np.asarray(columns[name]) for name in bleu.COLUMNS], axis=1)
+        found["bleu"] = float(bleu.bleu_of_counts(counts.sum(0, keepdims=True))[0])
+    return found
 
 
 def _leave_one_out(metric: str, columns: dict[str, Array], labels: int | None) -> tuple[float, Array]:
@@ -181,6 +195,10 @@ def _token_accuracy(columns: dict[str, Array], labels: int | None) -> tuple[Arra
     return np.stack([columns["hits"], columns["tokens"]], axis=1), lambda sums: _ratio(sums[:, 0], sums[:, 1])
 
 
+def _bleu(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    return np.stack([columns[name] for name in bleu.COLUMNS], axis=1), bleu.bleu_of_counts
+
+
 def _ece(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
     gaps = (columns["reference"] == columns["prediction"]) - columns["confidence"]
     moments = np.zeros((len(gaps), 1 + BINS))
@@ -206,6 +224,7 @@ def _entity_recall(columns: dict[str, Array], labels: int | None) -> tuple[Array
 
 
 _MOMENTS = {
+    "bleu": _bleu,
     "ece": _ece,
     "f1": _f1,
     "mae": _mae,

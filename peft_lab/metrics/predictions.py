@@ -26,11 +26,12 @@ class Predictions:
 
     Attributes:
         output_type: "classification" (columns reference, prediction: class indices; confidence: probability of the
-            predicted class), "regression" (reference, prediction: values), "causal_lm" (loss: sum of the negative
-            log-probabilities of the answer's tokens, tokens: their number, hits: tokens predicted right, and, for
-            each metric of what the model writes that the task has, its value, by its name), "token_classification"
-            (tokens: words of the row, hits: those with the right tag, and the numbers of true_entities,
-            predicted_entities and correct_entities) or "question_answering" (f1, exact_match: their values).
+            predicted class), "regression" (reference, prediction: values), "token_classification" (tokens: words of the
+            row, hits: those with the right tag, and the numbers of true_entities, predicted_entities and
+            correct_entities), "question_answering" (f1, exact_match: their values) or the name of a kind that
+            predicts tokens (loss: sum of the negative log-probabilities of the answer's tokens, tokens: their number,
+            hits: tokens predicted right, and, for each metric of what the model writes that the task has, its value,
+            by its name, or the counts that it is computed from).
         columns: name -> array with one number for each row, (n,).
     """
 

@@ -187,8 +187,16 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(scorer.score(wanted, found)["rougeL"].fmeasure for found, wanted in pairs) / len(pairs)
 
 
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """BLEU (Papineni et al. 2002) of a corpus by sacrebleu, from 0 to 100; one reference a text, 13a tokens."""
+    from peft_lab.metrics.bleu import bleu_of_counts, counts
+
+    return bleu_of_counts(counts(predictions, references).sum(0, keepdims=True))[0]
+
+
 _TABLE = (
     Metric("accuracy", accuracy),
+    Metric("bleu", bleu, package="sacrebleu", extra="text"),
     Metric("ece", ece, takes_probabilities=True, greater_is_better=False),
     Metric("exact_match", exact_match),
     Metric("f1", f1),

@@ -74,6 +74,7 @@ def evaluate(
     rows = loaded.kind.preprocess(raw, loaded.processor, loaded.task, loaded.model)
     prompt_column.check_kept(rows, raw, loaded.kind.name)
     raw = loaded.kind.rows_to_score(raw, loaded.processor, loaded.task, loaded.model)
+    rows = loaded.kind.evaluation_rows(rows, loaded.processor, loaded.task)
     # Trainer makes its output folder even if nothing is written, so it gets one that vanishes
     with write_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
         trainer = LabTrainer(

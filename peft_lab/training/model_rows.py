@@ -100,7 +100,7 @@ def model_rows(
     found, rows = {}, {}
     for split, part in raw.items():
         length = packed if split == "train" else None
-        prepare = partial(_prepared, kind, processor, task, model, drops, length)
+        prepare = partial(_prepared, kind, processor, task, model, drops, length, split in ("train", HELD_OUT))
         if isinstance(part, RowStream):
             found[split], rows[split] = part, part.preprocessed(_Second(prepare))
         else:
@@ -111,13 +111,15 @@ def model_rows(
 
 
 def _prepared(
-    kind: Kind, processor: Any, task: Task, model: Any, drops: bool, packed: int | None, rows: Dataset
+    kind: Kind, processor: Any, task: Task, model: Any, drops: bool, packed: int | None, trains: bool, rows: Dataset
 ) -> tuple[Dataset, Dataset]:
     numbered = prompt_column.for_model(rows, model, task)
     if task.streaming:
         name_rows(numbered, source_rows(rows, range(len(rows))))
     found = kind.preprocess(numbered, processor, task, model)
     prompt_column.check_kept(found, numbered, kind.name, drops)
+    if not trains:
+        found = kind.evaluation_rows(found, processor, task)
     return numbered, found if packed is None else pack(found, packed)
 
 

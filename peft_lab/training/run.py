@@ -34,6 +34,7 @@ from peft_lab.hub.model_card import write_card
 from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, count_parameters, load_base
 from peft_lab.metrics.baselines import comparison, shortfall
+from peft_lab.metrics.per_row import written_metrics
 from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import own_tasks, run_folder
@@ -361,8 +362,7 @@ class _Run:
             written = self.kind.generation_scores(
                 self.model, self.processor, self.raw[split], self.task, self.arguments.per_device_eval_batch_size
             )
-            means = {name: float(np.mean(values)) for name, values in written.items()}
-            found_scores[split] = scores(found, f"{prefix}_") | means
+            found_scores[split] = scores(found, f"{prefix}_") | written_metrics(written)
             if self.items is not None:
                 self.items.columns.update({name: np.asarray(values) for name, values in written.items()})
         return found_scores

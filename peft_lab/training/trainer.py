@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_lab.backbones.frozen_norms import set_frozen_norms
@@ -76,6 +76,7 @@ class LabTrainer(Trainer):
         # behind the callbacks that were given, which may add files to a checkpoint, and before the timer's clock
         self.add_callback(WriteManifest(inputs or {}))
         self.add_callback(StepTimer(max_seconds))
+        self.add_callback(_HandOnEpoch(self.data_collator))
         self._reader = ReadTrainingData()
         self.add_callback(self._reader)
         self.head_learning_rate = head_learning_rate
@@ -329,6 +330,17 @@ class LabTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
             self._load_best_model()
         return TrainOutput(self.state.global_step, float("nan"), {})
+
+
+class _HandOnEpoch(TrainerCallback):
+    """Tell a collator that draws at random which epoch begins, also where training goes on within one."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if hasattr(self.collator, "set_epoch"):
+            self.collator.set_epoch(int(state.epoch or 0))
 
 
 def scores(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -181,6 +181,7 @@ def _batches(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -
     model.to(device)
     rows = prompt_column.for_model(rows, model, task)
     prepared: Any = loaded.kind.preprocess(rows, loaded.processor, task, model)
+    prepared = loaded.kind.evaluation_rows(prepared, loaded.processor, task)
     for batch in DataLoader(prepared, size, collate_fn=loaded.kind.data_collator(loaded.processor, task, model)):
         yield {name: value.to(device) for name, value in batch.items()}
 
@@ -200,8 +201,8 @@ def _loss_per_token(loaded: Loaded, model: Any, task: Task, rows: Dataset, size:
         for batch in _batches(loaded, model, task, rows, size):
             labels = batch.pop("labels")
             _, log_probabilities = reduce(model(**batch).logits, labels)
-            # each token is predicted from those before it, so the first one has no prediction
-            kept = labels[:, 1:] != -100
+            # a decoder predicts each token from those before it, so the first one has no prediction
+            kept = labels[:, -log_probabilities.shape[1] :] != -100
             total -= float((log_probabilities * kept).sum())
             tokens += float(kept.sum())
     return total / max(tokens, 1.0)

@@ -202,7 +202,7 @@ HOSTILE = [
     (TEXT, {"metrics": ["rouge_l"]}, "does not fit this kind of task"),
     (PROMPT, {"metrics": ["accuracy"]}, "does not fit this kind of task"),
     (PROMPT, {"metrics": ["exact_match"]}, "put it last"),
-    (PROMPT, {"max_new_tokens": 5}, '"max_new_tokens" has no effect'),
+    (PROMPT, {"chat_template": "chatml"}, '"chat_template" has no effect'),
     (PROMPT, {"labels": ["a", "b"]}, '"labels" has no meaning'),
 ]
 
