@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Its builds for Linux on x86 bring CUDA along; `make test-newest NEWEST_TORCH=torch==2.13.0` keeps the pinned one.
 NEWEST_TORCH ?= torch<=2.14.1
 
-.PHONY: demo test test-full test-integrations test-peft test-floors test-newest docs lint types clean
+.PHONY: browser demo test test-full test-integrations test-peft test-floors test-newest docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m peft_lab demo --output_dir runs/demo
@@ -21,6 +21,10 @@ test: $(VENV)/.test
 # The whole matrix of methods and families, killed and resumed runs, clusters and fuzz, and all of `make test` but lint.
 test-full: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -rs
+
+# What the tests of the report's page need; without it they are skipped, so this fails at nothing.
+browser: $(VENV)/.test
+	bash .ci/browser $(VENV)
 
 # Adapters in the libraries that PEFT users use; what works goes into the table of docs/compatibility.md.
 test-integrations: $(VENV)-integrations/.done

@@ -285,7 +285,7 @@ def _summary(scores: Sequence[study_results.Score]) -> str:
     losses = [score for score in tested if score.separated]
     undecided = len(tested) - len(wins) - len(losses)
     lines = [
-        f"- It has the best mean in {len(wins)} of {len(tested)} tables{_places(wins)}.",
+        f"- It has the best mean, alone or in a tie, in {len(wins)} of {len(tested)} tables{_places(wins)}.",
         f"- It is worse than the best arm by Holm's test at the 5 % level in {len(losses)}{_places(losses)}.",
         f"- It cannot be told from the best arm in {undecided}.",
     ]
@@ -302,7 +302,7 @@ def _places(scores: Sequence[study_results.Score]) -> str:
 
 def _verdict(score: study_results.Score) -> str:
     if score.rank == 1:
-        return "best mean"
+        return "best mean" if score.best == score.arm else f"tie for the best: {score.best}"
     if score.separated is None:
         return f"best: {score.best}"
     return f"worse than {score.best}" if score.separated else f"cannot be told from {score.best}"

@@ -30,8 +30,8 @@ class Score:
         task: heading of the table, a task and its backbone, or "All tasks".
         metric: what is scored.
         value: mean over seeds with its 95 % interval, as the report prints it.
-        rank: place by the mean, from 1 on, among `arms` arms.
-        best: arm with the highest mean (the lowest where less is better).
+        rank: place by the mean, from 1 on, among `arms` arms; arms of the same mean, as it is printed, share one.
+        best: arm with the highest mean (the lowest where less is better), or arms that tie for it.
         separated: True if the test separates the arm from the best, None if the table has no test.
     """
 
@@ -108,13 +108,15 @@ def _scores(study: str) -> tuple[Score, ...]:
 
 def _ranked(study: str, heading: str, rows: list[Row]) -> list[Score]:
     metric = list(rows[0])[1]
-    scored = [row for row in rows if re.match(r"\d|-\d", row[metric])]
+    # baselines stand below the arms
+    scored = [row for row in rows if re.match(r"\d|-\d", row[metric]) and not row["arm"].startswith("baseline: ")]
+    means = [row[metric].split()[0] for row in scored]
+    best = " and ".join(row["arm"] for row, mean in zip(scored, means, strict=True) if mean == means[0])
     found = []
-    for rank, row in enumerate(scored, 1):
+    for row, mean in zip(scored, means, strict=True):
+        rank = means.index(mean) + 1
         separated = None if "p (Holm)" not in row or rank == 1 else _p_value(row["p (Holm)"]) < LEVEL
-        found.append(
-            Score(study, row["arm"], heading, metric, row[metric], rank, len(scored), scored[0]["arm"], separated)
-        )
+        found.append(Score(study, row["arm"], heading, metric, row[metric], rank, len(scored), best, separated))
     return found
 
 

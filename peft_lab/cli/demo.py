@@ -188,13 +188,32 @@ def demo(
                 if sentence:
                     console.print(f"[bold red]{run}: {sentence}[/]")
         # by seed 0 alone, because the lines below load the adapter of that seed
-        best = max(runs, key=lambda method: runs[method][0]["metrics"]["test"]["accuracy"])
+        first, words = leading(runs)
+        best = first[0]
+        if words:
+            console.print(words)
         others = ", ".join(f"{method}-0" for method in runs if method != best)
         alike = f" ({others} load the same way)" if others else ""
         console.print(f"To load the {registry.method(best).title} adapter{alike}:")
         console.print(_lines(output_dir / task / f"{best}-0"), markup=False, soft_wrap=True)
     console.print(f"{sum(map(len, results.values())) * seeds} runs in {time.perf_counter() - start:.0f} s.")
     return results
+
+
+def leading(runs: dict[str, list[dict[str, Any]]]) -> tuple[list[str], str]:
+    """Methods with the highest accuracy of seed 0 on the test rows, as it is printed, and a sentence on them.
+
+    The sentence is empty where there is one method alone.
+    """
+    shown = {method: f"{found[0]['metrics']['test']['accuracy']:.3f}" for method, found in runs.items()}
+    top = max(shown.values(), key=float)
+    first = [method for method, accuracy in shown.items() if accuracy == top]
+    if len(runs) == 1:
+        return first, ""
+    titles = [registry.method(method).title for method in first]
+    if len(first) == 1:
+        return first, f"{titles[0]} has the highest accuracy with seed 0, {top}."
+    return first, f"{', '.join(titles[:-1])} and {titles[-1]} tie for the highest accuracy with seed 0, {top}."
 
 
 def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> Table:

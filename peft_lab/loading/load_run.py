@@ -249,3 +249,15 @@ def _labels_of_data(task: Task) -> list[str] | None:
     if not task_kind(task.kind).labelled or task.problem_type == "regression":
         return None
     return list(load_splits(task).labels or ()) or None
+
+
+def method_config(model: Any) -> dict[str, Any]:
+    """Config of the adapter as JSON holds it; empty without an adapter."""
+    if not isinstance(model, PeftModel):
+        return {}
+    config = model.active_peft_config.to_dict()
+    config.pop("fingerprints", None)  # they are in adapter_config.json
+    for key, value in config.items():
+        if isinstance(value, set):  # such as peft's target_modules, whose order differs from process to process
+            config[key] = sorted(value)
+    return config

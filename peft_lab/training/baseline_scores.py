@@ -45,36 +45,39 @@ def without_input(
     return found
 
 
-def of_untouched_base(
-    trainer: LabTrainer, kind: Kind, task: Task, rows: Mapping[str, Any], do_eval: bool
-) -> dict[str, Baseline]:
-    """Baseline of the backbone as it was loaded, before the first step, on the rows that decide.
+def split_of_base(trainer: LabTrainer, kind: Kind, task: Task, rows: Mapping[str, Any], do_eval: bool) -> str | None:
+    """Split on which the backbone as it was loaded is scored; None where it is not.
 
-    It costs one evaluation of these: the test rows, or the validation rows of a task without test rows. A run that does
+    These are the rows that decide: the test rows, or the validation rows of a task without test rows. A run that does
     not score its test rows, such as one of a search, does without, and so does a kind whose head starts at random. A
     model in parts (FSDP, DeepSpeed) cannot be evaluated before its training has been prepared.
 
     Args:
-        trainer: the run's trainer, before the training.
+        trainer: the run's trainer.
         kind, task: of the run.
-        rows: split -> preprocessed rows.
+        rows: split -> rows.
         do_eval: True if the validation rows are scored.
-
-    Returns:
-        The split and its baseline; empty where there is none.
     """
     split = "test" if task.has_test else "validation"
     scored = split in rows and (split == "test" or do_eval)
-    if not kind.info.source_head or not scored or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return {}
+    parts = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return split if kind.info.source_head and scored and not parts else None
+
+
+def of_untouched_base(trainer: LabTrainer, rows: Any) -> Baseline:
+    """Baseline of the backbone before the first step; it costs one evaluation.
+
+    Args:
+        trainer: the run's trainer, before the training.
+        rows: preprocessed rows.
+    """
     model = trainer.model
     base = model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
     devices = [torch.cuda.current_device()] if trainer.args.device.type == "cuda" else []
     started = time.perf_counter()
     # a loader draws from torch's generator, and the training must not depend on this evaluation
     with torch.random.fork_rng(devices=devices), base:
-        output = trainer.predict(rows[split], metric_key_prefix="base")
-    found = scores(output.metrics or {}, "base_")
-    baseline = Baseline(UNTOUCHED, found, time.perf_counter() - started)
-    logger.info("%s was scored on the %s rows in %.1f s.", UNTOUCHED, split, baseline.seconds)
-    return {split: baseline}
+        output = trainer.predict(rows, metric_key_prefix="base")
+    found = Baseline(UNTOUCHED, scores(output.metrics or {}, "base_"), time.perf_counter() - started)
+    logger.info("%s was scored on %d rows in %.1f s.", UNTOUCHED, len(rows), found.seconds)
+    return found

@@ -32,7 +32,7 @@ from peft_lab.data.task_registry import load_task
 from peft_lab.errors import ConfigError, WriteError
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.foreign_adapters import write_record
-from peft_lab.loading.load_run import adapt, count_parameters, load_base
+from peft_lab.loading.load_run import adapt, count_parameters, load_base, method_config
 from peft_lab.metrics.baselines import comparison, shortfall
 from peft_lab.metrics.per_row import written_metrics
 from peft_lab.metrics.predictions import Predictions, write_predictions
@@ -46,7 +46,7 @@ from peft_lab.training.arguments import (
     check_smoothing,
     training_arguments,
 )
-from peft_lab.training.baseline_scores import of_untouched_base, without_input
+from peft_lab.training.baseline_scores import of_untouched_base, split_of_base, without_input
 from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
 from peft_lab.training.chunked_loss import chunked_loss
@@ -209,8 +209,12 @@ class _Run:
 
     def _score_untouched_base(self) -> None:
         do_eval = self.config.training_arguments.get("do_eval") is not False
-        for split, found in of_untouched_base(self.trainer, self.kind, self.task, self.rows, do_eval).items():
-            self.baselines[split].append(found)
+        split = split_of_base(self.trainer, self.kind, self.task, self.rows, do_eval)
+        if split is not None:
+            # metrics may look at the rows, and evaluations in training are those of the validation rows
+            before, self.scored = self.scored, split
+            self.baselines[split].append(of_untouched_base(self.trainer, self.rows[split]))
+            self.scored = before
 
     def _load(self) -> None:
         seed = self.arguments.seed
@@ -407,7 +411,7 @@ class _Run:
                 "rows": {name: len(rows) for name, rows in self.raw.items() if isinstance(rows, Sized)},
                 "streaming": self.task.streaming,
             },
-            "method_config": _method_config(self.model),
+            "method_config": method_config(self.model),
             "processes": self.process.num_processes,
             "versions": versions(),
             "device": device_name(),
@@ -434,18 +438,6 @@ class _Run:
             write_predictions(self.folder, self.items)
         write_card(self.folder, self.metrics, self.info, self.task)
         write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
-
-
-def _method_config(model: Any) -> dict[str, Any]:
-    """Config of the adapter as JSON holds it; empty without an adapter."""
-    if not isinstance(model, PeftModel):
-        return {}
-    config = model.active_peft_config.to_dict()
-    config.pop("fingerprints", None)  # they are in adapter_config.json
-    for key, value in config.items():
-        if isinstance(value, set):  # such as peft's target_modules, whose order differs from process to process
-            config[key] = sorted(value)
-    return config
 
 
 def _outputs(task: Task, labels: Any) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from peft_lab.comparison.records.results import read_predictions
 from peft_lab.comparison.records.run import Record, Run
-from peft_lab.comparison.report.sentences import describe
+from peft_lab.comparison.report.sentences import describe, join, leaders
 from peft_lab.comparison.run import plan
 from peft_lab.comparison.run.backends import Backend, make_backend
 from peft_lab.comparison.run.plan import Choice
@@ -280,8 +280,16 @@ def choose(cells: Sequence[CellResult]) -> tuple[str, tuple[str, ...]]:
     else:
         listing = ", ".join(f"{label} ({count:,})" for label, count in sorted(sizes.items(), key=lambda item: item[1]))
         alike_text = f"These cannot be told apart, here with their trainable parameters: {listing}. "
-        if chosen is best:
+        fewest = [label for label, count in sizes.items() if count == sizes[chosen.label]]
+        first = leaders(cell)
+        if len(fewest) > 1:
+            # the first of the ranking among them; of arms that tie there too, the first by name
+            why = "the one with the best mean" if first == (chosen.label,) else "the first in the table"
+            taken = f"{join(fewest)} have the fewest; of these {chosen.label} is taken, {why}."
+        elif first == (chosen.label,):
             taken = f"{chosen.label} is taken because it has the fewest of them; its mean is also the best."
+        elif chosen.label in first:
+            taken = f"{chosen.label} is taken because it has the fewest of them; its mean ties for the best."
         else:
             taken = f"{chosen.label} is taken because it has the fewest, not because it scored best."
         reasons.append(alike_text + taken)
