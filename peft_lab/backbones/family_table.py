@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from peft_lab.backbones.audio_families import AUDIO
 from peft_lab.backbones.family import Family
 from peft_lab.backbones.text_families import TEXT
 from peft_lab.backbones.vision_families import VISION
 
-FAMILIES: dict[str, Family] = {**VISION, **TEXT}
+FAMILIES: dict[str, Family] = {**VISION, **TEXT, **AUDIO}
 
 
 def family(model_type: str) -> Family | None:

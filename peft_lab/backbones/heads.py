@@ -73,7 +73,9 @@ def head_paths(model: nn.Module) -> list[str]:
 def backbone_weights(model: Any, keys: Iterable[str]) -> list[str]:
     """Return the weights among `keys` that lie in the backbone and in no head of it."""
     heads = tuple(f"{path}." for path in head_paths(model))
-    below = f"{getattr(model, 'base_model_prefix', '')}."
+    # A model made of any backbone and a head has no prefix.
+    prefix = getattr(model, "base_model_prefix", "")
+    below = f"{prefix}." if prefix else ""
     return sorted(key for key in keys if key.startswith(below) and not key.startswith(heads))
 
 

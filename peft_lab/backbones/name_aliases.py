@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from itertools import count
 
 
 class Renames:
@@ -13,8 +14,8 @@ class Renames:
     """
 
     def __init__(self, aliases: tuple[tuple[str, str], ...]) -> None:
-        self._forward = [(_fragment(old, new), new.replace("*", r"\1")) for old, new in aliases]
-        self._back = [(_fragment(new, old), old.replace("*", r"\1")) for old, new in aliases]
+        self._forward = [(_fragment(old, new), _groups(new)) for old, new in aliases]
+        self._back = [(_fragment(new, old), _groups(old)) for old, new in aliases]
         self._aliases = aliases
 
     def new(self, path: str) -> str:
@@ -45,6 +46,12 @@ class Renames:
         for pattern, replacement in rules:
             path = pattern.sub(replacement, path)
         return path
+
+
+def _groups(path: str) -> str:
+    """Return a path as a replacement; its indices are the groups of a match, in order."""
+    numbers = count(1)
+    return re.sub(r"\*", lambda _: rf"\{next(numbers)}", path)
 
 
 def _tail(path: str, length: int) -> str:

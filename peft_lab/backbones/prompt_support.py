@@ -1,8 +1,6 @@
-"""Support for prompt tokens in families outside the role table.
+"""Support for prompt tokens, beside the facts of the role table.
 
-Data only. A family of the table supports them, with the facts in its `Family`.
-
-A family of the table supports them, with the facts in its `Family`.
+Data only. A family of the table supports them, with the facts in its `Family`, unless an obstacle stands here.
 """
 
 from __future__ import annotations
@@ -29,12 +27,15 @@ class PromptSupport(NamedTuple):
 ALIBI = "biases its attention by distance (ALiBi)"
 _OWN_LENGTH = "makes masks or positions for the text alone in each block"
 _IN_PIECES = "attends within pieces of the text"
+_DROPS_BLOCKS = "leaves out whole blocks at random in training (LayerDrop), and prompts with them"
 
 #: `model_type` -> support, beside the families of the table.
 PROMPT_SUPPORT: dict[str, PromptSupport] = {
     **dict.fromkeys(("bloom", "mpt"), PromptSupport(ALIBI)),
     **dict.fromkeys(("falcon_h1", "roformer", "xlm", "xlnet"), PromptSupport(_OWN_LENGTH)),
     **dict.fromkeys(("led", "longformer", "longt5"), PromptSupport(_IN_PIECES)),
+    **dict.fromkeys(("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat"), PromptSupport(_DROPS_BLOCKS)),
+    "data2vec-audio": PromptSupport(_DROPS_BLOCKS),
     "fnet": PromptSupport("mixes tokens without attention"),
     "funnel": PromptSupport("merges tokens between its blocks"),
     **dict.fromkeys(("codegen", "gptj"), PromptSupport(rotary_in_block=True)),

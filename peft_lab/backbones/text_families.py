@@ -1,4 +1,4 @@
-"""Families of text backbones, and Whisper.
+"""Families of text backbones.
 
 Encoders, decoders and encoder-decoders. Data only.
 """
@@ -246,12 +246,12 @@ TEXT |= families(
     ),
     position_biases=("position_bias",),
 )
-_SEQ2SEQ = {
+SEQ2SEQ_BLOCK = {
     **_both_attentions("self_attn", "encoder_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
     **in_blocks(mlp_up="fc1", mlp_down="fc2"),
     **in_blocks(norm="self_attn_layer_norm encoder_attn_layer_norm final_layer_norm"),
 }
-_SEQ2SEQ_PRE_NORM = pre_norm(
+SEQ2SEQ_PRE_NORM = pre_norm(
     ("attention", "self_attn_layer_norm", "self_attn.out_proj"),
     ("cross_attention", "encoder_attn_layer_norm", "encoder_attn.out_proj"),
     ("mlp", "final_layer_norm", "fc2"),
@@ -261,23 +261,12 @@ _SEQ2SEQ_POST_NORM = post_norm(
     ("cross_attention", "encoder_attn.out_proj", "encoder_attn_layer_norm"),
     ("mlp", "fc2", "final_layer_norm"),
 )
-TEXT |= families(
-    "whisper",
-    blocks=("encoder.layers.*", "decoder.layers.*"),
-    roles={
-        **_SEQ2SEQ,
-        "conv.stem": ("encoder.conv1", "encoder.conv2"),
-        "embed.token": ("decoder.embed_tokens",),
-        "norm.final": ("encoder.layer_norm", "decoder.layer_norm"),
-    },
-    residual=_SEQ2SEQ_PRE_NORM,
-)
 # BART has no final norms, mBART has them: a path that a model lacks matches nothing.
 _BART = {
-    **_SEQ2SEQ,
+    **SEQ2SEQ_BLOCK,
     "embed.token": ("shared",),
     "norm.embed": ("encoder.layernorm_embedding", "decoder.layernorm_embedding"),
     "norm.final": ("encoder.layer_norm", "decoder.layer_norm"),
 }
-for _types, _residual in (("bart", _SEQ2SEQ_POST_NORM), ("mbart", _SEQ2SEQ_PRE_NORM)):
+for _types, _residual in (("bart", _SEQ2SEQ_POST_NORM), ("mbart", SEQ2SEQ_PRE_NORM)):
     TEXT |= families(_types, blocks=("encoder.layers.*", "decoder.layers.*"), roles=_BART, residual=_residual)

@@ -11,7 +11,7 @@ VISION: dict[str, Family] = {}
 
 # Vision transformers ------------------------------------------------------------------------------------------------
 
-_VISION_OP = ("embed.patch", "norm.stem", "norm", "linear", "norm.final")
+VISION_OP = ("embed.patch", "norm.stem", "norm", "linear", "norm.final")
 _OLD_QKV = tuple((f"attention.attention.{name}", f"attention.{name[0]}_proj") for name in ("query", "key", "value"))
 _OLD_SELF = tuple((f"attention.self.{name}", f"attention.{name[0]}_proj") for name in ("query", "key", "value"))
 _OLD_DENSE = (
@@ -19,32 +19,32 @@ _OLD_DENSE = (
     ("intermediate.dense", "mlp.fc1"),
     ("output.dense", "mlp.fc2"),
 )
-_VIT_BLOCK = {
+VIT_BLOCK = {
     **attention("attention", "q_proj", "k_proj", "v_proj", "attention.o_proj"),
     **in_blocks(mlp_up="mlp.fc1", mlp_down="mlp.fc2", norm="layernorm_before layernorm_after"),
     "embed.patch": ("embeddings.patch_embeddings.projection",),
     "norm.final": ("layernorm",),
 }
 
-_VIT_ALIASES = (("encoder.layer.*", "layers.*"), *_OLD_QKV, *_OLD_DENSE)
+VIT_ALIASES = (("encoder.layer.*", "layers.*"), *_OLD_QKV, *_OLD_DENSE)
 # The norm and the last module before the addition, by family.
-_VIT_RESIDUAL = pre_norm(("attention", "layernorm_before", "dropout"), ("mlp", "layernorm_after", "dropout"))
+VIT_RESIDUAL = pre_norm(("attention", "layernorm_before", "dropout"), ("mlp", "layernorm_after", "dropout"))
 _BEIT_RESIDUAL = pre_norm(("attention", "layernorm_before", "drop_path"), ("mlp", "layernorm_after", "drop_path"))
 _SWIN_RESIDUAL = pre_norm(("attention", "layernorm_before", "drop_path"), ("mlp", "layernorm_after", "dropout"))
 _DINO_RESIDUAL = pre_norm(("attention", "norm1", "drop_path"), ("mlp", "norm2", "drop_path"))
 
 for _types, _residual, _prefix in (
-    ("vit vit_mae vit_msn", _VIT_RESIDUAL, ("cls_token",)),
-    ("deit", _VIT_RESIDUAL, ("cls_token", "distillation_token")),
-    ("ijepa", _VIT_RESIDUAL, ()),
+    ("vit vit_mae vit_msn", VIT_RESIDUAL, ("cls_token",)),
+    ("deit", VIT_RESIDUAL, ("cls_token", "distillation_token")),
+    ("ijepa", VIT_RESIDUAL, ()),
     ("beit", _BEIT_RESIDUAL, ("cls_token",)),
 ):
     VISION |= families(
         _types,
         blocks=("layers.*",),
-        roles=_VIT_BLOCK,
-        op=_VISION_OP,
-        aliases=_VIT_ALIASES,
+        roles=VIT_BLOCK,
+        op=VISION_OP,
+        aliases=VIT_ALIASES,
         residual=_residual,
         prefix_tokens=_prefix,
         bias_flags=() if _types == "beit" else ("qkv_bias",),
@@ -60,7 +60,7 @@ VISION |= families(
         "norm.stem": ("norm_pre",),
         "norm.final": ("norm",),
     },
-    op=_VISION_OP,
+    op=VISION_OP,
     residual=pre_norm(("attention", "norm1", "drop_path1"), ("mlp", "norm2", "drop_path2")),
     library="timm",
 )
@@ -68,12 +68,12 @@ VISION |= families(
     "swin",
     blocks=("encoder.layers.*.blocks.*",),
     roles={
-        **_VIT_BLOCK,
+        **VIT_BLOCK,
         "norm.stem": ("embeddings.norm",),
         "downsample": ("encoder.layers.*.downsample.reduction",),
         "norm.downsample": ("encoder.layers.*.downsample.norm",),
     },
-    op=_VISION_OP,
+    op=VISION_OP,
     aliases=(*_OLD_SELF, *_OLD_DENSE),
     residual=_SWIN_RESIDUAL,
     bias_flags=("qkv_bias",),
@@ -91,13 +91,13 @@ VISION |= families(
     "dinov2 dinov2_with_registers",
     blocks=("encoder.layer.*",),
     roles={
-        **_VIT_BLOCK,
+        **VIT_BLOCK,
         # The giant model has a SwiGLU in place of fc1 and fc2; older versions hold its gate and up in one matrix.
         **in_blocks(mlp_up="mlp.fc1 mlp.up_proj mlp.weights_in", mlp_down="mlp.fc2 mlp.down_proj"),
         **in_blocks(mlp_gate="mlp.gate_proj"),
         **in_blocks(norm="norm1 norm2"),
     },
-    op=_VISION_OP,
+    op=VISION_OP,
     aliases=(*_OLD_QKV, _OLD_DENSE[0], ("mlp.weights_out", "mlp.down_proj")),
     residual=_DINO_RESIDUAL,
     prefix_tokens=("cls_token", "register_tokens"),
@@ -107,16 +107,66 @@ VISION |= families(
     "dinov3_vit",
     blocks=("model.layer.*",),
     roles={
-        **_VIT_BLOCK,
+        **VIT_BLOCK,
         **in_blocks(mlp_up="mlp.up_proj", mlp_gate="mlp.gate_proj", mlp_down="mlp.down_proj", norm="norm1 norm2"),
         "embed.patch": ("embeddings.patch_embeddings",),
         "norm.final": ("norm",),
     },
-    op=_VISION_OP,
+    op=VISION_OP,
     aliases=(("layer.*", "model.layer.*"),),
     residual=_DINO_RESIDUAL,
     prefix_tokens=("cls_token", "register_tokens"),
     bias_flags=("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"),
+)
+
+# Transformers for dense prediction ----------------------------------------------------------------------------------
+
+# Each stage has a patch embedding and a final norm of its own; its attention reads keys that a convolution has reduced.
+VISION |= families(
+    "segformer",
+    blocks=("stages.*.blocks.*",),
+    roles={
+        **VIT_BLOCK,
+        **in_blocks(norm="layernorm_before layernorm_after attention.sequence_reduction.layer_norm"),
+        "conv": ("{block}.attention.sequence_reduction.sequence_reduction",),
+        "conv.depthwise": ("{block}.mlp.dwconv.dwconv",),
+        "embed.patch": ("stages.*.patch_embeddings.proj",),
+        "norm.stem": ("stages.*.patch_embeddings.layer_norm",),
+        "norm.final": ("stages.*.layer_norm",),
+    },
+    op=(*VISION_OP, "conv.depthwise"),
+    aliases=(
+        ("encoder.block.*.*", "stages.*.blocks.*"),
+        ("encoder.patch_embeddings.*", "stages.*.patch_embeddings"),
+        ("encoder.layer_norm.*", "stages.*.layer_norm"),
+        *_OLD_SELF,
+        ("attention.output.dense", "attention.o_proj"),
+        ("attention.self.sr", "attention.sequence_reduction.sequence_reduction"),
+        ("attention.self.layer_norm", "attention.sequence_reduction.layer_norm"),
+        ("layer_norm_1", "layernorm_before"),
+        ("layer_norm_2", "layernorm_after"),
+        ("mlp.dense1", "mlp.fc1"),
+        ("mlp.dense2", "mlp.fc2"),
+    ),
+    residual=_BEIT_RESIDUAL,
+    bias_flags=("qkv_bias",),
+)
+# Its neck reads the tokens of several blocks.
+VISION |= families(
+    "dpt",
+    blocks=("encoder.layer.*",),
+    roles={
+        **attention("attention.attention", "query", "key", "value", "attention.output.dense"),
+        **in_blocks(mlp_up="intermediate.dense", mlp_down="output.dense", norm="layernorm_before layernorm_after"),
+        "embed.patch": ("embeddings.patch_embeddings.projection",),
+        "norm.final": ("layernorm",),
+    },
+    op=VISION_OP,
+    residual=pre_norm(
+        ("attention", "layernorm_before", "attention.output.dropout"), ("mlp", "layernorm_after", "output.dropout")
+    ),
+    prefix_tokens=("cls_token",),
+    bias_flags=("qkv_bias",),
 )
 
 # The towers of CLIP and SigLIP --------------------------------------------------------------------------------------
@@ -138,7 +188,7 @@ VISION |= families(
     "clip_vision_model",
     blocks=("encoder.layers.*",),
     roles=_CLIP_VISION,
-    op=_VISION_OP,
+    op=VISION_OP,
     prefixes=("vision_model",),
     residual=_CLIP_RESIDUAL,
     prefix_tokens=("class_embedding",),
@@ -149,7 +199,7 @@ VISION |= families(
     "siglip_vision_model siglip2_vision_model",
     blocks=("encoder.layers.*",),
     roles=_CLIP_VISION,
-    op=_VISION_OP,
+    op=VISION_OP,
     prefixes=("vision_model",),
     residual=_CLIP_RESIDUAL,
 )

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import (
     BeitConfig,
     BeitForSemanticSegmentation,
+    Data2VecVisionConfig,
+    Data2VecVisionForImageClassification,
     Dinov2Config,
     DPTConfig,
     DPTForSemanticSegmentation,
@@ -54,8 +56,7 @@ METHODS = {
 }
 
 
-#: The layers of DPT keep their attention elsewhere than where DVPT's branch finds it.
-CASES = [(name, method) for name in MODELS for method in METHODS if name != "dpt" or method.startswith("vpt")]
+CASES = [(name, method) for name in MODELS for method in METHODS]
 each = pytest.mark.parametrize(("name", "method"), cover(CASES))
 
 
@@ -96,7 +97,7 @@ def test_a_dense_head_reads_the_patches_alone(name, method):
         assert torch.equal(model.unload()(**pixels).logits, expected.logits)
 
 
-@pytest.mark.parametrize("name", ["beit", "upernet-dinov2"])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_branch_adds_nothing_at_the_start(name):
     """Of DVPT's start only the prompts act, as plain shallow prompts of the same values do: its gates are closed."""
     base = _model(name)
@@ -131,7 +132,6 @@ def test_a_bright_quadrant_is_learned(name, method):
 
 
 def test_a_backbone_without_a_place_for_the_branch_is_refused():
-    with pytest.raises(
-        ConfigError, match=r'"dvpt" has no place for its branch .* DPTViTLayer \("dpt.encoder.layer.0"\)'
-    ):
-        adapt("dvpt", _model("dpt"), modules_to_save=[])
+    model = Data2VecVisionForImageClassification(Data2VecVisionConfig(**SIZES, **IMAGES, num_labels=2))
+    with pytest.raises(ConfigError, match=r'"dvpt" has no place for its branch .* Data2VecVisionLayer \('):
+        adapt("dvpt", model)

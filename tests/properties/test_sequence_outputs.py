@@ -17,7 +17,7 @@ from peft_lab.backbones import module_roles
 from peft_lab.tuners.sequence.layer import SequenceLayer
 
 
-@spread([*DECODERS, *ENCODERS, *VISION, "swin", "clip", "siglip", "t5"])
+@spread([*DECODERS, *ENCODERS, *VISION, "swin", "clip", "siglip", "t5", "audio-spectrogram-transformer", "dpt"])
 @torch.no_grad()
 def test_hidden_states_and_attentions_are_those_of_the_tokens(method, family, attention):
     base = TINY[family]()

@@ -10,11 +10,11 @@ from peft import PeftModel
 from support.backbones import TINY, tiny_inputs
 from support.cover import MAIN, cover
 from support.properties import (
+    CONV_NETS,
     IMAGE_LOGITS,
     IMAGES,
     KEEPS_HEAD,
     METHODS,
-    NO_SEQUENCE,
     ON_OPS,
     OWN,
     SEQUENCE,
@@ -60,7 +60,7 @@ def test_only_what_is_declared_trains(base, method, family):
     assert len(changed & own_names) >= 0.6 * len(own_names & trainable)
 
 
-@pairs([*OWN, *KEEPS_HEAD], NO_SEQUENCE)
+@pairs([*OWN, *KEEPS_HEAD], CONV_NETS)
 def test_training_leaves_running_statistics_to_the_base(base, method, family, tmp_path):
     """A loop of anybody's: `model.train()` and steps. What the norms of a conv net gather is in no adapter file."""
     inputs, other = tiny_inputs(base), tiny_inputs(base, batch=4)

@@ -50,13 +50,28 @@ _SEQ2SEQ = {
     **_SPECIAL,
 }
 _WHISPER = {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}
+_WAVEFORM = {
+    **{**_SHAPE, "conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2},
+    **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8},
+    **{"vocab_size": VOCABULARY, "apply_spec_augment": False, "layerdrop": 0.0},
+}
+_SPECTROGRAM = {**_SHAPE, "patch_size": 4, "frequency_stride": 4, "time_stride": 4, "max_length": 16, "num_mel_bins": 8}
+_SEGFORMER = {
+    **{"num_encoder_blocks": 2, "depths": [1, 2], "sr_ratios": [2, 1], "hidden_sizes": [8, 16], "strides": [4, 2]},
+    **{"patch_sizes": [7, 3], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 8},
+    **{"drop_path_rate": 0.0, "image_size": 32},
+}
+_DPT = {**_IMAGE, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [4, 4, 8, 8]}
+_UPERNET = {"hidden_size": 8, "pool_scales": [1, 2], "auxiliary_channels": 8}
 _TOWERS = {"text_config": {**_TEXT, "projection_dim": 8}, "vision_config": _IMAGE, "projection_dim": 8}
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 
 
 def _build(cls: type[PreTrainedModel], **settings: Any) -> PreTrainedModel:
     config: PretrainedConfig = cls.config_class(**settings)
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+    parts = (getattr(config, name) for name in config.sub_configs)
+    # DPT may have a backbone of another family, and has none here.
+    for part in (config, *filter(None, parts)):
         for name, value in vars(part).items():
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
@@ -132,6 +147,10 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
     "phi3": _model("Phi3ForCausalLM", **_TEXT),
     "t5": _model("T5ForConditionalGeneration", **_T5),
     "whisper": _model("WhisperForConditionalGeneration", **_WHISPER),
+    "wav2vec2": _model("Wav2Vec2ForSequenceClassification", **_WAVEFORM),
+    "audio-spectrogram-transformer": _model("ASTForAudioClassification", **_SPECTROGRAM),
+    "segformer": _model("SegformerForSemanticSegmentation", **_SEGFORMER),
+    "dpt": _model("DPTForSemanticSegmentation", fusion_hidden_size=8, **_DPT),
 }
 
 _EXPERTS = {**_GROUPED, "num_experts_per_tok": 2}
@@ -175,6 +194,28 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "t5_gated": _model("T5ForConditionalGeneration", feed_forward_proj="gated-gelu", **_T5),
     "t5_classifier": _model("T5ForSequenceClassification", **_T5),
     "whisper_classifier": _model("WhisperForAudioClassification", **_WHISPER),
+    "hubert_stable": _model("HubertForSequenceClassification", do_stable_layer_norm=True, **_WAVEFORM),
+    "beit_segmenter": _model(
+        "BeitForSemanticSegmentation",
+        out_indices=[0, 1, 2, 3],
+        pool_scales=[1, 2],
+        auxiliary_channels=8,
+        **{**_IMAGE, "num_hidden_layers": 4},
+    ),
+    "upernet_swin": _model(
+        "UperNetForSemanticSegmentation",
+        backbone_config=hf.SwinConfig(
+            out_features=["stage1", "stage2", "stage3"], **{**_STAGES, "depths": [1, 1, 1], "num_heads": [1, 2, 2]}
+        ),
+        auxiliary_in_channels=32,
+        **_UPERNET,
+    ),
+    "upernet_convnext": _model(
+        "UperNetForSemanticSegmentation",
+        backbone_config=hf.ConvNextConfig(out_features=["stage1", "stage2"], **_CONVNEXT),
+        use_auxiliary_head=False,
+        **_UPERNET,
+    ),
     "mbart": _model("MBartForSequenceClassification", max_position_embeddings=64, **_SEQ2SEQ),
     "bart": _model("BartForSequenceClassification", max_position_embeddings=64, **_SEQ2SEQ),
 }
@@ -244,10 +285,24 @@ def tiny_inputs(model: PreTrainedModel, batch: int = 2, labels: bool = False) ->
         inputs["pixel_values"] = torch.randn(batch, 3, size, size, generator=random)
     if model.main_input_name == "input_features":
         inputs["input_features"] = torch.randn(batch, config.num_mel_bins, 32, generator=random)
+    if model.main_input_name == "input_values":
+        # A spectrogram (frames, bins), or a waveform of so many samples.
+        bins = getattr(config, "num_mel_bins", None)
+        shape = (config.max_length, bins) if bins else (200,)
+        inputs["input_values"] = torch.randn(batch, *shape, generator=random)
     classifies = "Classification" in type(model).__name__
     if config.is_encoder_decoder and not classifies:
         inputs["decoder_input_ids"] = torch.randint(5, VOCABULARY, (batch, 5), generator=random)
     if labels and "labels" in inspect.signature(model.forward).parameters:
-        targets = inputs.get("decoder_input_ids", inputs.get("input_ids"))
-        inputs["labels"] = torch.arange(batch) % CLASSES if classifies else targets.clone()
+        inputs["labels"] = _targets(model, inputs, batch, classifies)
     return inputs
+
+
+def _targets(model: PreTrainedModel, inputs: dict[str, Tensor], batch: int, classifies: bool) -> Tensor:
+    """Classes of rows or of pixels, or tokens."""
+    if "Segmentation" in type(model).__name__:
+        height, width = inputs["pixel_values"].shape[-2:]
+        return (torch.arange(batch * height * width) % CLASSES).reshape(batch, height, width)
+    if classifies:
+        return torch.arange(batch) % CLASSES
+    return inputs.get("decoder_input_ids", inputs.get("input_ids")).clone()

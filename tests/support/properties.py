@@ -45,14 +45,15 @@ EVERY, EVERY_OWN = [*METHODS, *IMAGES], [*OWN, *IMAGES]
 #: Those whose values come from the training data: in a test, from `fill`.
 UNTRAINED = [name for name in OWN if has_trait(registry.method(name), "values_from_data")]
 TRAINED = [name for name in OWN if name not in UNTRAINED]
-#: Families of `backbones.TINY` whose blocks have no place for prompts: conv nets.
-NO_SEQUENCE = ("convnext", "resnet", "efficientnet", "mobilenet_v2")
 #: Families of `backbones.TINY` whose blocks have no linear layer.
 CONVOLUTIONAL = ("resnet", "efficientnet", "mobilenet_v2")
+CONV_NETS = ("convnext", *CONVOLUTIONAL)
+#: Families of `backbones.TINY` with no place for prompts: their blocks are convolutions, or are left out at random.
+NO_SEQUENCE = (*CONV_NETS, "segformer", "wav2vec2")
 #: Families of `backbones.TINY` that classify images and have a place for prompts.
 IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
 #: Those that classify images.
-CLASSIFIERS = (*IMAGE_CLASSIFIERS, "swin", *NO_SEQUENCE)
+CLASSIFIERS = (*IMAGE_CLASSIFIERS, "swin", *CONV_NETS)
 #: Those with a place for a branch between attention and MLP.
 PRE_NORM = (*IMAGE_CLASSIFIERS, "dinov3_vit", "clip", "siglip")
 

@@ -36,7 +36,8 @@ HEADS = {
     "distilbert": ["pre_classifier", "classifier"],
     "modernbert": ["head.dense", "head.norm", "classifier"],
     "deit_teacher": ["cls_classifier", "distillation_classifier"],
-    "whisper_classifier": ["projector", "classifier"],
+    **{n: ["projector", "classifier"] for n in ("whisper_classifier", "wav2vec2", "hubert_stable")},
+    "audio-spectrogram-transformer": ["classifier.layernorm", "classifier.dense"],
 }
 GENERATIVE = {"gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3"} | {
     *("t5", "t5_gated", "whisper", "phi_qk_norm")
@@ -46,7 +47,25 @@ BARE = {"clip", "siglip", "dinov3_vit", "dinov3_gated", "vit_mae", "clip_vision"
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+#: Segmenters, by all that stands in front of their backbone.
+SEGMENTERS = {
+    "segformer": {"decode_head"},
+    "dpt": {"neck", "head", "auxiliary_head"},
+    "beit_segmenter": {"fpn", "decode_head", "auxiliary_head"},
+    "upernet_swin": {"decode_head", "auxiliary_head"},
+    "upernet_convnext": {"decode_head"},
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_head_of_a_segmenter_is_all_in_front_of_its_backbone(name: str) -> None:
+    model, parts = tiny(name), SEGMENTERS[name]
+    own = [path for path, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
+    assert head_modules(model) == [path for path in own if path.partition(".")[0] in parts]
+    assert {path.partition(".")[0] for path in head_modules(model)} == parts
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in SEGMENTERS])
 def test_head_modules(name: str) -> None:
     expected = [] if name in GENERATIVE | BARE else HEADS.get(name, ["classifier"])
     assert head_modules(tiny(name)) == expected

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from support.backbones import _GROUPED, _SEQ2SEQ, _SPECIAL, _T5, _TEXT, TINY, _build
+from support.backbones import _GROUPED, _SEQ2SEQ, _SPECIAL, _T5, _TEXT, _WAVEFORM, TINY, _build
 from support.cover import cover
 from support.properties import adapt, move
 from torch import Tensor, nn
@@ -62,6 +62,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "longt5": ("LongT5ForConditionalGeneration", {"encoder_attention_type": "local", "local_radius": 4, **_T5}),
     "mpt": ("MptForCausalLM", {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 64, **_SPECIAL}),
     "roformer": ("RoFormerForSequenceClassification", {"embedding_size": 16, **_TEXT}),
+    **{
+        name: (f"{cls}ForSequenceClassification", _WAVEFORM)
+        for name, cls in {
+            "wav2vec2": "Wav2Vec2",
+            "hubert": "Hubert",
+            "wavlm": "WavLM",
+            "unispeech": "UniSpeech",
+            "unispeech-sat": "UniSpeechSat",
+            "data2vec-audio": "Data2VecAudio",
+        }.items()
+    },
     "xlm": ("XLMForSequenceClassification", {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "n_words": 99}),
     "xlnet": ("XLNetLMHeadModel", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": 99}),
 }

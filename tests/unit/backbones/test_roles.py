@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from support.backbones import MODELS, TINY, Custom, bare, found, tiny, tiny_inputs, unknown
+from support.properties import CONV_NETS
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -129,6 +130,8 @@ def test_all_linear_layers_of_the_blocks_are_found(model_type: str) -> None:
         n for n, m in model.named_modules() if isinstance(m, weights) and any(n.startswith(f"{b}.") for b in blocks)
     }
     # Position projections of DeBERTa read the position table, not the features; a gate weighs experts.
+    # The projections of WavLM's attention are read without a call.
+    inside = {n for n in inside if not (model_type == "wavlm" and ".attention." in n)}
     inside = {n for n in inside if not re.search(r"\.(pos_(q_)?proj|shared_expert_gate)$", n)}
     linear = found(model, target_regex(model, ["linear"]))
     assert inside <= set(linear)
@@ -140,10 +143,11 @@ def test_all_linear_layers_of_the_blocks_are_found(model_type: str) -> None:
 def test_one_attention_projection_per_layer(name: str) -> None:
     model = tiny(name)
     blocks, expected = len(modules_by_role(model, "block")), 0
-    if families_in(model) & {"convnext", "convnextv2", "resnet", "efficientnet", "mobilenet_v2"}:
+    if families_in(model) & {*CONV_NETS, "convnextv2"}:
         assert not modules_by_role(model, "attn.q")
         return
-    config = model.config
+    # The backbone of a segmenter may be a family of its own.
+    config = getattr(model.config, "backbone_config", None) or model.config
     towers = [getattr(config, t) for t in ("text_config", "vision_config") if hasattr(config, t)] or [config]
     if len(towers) == 2 and not hasattr(model, "text_model"):
         towers = towers[1:]
@@ -161,6 +165,16 @@ def test_one_attention_projection_per_layer(name: str) -> None:
     for role in ("attn.q", "attn.k", "attn.v", "attn.out"):
         alone = modules_by_role(model, role)
         assert len(alone) in ((expected,) if role == "attn.out" else (0, expected))
+
+
+def test_projections_that_are_read_without_a_call_have_no_role() -> None:
+    """WavLM hands the weights of its projections to a function, under which an adapter around them would do nothing."""
+    model = on_meta("wavlm", num_hidden_layers=2)
+    assert {path.rpartition(".")[2] for path in found(model, target_regex(model, ["linear"]))} == {
+        *("intermediate_dense", "output_dense")
+    }
+    with pytest.raises(ConfigError, match=r'"wavlm" plays the role attn.q; it has: mlp.up, mlp.down'):
+        target_regex(model, ["attn.q"])
 
 
 def test_roles_of_bert_are_told_apart() -> None:
