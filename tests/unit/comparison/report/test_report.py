@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -39,13 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = comparison(tmp_path_factory.mktemp("comparison"))
     write_report(found)
     return found
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No matplotlib."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
 
 
 def test_everything_is_written(folder: Path) -> None:
