@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -98,10 +99,8 @@ def _turns(interactive: bool) -> Iterator[str]:
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
     # gives the prompt of `input` history and editing, where the system has it
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401
-    except ImportError:
-        pass
     while True:
         try:
             text = input("> ").strip()

@@ -15,6 +15,7 @@ from peft_lab.data import prompt_column
 from peft_lab.data.prompt_template import fill
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.serve.sampling import Sampling
 from peft_lab.tuners.forward_context import row_inputs
 from peft_lab.utils.text import visible
 

@@ -18,6 +18,7 @@ from peft_lab.data.token_kind import IGNORED
 from peft_lab.data.written_answers import WritingKind
 from peft_lab.errors import TaskError
 from peft_lab.registry import KindInfo
+from peft_lab.utils.batch_progress import advance
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -189,6 +190,7 @@ class Seq2SeqLM(WritingKind):
                 with torch.no_grad():
                     tokens = model.generate(**batch, do_sample=False, **options)
                 written += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+                advance(len(ids))
         finally:
             model.train(training)
         return written
