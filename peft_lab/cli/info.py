@@ -42,8 +42,9 @@ def info(
     # code is printed as it is: rich would read its brackets as markup
     for line in found["load"]:
         typer.echo(f"    {visible(line)}")
-    if found["score"] and found["score"]["shortfall"]:
-        print_out(f"[bold red]{shown(found['score']['shortfall'])}[/]")
+    score = found["score"]
+    if score and score["beats_baseline"] is False:
+        print_out(f"[bold red]{shown(score['sentence'])}[/]")
 
 
 def _lines(found: Mapping[str, Any]) -> dict[str, str]:
@@ -88,9 +89,8 @@ def _task(task: Mapping[str, Any]) -> str:
 def _score(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return _UNKNOWN
-    text = f"{score['split']} {score['metric']} {format_metric(score['value'])}"
-    baseline = score["baseline"]
-    return f"{text}; {baseline['predictor']}: {format_metric(baseline['value'])}" if baseline else text
+    beside = [f"{predictor}: {format_metric(value)}" for predictor, value in score["baselines"].items()]
+    return "; ".join([f"{score['split']} {score['metric']} {format_metric(score['value'])}", *beside])
 
 
 def _short(value: Any) -> str:

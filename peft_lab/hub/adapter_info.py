@@ -16,7 +16,7 @@ from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_R
 from peft_lab.backbones.pypi_weights import BACKBONES
 from peft_lab.errors import ConfigError, PeftLabError
 from peft_lab.hub import usage
-from peft_lab.metrics.baselines import baseline_of, shortfall
+from peft_lab.metrics.baselines import baselines_of, beside_baselines
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.runs.trained_task import trained_task
@@ -158,18 +158,18 @@ def _task(
 
 
 def _score(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Main metric beside its baseline, on the test rows if they were scored; None without one."""
+    """Main metric beside its baselines, on the test rows if they were scored; None without one."""
     scores, metric = metrics.get("metrics", {}), metrics.get("main_metric")
     split = next((each for each in ("test", "validation", *scores) if metric in scores.get(each, {})), None)
     if split is None or metric is None:
         return None
-    baseline = baseline_of(metrics, split, metric)
     return {
         "metric": metric,
         "split": split,
         "value": scores[split][metric],
-        "baseline": None if baseline is None else {"predictor": baseline[0], "value": baseline[1]},
-        "shortfall": shortfall(metrics) or None,
+        "baselines": dict(baselines_of(metrics, split, metric)),
+        "beats_baseline": metrics.get("beats_baseline"),
+        "sentence": beside_baselines(metrics),
     }
 
 
