@@ -5,6 +5,7 @@ The functions behind them are imported once the arguments are checked, because t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +15,13 @@ from peft_lab.cli.completion import complete_backbone, complete_task
 from peft_lab.cli.options import Json
 from peft_lab.cli.output import print_json
 from peft_lab.errors import ConfigError
+from peft_lab.utils.interruption import Stopped
 from peft_lab.utils.terminal import SafeConsole, shown
 
 if TYPE_CHECKING:
-    from peft_lab.comparison import Comparison, Study
+    from peft_lab.comparison import Comparison, Recommendation, Study
+    from peft_lab.comparison.stats.estimates import Estimate
+    from peft_lab.comparison.stats.statistics import CellResult
 
 Task = Annotated[
     str | None, typer.Option("--task", autocompletion=complete_task, help="A task, if there is no study file.")
@@ -53,6 +57,7 @@ def compare(
     backend: Where = "local",
     address: Address = None,
     retry_failed: Annotated[bool, typer.Option("--retry_failed", help="Make the runs that failed again.")] = False,
+    json: Json = False,
 ) -> None:
     """Compare methods by a study YAML, or on one task.
 
@@ -68,7 +73,14 @@ def compare(
         address=address,
         retry_failed=retry_failed,
     )
-    _summarise(done)
+    if json:
+        from peft_lab.comparison.records.results import read_predictions
+        from peft_lab.comparison.stats.statistics import rank_arms
+
+        cells = rank_arms(done.records, lambda record: read_predictions(done.folder, record))
+        print_json(_comparison_values(done, cells))
+    else:
+        _summarise(done)
     if done.failed:  # a script that goes on with the results must notice
         raise typer.Exit(1)
 
@@ -85,27 +97,91 @@ def recommend(
         int | None, typer.Option("--max_steps", min=1, help="Training steps of each run, if the time suffices.")
     ] = None,
     workers: Workers = None,
+    json: Json = False,
 ) -> None:
     """Compare methods on your task within a time, and choose one.
 
-    It ends in a run YAML for `peft-lab train`.
+    It always ends with an answer, and a run YAML for `peft-lab train`.
     """
     from peft_lab.comparison.study.schema import default_study
 
     default_study(task, model_name_or_path, max_steps)  # raises its errors before anything heavy is imported
     from peft_lab.comparison.run.recommend import recommend as run_recommendation
 
-    found = run_recommendation(
-        task, model_name_or_path, minutes, output, output_dir=output_dir, max_steps=max_steps, workers=workers
-    )
+    try:
+        found = run_recommendation(
+            task, model_name_or_path, minutes, output, output_dir=output_dir, max_steps=max_steps, workers=workers
+        )
+    except Stopped as stop:
+        # the answer from what was there; the last line says how to go on
+        if stop.result is not None:
+            _show_recommendation(stop.result, json)
+        raise
+    _show_recommendation(found, json)
+
+
+def _show_recommendation(found: Recommendation, json: bool) -> None:
+    if json:
+        print_json(_recommendation_values(found))
+        return
     _summarise(found.comparison)
     console = SafeConsole(highlight=False, soft_wrap=True)
     # sentences may hold square brackets, which rich would take for markup
-    for sentence in (*found.reasons, *found.dropped):
+    for sentence in (*found.reasons, *found.dropped, *found.more):
         console.print(shown(sentence))
-    console.print(
-        f"[bold]{shown(found.arm)}[/], learning rate {found.learning_rate:g}: peft-lab train {shown(found.file)}"
-    )
+    console.print(f"[bold]{shown(found.answer)}[/]")
+    console.print(f"peft-lab train {shown(found.file)}")
+
+
+def _recommendation_values(found: Recommendation) -> dict[str, Any]:
+    score = found.score
+    return {
+        "answer": found.answer,
+        "arm": found.arm,
+        "learning_rate": found.learning_rate,
+        "evidence": score is not None,
+        "finished": found.finished,
+        "metric": found.cell.metric if found.cell is not None else None,
+        "score": None if score is None else _score_values(score),
+        "reasons": list(found.reasons),
+        "left_out": list(found.dropped),
+        "more_time": list(found.more),
+        "options": found.options,
+        "file": str(found.file),
+        "comparison": _comparison_values(found.comparison, [] if found.cell is None else [found.cell]),
+    }
+
+
+def _comparison_values(done: Comparison, cells: Sequence[CellResult]) -> dict[str, Any]:
+    failed = []
+    for record in done.failed:
+        failed.append({"arm": record.arm, "task": record.task, "seed": record.seed, "error": record.error})
+    return {
+        "folder": str(done.folder),
+        "report": None if done.report is None else str(done.report),
+        "runs": len(done.records),
+        "failed": failed,
+        "unfinished": done.unfinished,
+        "results": [_cell_values(cell) for cell in cells],
+    }
+
+
+def _cell_values(cell: CellResult) -> dict[str, Any]:
+    arms = []
+    for arm in cell.arms:
+        arms.append({"arm": arm.label, **_score_values(arm.score), "by_seed": arm.by_seed})
+    return {
+        "task": cell.task,
+        "backbone": cell.backbone,
+        "metric": cell.metric,
+        "arms": arms,
+        "without_score": list(cell.without_score),
+        "indistinguishable_from_first": list(cell.indistinguishable),
+    }
+
+
+def _score_values(score: Estimate) -> dict[str, Any]:
+    return {"mean": score.value, "low": score.low, "high": score.high, "interval_over": score.basis}
 
 
 def report(

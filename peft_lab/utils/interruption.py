@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 #: Seconds after a first signal in which others change nothing: terminals and launchers send several at once.
 _GRACE = 2.0
@@ -23,11 +24,13 @@ class Stopped(SystemExit):
 
     Attributes:
         hint: sentence on how to go on.
+        result: what was reached until then, for a caller that can use it.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.hint = ""
+        self.result: Any = None
 
 
 @contextmanager

@@ -302,6 +302,12 @@ def search_run(study: Study, cell: Cell, arm: Arm, trial: Candidate) -> Run:
     return _Settings(study, cell, arm, arm.args).search_run(trial, 0)
 
 
+def final_run(study: Study, cell: Cell, arm: Arm, rate: float) -> Run:
+    """Build the final run of an arm with the first seed, its tuned arguments at their first values."""
+    trial = Candidate(rate, {name: values[0] for name, values in arm.tune.items()})
+    return _Settings(study, cell, arm, arm.args).final_run(trial, study.seeds[0], cost=False)
+
+
 def size_run(study: Study, cell: Cell, arm: Arm, name: str, limit: int) -> Run:
     """Build the run from which an arm's size is found.
 

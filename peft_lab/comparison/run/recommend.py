@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Generator, Sequence
@@ -10,58 +9,41 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peft_lab import registry
 from peft_lab.comparison.records.results import read_predictions
-from peft_lab.comparison.records.run import Record, Run
-from peft_lab.comparison.report.sentences import describe, join, leaders
+from peft_lab.comparison.records.run import Record, Run, RunInfo
+from peft_lab.comparison.report.sentences import describe, interval_text, join, leaders, metric_title
 from peft_lab.comparison.run import plan
 from peft_lab.comparison.run.backends import Backend, make_backend
 from peft_lab.comparison.run.plan import Choice
-from peft_lab.comparison.run.progress import seconds
 from peft_lab.comparison.run.runner import Comparison, carry_out, compare
+from peft_lab.comparison.run.time_plan import (
+    PILOT_STEPS,
+    USED,
+    TimePlan,
+    default_arm,
+    fit_to_time,
+    further_arms,
+    more_time,
+)
+from peft_lab.comparison.stats.estimates import Estimate
 from peft_lab.comparison.stats.statistics import CellResult, rank_arms
 from peft_lab.comparison.study.schema import default_study
-from peft_lab.comparison.study.study import Arm, Limits, Search, Study
+from peft_lab.comparison.study.study import Arm, Study
 from peft_lab.errors import ConfigError
 from peft_lab.runs.run_config import dump_yaml
 from peft_lab.utils.atomic_files import check_can_be_made, write_text
+from peft_lab.utils.interruption import Stopped
+from peft_lab.utils.text import one_line
 
-#: Steps of the runs that only show how long others will take.
-PILOT_STEPS = 8
-#: Part of the time that is planned for; the rest is for what takes longer than expected.
-USED = 0.85
-#: A final run loads and evaluates more than a run of the search: test rows, the cost of a step.
-FINAL_OVERHEAD = 3.0
-
-
-@dataclass(frozen=True)
-class PlanSize:
-    """Extent of a comparison.
-
-    Attributes:
-        seeds: seeds of the final runs.
-        trials: learning rates of each search.
-        extend: further ones beyond an edge.
-        fraction: fraction of the steps.
-    """
-
-    seeds: int
-    trials: int
-    extend: int
-    fraction: float
-
-
-#: From the wanted extent to the least one: with one seed no arm could be told from another.
-PLANS = (
-    PlanSize(3, 3, 2, 1.0),
-    PlanSize(3, 3, 0, 1.0),
-    PlanSize(2, 3, 0, 1.0),
-    PlanSize(2, 2, 0, 1.0),
-    PlanSize(2, 2, 0, 0.5),
-    PlanSize(2, 2, 0, 0.25),
-    PlanSize(2, 1, 0, 0.25),
-)
 #: Options of a comparison's runs that a run of its own does not need.
 _OF_COMPARISONS = ("disable_tqdm", "save_strategy", "logging_steps")
+#: Bytes of a run file at most, of which a longer one is no answer.
+_MOST_BYTES = 2**20
+
+
+#: Line of a run file that a later call may replace, because its answer rests on less than was planned.
+UNFINISHED = "# This answer is not finished: the same command goes on, and replaces this file."
 
 
 @dataclass(frozen=True)
@@ -70,12 +52,15 @@ class Recommendation:
 
     Attributes:
         arm: label of the arm.
-        learning_rate: the one that its search chose.
+        learning_rate: the one that its search chose; the default of its method if it was not searched.
         reasons: sentences on what was found and why this arm was taken.
         dropped: sentences on what the time did not suffice for.
         options: options of `peft-lab train` for this arm.
         file: the YAML file that holds them.
         comparison: the comparison that it rests on.
+        more: sentences on what more time would buy.
+        cell: the ranked arms; None if no run ended with a score, and the arm is the default.
+        finished: False if runs that were planned are missing; the same call goes on with them.
     """
 
     arm: str
@@ -85,6 +70,43 @@ class Recommendation:
     options: dict[str, Any]
     file: Path
     comparison: Comparison
+    more: tuple[str, ...] = ()
+    cell: CellResult | None = None
+    finished: bool = True
+
+    @property
+    def score(self) -> Estimate | None:
+        """Main metric of the arm on the test rows with its interval; None without evidence."""
+        result = self.cell.arm(self.arm) if self.cell is not None else None
+        return None if result is None else result.score
+
+    @property
+    def answer(self) -> str:
+        """The answer in one sentence."""
+        named = f"{self.arm}, learning rate {self.learning_rate:g}"
+        if self.cell is None or self.score is None:
+            return f"No evidence yet; the default is {named}."
+        of_what = {
+            "seeds and rows": "over seeds and test rows",
+            "seeds": "over seeds alone",
+            "rows": "over the test rows alone, with one seed",
+            "none": "with one seed and no interval",
+        }[self.score.basis]
+        return f"{named}: {metric_title(self.cell.metric)} {interval_text(self.score)}, {of_what}."
+
+
+class _State:
+    """What a recommendation has come to, wherever it is stopped."""
+
+    def __init__(self, study: Study) -> None:
+        self.wanted = study
+        self.pilots: list[Record] = []
+        self.plan: TimePlan | None = None
+        self.done: Comparison | None = None
+
+    def study(self) -> Study:
+        """The study that is carried out: the plan's, or the wanted one before there is a plan."""
+        return self.wanted if self.plan is None else self.plan.study
 
 
 def recommend(
@@ -101,15 +123,16 @@ def recommend(
 ) -> Recommendation:
     """Compare methods on a task within a time and recommend one.
 
-    Short runs of every arm show how long the others will take; then trials beyond an edge, seeds, trials, steps and at
-    last arms are dropped until what is left fits. Of arms that the results cannot tell apart the one with the fewest
-    trainable parameters is taken.
+    Short runs show how long others will take, of as many arms as the time suffices for; then trials beyond an edge,
+    seeds, trials, steps and at last arms are dropped until what is left fits. Of arms that the results cannot tell
+    apart the one with the fewest trainable parameters is taken. It always ends in an answer: without a score on the
+    test rows that is the default method, named as such, and a signal ends it with the answer from what is there.
 
     Args:
         task: name or file of the task.
         model_name_or_path: the backbone.
         minutes: time for everything.
-        output: the run file to write.
+        output: the run file to write; one with an answer that is not finished is replaced.
         output_dir: folder of the comparison, "comparisons/TASK-advice" by default.
         max_steps: training steps of a run if the time suffices.
         workers: runs at once.
@@ -117,38 +140,32 @@ def recommend(
         backend: where to run instead of local processes.
 
     Raises:
-        ConfigError: the time does not suffice for two arms, no run ended with a result, or `output` is there already.
+        ConfigError: `minutes` is not positive, or `output` is there already; before any run is made.
+        Stopped: a signal came; its `result` is the recommendation from what was there.
     """
     deadline = time.monotonic() + 60 * minutes
     output = Path(output).expanduser()
     if minutes <= 0:
         raise ConfigError(f"minutes must be positive, got {minutes}.")
     # checked first, so that no time is spent on a result that could not be written
-    if output.exists():
+    if output.exists() and not _may_be_replaced(output):
         raise ConfigError(f'"{output}" is there already; name another --output.')
     check_can_be_made(output)
-    study = study or _usual_study(task, model_name_or_path, max_steps)
-    folder = Path(output_dir or Path("comparisons") / study.name).expanduser().absolute()
+    state = _State(study or _usual_study(task, model_name_or_path, max_steps))
+    folder = Path(output_dir or Path("comparisons") / state.wanted.name).expanduser().absolute()
     carrier = backend or make_backend("local", workers)
     try:
-        pilots = carry_out(study, folder, carrier, [_pilot(study, arm) for arm in study.arms], deadline=deadline)
-        study, dropped = fit_to_time(study, pilots, USED * (deadline - time.monotonic()), carrier.workers)
-        done = compare(study, folder, backend=carrier, deadline=deadline)
-    finally:
-        if backend is None:
-            carrier.close()
-    if done.unfinished:
-        dropped = (*dropped, f"{done.unfinished} runs were not made or not ended when the time was over.")
-    arm, reasons = choose(rank_arms(done.records, lambda record: read_predictions(folder, record)))
-    # any final run of the arm will do, because they differ in nothing but the seed
-    chosen = next(record for record in done.records if record.stage == "final" and record.ok and record.arm == arm)
-    edge = next((choice.edge for choice in done.choices if choice.arm == arm), "")
-    if edge:
-        reasons = (*reasons, f"Its learning rate is the {edge} that was tried; a better one may lie beyond.")
-    options = run_options(chosen)
-    found = Recommendation(arm, chosen.learning_rate, reasons, dropped, options, output, done)
-    _write_run_file(found)
-    return found
+        try:
+            _compare_within(state, folder, carrier, deadline)
+        finally:
+            if backend is None:
+                carrier.close()
+    except Stopped as stop:
+        # closed backends make no run: this only reads what there is
+        state.done = compare(state.study(), folder, backend=carrier, deadline=time.monotonic(), report=False)
+        stop.result = _answer(state, folder, output, minutes, carrier.workers, stopped=True)
+        raise
+    return _answer(state, folder, output, minutes, carrier.workers)
 
 
 def _usual_study(task: str, backbone: str, max_steps: int | None) -> Study:
@@ -157,10 +174,25 @@ def _usual_study(task: str, backbone: str, max_steps: int | None) -> Study:
     return replace(study, name=f"{study.name[:56]}-advice")
 
 
-def _write_run_file(found: Recommendation) -> None:
-    """Write the options as YAML, below the sentences as comments."""
-    comment = "".join(f"# {sentence}\n" for sentence in (*found.reasons, *found.dropped))
-    write_text(found.file, f"{comment}{dump_yaml(found.options)}")
+def _compare_within(state: _State, folder: Path, carrier: Backend, deadline: float) -> None:
+    """Make short runs of as many arms as the time suffices for, and then what fits of the comparison."""
+    study, timed = state.wanted, list[Record]()
+    steps = study.limits.max_steps
+    assert steps is not None, "the study to be fitted counts steps"
+    # the arm that is taken without evidence comes first, because the time may suffice for one alone
+    first = default_arm(study.arms)
+    waiting, count = [first, *(arm for arm in study.arms if arm is not first)], carrier.workers
+    while waiting and count > 0 and time.monotonic() < deadline:
+        batch, waiting = waiting[:count], waiting[count:]
+        waves = [_pilot(study, arm) for arm in batch]
+        state.pilots += carry_out(study, folder, carrier, waves, deadline=deadline)
+        timed = [pilot for pilot in state.pilots if pilot.ok]
+        if timed:
+            count = further_arms(timed, steps, deadline - time.monotonic(), carrier.workers)
+    available = USED * (deadline - time.monotonic())
+    if timed and available > 0:
+        state.plan = fit_to_time(study, state.pilots, available, carrier.workers)
+        state.done = compare(state.plan.study, folder, backend=carrier, deadline=deadline)
 
 
 def _pilot(study: Study, arm: Arm) -> Generator[list[Run], Sequence[Record], Choice]:
@@ -171,112 +203,117 @@ def _pilot(study: Study, arm: Arm) -> Generator[list[Run], Sequence[Record], Cho
     return Choice(arm.label, study.cells[0].task, study.cells[0].backbone, None)
 
 
-def fit_to_time(
-    study: Study, pilots: Sequence[Record], available: float, workers: int
-) -> tuple[Study, tuple[str, ...]]:
-    """Find the largest plan for the time, and what it leaves out.
-
-    Args:
-        study: the study with all arms and steps.
-        pilots: short runs of the arms, from which times are predicted.
-        available: seconds for the comparison.
-        workers: runs at once.
-
-    Returns:
-        The study with the seeds, trials, steps and arms of the plan, and sentences on what was dropped.
-
-    Raises:
-        ConfigError: the time does not suffice for the smallest plan with two arms.
-    """
-    # a method that does not fit the backbone fails in its pilot already
-    timed = {pilot.arm: pilot for pilot in pilots if pilot.ok}
-    dropped = [f"{pilot.arm} was left out because it failed: {pilot.error}" for pilot in pilots if not pilot.ok]
-    arms = [arm for arm in study.arms if arm.label in timed]
-    if len(arms) < 2:
-        raise ConfigError(f"Fewer than two methods could be tried. {' '.join(dropped)}".strip())
-    steps = study.limits.max_steps
-    assert steps is not None, "the study to be fitted counts steps"
-
-    def predicted(size: PlanSize) -> float:
-        return _predicted_seconds([timed[arm.label] for arm in arms], steps, size, workers)
-
-    size = next((size for size in PLANS if predicted(size) <= available), PLANS[-1])
-    # not even the smallest plan fits all arms: the slowest ones go
-    while predicted(size) > available:
-        if len(arms) == 2:
-            raise ConfigError(
-                f"The time is too short: after a short run of each method "
-                f"{max(available, 0) / 60:.1f} minutes were left, but two methods with two seeds each take about "
-                f"{math.ceil(predicted(size) / 6) / 10} more."
-            )
-        slowest = max(arms, key=lambda arm: sum(_times(timed[arm.label], steps)))
-        arms = [arm for arm in arms if arm is not slowest]
-        dropped.append(f"{slowest.label} was left out because its runs take longest and the time is short.")
-    dropped += _dropped_of(size, steps)
-    search = Search(trials=size.trials, extend=size.extend) if size.trials > 1 else Search(strategy="none", trials=1)
-    limits = Limits(max_steps=_steps_of(size, steps))
-    return replace(study, arms=tuple(arms), seeds=study.seeds[: size.seeds], search=search, limits=limits), tuple(
-        dropped
+def _answer(
+    state: _State, folder: Path, output: Path, minutes: float, workers: int, stopped: bool = False
+) -> Recommendation:
+    """Recommend by what there is, and write the run file."""
+    done = state.done or Comparison(folder, state.wanted, state.pilots, [])
+    cells = rank_arms(done.records, lambda record: read_predictions(folder, record))
+    # the study has one task on one backbone
+    cell = cells[0] if cells and cells[0].arms else None
+    arm, rate, reasons, options = _without_evidence(state, done) if cell is None else _by_evidence(cell, done)
+    found = Recommendation(
+        arm=arm,
+        learning_rate=rate,
+        reasons=reasons,
+        dropped=_dropped(state, done, stopped),
+        options=options,
+        file=output,
+        comparison=done,
+        more=more_time(state.wanted, state.plan, state.pilots, cell, minutes, workers),
+        cell=cell,
+        finished=cell is not None and not stopped and not done.unfinished,
     )
+    _write_run_file(found)
+    return found
 
 
-def _steps_of(size: PlanSize, steps: int) -> int:
-    return max(1, round(steps * size.fraction))
+def _by_evidence(cell: CellResult, done: Comparison) -> tuple[str, float, tuple[str, ...], dict[str, Any]]:
+    """Arm, learning rate, reasons and options by the ranked arms."""
+    arm, reasons = choose(cell)
+    # any final run of the arm will do, because they differ in nothing but the seed
+    chosen = next(record for record in done.records if record.stage == "final" and record.ok and record.arm == arm)
+    edge = next((choice.edge for choice in done.choices if choice.arm == arm), "")
+    if edge:
+        reasons = (*reasons, f"Its learning rate is the {edge} that was tried; a better one may lie beyond.")
+    return arm, chosen.learning_rate, reasons, run_options(chosen)
 
 
-def _predicted_seconds(pilots: Sequence[Record], steps: int, size: PlanSize, workers: int) -> float:
-    """Predict the seconds that a comparison of the pilots' arms takes."""
-    searched = size.trials + size.extend if size.trials > 1 else 0
-    total = longest = 0.0
-    for pilot in pilots:
-        around, training = _times(pilot, _steps_of(size, steps))
-        total += searched * (around + training) + size.seeds * (FINAL_OVERHEAD * around + training)
-        longest = max(longest, around + training)
-    # a search and the final runs after it are one after another, however many workers there are
-    waves = 2 + size.extend if searched else 1
-    return max(total / workers, waves * longest)
+def _without_evidence(state: _State, done: Comparison) -> tuple[str, float, tuple[str, ...], dict[str, Any]]:
+    """Default arm, its learning rate, reasons and options."""
+    records = {record.id: record for record in (*state.pilots, *done.records)}.values()
+    failures = [record for record in records if not record.ok]
+    failed = {record.arm for record in failures}
+    arm = default_arm([arm for arm in state.wanted.arms if arm.label not in failed] or state.wanted.arms)
+    if failures and len(failures) == len(records):
+        why = f"Every run failed, as that of {failures[0].arm}: {failures[0].error}"
+    else:
+        why = "No run ended with a score on the test rows."
+    searched = next((each for each in done.choices if each.arm == arm.label and each.candidate is not None), None)
+    rate = registry.method(arm.method).learning_rate
+    reasons = [why, f"{arm.label} is named because it is the default, and not because it was found to be better."]
+    if searched is not None and searched.candidate is not None and searched.tried:
+        rate = searched.candidate.learning_rate
+        reasons.append(f"Its learning rate is the best of {len(searched.tried)} on the validation rows.")
+    else:
+        reasons.append("Its learning rate is the method's default, which was measured on other tasks than this one.")
+    run = plan.final_run(state.wanted, state.wanted.cells[0], arm, rate)
+    return arm.label, rate, tuple(reasons), run_options(run)
 
 
-def _dropped_of(size: PlanSize, steps: int) -> list[str]:
-    """Sentences on what a plan leaves out of the wanted one."""
-    wanted, dropped = PLANS[0], []
-    if not size.extend and size.trials == wanted.trials:
-        dropped.append("No search went on beyond the lowest or the highest rate because the time is short.")
-    if size.seeds < wanted.seeds:
-        dropped.append(f"{size.seeds} of {wanted.seeds} seeds were used because the time is short.")
-    if size.trials < wanted.trials:
-        dropped.append(f"{size.trials} of {wanted.trials} learning rates were tried because the time is short.")
-    if size.fraction < 1:
-        dropped.append(f"{_steps_of(size, steps)} of {steps} steps were trained, and stand in the run file.")
-    return dropped
+def _dropped(state: _State, done: Comparison, stopped: bool) -> tuple[str, ...]:
+    """Sentences on what was left out."""
+    if state.plan is None:
+        failed = [pilot for pilot in state.pilots if not pilot.ok]
+        found = [f"{pilot.arm} was left out because it failed: {pilot.error}" for pilot in failed]
+        ended = len(state.pilots) - len(failed)
+        found.append(f"{ended} of {len(state.wanted.arms)} methods ended a first short run of {PILOT_STEPS} steps.")
+    else:
+        found = list(state.plan.dropped)
+    if done.unfinished:
+        when = "it was stopped" if stopped else "the time was over"
+        found.append(f"{done.unfinished} runs were not made or not ended when {when}.")
+    return tuple(found)
 
 
-def _times(pilot: Record, steps: int) -> tuple[float, float]:
-    """Seconds of a run of an arm outside training, and in training."""
-    training = float(pilot.measures["train_seconds"])
-    # the first steps take longer, which a run of any length pays once
-    first = max(0.0, training - pilot.steps * pilot.measures["step_seconds"])
-    return max(0.0, seconds(pilot) - training) + first, steps * pilot.measures["step_seconds"]
+def _may_be_replaced(output: Path) -> bool:
+    """Test whether a run file is an answer that is not finished."""
+    # a folder, or a file of anything else, stays
+    if not output.is_file() or output.stat().st_size > _MOST_BYTES:
+        return False
+    return UNFINISHED in output.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
-def choose(cells: Sequence[CellResult]) -> tuple[str, tuple[str, ...]]:
+def _write_run_file(found: Recommendation) -> None:
+    """Write the options as YAML, below the sentences as comments."""
+    sentences = (found.answer, *found.reasons, *found.dropped, *found.more)
+    # an error that is quoted may have more lines than one
+    comment = "".join(f"# {one_line(sentence)}\n" for sentence in sentences)
+    mark = "" if found.finished else f"{UNFINISHED}\n"
+    write_text(found.file, f"{comment}{mark}{dump_yaml(found.options)}")
+
+
+def choose(cell: CellResult) -> tuple[str, tuple[str, ...]]:
     """Choose the arm to recommend, with reasons.
 
-    Raises:
-        ConfigError: no final run ended with a score.
+    Among arms that the tests cannot tell apart that is the one with the fewest trainable parameters. With one seed
+    there is no test, and the best mean decides.
     """
-    if not cells or not cells[0].arms:
-        raise ConfigError("No method ended with a score on the test rows, so none can be recommended.")
-    # the study has one task on one backbone
-    cell = cells[0]
-    best = cell.arms[0]
+    best, reasons = cell.arms[0], [describe(cell)]
+    if len(cell.arms) == 1:
+        return best.label, (*reasons, f"{best.label} is taken because no other method has a score.")
+    tested = best.score.basis not in ("rows", "none")
     # among arms that no test separates, the mean is no reason
-    alike = [best, *(arm for arm in cell.arms if arm.label in cell.indistinguishable)]
+    alike = [best]
+    for arm in cell.arms[1:]:
+        if arm.label in cell.indistinguishable and (tested or arm.score.value == best.score.value):
+            alike.append(arm)
     sizes = {arm.label: int(arm.records[0].measures["trainable_parameters"]) for arm in alike}
     chosen = min(alike, key=lambda arm: sizes[arm.label])
-    reasons = [describe(cell)]
-    if len(alike) == 1:
+    if len(alike) == 1 and tested:
         reasons.append(f"{chosen.label} is taken because it is the best and every other method is told apart from it.")
+    elif len(alike) == 1:
+        reasons.append(f"{chosen.label} is taken for its mean, which another seed may turn.")
     else:
         listing = ", ".join(f"{label} ({count:,})" for label, count in sorted(sizes.items(), key=lambda item: item[1]))
         alike_text = f"These cannot be told apart, here with their trainable parameters: {listing}. "
@@ -296,7 +333,7 @@ def choose(cells: Sequence[CellResult]) -> tuple[str, tuple[str, ...]]:
     return chosen.label, tuple(reasons)
 
 
-def run_options(record: Record) -> dict[str, Any]:
+def run_options(record: RunInfo) -> dict[str, Any]:
     """Options of a final run for a run of its own."""
     kept = {name: value for name, value in record.options.items() if name not in _OF_COMPARISONS and value != {}}
     # labels of arms may hold spaces and signs such as =

@@ -250,12 +250,13 @@ class _Runner:
             # the check also notes these runs as planned, which makes them part of the comparison
             plan.check_distinct(group.wave, self.planned)
         with Progress(self.study.name, total or len(self.planned), self.backend.workers) as self.progress:
+            waiting = self._advance(groups)
+            self.progress.kept(len(self.shown))
             while not self._over() and any(group.choice is None for group in groups):
-                waiting = self._advance(groups)
                 self._submit(waiting)
-                # the last records may have ended all groups, and then there is nothing to wait for
-                if any(group.choice is None for group in groups):
-                    self._wait()
+                self._wait()
+                self._show_running()
+                waiting = self._advance(groups)
         self.journal.read()  # records that were renamed
         planned = itertools.chain.from_iterable(group.wave for group in groups)
         self.unfinished = sum(self._record(run) is None for run in planned)
@@ -322,7 +323,11 @@ class _Runner:
             # kept here because a process that dies cannot record its start
             self.started[run.id] = Start.now()
             self.running[self.backend.submit(job)] = run
-        self.progress.running(len(self.running))
+        self._show_running()
+
+    def _show_running(self) -> None:
+        under_way = [run for future, run in self.running.items() if not future.done()]
+        self.progress.running([f"{run.arm} seed {run.seed}" for run in under_way])
 
     def _wait(self) -> None:
         """Wait until a run ends, at most `POLL` seconds."""
