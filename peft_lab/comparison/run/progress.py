@@ -73,7 +73,7 @@ class Progress:
     def kept(self, count: int) -> None:
         """Say how many runs were there already."""
         if count:
-            self._console.print(f"{count} of {self._total} runs are there already.")
+            self._console.print(f"{count} of {self._total} runs {'is' if count == 1 else 'are'} there already.")
 
     def more(self, count: int) -> None:
         """Expect that many more runs."""

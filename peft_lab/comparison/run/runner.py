@@ -251,7 +251,8 @@ class _Runner:
             plan.check_distinct(group.wave, self.planned)
         with Progress(self.study.name, total or len(self.planned), self.backend.workers) as self.progress:
             waiting = self._advance(groups)
-            self.progress.kept(len(self.shown))
+            if not self._over():
+                self.progress.kept(len(self.shown))
             while not self._over() and any(group.choice is None for group in groups):
                 self._submit(waiting)
                 self._wait()

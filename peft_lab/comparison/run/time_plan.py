@@ -20,6 +20,8 @@ PILOT_STEPS = 8
 USED = 0.85
 #: A final run loads and evaluates more than a run of the search: test rows, the cost of a step.
 FINAL_OVERHEAD = 3.0
+#: Part of the time that a short run of one more arm may cost where no plan for it fits.
+_LOOK = 0.25
 #: More seeds than this are not proposed: there are better uses of the time.
 _MOST_SEEDS = 12
 
@@ -89,11 +91,10 @@ def further_arms(pilots: Sequence[Record], steps: int, available: float, workers
     least = PLANS[-1]
     planned = least.seeds * (FINAL_OVERHEAD * around + step * _steps_of(least, steps))
     # those that are known need no short run any more
-    left = USED * available * workers - len(pilots) * planned
-    more = math.floor(left / (around + PILOT_STEPS * step + planned))
-    cheapest = min(predicted_seconds([pilot], steps, ONE_SEED, workers) for pilot in pilots)
-    # where not even one run of a known arm fits, another arm may be faster
-    return workers if more <= 0 and cheapest > USED * available else max(0, more)
+    left, short = USED * available * workers - len(pilots) * planned, around + PILOT_STEPS * step
+    more = math.floor(left / (short + planned))
+    # another arm may be faster than the known ones, where a look at it costs little
+    return workers if more <= 0 and short <= _LOOK * available else max(0, more)
 
 
 def fit_to_time(study: Study, pilots: Sequence[Record], available: float, workers: int) -> TimePlan:
@@ -131,6 +132,10 @@ def fit_to_time(study: Study, pilots: Sequence[Record], available: float, worker
         dropped.append(f"{slowest.label} was left out because the time is short.")
     if predicted(size) > available:
         size = ONE_SEED
+        around, training = _times(timed[arms[0].label], steps)
+        fitting = (available - FINAL_OVERHEAD * around) / max(training, 1e-9)
+        # as many steps as there is time for, and a few at least: the deadline ends a run that takes too long
+        size = replace(size, fraction=min(size.fraction, max(fitting, PILOT_STEPS / steps)))
     dropped += _dropped_of(size, steps)
     return TimePlan(_sized(study, arms, size), size, tuple(dropped))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,13 @@ from peft_lab.comparison import load_study, recommend
 from peft_lab.comparison.records.results import Journal
 from peft_lab.comparison.records.run import Run
 from peft_lab.comparison.run import runner
-from peft_lab.comparison.run.recommend import PILOT_STEPS
+from peft_lab.comparison.run.time_plan import PILOT_STEPS, seeds_to_separate
+from peft_lab.comparison.stats.estimates import Estimate, VarianceComponent
+from peft_lab.comparison.stats.statistics import PairTest
 from peft_lab.errors import ConfigError
+from peft_lab.registry import method
 from peft_lab.runs.run_config import load_run
+from peft_lab.utils.interruption import Stopped
 
 SIZES = {"head": 99, "lora": 2000, "ssf": 500}
 
@@ -41,11 +48,13 @@ def _stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
 
 
-def advise(place: Path, out: Path, backend: PretendBackend, minutes: float, **changes: Any) -> Any:
+def advise(
+    place: Path, out: Path, backend: PretendBackend, minutes: float, output: Path | None = None, **changes: Any
+) -> Any:
     values = tiny_study(place, methods=["head", "lora", "ssf"], seeds=3, search={"trials": 3}, **changes)
     study = load_study({**values, "limits": {"max_steps": 100}})
     return recommend(
-        "-", "-", minutes, out / "run.yaml", output_dir=out / "study", study=study, backend=backend, workers=1
+        "-", "-", minutes, output or out / "run.yaml", output_dir=out / "study", study=study, backend=backend, workers=1
     )
 
 
@@ -131,16 +140,82 @@ def test_a_rate_at_an_edge_is_searched_beyond_and_told_of(place: Path, tmp_path:
 
 def test_the_slowest_arm_goes_first(place: Path, tmp_path: Path) -> None:
     backend = PretendBackend(apart, workers=1, step_seconds={"lora": 5.0}, sizes=SIZES)
-    found = advise(place, tmp_path, backend, minutes=1)
+    found = advise(place, tmp_path, backend, minutes=5)
     assert {r.arm for r in found.comparison.records} == {"head", "ssf"}
     assert any(sentence.startswith("lora was left out") for sentence in found.dropped)
 
 
-def test_too_little_time_is_an_error_that_names_the_need(place: Path, tmp_path: Path) -> None:
-    backend = PretendBackend(apart, step_seconds=dict.fromkeys(SIZES, 60.0), sizes=SIZES)
-    with pytest.raises(ConfigError, match=r"two methods with two seeds each take about \d+"):
-        advise(place, tmp_path, backend, minutes=1)
-    assert not (tmp_path / "run.yaml").exists()
+def test_little_time_leaves_the_default_method_with_the_steps_that_fit(place: Path, tmp_path: Path) -> None:
+    backend = PretendBackend(apart, workers=1, step_seconds=dict.fromkeys(SIZES, 5.0), sizes=SIZES)
+    found = advise(place, tmp_path, backend, minutes=1.2)
+    assert found.arm == "lora"
+    assert found.score is not None
+    assert PILOT_STEPS <= found.options["max_steps"] < 25
+    assert "head and ssf were not tried because the time is short." in found.dropped
+    assert "only arm with a score" in found.reasons[0]
+    assert any(re.match(r"With --minutes \d+: 2 seeds", sentence) for sentence in found.more)
+
+
+def test_without_a_score_the_default_is_named_as_such_and_may_be_replaced(place: Path, tmp_path: Path) -> None:
+    def fails(run: Run) -> float:
+        raise RuntimeError("no such layer")
+
+    found = advise(place, tmp_path, PretendBackend(fails, sizes=SIZES), minutes=60)
+    assert (found.arm, found.score, found.finished) == ("lora", None, False)
+    assert found.answer.startswith("No evidence yet; the default is lora")
+    assert "no such layer" in found.reasons[0]
+    config = load_run(found.file)
+    assert config.check().name == "lora"
+    assert config.training_arguments["learning_rate"] == method("lora").learning_rate
+    again = advise(place, tmp_path / "more", PretendBackend(apart, sizes=SIZES), 60, output=found.file)
+    assert again.finished
+    assert again.file.read_text().startswith(f"# {again.answer}")
+
+
+def test_a_time_that_is_over_at_once_still_ends_with_an_answer(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(1000.0, 30.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    backend = PretendBackend(apart, sizes=SIZES)
+    found = advise(place, tmp_path, backend, minutes=0.05)
+    assert backend.runs == []
+    assert found.answer.startswith("No evidence yet")
+    assert "try --minutes 10" in found.more[0]
+
+
+def test_a_signal_leaves_the_answer_from_what_is_there(place: Path, tmp_path: Path) -> None:
+    def score(run: Run) -> float:
+        if run.stage == "final" and run.seed == 1:
+            raise Stopped(signal.SIGINT)
+        return apart(run)
+
+    with pytest.raises(Stopped) as raised:
+        advise(place, tmp_path, PretendBackend(score, workers=1, sizes=SIZES), minutes=60)
+    found = raised.value.result
+    assert found.score is not None
+    assert not found.finished
+    assert any("not made or not ended when it was stopped" in sentence for sentence in found.dropped)
+    assert "the same command goes on" in raised.value.hint
+    # the same call goes on, and replaces the answer
+    journal = Journal(tmp_path / "study")
+    journal.read()
+    backend = PretendBackend(apart, workers=1, sizes=SIZES)
+    assert advise(place, tmp_path, backend, minutes=60).arm == "ssf"
+    assert not {run.id for run in backend.runs} & journal.records.keys()
+
+
+@pytest.mark.parametrize(("gap", "spread", "separable"), [(0.2, 0.02, True), (0.001, 0.0, False)])
+def test_the_seeds_that_would_separate_two_arms_follow_from_the_variance(
+    gap: float, spread: float, separable: bool
+) -> None:
+    parts = (VarianceComponent(spread**2 / 2, 1, "seeds"), VarianceComponent(1e-4, 99, "rows"))
+    pair = PairTest("a", "b", Estimate(gap, None, None, "seeds and rows", parts), 2, p=0.2)
+    found = seeds_to_separate(pair)
+    assert (found is not None) == separable
+    if found is not None:
+        error = math.sqrt(spread**2 / found + 1e-4)
+        assert gap >= 2 * error
 
 
 def test_a_method_that_does_not_fit_the_backbone_is_left_out(place: Path, tmp_path: Path) -> None:
