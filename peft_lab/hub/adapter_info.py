@@ -179,7 +179,7 @@ def _peft_version(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _can(info: MethodInfo | None, capability: str) -> bool | None:
-    """Whether a method declares a capability; None without a card, as for most tuners of peft."""
+    """Test whether a method declares a capability; None without a card, as for most tuners of peft."""
     return None if info is None or info.place == "peft" else info.can(capability)
 
 

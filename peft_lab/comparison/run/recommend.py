@@ -96,7 +96,7 @@ class Recommendation:
 
 
 class _State:
-    """What a recommendation has come to, wherever it is stopped."""
+    """Progress of a recommendation, from which it can answer wherever it is stopped."""
 
     def __init__(self, study: Study) -> None:
         self.wanted = study
