@@ -119,7 +119,7 @@ class KindInfo:
         answers: columns that hold the answer, which a model must not look at.
         settings: the optional keys of a task file that this kind reads.
         options: further keys of a task file that this kind alone reads -> default value, whose type a value must have;
-            `Task.options` holds them.
+            the kind checks the values of one whose default is None. `Task.options` holds them.
         problem_type: that of its tasks, as in a config of transformers, unless a task file says otherwise.
         metrics: our metrics that fit, the default first.
         regression_metrics: those for `problem_type: regression`.

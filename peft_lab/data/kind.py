@@ -226,6 +226,21 @@ class Kind:
         """
         return None
 
+    def tunes(self, task: Task) -> bool:
+        """Test whether the task leaves some of its options to be chosen on the validation rows."""
+        return False
+
+    def tune(self, task: Task, labels: Sequence[str] | None, prediction: EvalPrediction) -> dict[str, Any]:
+        """Options of the task that are chosen on validation rows, after training; empty if none are.
+
+        A run keeps them, and its evaluations and predictions take them.
+
+        Args:
+            task, labels: as for `compute_metrics`.
+            prediction: outputs and answers of all validation rows.
+        """
+        return {}
+
     def generation_scores(
         self, model: Any, processor: Any, dataset: Dataset, task: Task, batch_size: int = 16
     ) -> dict[str, list[float]]:

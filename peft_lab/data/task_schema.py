@@ -175,6 +175,12 @@ class Task(Schema):
         found._foreign = True
         return found
 
+    def with_options(self, options: Mapping[str, Any]) -> Task:
+        """Copy of the task with other values of keys that its kind alone reads."""
+        found = self.model_copy()
+        found._options = {**self._options, **options}
+        return found
+
     @property
     def has_test(self) -> bool:
         """True if there are test rows, of a split or taken from train."""
@@ -265,7 +271,9 @@ def _kind_options(mapping: Mapping[str, Any]) -> tuple[set[str], Schema]:
     rule = kinds.get(str(mapping.get("kind"))) if isinstance(mapping, Mapping) else None
     known = {key for card in kinds.values() for key in card.options}
     defaults = dict(rule.options) if rule else {}
-    fields: dict[str, Any] = {key: (type(default), default) for key, default in defaults.items()}
+    fields: dict[str, Any] = {
+        key: (Any if default is None else type(default), default) for key, default in defaults.items()
+    }
     given = {key: mapping[key] for key in defaults if key in mapping}
     return known, check(create_model("KindOptions", __base__=Schema, **fields), given, "a task", TaskError)
 

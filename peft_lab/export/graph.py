@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from peft_lab.adapter_files.names import ADAPTER_CONFIG, write_json
 from peft_lab.errors import ConfigError
 from peft_lab.loading.load_run import Loaded, load
-from peft_lab.runs.run_folder import refuse_filled, write_labels
+from peft_lab.runs.run_folder import read_tuned, refuse_filled, write_labels
 from peft_lab.utils.atomic_files import new_folder
 
 #: Files of the two formats, and the record beside them.
@@ -124,7 +124,7 @@ def _export(
         model.config.save_pretrained(place)
         loaded.processor.save_pretrained(place)
         if loaded.labels:
-            write_labels(place, loaded.labels)
+            write_labels(place, loaded.labels, read_tuned(loaded.folder))
         record = {"inputs": axes, "outputs": ["logits"], "merged": merged}
         write_json(place / RECORD, record | {"largest_difference": max(found), "tolerance": TOLERANCE})
     return Exported(out / file, axes, merged, max(found))

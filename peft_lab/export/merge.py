@@ -8,7 +8,7 @@ from typing import Any
 from peft_lab.adapter_files.names import ADAPTER_CONFIG
 from peft_lab.errors import ConfigError
 from peft_lab.loading.load_run import load
-from peft_lab.runs.run_folder import read_origin, refuse_filled, write_labels
+from peft_lab.runs.run_folder import read_origin, read_tuned, refuse_filled, write_labels
 from peft_lab.utils.atomic_files import new_folder
 
 
@@ -43,5 +43,5 @@ def merge(
         merged.save_pretrained(place)
         loaded.processor.save_pretrained(place)
         if loaded.labels:
-            write_labels(place, loaded.labels)
+            write_labels(place, loaded.labels, read_tuned(loaded.folder))
     return out

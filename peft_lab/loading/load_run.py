@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from peft_lab.backbones.pypi_weights import BACKBONES, resolve_model
 from peft_lab.backbones.quantized_weight import count_values, dequantise
 from peft_lab.data.splits import load_splits
 from peft_lab.data.task_registry import kind as task_kind
-from peft_lab.errors import ConfigError, PeftLabError, did_you_mean
+from peft_lab.errors import ConfigError, PeftLabError, check_keys, did_you_mean
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.config_files import head_config
 from peft_lab.loading.load_adapter import load_folder
 from peft_lab.registry import MethodInfo
+from peft_lab.runs import run_folder
 from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.expert_layer import tell_left_out
 from peft_lab.tuners.registration import make_config
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
     from peft_lab.data.kind import Kind
     from peft_lab.data.task_schema import Task
+
+logger = logging.getLogger("peft_lab")
 
 
 def load_base(
@@ -190,6 +194,7 @@ def load(
     kind, labels = task_kind(found.kind), folder.labels
     if labels is None:
         labels = list(found.labels) or _labels_of_data(found)
+    found = _with_tuned(found, kind, folder)
     dtype = dtype or folder.origin.get("dtype")
     quantization = quantization or folder.origin.get("quantization")
     if quantization == "none":
@@ -202,6 +207,30 @@ def load(
         bare.float()
     model: Any = load_folder(bare, folder, allow_other_base=allow_other_base) if folder.has_adapter else bare
     return Loaded(model.eval(), processor, found, kind, labels, folder.path)
+
+
+def _with_tuned(task: Task, kind: Kind, folder: AdapterFolder) -> Task:
+    """Return the task with the options that the run has chosen on its validation rows.
+
+    Raises:
+        ConfigError: the folder names options that the kind does not have.
+        TaskError: the kind refuses their values.
+    """
+    if not kind.tunes(task):
+        return task
+    tuned = run_folder.read_tuned(folder.path)
+    if not tuned:
+        logger.warning(
+            'Task "%s" asks for values that a run chooses on its validation rows, and "%s" holds none; the defaults '
+            "are taken.",
+            task.name,
+            folder.path,
+        )
+        return task
+    check_keys(tuned, kind.info.options, f'the tuned options of "{folder.path}"')
+    found = task.with_options(tuned)
+    kind.check(found)
+    return found
 
 
 def load_image_classifier(

@@ -23,6 +23,7 @@ Array = np.ndarray
 #: Least and greatest value of the metrics that have one; an interval is cut there.
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("accuracy", "exact_match", "rouge_l", "coverage", "token_accuracy", "f1", "ece"), (0.0, 1.0)),
+    **dict.fromkeys(("f1_micro", "f1_macro", "map"), (0.0, 1.0)),
     **dict.fromkeys(("matthews_correlation", "pearsonr", "spearmanr"), (-1.0, 1.0)),
     **dict.fromkeys(ENTITY_SCORES, (0.0, 1.0)),
     "perplexity": (1.0, np.inf),
@@ -82,6 +83,10 @@ def _leave_one_out(metric: str, columns: dict[str, Array], labels: int | None) -
     """Metric over all rows, and without each row in turn, (n,)."""
     if metric == "spearmanr":
         return _spearman_without_each(columns["reference"], columns["prediction"])
+    without = columns.get(f"{metric}_without_row")
+    if without is not None:
+        # computed when there were scores of each label, which are not kept
+        return float(columns[f"{metric}_all_rows"][0]), without
     # functions of sums over rows: the sums without a row are the total less that row
     moments, function = _MOMENTS[metric](columns, labels)
     total = moments.sum(0, keepdims=True)
@@ -99,6 +104,11 @@ def _f1(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[
         return _ratio(2 * hits, found + true).mean(1)
 
     return np.concatenate([reference * prediction, prediction, reference], axis=1), f1
+
+
+def _f1_micro(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    moments = np.stack([columns["hits"], columns["found"], columns["true"]], axis=1)
+    return moments, lambda sums: _ratio(2 * sums[:, 0], sums[:, 1] + sums[:, 2])
 
 
 def _matthews(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
@@ -227,6 +237,7 @@ _MOMENTS = {
     "bleu": _bleu,
     "ece": _ece,
     "f1": _f1,
+    "f1_micro": _f1_micro,
     "mae": _mae,
     "matthews_correlation": _matthews,
     "pearsonr": _pearson,

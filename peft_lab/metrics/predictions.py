@@ -26,12 +26,14 @@ class Predictions:
 
     Attributes:
         output_type: "classification" (columns reference, prediction: class indices; confidence: probability of the
-            predicted class), "regression" (reference, prediction: values), "token_classification" (tokens: words of the
-            row, hits: those with the right tag, and the numbers of true_entities, predicted_entities and
-            correct_entities), "question_answering" (f1, exact_match: their values) or the name of a kind that
-            predicts tokens (loss: sum of the negative log-probabilities of the answer's tokens, tokens: their number,
-            hits: tokens predicted right, and, for each metric of what the model writes that the task has, its value,
-            by its name, or the counts that it is computed from).
+            predicted class), "regression" (reference, prediction: values), "multi_label" (true, found, hits: numbers of
+            labels; exact: 1 where the set of labels is right; and of metrics that are no sums over rows their value
+            over all rows and without each row), "token_classification" (tokens: words of the row, hits: those with
+            the right tag, and the numbers of true_entities, predicted_entities and correct_entities),
+            "question_answering" (f1, exact_match: their values) or the name of a kind that predicts tokens (loss: sum
+            of the negative log-probabilities of the answer's tokens, tokens: their number, hits: tokens predicted
+            right, and, for each metric of what the model writes that the task has, its value, by its name, or the
+            counts that it is computed from).
         columns: name -> array with one number for each row, (n,).
     """
 
@@ -45,11 +47,11 @@ class Predictions:
     def correct(self) -> np.ndarray | None:
         """1.0 where a prediction is correct, else 0.0, (n,).
 
-        That is the class, or a written answer that matches; None if neither is known.
+        That is the class, the set of labels, or a written answer that matches; None if none is known.
         """
         if self.output_type == "classification":
             return (self.columns["reference"] == self.columns["prediction"]).astype(float)
-        return self.columns.get("exact_match")
+        return self.columns.get("exact" if self.output_type == "multi_label" else "exact_match")
 
     @property
     def classes(self) -> tuple[np.ndarray, np.ndarray] | None:

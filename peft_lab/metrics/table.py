@@ -82,6 +82,36 @@ def f1(
     )
 
 
+def f1_micro(predictions: ArrayLike, references: ArrayLike) -> float:
+    """F1 of all labels of all rows together; 0 or 1 for each label, (n, labels)."""
+    from sklearn.metrics import f1_score
+
+    return f1_score(references, predictions, average="micro", zero_division=0)
+
+
+def f1_macro(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Mean of the F1 of each label; 0 or 1 for each label, (n, labels)."""
+    from sklearn.metrics import f1_score
+
+    return f1_score(references, predictions, average="macro", zero_division=0)
+
+
+def mean_average_precision(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Mean of the average precision of each label that some row has; 0 without any.
+
+    Args:
+        predictions: scores, (n, labels).
+        references: 0 or 1, (n, labels).
+    """
+    import numpy as np
+    from sklearn.metrics import average_precision_score
+
+    scores, references = np.asarray(predictions), np.asarray(references)
+    known = np.flatnonzero(references.sum(0))
+    found = [average_precision_score(references[:, label], scores[:, label]) for label in known]
+    return float(np.mean(found)) if found else 0.0
+
+
 def matthews_correlation(
     predictions: ArrayLike, references: ArrayLike, sample_weight: ArrayLike | None = None
 ) -> float:
@@ -200,7 +230,10 @@ _TABLE = (
     Metric("ece", ece, takes_probabilities=True, greater_is_better=False),
     Metric("exact_match", exact_match),
     Metric("f1", f1),
+    Metric("f1_macro", f1_macro),
+    Metric("f1_micro", f1_micro),
     Metric("mae", mae, greater_is_better=False),
+    Metric("map", mean_average_precision, takes_probabilities=True),
     Metric("matthews_correlation", matthews_correlation),
     Metric("pearsonr", pearsonr),
     Metric("perplexity", perplexity, greater_is_better=False),

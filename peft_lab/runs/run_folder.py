@@ -172,10 +172,23 @@ def read_labels(folder: Path) -> list[str] | None:
     return labels
 
 
-def write_labels(folder: Path, labels: list[str]) -> None:
-    """Write the label map in both directions."""
+def read_tuned(folder: Path) -> dict[str, Any]:
+    """Options of the task that a run has chosen on its validation rows; empty without any.
+
+    Raises:
+        ConfigError: they are no mapping; a folder may come from anywhere.
+    """
+    found = safe_files.read_json(folder / LABELS).get("tuned", {})
+    if not isinstance(found, dict):
+        raise ConfigError(f'"{folder / LABELS}" must hold a mapping under "tuned".')
+    return found
+
+
+def write_labels(folder: Path, labels: list[str], tuned: Mapping[str, Any] | None = None) -> None:
+    """Write the label map in both directions, with options of the task that were chosen on validation rows."""
     id2label = {str(index): label for index, label in enumerate(labels)}
-    write_json(folder / LABELS, {"id2label": id2label, "label2id": {label: i for i, label in enumerate(labels)}})
+    values: dict[str, Any] = {"id2label": id2label, "label2id": {label: i for i, label in enumerate(labels)}}
+    write_json(folder / LABELS, values | ({"tuned": dict(tuned)} if tuned else {}))
 
 
 def weights_bytes(folder: Path) -> int:

@@ -12,6 +12,7 @@ from peft_lab.data.kind import Kind
 from peft_lab.data.row_checks import name_rows, source_rows
 from peft_lab.data.row_stream import RowStream
 from peft_lab.data.splits import Splits, carve, per_class, subset
+from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_schema import Task
 from peft_lab.errors import ConfigError, PeftLabError
 from peft_lab.runs.run_config import RunConfig
@@ -53,6 +54,19 @@ def check_streaming(config: RunConfig, task: Task) -> None:
     for name in ("eval_strategy", "save_strategy"):
         if str(flags.get(name, by_default)) == "epoch":
             raise ConfigError(f"{what} and has no epochs; give {name}=steps and its number of steps.")
+
+
+def check_tuning(config: RunConfig, task: Task) -> None:
+    """Refuse to leave out the validation rows on which options of the task are chosen.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if config.training_arguments.get("do_eval") is False and task_kind(task.kind).tunes(task):
+        raise ConfigError(
+            f'Task "{task.name}" chooses its thresholds on the validation rows, which do_eval=False leaves out; remove '
+            "one of them."
+        )
 
 
 def chosen_rows(config: RunConfig, splits: Splits, seed: int) -> dict[str, Any]:

@@ -50,7 +50,7 @@ from peft_lab.training.baseline_scores import of_untouched_base, split_of_base, 
 from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
 from peft_lab.training.chunked_loss import chunked_loss
-from peft_lab.training.model_rows import HELD_OUT, check_streaming, chosen_rows, hold_out, model_rows
+from peft_lab.training.model_rows import HELD_OUT, check_streaming, check_tuning, chosen_rows, hold_out, model_rows
 from peft_lab.training.packing import packed_collator, packed_length
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.run_inputs import base_hash, check_finished, check_inputs, inputs_of, load_finished
@@ -109,6 +109,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
     info, task, state = run_folder.check_run(config)
     folder = Path(config.output_dir).expanduser()
     check_streaming(config, task)
+    check_tuning(config, task)
     arguments = training_arguments(config, info)
     check_best_metric(arguments, task)
     if state == "finished":
@@ -165,6 +166,8 @@ class _Run:
         #: Split that is evaluated, and predictions for its rows; test comes last, if there is one.
         self.scored = "validation"
         self.items: Predictions | None = None
+        #: Options of the task that were chosen on the validation rows.
+        self.tuned: dict[str, Any] = {}
 
     def execute(self) -> TrainResult:
         """Train, evaluate and save."""
@@ -314,8 +317,11 @@ class _Run:
         No split is evaluated a second time for them.
         """
         rows = self.raw[self.scored]
-        self.items = self.kind.row_predictions(prediction, self.task, rows)
-        return self.kind.compute_metrics(self.task, self.labels, rows)(prediction)
+        if self.scored == "validation":
+            self.tuned = self.kind.tune(self.task, self.labels, prediction)
+        task = self.task.with_options(self.tuned)
+        self.items = self.kind.row_predictions(prediction, task, rows)
+        return self.kind.compute_metrics(task, self.labels, rows)(prediction)
 
     def _claim_folder(self, checkpoint: str | None) -> None:
         """Clear the folder and write run.yaml: nothing is refused from here on."""
@@ -425,7 +431,7 @@ class _Run:
 
     def _write(self) -> None:
         if self.labels:
-            run_folder.write_labels(self.folder, list(self.labels))
+            run_folder.write_labels(self.folder, list(self.labels), self.tuned)
         own = self._own_task()
         # your own task file may change or move later, so the run keeps a copy of it
         if own is not None:

@@ -87,6 +87,8 @@ def spoils() -> list[tuple[str, str, str, Any]]:
         label = KINDS[name].label
         for column in filter(None, (*KINDS[name].texts, label)):
             values = ["", "  "] if builder.endswith(("csv", "tsv")) else ["", "  ", None]
+            if column == label and KINDS[name].blank_answers:
+                values = [value for value in values if value is None]
             found += [(name, builder, column, value) for value in values]
             if builder.endswith(("json", "jsonl")):
                 found.append((name, builder, column, KeyError))

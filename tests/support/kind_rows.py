@@ -129,6 +129,27 @@ def causal_lm(count: int, seed: int) -> list[Row]:
     return [{"prompt": sentence(draw, "weather"), "answer": sentence(draw, "music")} for _ in range(count)]
 
 
+def multi_label(count: int, seed: int) -> list[Row]:
+    draw, topics = random.Random(seed), list(WORDS)
+    chosen = [draw.sample(topics, i % 3) for i in range(count)]
+    return [{"sentence": sentence(draw, *names), "topics": names} for names in chosen]
+
+
+def image_multi_label(count: int, seed: int) -> list[Row]:
+    draw, found = random.Random(seed), []
+    for _ in range(count):
+        level = draw.randint(20, 230)
+        traits = [name for name, holds in (("bright", level > 90), ("grey", 60 < level < 180)) if holds]
+        found.append({"image": picture(draw, level), "traits": ",".join(traits)})
+    return found
+
+
+def image_multi_label_features() -> Any:
+    from datasets import Features, Image, Value
+
+    return Features(image=Image(), traits=Value("string"))
+
+
 def regression(count: int, seed: int) -> list[Row]:
     draw = random.Random(seed)
     return [{"sentence": sentence(draw, list(WORDS)[i % 3]), "score": i % 3 + draw.random()} for i in range(count)]
@@ -159,13 +180,22 @@ KINDS = {
     "image_classification": KindRows(
         {"columns": {"image": "image", "label": "shade"}},
         *(image_classification, "shade", ("image",), make_image_backbone, image_features),
-        refuses=("soft_prompt", "iapt", *KEEPS_HEAD),
+        refuses=tuple(KEEPS_HEAD),
     ),
     "causal_lm": KindRows(
         {"template": {"prompt": "{prompt}", "answer": "{answer}"}, "max_new_tokens": 4},
         *(causal_lm, "answer", ("prompt",), make_decoder),
         metrics=("perplexity", "token_accuracy", "exact_match"),
         refuses=(*IMAGES, *KEEPS_HEAD, "head"),
+    ),
+    "multi_label": KindRows(
+        {"columns": {"text": "sentence", "labels": "topics"}, "thresholds": "tune"},
+        *(multi_label, "topics", ("sentence",), make_backbone),
+    ),
+    "multi_label of images": KindRows(
+        {"columns": {"image": "image", "labels": "traits"}, "thresholds": {"bright": 0.4}, "label_separator": ","},
+        *(image_multi_label, "traits", ("image",), make_image_backbone, image_multi_label_features),
+        refuses=tuple(KEEPS_HEAD),
     ),
     "regression": KindRows(
         {"columns": {"text": "sentence", "label": "score"}},
@@ -174,6 +204,6 @@ KINDS = {
     "regression of images": KindRows(
         {"columns": {"image": "image", "label": "brightness"}},
         *(image_regression, "brightness", ("image",), make_image_backbone, image_regression_features),
-        refuses=("soft_prompt", "iapt", *KEEPS_HEAD),
+        refuses=tuple(KEEPS_HEAD),
     ),
 }

@@ -27,6 +27,7 @@ class KindRows:
         backbone: writes a tiny backbone to a folder.
         builders: that its rows can be written for.
         classes: its labels are classes.
+        blank_answers: a blank text is an answer, such as no label at all.
     """
 
     values: dict[str, Any]
@@ -36,6 +37,7 @@ class KindRows:
     backbone: Callable[[Path], Path]
     builders: tuple[str, ...] = ("csv", "tsv", "json", "jsonl", "parquet")
     classes: bool = True
+    blank_answers: bool = False
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -53,6 +55,11 @@ KINDS = {
     "regression": KindRows(
         *({"columns": TEXT_COLUMNS}, ("sentence", "other"), "topic", ("sentence", "other"), make_backbone),
         classes=False,
+    ),
+    "multi_label": KindRows(
+        {"columns": {"text": "sentence", "text_pair": "other", "labels": "topic"}, "label_separator": ";"},
+        *(("sentence", "other"), "topic", ("sentence", "other"), make_backbone),
+        blank_answers=True,
     ),
     "causal_lm": KindRows({"template": TEMPLATE}, ("sentence", "other"), "", ("sentence",), make_decoder),
     "image_classification": KindRows(

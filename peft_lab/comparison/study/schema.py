@@ -33,7 +33,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from peft_lab import registry
 from peft_lab.comparison.study.parameter_budget import size_field
 from peft_lab.comparison.study.study import Arm, Cell, Limits, Search, Study, is_grid
-from peft_lab.data.task_registry import kind, load_task, validate_task
+from peft_lab.data.task_registry import kind as task_kind
+from peft_lab.data.task_registry import load_task, validate_task
 from peft_lab.data.task_schema import Task, check_classes
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.runs.run_config import ALTERNATING, RunConfig, method_args, read_run_file
@@ -272,11 +273,10 @@ def _check_further(label: str, task: Task, shifted: str, control: str) -> None:
             raise ConfigError(
                 f'The {key} task "{other.name}" of task "{label}" is of kind {other.kind}, not {task.kind}.'
             )
-        if key == "control" and task.problem_type == "regression":
-            raise ConfigError(f'Task "{label}" is a regression; a control task needs classes or written answers.')
-        if key == "control" and not (kind(task.kind).labelled or kind(task.kind).scores_tokens):
+        if key == "control" and not (task.has_classes or task_kind(task.kind).scores_tokens):
+            what = "a regression" if task.problem_type == "regression" else f"of kind {task.kind}"
             raise ConfigError(
-                f'Task "{label}" is of kind {task.kind}; a control task needs classes or written answers.'
+                f'Task "{label}" is {what}; a control task needs one class for each row, or written answers.'
             )
         if key == "control" and other.streaming:
             raise ConfigError(f'The control task "{other.name}" is streamed, and draws of its rows need all of them.')

@@ -18,6 +18,7 @@ from peft_lab.metrics import METRICS, greater_is_better, load_metric, metric_pat
 DRAW = np.random.default_rng(0)
 BINARY = DRAW.integers(0, 2, 200), DRAW.integers(0, 2, 200)
 CLASSES = DRAW.integers(0, 5, 200), DRAW.integers(0, 5, 200)
+LABELS = DRAW.integers(0, 2, (200, 4)), DRAW.integers(0, 2, (200, 4))
 NUMBERS = DRAW.normal(size=200), DRAW.normal(size=200)
 
 CASES = [
@@ -28,6 +29,8 @@ CASES = [
     ("matthews_correlation", BINARY, lambda p, y: reference.matthews_corrcoef(y, p)),
     ("pearsonr", NUMBERS, lambda p, y: np.corrcoef(p, y)[0, 1]),
     ("spearmanr", NUMBERS, lambda p, y: np.corrcoef(stats.rankdata(p), stats.rankdata(y))[0, 1]),
+    ("f1_micro", LABELS, lambda p, y: 2 * (p & y).sum() / (p.sum() + y.sum())),
+    ("f1_macro", LABELS, lambda p, y: np.mean(2 * (p & y).sum(0) / (p.sum(0) + y.sum(0)))),
     ("mae", NUMBERS, lambda p, y: np.abs(p - y).mean()),
     ("rmse", NUMBERS, lambda p, y: np.linalg.norm(p - y) / np.sqrt(len(y))),
     ("r2", NUMBERS, lambda p, y: 1 - ((p - y) ** 2).mean() / y.var()),
@@ -56,7 +59,16 @@ def test_a_shipped_metric_equals_its_reference(name: str, data: Any, expected: A
 
 
 def test_every_metric_has_a_case_or_a_test_of_its_own() -> None:
-    assert {name for name, _, _ in CASES} | {"ece", "perplexity", "rouge_l"} == set(METRICS)
+    assert {name for name, _, _ in CASES} | {"ece", "map", "perplexity", "rouge_l"} == set(METRICS)
+
+
+def test_mean_average_precision_by_hand(no_network: None) -> None:
+    references = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]])
+    scores = np.array([[0.9, 0.8, 0.1], [0.5, 0.4, 0.2], [0.1, 0.2, 0.3]])
+    # ranks 1 and 3 of the first label, 2 and 3 of the second; no row has the third, which does not count
+    expected = ((1 / 1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2
+    assert load_metric("map").compute(predictions=scores, references=references) == {"map": pytest.approx(expected)}
+    assert load_metric("map").compute(predictions=scores, references=0 * references) == {"map": 0.0}
 
 
 def test_perplexity_counts_every_token_the_same(no_network: None) -> None:
