@@ -66,6 +66,7 @@ def pages() -> dict[str, str]:
     for name, picture in diagrams.pictures().items():
         found[f"docs/images/{name}.svg"] = picture
     found["docs/architecture.md"] = _filled("docs/architecture.md", {"tree": _tree(), "layers": _layers()})
+    found["docs/gallery/index.md"] = _filled("docs/gallery/index.md", {"pages": _gallery()})
     found["README.md"] = _filled("README.md", {"methods": _names_by_place()})
     return found
 
@@ -324,6 +325,16 @@ def _cost(info: registry.MethodInfo) -> list[str]:
 
 
 # Kinds and compatibility --------------------------------------------------------------------------------------------
+
+
+def _gallery() -> str:
+    """Table of the gallery's pages: kind, and what its page does."""
+    kinds, rows = registry.list_kinds(), []
+    for page in sorted((DOCS / "gallery").glob("*.md")):
+        if page.stem != "index":
+            title = page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+            rows.append((f"[{title}]({page.name})", f"`{page.stem}`", kinds[page.stem].title))
+    return _table(("page", "kind", "what it is"), rows)
 
 
 def _kinds() -> str:

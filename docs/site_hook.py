@@ -20,11 +20,12 @@ _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
 def on_config(config: Any) -> Any:
-    """List the pages of the methods in the navigation."""
-    names = sorted(path.name for path in (ROOT / DOCS / "methods").glob("*.md") if path.name != "index.md")
-    for entry in config["nav"]:
-        if "Methods" in entry:
-            entry["Methods"] = ["methods/index.md", *(f"methods/{name}" for name in names)]
+    """List the pages of the methods and of the gallery in the navigation."""
+    for title, folder in (("Methods", "methods"), ("Gallery", "gallery")):
+        names = sorted(path.name for path in (ROOT / DOCS / folder).glob("*.md") if path.name != "index.md")
+        for entry in config["nav"]:
+            if title in entry:
+                entry[title] = [f"{folder}/index.md", *(f"{folder}/{name}" for name in names)]
     return config
 
 

@@ -43,10 +43,7 @@ def cast(dataset: Dataset, task: Task, separator: str) -> Dataset:
 
     feature = dataset.features[COLUMN]
     entry = getattr(feature, "feature", None)
-    if entry is None:
-        named = _split_at(dataset, task, feature, separator)
-    else:
-        named = _names_of_entries(task, entry, separator)
+    named = _split_at(dataset, task, feature, separator) if entry is None else _names_of_entries(task, entry, separator)
 
     def names(values: list[Any]) -> dict[str, list[Any]]:
         return {COLUMN: [None if value is None else named(value) for value in values]}
@@ -57,7 +54,7 @@ def cast(dataset: Dataset, task: Task, separator: str) -> Dataset:
     return map_rows(dataset, names, reads, input_columns=COLUMN, batched=True, features=features, desc="Labels")
 
 
-def _split_at(dataset: Dataset, task: Task, feature: Any, separator: str) -> Callable[[str], list[str]]:
+def _split_at(dataset: Dataset, task: Task, feature: Any, separator: str) -> Callable[[Any], list[Any]]:
     """Function from a cell of text to the names in it."""
     source, held = task.columns[COLUMN], str(getattr(feature, "dtype", type(feature).__name__))
     if not held.startswith(("string", "large_string", "null")):
@@ -82,7 +79,7 @@ def _split_at(dataset: Dataset, task: Task, feature: Any, separator: str) -> Cal
     return split
 
 
-def _names_of_entries(task: Task, entry: Any, separator: str) -> Callable[[list[Any]], list[str | None]]:
+def _names_of_entries(task: Task, entry: Any, separator: str) -> Callable[[Any], list[Any]]:
     """Function from a list of a cell to names."""
     from datasets import ClassLabel
 

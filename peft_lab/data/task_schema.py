@@ -271,9 +271,9 @@ def _kind_options(mapping: Mapping[str, Any]) -> tuple[set[str], Schema]:
     rule = kinds.get(str(mapping.get("kind"))) if isinstance(mapping, Mapping) else None
     known = {key for card in kinds.values() for key in card.options}
     defaults = dict(rule.options) if rule else {}
-    fields: dict[str, Any] = {
-        key: (Any if default is None else type(default), default) for key, default in defaults.items()
-    }
+    # the kind itself checks a value whose default is None
+    types = {key: Any if default is None else type(default) for key, default in defaults.items()}
+    fields: dict[str, Any] = {key: (types[key], default) for key, default in defaults.items()}
     given = {key: mapping[key] for key in defaults if key in mapping}
     return known, check(create_model("KindOptions", __base__=Schema, **fields), given, "a task", TaskError)
 
