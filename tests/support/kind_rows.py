@@ -35,6 +35,7 @@ class KindRows:
         features: makes the types of the columns, where those of the values would be others, such as images.
         refuses: methods that do not go with its inputs or its head, and are refused.
         metrics: metrics to take; None for all of the kind.
+        reads_padding: the loss of transformers' head takes padding for possible answers.
     """
 
     keys: dict[str, Any]
@@ -45,6 +46,7 @@ class KindRows:
     features: Callable[[], Any] | None = None
     refuses: tuple[str, ...] = field(default=(*IMAGES, *KEEPS_HEAD))
     metrics: tuple[str, ...] | None = None
+    reads_padding: bool = False
 
 
 def write_task(folder: Path, name: str, blank: Sequence[int] = (), **changes: Any) -> Path:
@@ -167,6 +169,51 @@ def image_regression_features() -> Any:
     return Features(image=Image(), brightness=Value("float64"))
 
 
+def token_classification(count: int, seed: int) -> list[Row]:
+    """Words with the topics of some; neighbours of one topic are one entity."""
+    draw, topics = random.Random(seed), {word: topic for topic, group in WORDS.items() for word in group}
+    found = []
+    for number in range(count):
+        words = sentence(draw, *draw.sample(list(WORDS), 1 + number % 2)).split()
+        tags = [f"B-{topics[word]}" if word in topics else "O" for word in words]
+        found.append({"words": words, "ner_tags": tags})
+    return found
+
+
+def spans(count: int, seed: int) -> list[Row]:
+    found = []
+    for row in token_classification(count, seed):
+        text, marked = "", []
+        for word, tag in zip(row["words"], row["ner_tags"], strict=True):
+            start = len(text)
+            text += f"{word}, " if tag != "O" else f"{word} "
+            if tag != "O":
+                marked.append({"start": start, "end": start + len(word), "label": tag[2:]})
+        found.append({"sentence": text.strip(), "entities": marked})
+    return found
+
+
+def question_answering(count: int, seed: int) -> list[Row]:
+    """Contexts of up to some forty words, which give several windows."""
+    draw, found = random.Random(seed), []
+    for number in range(count):
+        topic = list(WORDS)[number % 3]
+        parts = [sentence(draw) for _ in range(draw.randint(0, 7))]
+        parts.insert(draw.randint(0, len(parts)), answer := draw.choice(WORDS[topic]))
+        start = len(" ".join([*parts[: parts.index(answer)], ""]))
+        answers = {"text": [answer], "answer_start": [start]}
+        found.append({"question": f"some {topic}", "context": " ".join(parts), "answers": answers})
+    return found
+
+
+def plain_answers(count: int, seed: int) -> list[Row]:
+    found = []
+    for row in question_answering(count, seed):
+        answers = row.pop("answers")
+        found.append({**row, "answer": answers["text"][0], "start": answers["answer_start"][0]})
+    return found
+
+
 #: A kind that is registered and stands not here fails the tests. Words behind its name tell several entries apart.
 KINDS = {
     "text_classification": KindRows(
@@ -205,5 +252,29 @@ KINDS = {
         {"columns": {"image": "image", "label": "brightness"}},
         *(image_regression, "brightness", ("image",), make_image_backbone, image_regression_features),
         refuses=tuple(KEEPS_HEAD),
+    ),
+    "token_classification": KindRows(
+        {"columns": {"tokens": "words", "tags": "ner_tags"}},
+        *(token_classification, "ner_tags", ("words",), make_backbone),
+    ),
+    "token_classification of spans": KindRows(
+        {"columns": {"text": "sentence", "spans": "entities"}},
+        *(spans, "entities", ("sentence",), make_backbone),
+    ),
+    "question_answering": KindRows(
+        {
+            "columns": {"question": "question", "context": "context", "answers": "answers"},
+            **{"max_length": 16, "doc_stride": 4},
+        },
+        *(question_answering, "answers", ("question", "context"), make_backbone),
+        reads_padding=True,
+    ),
+    "question_answering of plain answers": KindRows(
+        {
+            "columns": {"question": "question", "context": "context", "answer": "answer", "answer_start": "start"},
+            **{"max_length": 16, "doc_stride": 4},
+        },
+        *(plain_answers, "answer", ("question", "context"), make_backbone),
+        reads_padding=True,
     ),
 }
