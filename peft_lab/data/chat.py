@@ -47,6 +47,9 @@ TEMPLATES = {
 }
 DEFAULT_TEMPLATE = "chatml"
 
+#: Backbones whose default was said already.
+_said: set[str] = set()
+
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: Content of a turn by which its end is found in a rendered conversation.
 _SENTINEL = "Fine weather today"
@@ -71,7 +74,8 @@ def set_template(tokenizer: Any, name: str, source: str) -> None:
     if not name and tokenizer.chat_template:
         return
     chosen = name or DEFAULT_TEMPLATE
-    if not name:
+    if not name and source not in _said:
+        _said.add(source)
         logger.warning(
             'The tokenizer of "%s" has no chat template; it gets "%s", which is saved with the adapter (set '
             '"chat_template" in the task file to choose another one: %s).',
@@ -79,7 +83,9 @@ def set_template(tokenizer: Any, name: str, source: str) -> None:
             chosen,
             ", ".join(TEMPLATES),
         )
-    tokenizer.chat_template = TEMPLATES[chosen]
+    # a chat template writes all special tokens, also the first one that the tokenizer puts before other texts
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    tokenizer.chat_template = "{{ bos_token }}" * begins + TEMPLATES[chosen]
 
 
 def conversation(value: Any) -> Conversation:

@@ -103,6 +103,11 @@ def adapt(
     """
     if info.place != "baseline":
         config = make_config(info.name, args, model=model, task_type=task_type, **settings or {})
+        if task_type is None and getattr(config, "is_prompt_learning", False):
+            raise ConfigError(
+                f'Method "{info.name}" of peft puts its prompts into models of peft\'s own task types alone, and '
+                f"{type(model).__name__} has none of these for this kind of task; take another method."
+            )
         try:
             with without_deprecations_of_peft():
                 adapted = get_peft_model(model, config)
