@@ -176,6 +176,9 @@ class MaskedLM(TokenKind):
         beyond = [n for n in bare if processor.mask_token in texts[n]]
         check_inputs(task, [RowFault(f"have their {processor.mask_token} behind the limit of {limit} tokens", beyond)])
         check_inputs(task, [RowFault(f"have no {processor.mask_token} for which a token could be found", bare)])
+        lengths = [len(ids) for ids in processor(texts, verbose=False)["input_ids"]] if texts else []
+        cut = {_CUT: [row for row, length in enumerate(lengths) if length > limit]}
+        warn_of_cut(task, None, cut, longer_rows(limit, processor, model))
         found: list[dict[str, Any]] = []
         for batch in _padded(encoded, padding_tokenizer(processor, model), batch_size):
             found += _filled(model, processor, batch)

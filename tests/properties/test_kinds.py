@@ -151,23 +151,27 @@ def test_padding_does_not_change_the_loss(name: str, places: Any) -> None:
     loaded = load(places(name).run)
     raw = load_splits(loaded.task).validation.select(range(4))
     rows = loaded.kind.preprocess(raw, loaded.processor, loaded.task, loaded.model)
+    rows = loaded.kind.evaluation_rows(rows, loaded.processor, loaded.task)
     collate = loaded.kind.data_collator(loaded.processor, loaded.task, loaded.model)
+    # a decoder predicts each token from those before it, so its first label does not count
+    first_label = getattr(loaded.kind, "shift", 0)
     rows = [rows[number] for number in range(len(rows))]
     if KINDS[name].reads_padding:
         longest = max(len(row["input_ids"]) for row in rows)
         rows = [row for row in rows if len(row["input_ids"]) == longest]
+    rows = rows[:4]
     assert len(rows) >= 3
     together = loaded.model(**collate(rows))
     alone = [loaded.model(**collate([row])) for row in rows]
     labels = [collate([row])[loaded.kind.trainer_labels[0]] for row in rows]
-    counts = torch.tensor([float(max(counted(values), 1)) for values in labels])
+    counts = torch.tensor([float(max(counted(values, first_label), 1)) for values in labels])
     losses = torch.stack([output.loss for output in alone])
     assert_close(together.loss, (losses * counts).sum() / counts.sum(), 2e-5)
 
 
-def counted(labels: torch.Tensor) -> int:
+def counted(labels: torch.Tensor, first: int) -> int:
     """Answers of a row in its loss: tokens where there are several, else one."""
-    return int((labels[:, 1:] != -100).sum()) if labels.ndim == 2 and labels.dtype == torch.int64 else 1
+    return int((labels[:, first:] != -100).sum()) if labels.ndim == 2 and labels.dtype == torch.int64 else 1
 
 
 @EACH
@@ -253,11 +257,12 @@ def each_place(case: tuple[Any, ...]) -> set[Hashable]:
 )
 def test_methods_train_or_are_refused(name: str, method: str, places: Any, tmp_path: Path) -> None:
     place = places(name)
-    if method in KINDS[name].refuses:
+    late = method in KINDS[name].refuses_batches
+    if late or method in KINDS[name].refuses:
         with pytest.raises(ConfigError) as raised:
             place.train(tmp_path / "out", method)
         assert "\n" not in str(raised.value)
-        assert not (tmp_path / "out").exists()
+        assert late or not (tmp_path / "out").exists()
         return
     result = place.train(tmp_path / "out", method)
     assert result.metrics["global_step"] == 2

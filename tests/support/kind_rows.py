@@ -14,9 +14,20 @@ from typing import Any
 import yaml
 
 from support.properties import IMAGES, KEEPS_HEAD
-from support.tiny_runs import FILLERS, WORDS, make_backbone, make_decoder, make_image_backbone
+from support.tiny_runs import (
+    FILLERS,
+    WORDS,
+    make_backbone,
+    make_decoder,
+    make_encoder_decoder,
+    make_image_backbone,
+    make_masked_lm,
+)
 
 Row = dict[str, Any]
+
+#: Methods that models without a task head refuse; `bayes_prompt` trains a head alone.
+WITHOUT_HEAD = (*IMAGES, *KEEPS_HEAD, "head", "bayes_prompt")
 
 #: Rows of each split.
 SPLITS = {"train": 16, "validation": 8, "test": 12}
@@ -36,6 +47,7 @@ class KindRows:
         refuses: methods that do not go with its inputs or its head, and are refused.
         metrics: metrics to take; None for all of the kind.
         reads_padding: the loss of transformers' head takes padding for possible answers.
+        refuses_batches: methods that refuse its first batch, when the run has begun.
     """
 
     keys: dict[str, Any]
@@ -47,6 +59,7 @@ class KindRows:
     refuses: tuple[str, ...] = field(default=(*IMAGES, *KEEPS_HEAD))
     metrics: tuple[str, ...] | None = None
     reads_padding: bool = False
+    refuses_batches: tuple[str, ...] = ()
 
 
 def write_task(folder: Path, name: str, blank: Sequence[int] = (), **changes: Any) -> Path:
@@ -152,6 +165,28 @@ def image_multi_label_features() -> Any:
     return Features(image=Image(), traits=Value("string"))
 
 
+def chats(count: int, seed: int) -> list[Row]:
+    draw, found = random.Random(seed), []
+    for number in range(count):
+        roles = ("user", "assistant") * (1 + number % 2)
+        turns = [{"role": role, "content": sentence(draw, "music")} for role in roles]
+        found.append({"messages": turns})
+    return found
+
+
+def pairs(count: int, seed: int) -> list[Row]:
+    return [{"prompt": row["prompt"], "completion": row["answer"]} for row in causal_lm(count, seed)]
+
+
+def texts(count: int, seed: int) -> list[Row]:
+    draw = random.Random(seed)
+    return [{"sentence": sentence(draw, "weather", "music")} for _ in range(count)]
+
+
+def masked_texts(count: int, seed: int) -> list[Row]:
+    return [{"sentence": f"{row['sentence']} [MASK] today"} for row in texts(count, seed)]
+
+
 def regression(count: int, seed: int) -> list[Row]:
     draw = random.Random(seed)
     return [{"sentence": sentence(draw, list(WORDS)[i % 3]), "score": i % 3 + draw.random()} for i in range(count)]
@@ -233,7 +268,37 @@ KINDS = {
         {"template": {"prompt": "{prompt}", "answer": "{answer}"}, "max_new_tokens": 4},
         *(causal_lm, "answer", ("prompt",), make_decoder),
         metrics=("perplexity", "token_accuracy", "exact_match"),
-        refuses=(*IMAGES, *KEEPS_HEAD, "head"),
+        refuses=WITHOUT_HEAD,
+    ),
+    "causal_lm of chats": KindRows(
+        {"columns": {"messages": "messages"}, "chat_template": "plain", "max_new_tokens": 4},
+        *(chats, "messages", ("messages",), make_decoder),
+        metrics=("perplexity", "token_accuracy", "exact_match"),
+        refuses=WITHOUT_HEAD,
+    ),
+    "causal_lm of pairs": KindRows(
+        {"columns": {"prompt": "prompt", "completion": "completion"}, "max_new_tokens": 4},
+        *(pairs, "completion", ("prompt",), make_decoder),
+        metrics=("perplexity", "token_accuracy", "exact_match"),
+        refuses=WITHOUT_HEAD,
+    ),
+    "causal_lm of texts": KindRows(
+        {"columns": {"text": "sentence"}, "max_new_tokens": 4},
+        *(texts, "sentence", ("sentence",), make_decoder),
+        metrics=("perplexity", "token_accuracy"),
+        refuses=WITHOUT_HEAD,
+        refuses_batches=("iapt",),
+    ),
+    "seq2seq_lm": KindRows(
+        {"columns": {"source": "prompt", "target": "completion"}, "max_new_tokens": 4},
+        *(pairs, "completion", ("prompt",), make_encoder_decoder),
+        metrics=("perplexity", "token_accuracy", "exact_match"),
+        refuses=WITHOUT_HEAD,
+    ),
+    "masked_lm": KindRows(
+        {"columns": {"text": "sentence"}, "line_by_line": True},
+        *(masked_texts, "sentence", ("sentence",), make_masked_lm),
+        refuses=WITHOUT_HEAD,
     ),
     "multi_label": KindRows(
         {"columns": {"text": "sentence", "labels": "topics"}, "thresholds": "tune"},

@@ -5,12 +5,18 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft_lab.data.task_registry import parse_task
-from support.tiny_runs import make_backbone, make_decoder, make_image_backbone
+from support.tiny_runs import (
+    make_backbone,
+    make_decoder,
+    make_encoder_decoder,
+    make_image_backbone,
+    make_masked_lm,
+)
 
 Row = dict[str, Any]
 
@@ -28,6 +34,7 @@ class KindRows:
         builders: that its rows can be written for.
         classes: its labels are classes.
         blank_answers: a blank text is an answer, such as no label at all.
+        limits: further keys that limit a row to 24 tokens, beside `max_length`.
     """
 
     values: dict[str, Any]
@@ -38,6 +45,7 @@ class KindRows:
     builders: tuple[str, ...] = ("csv", "tsv", "json", "jsonl", "parquet")
     classes: bool = True
     blank_answers: bool = False
+    limits: dict[str, int] = field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -62,6 +70,14 @@ KINDS = {
         blank_answers=True,
     ),
     "causal_lm": KindRows({"template": TEMPLATE}, ("sentence", "other"), "", ("sentence",), make_decoder),
+    "seq2seq_lm": KindRows(
+        {"columns": {"source": "sentence", "target": "other"}},
+        *(("sentence", "other"), "", ("sentence",), make_encoder_decoder),
+        limits={"max_target_length": 24},
+    ),
+    "masked_lm": KindRows(
+        {"columns": {"text": "sentence"}, "line_by_line": True}, ("sentence",), "", ("sentence",), make_masked_lm
+    ),
     "image_classification": KindRows(
         {"columns": {"image": "image", "label": "topic"}},
         (),

@@ -62,6 +62,34 @@ def make_backbone(folder: Path, dropout: float = 0.0, seed: int = 0, width: int 
     return folder
 
 
+def make_masked_lm(folder: Path) -> Path:
+    """A random BERT with the head of a masked language model, and a tokenizer with a mask token."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, initializer_range=0.2, **sizes)
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_encoder_decoder(folder: Path) -> Path:
+    """A random T5 with the tokenizer of `make_tokenizer`, whose `[SEP]` ends a text."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    torch.manual_seed(0)
+    ids = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **sizes, **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_task(folder: Path, rows: int = 96, name: str = "topics") -> Path:
     """A task of three topics that a word gives away, with train, validation and test files beside it."""
     folder.mkdir(parents=True, exist_ok=True)
