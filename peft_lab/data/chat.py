@@ -202,22 +202,31 @@ def encode(tokenizer: Any, messages: Conversation, first: int = 0) -> tuple[list
     whole = render(tokenizer, messages, add_generation_prompt=False)
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = encoded["input_ids"], encoded["offset_mapping"]
-    if _MARKED.search(str(tokenizer.chat_template)):
-        marked = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )["assistant_masks"]
+    if _MARKED.search(tokenizer.get_chat_template()):
         start = len(_beginning(tokenizer, messages[:first], whole, True)) if first else 0
-        answers = [bool(mark) and end > start for mark, (_, end) in zip(marked, places, strict=True)]
+        spans = [span for span in _marked(tokenizer, messages) if span[1] > start]
     else:
-        spans = [
-            _span(tokenizer, messages, turn, whole)
-            for turn in range(first, len(messages))
-            if messages[turn]["role"] == "assistant"
-        ]
-        answers = [any(begin < end and stop > start for start, end in spans) for begin, stop in places]
+        learnt = [turn for turn in range(first, len(messages)) if messages[turn]["role"] == "assistant"]
+        spans = [_span(tokenizer, messages, turn, whole) for turn in learnt]
+    answers = [any(begin < end and stop > start for start, end in spans) for begin, stop in places]
     if not any(answers):
         raise TaskError("the chat template marks no token of the assistant's turns.")
     return ids, answers
+
+
+def _marked(tokenizer: Any, messages: Conversation) -> list[tuple[int, int]]:
+    """Characters that the template marks in the whole text."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    # not by the mask that `apply_chat_template` gives, which runs to the end of the row where a mark ends with a space
+    # that is part of no token
+    _, spans = render_jinja_template(
+        conversations=[messages],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return spans[0]
 
 
 def _span(tokenizer: Any, messages: Conversation, turn: int, whole: str) -> tuple[int, int]:
