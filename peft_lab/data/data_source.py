@@ -37,11 +37,16 @@ _BUILDER_OPTIONS: dict[str, type[Schema]] = {
     "json": _JsonOptions,
     "parquet": Schema,
     "imagefolder": Schema,
+    "audiofolder": Schema,
+    "maskfolder": Schema,
     "text": _TextOptions,
     "webdataset": Schema,
 }
 #: Names of these builders.
 BUILDERS = tuple(_BUILDER_OPTIONS)
+
+#: Builders that read folders of files: images or sounds by class, and images beside their masks.
+FOLDER_BUILDERS = ("imagefolder", "audiofolder", "maskfolder")
 
 
 def _check_file(name: str) -> str:
@@ -78,7 +83,7 @@ class _HubData(Schema):
 
 
 class _LocalData(Schema):
-    builder: Literal["csv", "json", "parquet", "imagefolder", "text", "webdataset"]
+    builder: Literal["csv", "json", "parquet", "imagefolder", "audiofolder", "maskfolder", "text", "webdataset"]
     files: Mapping[str, Any] = {}
     options: Mapping[str, Any] = {}
 
@@ -90,7 +95,7 @@ class DataSource(Schema):
 
     Attributes:
         path, name, revision: Hub id, configuration and commit, branch or tag ("" for local files).
-        builder: `csv`, `json`, `parquet`, `text`, `imagefolder` or `webdataset` ("" for the Hub).
+        builder: `csv`, `json`, `parquet`, `text`, `webdataset`, or one of `FOLDER_BUILDERS` ("" for the Hub).
         files: split -> file names as written: relative to the YAML file or to `${PEFT_LAB_DATA}`; `*` is a wildcard.
         options: options of the builder.
     """

@@ -19,6 +19,9 @@ _ENDINGS = {
     "json": (".json", ".jsonl"),
     "text": (".txt",),
     "imagefolder": (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"),
+    "maskfolder": (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"),
+    # FLAC packs silence to almost nothing, so a file of it may unfold into any size
+    "audiofolder": (".wav",),
 }
 _ENCODINGS = ("", "utf-8", "utf8", "utf-8-sig", "utf-16", "ascii", "latin-1", "latin1", "iso-8859-1", "cp1252")
 _MAX_BYTES, _MAX_COLUMNS, _MAX_PIXELS = 64 * 2**20, 1_000, 2**26
@@ -56,7 +59,7 @@ def check_files(task: Task, files: Sequence[str]) -> None:
     for path in found:
         if path.suffix.lower() not in endings:
             raise TaskError(_refusal(task, f'has the data file "{path.name}", which is none of {", ".join(endings)}'))
-        if task.data.builder == "imagefolder":
+        if task.data.builder in ("imagefolder", "maskfolder"):
             _check_image(task, path)
             continue
         data = read_bytes(path, left, TaskError)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.data.data_source import FOLDER_BUILDERS
 from peft_lab.data.row_checks import RowFault, numbered, source_rows
 from peft_lab.data.row_maps import map_rows
 from peft_lab.data.task_schema import Task
@@ -80,8 +81,8 @@ def names_of(task: Task, train: Dataset, skip: Collection[int] = ()) -> tuple[st
 
 def _declared(task: Task, feature: Any) -> tuple[str, ...]:
     """Names of a column that declares its classes."""
-    # the classes of image folders are matched by name, all others by position
-    by_position = task.data.builder != "imagefolder"
+    # the classes of folders are matched by name, all others by position
+    by_position = task.data.builder not in FOLDER_BUILDERS
     if task.labels and set(task.labels) == set(feature.names) and list(task.labels) != feature.names:
         if by_position:
             raise TaskError(f'Task "{task.name}": the data has the labels in this order: {", ".join(feature.names)}.')
@@ -202,7 +203,7 @@ def _index_of(task: Task, dataset: Dataset, labels: Sequence[str]) -> Callable[[
     from datasets import ClassLabel
 
     feature, position = dataset.features["label"], {name: index for index, name in enumerate(labels)}
-    by_name = not task.labels or task.data.builder == "imagefolder"
+    by_name = not task.labels or task.data.builder in FOLDER_BUILDERS
     if isinstance(feature, ClassLabel):
         if by_name:
             return lambda value: position.get(feature.names[value]) if value is not None and value >= 0 else None

@@ -11,6 +11,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.data import foreign_files, read_files
+from peft_lab.data.data_source import FOLDER_BUILDERS
+from peft_lab.data.file_folders import read_folders
 from peft_lab.data.row_preparation import check_columns
 from peft_lab.data.task_registry import data_files
 from peft_lab.data.task_schema import Task
@@ -78,7 +80,7 @@ def open_parts(task: Task, split: str) -> tuple[list[Part], Features | None]:
 
 
 def _shards(task: Task, split: str, stream: IterableDataset) -> tuple[list[Part], Features | None]:
-    from datasets import Image
+    from datasets import Audio, Image
 
     if stream.features is None:
         stream = stream._resolve_features()
@@ -87,9 +89,9 @@ def _shards(task: Task, split: str, stream: IterableDataset) -> tuple[list[Part]
     columns = sorted(set(task.columns.values()))
     stream = stream.select_columns(columns)
     for name in columns:
-        # an image stays a file until it is used, because the rows wait in the shuffle buffer
-        if isinstance(features[name], Image):
-            stream = stream.cast_column(name, Image(decode=False))
+        # a file is not decoded until it is used, because the rows wait in the shuffle buffer
+        if isinstance(features[name], Image | Audio):
+            stream = stream.cast_column(name, type(features[name])(decode=False))
     count = stream.num_shards
     files = task.data.files.get(split, ())
     whole = files[0] if len(files) == 1 else ""
@@ -171,8 +173,8 @@ def read(task: Task, split: str) -> Dataset:
             if rows:
                 check_columns(task, split, names)
             return read_files.as_dataset(rows, sorted(set(task.columns.values())))
-        if data.builder == "imagefolder":
-            return _read_folders(files, split)
+        if data.builder in FOLDER_BUILDERS:
+            return read_folders(data.builder, files, split)
         return datasets.load_dataset(data.builder, data_files={split: files}, split=split, **data.options)
 
 
@@ -188,17 +190,3 @@ def _check_hub_name(task: Task) -> None:
             f'Task "{task.name}": "{name}" stands for a data set of the Hub, but means a builder or a folder of the '
             'working directory here; work in another folder, or give "builder" and "files" for local files.'
         )
-
-
-def _read_folders(folders: list[str], split: str) -> Dataset:
-    """Images of folders, by the table beside them or by the names of their folders."""
-    import datasets
-
-    from peft_lab.data.image_column import read_described, warn_of_other_files
-
-    described = read_described(folders)
-    if described is not None:
-        return described
-    warn_of_other_files(folders)
-    files = [f"{folder}/**" for folder in folders]  # else images in folders of folders are missed
-    return datasets.load_dataset("imagefolder", data_files={split: files}, split=split)

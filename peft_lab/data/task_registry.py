@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_lab.data import foreign_files
+from peft_lab.data.data_source import FOLDER_BUILDERS
 from peft_lab.data.prompt_template import Template
 from peft_lab.data.task_schema import SPLITS, DataSource, Task, build, builtin_folders
 from peft_lab.errors import ConfigError, TaskError, did_you_mean
@@ -119,8 +120,9 @@ def data_files(task: Task, split: str) -> list[str]:
         if not matches:
             mend = " Name your own task file with --task." if task.foreign else ""
             raise TaskError(f'Task "{task.name}": the {split} file {path} does not exist.{mend}')
-        if task.data.builder == "imagefolder" and not matches[0].is_dir():
-            raise TaskError(f'Task "{task.name}": builder imagefolder wants a folder for {split}, {path} is a file.')
+        builder = task.data.builder
+        if builder in FOLDER_BUILDERS and not matches[0].is_dir():
+            raise TaskError(f'Task "{task.name}": builder {builder} wants a folder for {split}, {path} is a file.')
         found += [str(match) for match in matches]
     return found
 

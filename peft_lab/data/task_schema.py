@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, create_model
 
-from peft_lab.data.data_source import DataSource, as_list, data_source
+from peft_lab.data.data_source import FOLDER_BUILDERS, DataSource, as_list, data_source
 from peft_lab.data.prompt_template import Template
 from peft_lab.errors import TaskError
 from peft_lab.metrics import METRICS, metric_path
@@ -310,8 +310,8 @@ def _check_streaming(task: Task) -> None:
             raise TaskError(
                 f'"{split}_fraction" needs the number of all rows, which a stream does not know; give "{split}_rows".'
             )
-    if task.data.builder == "imagefolder":
-        raise TaskError('images of a folder are opened when they are used anyway; remove "streaming".')
+    if task.data.builder in FOLDER_BUILDERS:
+        raise TaskError('files of a folder are opened when they are used anyway; remove "streaming".')
     if task.data.options.get("field"):
         raise TaskError('"field" is for a file that is read whole; stream JSON lines, or remove "streaming".')
     if "validation" not in task.splits and task.validation_rows is None:

@@ -50,7 +50,7 @@ _SEQ2SEQ = {
     **_SPECIAL,
 }
 _WHISPER = {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}
-_WAVEFORM = {
+WAVEFORM = {
     **{**_SHAPE, "conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2},
     **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8},
     **{"vocab_size": VOCABULARY, "apply_spec_augment": False, "layerdrop": 0.0},
@@ -147,7 +147,7 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
     "phi3": _model("Phi3ForCausalLM", **_TEXT),
     "t5": _model("T5ForConditionalGeneration", **_T5),
     "whisper": _model("WhisperForConditionalGeneration", **_WHISPER),
-    "wav2vec2": _model("Wav2Vec2ForSequenceClassification", **_WAVEFORM),
+    "wav2vec2": _model("Wav2Vec2ForSequenceClassification", **WAVEFORM),
     "audio-spectrogram-transformer": _model("ASTForAudioClassification", **_SPECTROGRAM),
     "segformer": _model("SegformerForSemanticSegmentation", **_SEGFORMER),
     "dpt": _model("DPTForSemanticSegmentation", fusion_hidden_size=8, **_DPT),
@@ -194,7 +194,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "t5_gated": _model("T5ForConditionalGeneration", feed_forward_proj="gated-gelu", **_T5),
     "t5_classifier": _model("T5ForSequenceClassification", **_T5),
     "whisper_classifier": _model("WhisperForAudioClassification", **_WHISPER),
-    "hubert_stable": _model("HubertForSequenceClassification", do_stable_layer_norm=True, **_WAVEFORM),
+    "hubert_stable": _model("HubertForSequenceClassification", do_stable_layer_norm=True, **WAVEFORM),
     "beit_segmenter": _model(
         "BeitForSemanticSegmentation",
         out_indices=[0, 1, 2, 3],

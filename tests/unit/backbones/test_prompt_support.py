@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from support.backbones import _GROUPED, _SEQ2SEQ, _SPECIAL, _T5, _TEXT, _WAVEFORM, TINY, _build
+from support.backbones import _GROUPED, _SEQ2SEQ, _SPECIAL, _T5, _TEXT, TINY, WAVEFORM, _build
 from support.cover import cover
 from support.properties import adapt, move
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("MptForCausalLM", {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 64, **_SPECIAL}),
     "roformer": ("RoFormerForSequenceClassification", {"embedding_size": 16, **_TEXT}),
     **{
-        name: (f"{cls}ForSequenceClassification", _WAVEFORM)
+        name: (f"{cls}ForSequenceClassification", WAVEFORM)
         for name, cls in {
             "wav2vec2": "Wav2Vec2",
             "hubert": "Hubert",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from support.backbones import _GROUPED, _IMAGE, _TEXT, _WAVEFORM, EXPERTS, MODELS, _build, tiny_inputs
+from support.backbones import _GROUPED, _IMAGE, _TEXT, EXPERTS, MODELS, WAVEFORM, _build, tiny_inputs
 from torch import Tensor, nn
 
 from peft_lab.backbones.family import Family, ResidualConnection
@@ -21,11 +21,11 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_scaled": ("Dinov2ForImageClassification", {**_IMAGE, "drop_path_rate": 0.1}),
     "ernie": ("ErnieForSequenceClassification", _TEXT),
     "data2vec-text": ("Data2VecTextForSequenceClassification", _TEXT),
-    "hubert": ("HubertForSequenceClassification", _WAVEFORM),
-    "unispeech": ("UniSpeechForSequenceClassification", _WAVEFORM),
-    "unispeech-sat": ("UniSpeechSatForSequenceClassification", {**_WAVEFORM, "do_stable_layer_norm": True}),
-    "data2vec-audio": ("Data2VecAudioForSequenceClassification", _WAVEFORM),
-    "wavlm": ("WavLMForSequenceClassification", _WAVEFORM),
+    "hubert": ("HubertForSequenceClassification", WAVEFORM),
+    "unispeech": ("UniSpeechForSequenceClassification", WAVEFORM),
+    "unispeech-sat": ("UniSpeechSatForSequenceClassification", {**WAVEFORM, "do_stable_layer_norm": True}),
+    "data2vec-audio": ("Data2VecAudioForSequenceClassification", WAVEFORM),
+    "wavlm": ("WavLMForSequenceClassification", WAVEFORM),
     "ministral": ("MinistralForCausalLM", _GROUPED),
     "smollm3": ("SmolLM3ForCausalLM", _GROUPED),
     "granite": ("GraniteForCausalLM", {**_GROUPED, "residual_multiplier": 0.5}),
