@@ -60,16 +60,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f' Did you mean "{known[near[0]]}"?' if near else ""
 
 
-def check_keys(keys: Iterable[str], known: Iterable[str], what: str) -> None:
+def check_keys(keys: Iterable[str], known: Iterable[str], what: str, lists: str = "") -> None:
     """Raise `ConfigError` for the first key that is not known.
 
-    `what` names the owner, for instance `method "svfit"`.
+    `what` names the owner, for instance `method "svfit"`, and `lists` the command that lists many known ones.
     """
     known = dict.fromkeys(known)
     for key in keys:
         if key not in known:
             # A very long list would bury the message.
-            listing = "" if len(known) > 30 else f" Known: {', '.join(sorted(known))}."
+            listing = f" Known: {', '.join(sorted(known))}."
+            if len(known) > 30:
+                listing = f" `{lists}` lists the known ones." if lists else ""
             raise ConfigError(f'Unknown key "{key}" for {what}.{did_you_mean(key, known)}{listing}')
 
 

@@ -282,7 +282,7 @@ def check_method_args(name: str, args: Mapping[str, Any]) -> None:
     fields = config_fields(name)
     # a plug-in whose source cannot be found is checked by its config class, when that is imported
     if fields or not method(name).config:
-        check_keys(with_preset(name, args), fields, f'method "{name}"')
+        check_keys(with_preset(name, args), fields, f'method "{name}"', lists=f"peft-lab methods {name}")
 
 
 def learns_activation(info: MethodInfo) -> bool:

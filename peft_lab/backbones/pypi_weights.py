@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_lab.errors import ConfigError
+from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.utils.atomic_files import write_errors
 from peft_lab.utils.cache import cache_dir
 from peft_lab.utils.data_root import DATA_PREFIX, below_data
@@ -71,6 +71,7 @@ def resolve_model(name: str) -> str:
         ConfigError: the package that provides the backbone is not installed; the message has the command. Or the
             variable is not set.
     """
+    check_name(name)
     if name.startswith(DATA_PREFIX):
         return str(below_data(name, "The backbone"))
     backbone = BACKBONES.get(name)
@@ -86,6 +87,23 @@ def resolve_model(name: str) -> str:
     if not (target / "config.json").is_file():
         _convert(backbone, source, target)
     return str(target)
+
+
+def check_name(name: str) -> None:
+    """Check that a backbone that is named by a path is there.
+
+    Raises:
+        ConfigError: it is not, and the Hub has no such names.
+    """
+    # a Hub id is an owner and a name
+    is_path, path = name.startswith((".", "/", "~")) or name.count("/") > 1, Path(name).expanduser()
+    if name in BACKBONES or name.startswith(DATA_PREFIX) or not is_path or path.exists():
+        return
+    there = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = did_you_mean(path.name, there)
+    raise ConfigError(
+        f'There is no folder "{name}".{near} A backbone is a folder, a Hub id, or one of {", ".join(BACKBONES)}.'
+    )
 
 
 def public_name(name: str) -> str | None:

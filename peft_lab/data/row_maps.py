@@ -32,6 +32,8 @@ class MapOptions:
 _DEFAULT = MapOptions()
 _OPTIONS: ContextVar[MapOptions] = ContextVar("peft_lab_map_options", default=_DEFAULT)
 
+_READS: ContextVar[list[Any] | None] = ContextVar("peft_lab_reads", default=None)
+
 
 @contextmanager
 def map_options(processes: int | None, overwrite: bool) -> Iterator[None]:
@@ -41,6 +43,17 @@ def map_options(processes: int | None, overwrite: bool) -> Iterator[None]:
         yield
     finally:
         _OPTIONS.reset(token)
+
+
+@contextmanager
+def recorded_reads() -> Iterator[list[Any]]:
+    """Record what the functions on rows read beside them, within the block."""
+    found: list[Any] = []
+    token = _READS.set(found)
+    try:
+        yield found
+    finally:
+        _READS.reset(token)
 
 
 def map_rows(dataset: Dataset, function: Callable[..., Any], reads: Any, **options: Any) -> Dataset:
@@ -56,6 +69,9 @@ def map_rows(dataset: Dataset, function: Callable[..., Any], reads: Any, **optio
         options: further arguments of `Dataset.map`; a `num_proc` among them goes before that of `map_options`.
     """
     settings = _OPTIONS.get()
+    recorded = _READS.get()
+    if recorded is not None and reads not in recorded:
+        recorded.append(reads)
     # rows in memory, as a stream has them, are not kept
     fingerprint = _fingerprint(dataset, function, reads) if dataset.cache_files else uuid.uuid4().hex
     if settings.overwrite:

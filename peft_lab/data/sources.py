@@ -170,8 +170,11 @@ def read(task: Task, split: str) -> Dataset:
         if data.builder in _OWN:
             rows = read_files.read_rows(data.builder, files, data.options)
             names = read_files.column_names(rows)
-            if rows:
-                check_columns(task, split, names)
+            if not rows:
+                raise TaskError(
+                    f'Task "{task.name}": "{files[0]}" has no rows of the {split} data; fill it, or name another.'
+                )
+            check_columns(task, split, names)
             return read_files.as_dataset(rows, sorted(set(task.columns.values())))
         if data.builder in FOLDER_BUILDERS:
             return read_folders(data.builder, files, split)

@@ -23,7 +23,8 @@ from peft_lab.errors import ConfigError, PeftLabError, check_keys, did_you_mean
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.config_files import head_config
 from peft_lab.loading.load_adapter import load_folder
-from peft_lab.registry import MethodInfo
+from peft_lab.loading.rank_check import check_rank
+from peft_lab.registry import MethodInfo, with_preset
 from peft_lab.runs import run_folder
 from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.expert_layer import tell_left_out
@@ -74,13 +75,41 @@ def load_base(
         raise
     # damaged files end transformers and tokenizers by errors of any type
     except Exception as error:
-        raise ConfigError(_why_not(name, kind, error)) from error
+        raise ConfigError(_why_not(name, path, kind, task, error)) from error
     return processor, model
 
 
-def _why_not(name: str, kind: Any, error: Exception) -> str:
+def _why_not(name: str, path: str, kind: Kind, task: Task, error: Exception) -> str:
+    other = _other_inputs(path, kind, task)
+    if other:
+        return f'Backbone "{name}" {other}.'
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f'Backbone "{name}" cannot be loaded for kind "{kind.name}".{did_you_mean(name, BACKBONES)} {first}'
+    near = "" if name in BACKBONES else did_you_mean(name, BACKBONES)
+    return f'Backbone "{name}" cannot be loaded for kind "{kind.name}".{near} {first}'
+
+
+#: Inputs of a model, by the first argument of its forward.
+_READ = {"input_ids": "texts", "pixel_values": "images", "input_values": "sound", "input_features": "sound"}
+
+
+def _other_inputs(path: str, kind: Kind, task: Task) -> str:
+    """Fault of a backbone of a type that the kind of task has no model for; "" if there is one."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        auto_class = kind.auto_class(task)
+        found = type(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        if found in auto_class._model_mapping:
+            return ""
+        model_classes: Any = AutoModel._model_mapping[found]
+    # a config that cannot be read is the error that is reported already, and a kind may load models in its own way
+    except Exception:
+        return ""
+    reads = _READ.get(getattr(model_classes, "main_input_name", ""), "other inputs")
+    return (
+        f'reads {reads} ({found.model_type}), and kind "{kind.name}" has no model of this type; choose one that '
+        f"transformers loads by {auto_class.__name__}"
+    )
 
 
 def adapt(
@@ -122,6 +151,8 @@ def adapt(
                 f'Method "{info.name}" with {dict(args)} leaves nothing to train in {type(model).__name__}; name what '
                 "to train in modules_to_save."
             )
+        if args:
+            check_rank(adapted, info, with_preset(info.name, args))
         # A tuner of ours says so itself, whoever adds it.
         if info.module.startswith("peft.") and isinstance(adapted.base_model, BaseTuner):
             tell_left_out(adapted.get_base_model(), info, "default")

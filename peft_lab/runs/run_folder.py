@@ -27,7 +27,7 @@ from peft_lab.adapter_files.names import (
     MODEL_WEIGHTS,
     write_json,
 )
-from peft_lab.backbones.pypi_weights import public_name
+from peft_lab.backbones.pypi_weights import check_name, public_name
 from peft_lab.backbones.quantized_loading import FORMS
 from peft_lab.data.task_registry import validate_task
 from peft_lab.data.task_schema import MAX_LABELS, Task, check_classes
@@ -62,6 +62,7 @@ def check_run(config: RunConfig) -> tuple[MethodInfo, Task, State]:
         ConfigError, TaskError: what is wrong.
     """
     info, task = config.check(), validate_task(config.task)
+    check_name(config.model_name_or_path)
     if config.examples_per_class is not None:
         check_classes(task)
     return info, task, check_output_dir(config)

@@ -17,6 +17,7 @@ from peft_lab.data.task_schema import Task
 from peft_lab.errors import ConfigError, PeftLabError
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.callbacks.bilevel import activation_parameters
+from peft_lab.training.drawn_rows import DrawnRows
 from peft_lab.training.packing import pack
 
 if TYPE_CHECKING:
@@ -101,7 +102,14 @@ def hold_out(config: RunConfig, task: Task, model: Any, train: Dataset, seed: in
 
 
 def model_rows(
-    raw: Mapping[str, Any], kind: Kind, processor: Any, task: Task, model: Any, drops: bool, packed: int | None
+    raw: Mapping[str, Any],
+    kind: Kind,
+    processor: Any,
+    task: Task,
+    model: Any,
+    drops: bool,
+    packed: int | None,
+    few: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows of each split with numbers of prompts, and the same preprocessed for the model.
 
@@ -110,6 +118,7 @@ def model_rows(
         kind, processor, task, model: of the run.
         drops: True if Trainer removes columns that the model's forward does not name.
         packed: tokens of the sequences that training rows are packed into; None without packing.
+        few: True if the run draws few of its training rows, which are then preprocessed when they are drawn.
     """
     found, rows = {}, {}
     for split, part in raw.items():
@@ -117,6 +126,8 @@ def model_rows(
         prepare = partial(_prepared, kind, processor, task, model, drops, length, split in ("train", HELD_OUT))
         if isinstance(part, RowStream):
             found[split], rows[split] = part, part.preprocessed(_Second(prepare))
+        elif few and split == "train":
+            found[split], rows[split] = part, DrawnRows(part, _Second(prepare))
         else:
             found[split], rows[split] = prepare(part)
             if split in SCORED:

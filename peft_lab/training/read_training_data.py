@@ -102,6 +102,11 @@ class ReadTrainingData(TrainerCallback):
         read_training_data(model, rows, state.global_step // steps if steps else 0)
 
 
+def reads_training_data(model: nn.Module) -> bool:
+    """Test whether an adapter of a model reads the training data."""
+    return bool(_readers(model))
+
+
 class _InOrder:
     """Rows of a loader in order; a stream raises `ConfigError`."""
 

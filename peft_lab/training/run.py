@@ -25,7 +25,7 @@ from peft_lab.backbones import module_roles
 from peft_lab.backbones.pypi_weights import cached_commit
 from peft_lab.backbones.sharded_weights import whole_shape
 from peft_lab.data import prompt_column
-from peft_lab.data.row_maps import map_options
+from peft_lab.data.row_maps import map_options, recorded_reads
 from peft_lab.data.splits import Splits, load_splits
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
@@ -50,6 +50,7 @@ from peft_lab.training.baseline_scores import of_untouched_base, split_of_base, 
 from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
 from peft_lab.training.chunked_loss import chunked_loss
+from peft_lab.training.drawn_rows import DrawnRows, draws_few, known_rows
 from peft_lab.training.model_rows import HELD_OUT, check_streaming, check_tuning, chosen_rows, hold_out, model_rows
 from peft_lab.training.packing import packed_collator, packed_length
 from peft_lab.training.peak_memory import PeakMemory
@@ -181,11 +182,11 @@ class _Run:
         self.keeps_record = checkpoint is not None or self.arguments.save_strategy != "no"
         self._load()
         if self.keeps_record:
-            self.inputs = inputs_of(self.config, self.rows, self.base, self.splits)
+            self.inputs = inputs_of(self.config, self.rows, self.base, self.splits, self.raw["train"], self.reads)
         if checkpoint is not None:
             check_inputs(checkpoint, self.inputs, own=Path(checkpoint).parent.resolve() == self.folder.resolve())
         self._build_trainer()
-        rows = self.raw if self.kind.raw_baseline else self.rows
+        rows = self.raw if self.kind.raw_baseline else {**self.rows, "train": known_rows(self.rows["train"])}
         self.baselines = without_input(self.kind, self.task, self.labels, rows)
         self._claim_folder(checkpoint)
         # memory and time are those of the training steps, without loading and evaluation at the end
@@ -266,7 +267,11 @@ class _Run:
         if self.config.packing:
             packed = packed_length(self.info, self.kind, self.processor, self.task, self.model)
         with self.process.main_process_first(), self._maps():
-            self.raw, self.rows = model_rows(self.raw, self.kind, self.processor, self.task, self.model, drops, packed)
+            few = draws_few(self.arguments, self.model, self.raw["train"], packed is not None)
+            with recorded_reads() as self.reads:
+                self.raw, self.rows = model_rows(
+                    self.raw, self.kind, self.processor, self.task, self.model, drops, packed, few
+                )
         if self.task.streaming:
             data_seed = self.arguments.data_seed
             self.rows["train"] = self.rows["train"].shuffled(seed if data_seed is None else data_seed)
@@ -310,6 +315,9 @@ class _Run:
             max_seconds=self.config.max_seconds,
             inputs=self.inputs,
         )
+        if isinstance(self.rows["train"], DrawnRows):
+            with self._maps():
+                self.rows["train"].read(self.trainer.drawn_positions())
 
     def _scores_of_rows(self, prediction: EvalPrediction) -> dict[str, float]:
         """Compute the metrics, and keep the predictions of each row.

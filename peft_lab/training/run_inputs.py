@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence, Sized
@@ -37,7 +38,9 @@ _MAY_DIFFER = (
 _MAY_DIFFER_BEGINNINGS = ("eval_", "save_", "dataloader_", "per_device_eval_", "torch_compile", "ddp_")
 
 
-def inputs_of(config: RunConfig, rows: Mapping[str, Dataset], base: str, splits: Splits) -> dict[str, Any]:
+def inputs_of(
+    config: RunConfig, rows: Mapping[str, Dataset], base: str, splits: Splits, train: Any, reads: Sequence[Any]
+) -> dict[str, Any]:
     """Record of the inputs of a run, for the manifests of its checkpoints.
 
     Args:
@@ -45,10 +48,17 @@ def inputs_of(config: RunConfig, rows: Mapping[str, Dataset], base: str, splits:
         rows: split -> rows as the model takes them; test rows are left out, because training never sees them.
         base: hash of the base weights, as `base_hash` returns it.
         splits: rows as they were read; the fingerprint of a stream is known there alone.
+        train: the training rows before they are preprocessed, which may be done for a part of them alone.
+        reads: what preprocessing depends on beside the rows, as `row_maps.recorded_reads` gives it.
     """
-    whole = {split: part for split, part in rows.items() if split != "test" and isinstance(part, Sized)}
+    whole = {split: part for split, part in rows.items() if split not in ("train", "test") and isinstance(part, Sized)}
     data = {split: fingerprint(part) for split, part in whole.items()}
-    data = {"train": splits.fingerprints["train"]} | data
+    of_train = splits.fingerprints["train"]
+    if isinstance(train, Sized):
+        of_train = hashlib.blake2b(
+            json.dumps([fingerprint(train), list(reads)], sort_keys=True, default=str).encode(), digest_size=16
+        ).hexdigest()
+    data = {"train": of_train} | data
     return {"options": json.loads(strict_json.dumps(config.identity())), "data": data, "base": base}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,23 @@ class LabTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
+
+    def drawn_positions(self) -> list[int]:
+        """Positions of the training rows that this process draws until `max_steps`, as its loader will.
+
+        Those that are read ahead of the last step are among them.
+        """
+        with torch.random.fork_rng(devices=[]):
+            loader = self.get_train_dataloader()
+            # of the loaders that accelerate keeps, only the one of the training counts
+            self.accelerator._dataloaders.pop()
+            batches = self.args.max_steps * self.args.gradient_accumulation_steps
+            # accelerate looks one batch ahead, to know the last one, and each worker some more (two by default)
+            batches += 1 + self.args.dataloader_num_workers * (self.args.dataloader_prefetch_factor or 2)
+            found: list[int] = []
+            for batch in islice(getattr(loader, "batch_sampler", None) or (), batches):
+                found += batch
+        return found
 
     @property
     def timer(self) -> StepTimer:

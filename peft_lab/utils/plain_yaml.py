@@ -64,7 +64,13 @@ def read_file(path: Path, error: type[PeftLabError] = ConfigError) -> Any:
     except UnicodeDecodeError as failure:
         raise error(f'"{path}" cannot be read as UTF-8: {failure}.') from failure
     except yaml.YAMLError as failure:
-        raise error(f'"{path}" is not readable YAML or JSON: {" ".join(str(failure).split())}.') from failure
+        mark = getattr(failure, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        # of a wrong indentation the parser says what it has not found
+        mend = "; look at the indentation of this line" if isinstance(failure, yaml.parser.ParserError) else ""
+        raise error(
+            f'"{path}" is not readable YAML or JSON{where}: {" ".join(str(failure).split())}{mend}.'
+        ) from failure
 
 
 def _check_limits(text: str) -> None:

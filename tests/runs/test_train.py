@@ -195,7 +195,7 @@ def test_limits_draw_from_all_classes_and_the_same_rows_each_time(place, tmp_pat
     limits = {"max_train_samples": 20, "max_eval_samples": 9, "max_test_samples": 6}
     result = train(options(place["task"], place["backbone"], tmp_path / "out", max_steps=1, **limits))
     assert result.metrics["data"]["rows"] == {"train": 20, "validation": 9, "test": 6}
-    assert len(set(result.trainer.train_dataset["labels"])) == 3
+    assert len(set(result.trainer.train_dataset.raw["label"])) == 3
 
 
 # ---- folders that hold something already --------------------------------------------------------------------------

@@ -89,7 +89,8 @@ def test_the_cost_of_a_step_is_counted_with_one_row_a_batch(place, tmp_path):
 def test_held_out_rows_are_disjoint_and_drawn_by_the_seed(place, tmp_path, fraction):
     drawn = []
     for seed in (0, 0, 1):
-        run = options(place["topics"], place["bert"], tmp_path, method="iapt", alternating_every=1, seed=seed)
+        flags = {"method": "iapt", "alternating_every": 1, "seed": seed, "max_steps": 100}  # more than an epoch
+        run = options(place["topics"], place["bert"], tmp_path, **flags)
         with prepare(run | ({"alternating_fraction": fraction} if fraction else {})) as trainer:
             callback = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "dev_dataset"))
             held, rest = (list(map(tuple, rows["input_ids"])) for rows in (callback.dev_dataset, trainer.train_dataset))

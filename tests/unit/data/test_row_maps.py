@@ -68,7 +68,7 @@ def test_a_tokenizer_is_known_by_its_tokens_and_not_by_its_use(tmp_path: Path) -
 def test_a_second_run_does_not_tokenise_again(tmp_path: Path) -> None:
     """Both in processes of their own, with another seed of Python's hashes."""
     task, base = make_task(tmp_path / "texts"), make_backbone(tmp_path / "base")
-    values = options(task, base, tmp_path / "out", max_steps=1, save_strategy="no")
+    values = options(task, base, tmp_path / "out", max_steps=13, save_strategy="no")  # more than an epoch
     code = """
         import json, sys
         from datasets import Dataset
@@ -102,8 +102,8 @@ def test_a_second_run_does_not_tokenise_again(tmp_path: Path) -> None:
 @FULL
 def test_several_processes_tokenise_the_same_rows(tmp_path: Path) -> None:
     task, base = make_task(tmp_path / "texts"), make_backbone(tmp_path / "bert")
-    one = train(options(task, base, tmp_path / "one", max_steps=1, overwrite_cache=True))
+    one = train(options(task, base, tmp_path / "one", max_steps=13, overwrite_cache=True))
     more = {"preprocessing_num_workers": 2, "overwrite_cache": True}
-    two = train(options(task, base, tmp_path / "two", max_steps=1, **more))
+    two = train(options(task, base, tmp_path / "two", max_steps=13, **more))
     assert one.metrics["metrics"] == two.metrics["metrics"]
     assert list(one.trainer.train_dataset) == list(two.trainer.train_dataset)

@@ -93,7 +93,7 @@ def test_predict_takes_the_domain_from_the_rows(trained, tmp_path):
 
 
 def test_each_domain_trains_its_own_prompts(place, tmp_path):
-    with prepare(options(place["task"], place["bert"], tmp_path, method="metadata_prompt")) as trainer:
+    with prepare(options(place["task"], place["bert"], tmp_path, method="metadata_prompt", max_steps=100)) as trainer:
         rows = trainer.train_dataset
         assert rows["prompt_ids"][:6] == [2, 1, 0] * 2
         name, table = next((n, p) for n, p in trainer.model.named_parameters() if "metadata_prompt_table" in n)
@@ -107,7 +107,7 @@ def test_each_domain_trains_its_own_prompts(place, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "soft_prompt", "head"])
 def test_other_methods_do_not_see_the_column(place, tmp_path, method):
-    with prepare(options(place["task"], place["bert"], tmp_path, method=method)) as trainer:
+    with prepare(options(place["task"], place["bert"], tmp_path, method=method, max_steps=100)) as trainer:
         assert "prompt_ids" not in trainer.train_dataset.column_names
         trainer.model(**trainer.data_collator(list(trainer.train_dataset.select(range(2)))))
 
