@@ -8,8 +8,10 @@ import typer
 
 from peft_lab import registry
 from peft_lab.cli.completion import complete_method
+from peft_lab.cli.data import is_task, report_on_data
 from peft_lab.cli.options import Json
 from peft_lab.cli.output import new_table, print_json, print_out
+from peft_lab.errors import ConfigError
 from peft_lab.utils.terminal import shown
 
 if TYPE_CHECKING:
@@ -97,8 +99,33 @@ def tasks(as_json: Json = False) -> None:
     print_out("Your own data: write a task YAML and pass its path as --task; `peft-lab validate FILE` checks it.")
 
 
-def validate(file: Annotated[str, typer.Argument(help="A task, run or study YAML.", show_default=False)]) -> None:
-    """Check a task, run or study file without loading a model."""
+def validate(
+    file: Annotated[str, typer.Argument(help="A task, run or study YAML.", show_default=False)],
+    data: Annotated[bool, typer.Option("--data", help="Read all rows of the task too, and report on them.")] = False,
+    model_name_or_path: Annotated[
+        str | None,
+        typer.Option("--model_name_or_path", help="With --data: count the tokens of this backbone, and show its rows."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a task, run or study file without loading a model.
+
+    With --data the rows are read too: the exit status is 2 if a run would refuse them.
+    """
+    if data:
+        report_on_data(file, model_name_or_path, as_json)
+        return
+    if model_name_or_path is not None:
+        raise ConfigError("--model_name_or_path is for --data, which reads the rows; give both.")
+    document, line = _checked(file)
+    if as_json:
+        print_json(document)
+    else:
+        print_out(f"[green]ok[/] {shown(line)}")
+
+
+def _checked(file: str) -> tuple[dict[str, Any], str]:
+    """Check a file; return a document about it, and a line."""
     from peft_lab.comparison.study.schema import is_study
     from peft_lab.data.task_registry import validate_task
     from peft_lab.runs import run_config, run_folder
@@ -108,16 +135,16 @@ def validate(file: Annotated[str, typer.Argument(help="A task, run or study YAML
     if is_study(values):
         from peft_lab.cli.compare import show_study
 
-        print_out(f"[green]ok[/] {shown(show_study(values, file))}")
-        return
-    if "kind" in values or ("data" in values and "method" not in values):
+        line = show_study(values, file)
+        return {"file": file, "is": "study", "says": line}, line
+    if is_task(values):
         task = validate_task(file)
-        print_out(f'[green]ok[/] task "{task.name}" ({task.kind}), metrics: {shown(", ".join(task.metrics))}')
-        return
+        line = f'task "{task.name}" ({task.kind}), metrics: {", ".join(task.metrics)}'
+        return {"file": file, "is": "task", "name": task.name, "kind": task.kind, "metrics": list(task.metrics)}, line
     config = run_config.load_run(file)
     run_folder.check_run(config)
-    where = f'on task "{config.task}" with {config.model_name_or_path}'
-    print_out(f'[green]ok[/] run: method "{config.method}" {shown(where)}')
+    line = f'run: method "{config.method}" on task "{config.task}" with {config.model_name_or_path}'
+    return {"file": file, "is": "run", **config.to_dict()}, line
 
 
 def _paper(paper: str) -> str:

@@ -121,7 +121,7 @@ def open_stream(task: Task) -> tuple[RowStream, dict[str, Dataset]]:
             '"validation_rows" or "test_rows".'
         )
     # the rows themselves are checked once they are trained on
-    labels = _labels(task, canonical(task, "train", _data_set(task, "train", first, features)))
+    labels = _labels(task, canonical(task, "train", data_set(task, "train", first, features)))
     found = {split: as_rows(task, split, *rows, labels)[0] for split, rows in read.items()}
     for split, rows_of_split in found.items():
         if len(rows_of_split) == 0:
@@ -139,7 +139,7 @@ def as_rows(
         TaskError: a row has a fault, and the task does not say what to do about it.
     """
     names = [name for name, _ in chunk]
-    rows = name_rows(_data_set(task, split, chunk, features), names)
+    rows = name_rows(data_set(task, split, chunk, features), names)
     rows = name_rows(canonical(task, split, rows), names)
     dropped = faulty(task, split, rows)
     rows = kind(task.kind).encode_labels(task, split, rows, labels, dropped)
@@ -153,7 +153,11 @@ def _named_rows(parts: Sequence[Part]) -> Iterator[dict[str, Any]]:
             yield {"place": name, "row": row}
 
 
-def _data_set(task: Task, split: str, chunk: Sequence[_Named], features: Any) -> Dataset:
+def data_set(task: Task, split: str, chunk: Sequence[_Named], features: Any) -> Dataset:
+    """Data set of the task's columns of some rows of a stream.
+
+    `features` are those of the source; None where every cell is a text.
+    """
     from datasets import Dataset
 
     rows, columns = [row for _, row in chunk], sorted(set(task.columns.values()))
