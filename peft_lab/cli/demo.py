@@ -205,9 +205,9 @@ def leading(runs: dict[str, list[dict[str, Any]]]) -> tuple[list[str], str]:
 
     The sentence is empty where there is one method alone.
     """
-    shown = {method: f"{found[0]['metrics']['test']['accuracy']:.3f}" for method, found in runs.items()}
-    top = max(shown.values(), key=float)
-    first = [method for method, accuracy in shown.items() if accuracy == top]
+    printed = {method: f"{found[0]['metrics']['test']['accuracy']:.3f}" for method, found in runs.items()}
+    top = max(printed.values(), key=float)
+    first = [method for method, accuracy in printed.items() if accuracy == top]
     if len(runs) == 1:
         return first, ""
     titles = [registry.method(method).title for method in first]

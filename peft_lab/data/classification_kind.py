@@ -207,11 +207,14 @@ class ClassificationKind(LabelledKind):
         count = len(labels)
         references, guesses = np.repeat(np.arange(count), count), np.tile(np.arange(count), count)
         wanted = np.bincount(np.asarray(rows["labels"][:]), minlength=count)
-        weights, found = np.repeat(wanted / count, count), {}
+        weights = np.repeat(wanted / count, count)
+        found: dict[str, float] = {}
         for name in task.metrics:
             if name in METRICS and METRICS[name].takes_weights:
                 options = _metric_options(labels).get(name, {})
-                found |= METRICS[name].compute(guesses, references, sample_weight=weights, **options)
+                found |= METRICS[name].compute(
+                    predictions=guesses, references=references, sample_weight=weights, **options
+                )
         return Baseline(CHANCE, found)
 
     def row_predictions(self, prediction: EvalPrediction, task: Task, rows: Dataset | None = None) -> Predictions:

@@ -91,10 +91,9 @@ def agreement(first: Predictions, second: Predictions) -> Agreement | None:
     """
     from sklearn.metrics import cohen_kappa_score
 
-    pair = [_answers(each) for each in (first, second)]
-    if pair[0] is None or pair[1] is None or len(first) != len(second) or first.output_type != second.output_type:
+    a, b = _answers(first), _answers(second)
+    if a is None or b is None or len(a) != len(b) or first.output_type != second.output_type:
         return None
-    a, b = pair
     # kappa of one answer alone is 0 / 0
     constant = a.min() == a.max() == b.min() == b.max()
     return Agreement(float((a == b).mean()), None if constant else float(cohen_kappa_score(a, b)))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from peft_lab.comparison.report.row_texts import RowTexts
 from peft_lab.comparison.report.sentences import join
 from peft_lab.comparison.report.tables import MISSING, Column, Entry, Subsection, Table
-from peft_lab.comparison.report.test_rows import RowTexts
 from peft_lab.comparison.stats.statistics import CellResult, ReadPredictions
 from peft_lab.errors import ConfigError
 from peft_lab.metrics.class_scores import agreement, class_scores, confusion, wrong_in_all

@@ -203,5 +203,5 @@ def draw(spec: FigureSpec, folder: Path, prefix: str) -> EmbeddedFigure:
     file = f"{prefix}-{spec.name}.png"
     with new_file(folder / file) as partial:
         partial.write_bytes(light)
-    embedded = [base64.b64encode(png).decode() for png in (light, dark)]
-    return EmbeddedFigure(file, spec.caption, *embedded, spec.group, spec.option)
+    pictures = {"light": base64.b64encode(light).decode(), "dark": base64.b64encode(dark).decode()}
+    return EmbeddedFigure(file, spec.caption, **pictures, group=spec.group, option=spec.option)

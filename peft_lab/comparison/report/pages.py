@@ -65,7 +65,7 @@ def as_latex(report: Report) -> str:
     for section in report.all_sections:
         if section.table:
             parts.append(latex_table(tables.chosen(section.table), section.words, f"tab:{section.anchor}"))
-        if section.further_metrics and section.further_metrics.table:
-            more = section.further_metrics
+        more = section.further_metrics
+        if more is not None and more.table is not None:
             parts.append(latex_table(tables.chosen(more.table), more.words, f"tab:{section.anchor}-further"))
     return "\n\n".join(parts) + "\n"

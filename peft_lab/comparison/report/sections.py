@@ -11,8 +11,8 @@ from peft_lab.comparison.records.run import Record
 from peft_lab.comparison.report import answers, figures, tables
 from peft_lab.comparison.report.contents import Section
 from peft_lab.comparison.report.further_metrics import further_metrics_table
+from peft_lab.comparison.report.row_texts import RowTexts, row_texts
 from peft_lab.comparison.report.sentences import describe, join, metric_title
-from peft_lab.comparison.report.test_rows import RowTexts, row_texts
 from peft_lab.comparison.stats.pareto import front_of_all
 from peft_lab.comparison.stats.statistics import CellResult, ReadPredictions
 

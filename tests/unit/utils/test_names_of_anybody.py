@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from support.tiny_runs import make_task
@@ -22,11 +23,13 @@ from peft_lab.cli.app import main
 from peft_lab.cli.output import new_table, print_out
 from peft_lab.comparison.records.results import read_results
 from peft_lab.comparison.records.run_frame import results_csv
-from peft_lab.comparison.report.report import as_html, as_markdown, build
+from peft_lab.comparison.report.pages import as_html, as_latex, as_markdown
+from peft_lab.comparison.report.report import build
 from peft_lab.comparison.run.progress import Progress
 from peft_lab.data.task_registry import parse_task
 from peft_lab.errors import CONTROL, PeftLabError
 from peft_lab.hub.model_card import Base, card_text, plain_card
+from peft_lab.metrics.predictions import Predictions
 from peft_lab.utils.terminal import shown
 from peft_lab.utils.text import csv_cell, json_line, markdown_code, markdown_text, plain
 
@@ -76,9 +79,10 @@ def test_report_of_a_comparison(name: str, tmp_path: Path, monkeypatch: pytest.M
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
     report = build(tmp_path, _records(name))
-    page, text = as_html(report), as_markdown(report)
-    for shown_text in (page, text):
+    page, text, latex = as_html(report), as_markdown(report), as_latex(report)
+    for shown_text in (page, text, latex):
         assert not CONTROL.search(shown_text)
+    for shown_text in (page, text):
         assert "<script>alert" not in shown_text
     assert "![a](" not in text
     # a bar in a name would add a cell to its row
@@ -97,6 +101,8 @@ def _metrics(name: str) -> dict[str, Any]:
         **{"adapter_bytes": 1, "peak_memory_bytes": 1, "device": name, "versions": {"peft-lab": name, name: name}},
         "parameters": {"trainable": 1, "total": 2},
         "data": {"rows": {"test": 10, name: 5}, "labels": 3, "fingerprint": name},
+        "baselines": [{"predictor": name, "metrics": {"test": {name: 0.25, "accuracy": 0.75}}}],
+        "beats_baseline": False,
         "method_config": {"r": 1},
         "lora_export": {"title": name, "rank": 1, "max_relative_error": 0.0},
     }
@@ -108,13 +114,16 @@ def test_model_card(name: str, tmp_path: Path) -> None:
     task = parse_task({**values, "title": name, "licence": name, "homepage": name, "version": name})
     info, base = registry.method("lora"), Base(name, revision=name)
     config = {"target_modules": [name], "modules_to_save": name, "peft_version": name}
-    for text in (card_text(name, _metrics(name), info, task, base), plain_card(name, config, info, base, 1)):
+    items = Predictions("classification", {"reference": np.arange(3.0), "prediction": np.zeros(3)})
+    whole = card_text(name, _metrics(name), info, task, base, items=items, labels=[name, "b", f"c{name}"])
+    for text in (whole, plain_card(name, config, info, base, 1)):
         head, body = text.split("\n---\n", 1)
         assert yaml.safe_load(head.removeprefix("---\n"))
         assert not CONTROL.search(text)
         assert "<script>" not in re.sub(r"`[^`]*`|```.*?```", "", body, flags=re.DOTALL)
-        for row in re.findall(r"^\|.*$", body, re.MULTILINE):
-            assert len(re.findall(r"(?<!\\)\|", row)) in (3, 4), row
+        tables = re.findall(r"(?:^\|.*\n)+", body, re.MULTILINE)
+        for table in tables:
+            assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
         # the code loads from this name and does nothing else
         code = body.split("```python\n")[1].split("```")[0]
         assert "import os" not in code.replace(json_line(name), "")

@@ -19,8 +19,8 @@ from peft_lab.comparison.records.results import read_predictions, read_results
 from peft_lab.comparison.report import tables
 from peft_lab.comparison.report.answers import MAX_ROWS, agreement_table, class_table, read_answers, wrong_rows
 from peft_lab.comparison.report.report import build, write_report
+from peft_lab.comparison.report.row_texts import RowTexts, row_texts
 from peft_lab.comparison.report.sentences import describe, leaders
-from peft_lab.comparison.report.test_rows import RowTexts, row_texts
 from peft_lab.comparison.run.recommend import choose
 from peft_lab.comparison.stats.statistics import rank_arms
 from peft_lab.data.splits import load_splits
