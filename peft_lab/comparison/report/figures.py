@@ -115,6 +115,8 @@ def confusion_figures(counts: Mapping[str, np.ndarray], labels: Sequence[str]) -
         return
     for number, (arm, matrix) in enumerate(counts.items()):
         caption = f"{arm}: rows of each true class by predicted class, summed over seeds; the colour is their share."
+        if len(labels) > plots.NAMED_CLASSES:
+            caption += " Classes have their numbers in labels.json."
         draw = partial(plots.heat_map, matrix, labels)
         yield FigureSpec(f"confusion-{number}", caption, draw, "Confusion matrix of", arm)
 

@@ -16,7 +16,7 @@ from support.tiny_runs import make_task
 
 from peft_lab.cli.demo import leading
 from peft_lab.comparison.records.results import read_predictions, read_results
-from peft_lab.comparison.report import tables
+from peft_lab.comparison.report import plots, tables
 from peft_lab.comparison.report.answers import MAX_ROWS, agreement_table, class_table, read_answers, wrong_rows
 from peft_lab.comparison.report.report import build, write_report
 from peft_lab.comparison.report.row_texts import RowTexts, row_texts
@@ -209,3 +209,36 @@ def test_a_table_of_wrong_rows_has_an_end(made: Path) -> None:
         {"a": {0: Predictions("classification", {"reference": reference, "prediction": reference})}},
     )
     assert wrong_rows(all_right, lambda rows: RowTexts()).table is None
+
+
+@pytest.mark.parametrize(("baseline", "line"), [(0.75, 0.75), (0.1, None), (None, None)])
+def test_the_best_baseline_stands_in_the_plots(baseline: float | None, line: float | None) -> None:
+    """As a dashed line, or in words where a line would leave the arms no room."""
+    cell = cell_of(a=0.8, b=0.7)
+    for one in [run for arm in cell.arms for run in arm.records if baseline is not None]:
+        recorded = (("weaker", baseline - 0.05), ("best", baseline))
+        one.metrics["baselines"] = [
+            {"predictor": name, "metrics": {"test": {"accuracy": score}}} for name, score in recorded
+        ]
+    (forest,) = plots.forest(cell, plots.LIGHT).axes
+    (pareto,) = plots.pareto(cell, {"a": 1.0, "b": 2.0}, "step ms", plots.LIGHT).axes
+    for axes, label in ((forest, forest.get_xlabel()), (pareto, pareto.get_ylabel())):
+        dashed = [one for one in axes.lines if one.get_linestyle() == "--"]
+        assert len(dashed) == (line is not None)
+        assert ("dashed: best baseline, 0.750" in label) == (line is not None)
+        assert ("best baseline, 0.100, is further down" in label) == (baseline == 0.1)
+    if line is not None:
+        (drawn,) = [one for one in forest.lines if one.get_linestyle() == "--"]
+        assert list(drawn.get_xdata()) == [line, line]
+
+
+@pytest.mark.parametrize("classes", [2, 12, 13])
+def test_a_heat_map_has_the_counts_of_few_classes(classes: int) -> None:
+    counts = np.arange(classes**2).reshape(classes, classes)
+    (axes,) = plots.heat_map(counts, [f"${index}" for index in range(classes)], plots.DARK).axes
+    shares = axes.images[0].get_array()
+    assert np.allclose(shares.sum(1), 1)
+    few = classes <= plots.NAMED_CLASSES
+    assert [text.get_text() for text in axes.texts] == (
+        [f"{count}" for count in counts.ravel() if count] if few else []
+    )
