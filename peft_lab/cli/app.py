@@ -78,7 +78,7 @@ def main() -> None:
     try:
         with write_errors("the output"):
             try:
-                app()
+                app(prog_name="peft-lab")
             finally:
                 # otherwise a full disk behind a pipe or file would be noticed after the exit status is decided
                 sys.stdout.flush()

@@ -89,6 +89,7 @@ def load_splits(task: Task, seed: int | None = None, *, test: bool = False) -> S
     if not test:
         parts.pop("test", None)
     fingerprints = {name: fingerprint(part) for name, part in parts.items()}
+    logger.debug('Task "%s": %s.', task.name, ", ".join(f"{len(part):,} {name} rows" for name, part in parts.items()))
     return Splits(train, validation, parts.get("test"), labels, prompt_values, fingerprints)
 
 

@@ -76,6 +76,9 @@ def load_base(
     # damaged files end transformers and tokenizers by errors of any type
     except Exception as error:
         raise ConfigError(_why_not(name, path, kind, task, error)) from error
+    logger.debug(
+        'Backbone "%s" of %s: %s, %s parameters.', name, path, type(model).__name__, count_parameters(model)[1]
+    )
     return processor, model
 
 
@@ -154,6 +157,9 @@ def adapt(
         if args:
             check_rank(adapted, info, with_preset(info.name, args))
         # A tuner of ours says so itself, whoever adds it.
+        logger.debug(
+            'Method "%s" with %s: %s of %s parameters are trained.', info.name, dict(args), *count_parameters(adapted)
+        )
         if info.module.startswith("peft.") and isinstance(adapted.base_model, BaseTuner):
             tell_left_out(adapted.get_base_model(), info, "default")
         return adapted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from peft_lab.utils import verbosity
 if TYPE_CHECKING:
     from peft_lab.data.kind import Kind
     from peft_lab.data.task_schema import Task
+
+logger = logging.getLogger("peft_lab")
 
 _T = TypeVar("_T")
 
@@ -86,6 +89,9 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
     _set_device_flags(flags)
     if not shows_bars():
         flags.setdefault("disable_tqdm", True)
+    logger.debug(
+        "Flags of Trainer: %s.", ", ".join(f"{name}={flags[name]}" for name in sorted(flags) if name != "hub_token")
+    )
     with warnings.catch_warnings():
         # a flag that is to go is the user's own
         warnings.simplefilter("default", FutureWarning)

@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from peft_lab.cli.options import Json
-from peft_lab.cli.output import print_json
 from peft_lab.errors import ConfigError
 from peft_lab.utils.atomic_files import check_can_be_made
 from peft_lab.utils.text import visible
@@ -55,7 +53,6 @@ def attention_maps(
     allow_other_base: Annotated[
         bool, typer.Option("--allow_other_base", help="Warn instead of refusing if the base has other weights.")
     ] = False,
-    as_json: Json = False,
 ) -> None:
     """Draw attention maps of classes by head; needed heads are framed."""
     from peft_lab.data.task_registry import load_task
@@ -83,10 +80,7 @@ def attention_maps(
     model, processor = _load(adapter, folder, task, model_name_or_path, allow_other_base)
     names = named_classes(model, classes) if classes else None
     write(model, processor, opened, output, _say, classes=names, keep=heads, blur=blur)
-    if as_json:
-        print_json({"output": str(output)})
-    else:
-        _say(f"Picture written to {output}")
+    _say(f"Picture written to {output}")
 
 
 def _say(line: str) -> None:
