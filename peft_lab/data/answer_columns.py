@@ -42,7 +42,7 @@ def cast_answers(dataset: Dataset, task: Task) -> Dataset:
         options = {"input_columns": plain, "remove_columns": plain, "features": features, "desc": "Reading answers"}
         return map_rows(dataset, _of_plain, [], **options)
     column, values = task.columns["answers"], dataset["answers"][:]
-    unread = [row for row, value in enumerate(values) if value is not None and _read(value) is None]
+    unread = [row for row, value in enumerate(values) if not _is_blank(value) and _read(value) is None]
     if unread:
         raise TaskError(
             f'Task "{task.name}": {len(unread)} rows have no answers in column "{column}" '
@@ -60,7 +60,11 @@ def _of_plain(answer: Any, start: Any) -> dict[str, Any]:
 
 
 def _of_answers(value: Any) -> dict[str, Any]:
-    return {"answers": None if value is None else _read(value)}
+    return {"answers": None if _is_blank(value) else _read(value)}
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _empty() -> Answers:

@@ -39,7 +39,7 @@ def cast_tags(dataset: Dataset, task: Task) -> Dataset:
     if "spans" in dataset.column_names:
         feature = List({"start": Value("int64"), "end": Value("int64"), "label": Value("string")})
         column, values = task.columns["spans"], dataset["spans"][:]
-        unread = [row for row, value in enumerate(values) if value is not None and _as_spans(value) is None]
+        unread = [row for row, value in enumerate(values) if not _is_blank(value) and _as_spans(value) is None]
         if unread:
             raise TaskError(
                 f'Task "{task.name}": {len(unread)} rows have no list of spans in column "{column}" '
@@ -67,15 +67,19 @@ def _check_words(dataset: Dataset, name: str, task: Task) -> None:
 
 
 def _replaced(dataset: Dataset, name: str, feature: Any, change: Callable[[Any], Any]) -> Dataset:
-    """Data set with a column of another type; missing values stay."""
+    """Data set with a column of another type; missing values and blank cells are missing."""
 
     def changed(value: Any) -> dict[str, Any]:
-        return {name: None if value is None else change(value)}
+        return {name: None if _is_blank(value) else change(value)}
 
     features = dataset.features.copy()
     features[name] = feature
     options = {"input_columns": name, "features": features, "desc": f"Reading {name}"}
     return map_rows(dataset, changed, [name, change.__name__], **options)
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _as_words(value: Any) -> list[str | None]:
@@ -104,7 +108,8 @@ def _label(value: Any) -> str:
 
 def tag_faults(dataset: Dataset, task: Task) -> list[RowFault]:
     """Rows without words or tags, with more of one than of the other, or with spans that are none."""
-    found = column_faults(dataset, task, ("text",))
+    # a row without a word has no tag, so it cannot be kept as one that is empty
+    found = [RowFault(fault.what, fault.rows) for fault in column_faults(dataset, task, ("text",))]
     return found + (_span_faults(dataset) if "spans" in dataset.column_names else _list_faults(dataset, task))
 
 

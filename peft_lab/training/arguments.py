@@ -19,7 +19,6 @@ from peft_lab.runs.run_config import RunConfig, load_run
 from peft_lab.utils import verbosity
 
 if TYPE_CHECKING:
-    from peft_lab.data.kind import Kind
     from peft_lab.data.task_schema import Task
 
 logger = logging.getLogger("peft_lab")
@@ -141,19 +140,6 @@ def check_best_metric(arguments: TrainingArguments, task: Task) -> None:
         raise ConfigError(
             f'metric_for_best_model "{name}" is not measured on task "{task.name}".{did_you_mean(name, known)} '
             f"Known: {', '.join(known)}."
-        )
-
-
-def check_smoothing(arguments: TrainingArguments, kind: Kind) -> None:
-    """Refuse label smoothing for kinds of task whose answers Trainer does not smooth.
-
-    Raises:
-        ConfigError: Trainer would ignore it, because the answers are in no column `labels`.
-    """
-    if arguments.label_smoothing_factor and "labels" not in kind.trainer_labels:
-        raise ConfigError(
-            f'label_smoothing_factor={arguments.label_smoothing_factor} has no effect on kind "{kind.name}", whose '
-            f"answers are {' and '.join(kind.trainer_labels)}; leave it out."
         )
 
 

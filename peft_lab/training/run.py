@@ -39,13 +39,7 @@ from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import own_tasks, run_folder
 from peft_lab.runs.run_config import RunConfig
-from peft_lab.training.arguments import (
-    as_run_config,
-    build_or_refuse,
-    check_best_metric,
-    check_smoothing,
-    training_arguments,
-)
+from peft_lab.training.arguments import as_run_config, build_or_refuse, check_best_metric, training_arguments
 from peft_lab.training.baseline_scores import of_untouched_base, split_of_base, without_input
 from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
@@ -156,7 +150,6 @@ class _Run:
         self.config, self.info, self.task, self.arguments, self.folder = config, info, task, arguments, folder
         self.kind = task_kind(task.kind)
         arguments.label_names = list(self.kind.trainer_labels)
-        check_smoothing(arguments, self.kind)
         self.start = time.perf_counter()
         self.process = PartialState()
         #: State of the folder once it is this run's; before, nothing was written.

@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_lab.backbones.frozen_norms import set_frozen_norms
 from peft_lab.data.row_stream import RowStream
+from peft_lab.errors import ConfigError
 from peft_lab.hub.push import create_repository, push
 from peft_lab.training.callbacks.notebook import name_splits
 from peft_lab.training.checkpoint_manifest import WriteManifest
@@ -55,6 +56,9 @@ class LabTrainer(Trainer):
         head_modules: module paths of the task head, as they were before the adapter was put on.
         max_seconds: end training after this time of steps; the learning rate then falls to 0 over time, not steps.
         inputs: what is trained on, for the manifest of each checkpoint (`run_inputs.inputs_of`).
+
+    Raises:
+        ConfigError: label smoothing is asked for, and the answers are in no column `labels`.
     """
 
     model: Any
@@ -70,6 +74,12 @@ class LabTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None and "labels" not in self.label_names:
+            # Trainer would leave it out in silence
+            raise ConfigError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor} has no effect on a task whose answers are "
+                f"{' and '.join(self.label_names)}; leave it out."
+            )
         prepare_sharding(self)
         name_splits(self)
         if verbosity.level() == "quiet":

@@ -35,6 +35,9 @@ class KindRows:
         classes: its labels are classes.
         blank_answers: a blank text is an answer, such as no label at all.
         limits: further keys that limit a row to 24 tokens, beside `max_length`.
+        answer: makes the value of `label` from the texts of a row, where it is no name of a class.
+        keeps_blank: a blank text can be kept.
+        cuts: a text over the limit loses its end.
     """
 
     values: dict[str, Any]
@@ -46,11 +49,21 @@ class KindRows:
     classes: bool = True
     blank_answers: bool = False
     limits: dict[str, int] = field(default_factory=dict)
+    answer: Callable[[Row], str] | None = None
+    keeps_blank: bool = True
+    cuts: bool = True
 
     @property
     def labels(self) -> tuple[str, ...] | None:
         """Names of the classes that `make_rows` gives."""
-        return ("00", "01") if self.label and self.classes else None
+        names = self.values.get("labels", ("00", "01"))
+        return tuple(names) if self.label and self.classes else None
+
+
+def whole_context(row: Row) -> str:
+    """Answer that is all of the context, as JSON; none without a context."""
+    context = row.get("other") or ""
+    return json.dumps({"text": [context], "answer_start": [0]} if context.strip() else {"text": [], "answer_start": []})
 
 
 TEXT_COLUMNS = {"text": "sentence", "text_pair": "other", "label": "topic"}
@@ -68,6 +81,17 @@ KINDS = {
         {"columns": {"text": "sentence", "text_pair": "other", "labels": "topic"}, "label_separator": ";"},
         *(("sentence", "other"), "topic", ("sentence", "other"), make_backbone),
         blank_answers=True,
+    ),
+    "token_classification": KindRows(
+        {"columns": {"text": "sentence", "spans": "topic"}, "labels": ["O", "B-x"]},
+        *(("sentence",), "topic", ("sentence",), make_backbone),
+        answer=lambda row: "[]",
+        keeps_blank=False,
+    ),
+    "question_answering": KindRows(
+        {"columns": {"question": "sentence", "context": "other", "answers": "topic"}},
+        *(("sentence", "other"), "topic", ("sentence", "other"), make_backbone),
+        **{"classes": False, "answer": whole_context, "keeps_blank": False, "cuts": False},
     ),
     "causal_lm": KindRows({"template": TEMPLATE}, ("sentence", "other"), "", ("sentence",), make_decoder),
     "seq2seq_lm": KindRows(
@@ -119,7 +143,8 @@ def write_task(folder: Path, kind: str, builder: str, rows: list[Row], **changes
         data = {"builder": {"tsv": "csv", "jsonl": "json"}.get(builder, builder), "files": {"train": path.name}}
         if builder == "tsv":
             data["options"] = {"delimiter": "\t"}
-    _write(path, rows)
+    answer, label = KINDS[kind].answer, KINDS[kind].label
+    _write(path, [row | {label: answer(row)} if answer and row.get(label) in ("00", "01") else row for row in rows])
     values = {"name": "t", "kind": kind, "data": data, **KINDS[kind].values, **changes}
     return parse_task(values, folder / "task.yaml"), path
 

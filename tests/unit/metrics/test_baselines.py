@@ -64,6 +64,24 @@ ANSWERS = {
         {"token_accuracy": 0.5, "perplexity": float(np.exp(-np.log([4 / 12, 2 / 12]).mean()))},
     ),
 }
+#: Kind -> rows of train and scored rows before preprocessing, for baselines that read them, and the scores.
+RAW = {
+    # "a" is usually the second tag, which begins an entity, and "c" is new and gets the usual tag
+    "token_classification": (
+        {"tokens": [["a", "a", "b"], ["a", "b"]], "tags": [[1, 0, 0], [1, 0]]},
+        {"tokens": [["a", "c"], ["b", "a"]], "tags": [[1, 1], [0, 1]]},
+        {"seqeval_f1": 0.8, "seqeval_precision": 1.0, "seqeval_recall": 2 / 3, "token_accuracy": 0.75},
+    ),
+    # the whole contexts "a b" and "c", of which the first shares one of two words
+    "question_answering": (
+        {"context": ["b"], "answers": [{"text": ["b"], "answer_start": [0]}]},
+        {
+            "context": ["b d", "c"],
+            "answers": [{"text": ["b"], "answer_start": [0]}, {"text": ["c"], "answer_start": [0]}],
+        },
+        {"f1": (2 / 3 + 1) / 2, "exact_match": 0.5},
+    ),
+}
 
 
 def task_of(name, problem):
@@ -97,8 +115,20 @@ def test_every_kind_has_a_predictor_that_sees_no_input(name, problem):
     assert not any(METRICS[metric].takes_probabilities for metric in ours)
 
 
+@pytest.mark.parametrize("name", RAW)
+def test_baselines_of_raw_rows(name):
+    *parts, expected = RAW[name]
+    labels = ("O", "B-x") if "tags" in parts[0] else None
+    columns = {"tokens": "a", "tags": "b"} if labels else {"question": "a", "context": "b", "answers": "c"}
+    data = {"builder": "csv", "files": {"train": "x"}}
+    values = {"name": "t", "kind": name, "data": data, "metrics": list(list_kinds()[name].metrics), "columns": columns}
+    found = kind(name).baseline(parse_task(values), labels, *(Dataset.from_dict(part) for part in parts))
+    assert kind(name).raw_baseline
+    assert found.scores == pytest.approx(expected)
+
+
 def test_every_kind_is_covered_here():
-    assert {name for name, _ in ANSWERS} == set(list_kinds())
+    assert {*RAW, *(name for name, _ in ANSWERS)} == set(list_kinds())
 
 
 @pytest.mark.parametrize(
