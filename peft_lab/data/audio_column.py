@@ -1,13 +1,11 @@
-"""Columns of sounds: files by path or by bytes, and the faults of their rows."""
+"""Columns of sounds: what is in their files, and the faults of their rows."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.data.file_column import file_name, file_states, is_missing
 from peft_lab.data.row_checks import RowFault
 from peft_lab.data.row_maps import map_rows
 from peft_lab.errors import TaskError
@@ -25,10 +23,7 @@ def stored_sound(value: Mapping[str, Any]) -> Sound:
 
     Raises `TaskError` for a file that cannot be read.
     """
-    path, data = value["path"], value["bytes"]
-    if data is not None:
-        return open_sound(BytesIO(data), 0, path or f"a sound of {len(data)} bytes")
-    return open_sound(path, 0, path)
+    return open_sound(value, 0, file_name(value, "a sound"))
 
 
 def sound_traits(dataset: Dataset) -> list[dict[str, Any]]:
@@ -39,18 +34,10 @@ def sound_traits(dataset: Dataset) -> list[dict[str, Any]]:
     """
     check_soundfile()
     sounds = dataset.select_columns(["audio"])
-    rows = map_rows(sounds, _traits, [_VERSION, _states(sounds)], remove_columns=["audio"], desc="Reading sounds")
+    rows = map_rows(
+        sounds, _traits, [_VERSION, file_states(sounds, ["audio"])], remove_columns=["audio"], desc="Reading sounds"
+    )
     return list(rows)
-
-
-def _states(sounds: Dataset) -> list[list[int]]:
-    """Size and time of the files of a column, which may change while their names stay."""
-    found = []
-    for value in sounds["audio"][:]:
-        if value is not None and value["bytes"] is None and value["path"] and os.path.isfile(value["path"]):
-            state = os.stat(value["path"])
-            found.append([state.st_size, state.st_mtime_ns])
-    return found
 
 
 def _traits(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +45,7 @@ def _traits(row: Mapping[str, Any]) -> dict[str, Any]:
 
     found = {"error": "", "rate": -1, "frames": 0, "channels": 0, "peak": 0.0, "finite": True}
     value = row["audio"]
-    if value is None or (value["bytes"] is None and not value["path"]):
+    if is_missing(value):
         return found
     try:
         sound = stored_sound(value)
@@ -86,44 +73,3 @@ def sound_faults(traits: Sequence[Mapping[str, Any]]) -> list[RowFault]:
             "have a silent sound", [row for row, found in read if found["frames"] and found["peak"] == 0], "empty"
         ),
     ]
-
-
-def with_files(dataset: Dataset, column: str, folder: Path, inside: bool) -> Dataset:
-    """Data set whose column of names of files holds their paths.
-
-    Args:
-        dataset: rows with a column of texts.
-        column: its name.
-        folder: where relative names start.
-        inside: refuse names that lead out of the folder, because the data may be a stranger's.
-
-    Raises:
-        TaskError: naming the first name that leads out of the folder.
-    """
-    paths: list[str | None] = []
-    for name in dataset[column][:]:
-        path = Path(name).expanduser() if isinstance(name, str) and name.strip() else None
-        if path is not None and inside and (path.is_absolute() or ".." in path.parts):
-            raise TaskError(f'the file "{name}" lies outside of the folder of its table, which came with an adapter.')
-        paths.append(None if path is None else str(folder / path))
-    return stored_paths(dataset, column, paths)
-
-
-def stored_paths(dataset: Dataset, column: str, paths: Sequence[str | None]) -> Dataset:
-    """Data set whose column holds files by their paths."""
-    files = [None if path is None else {"bytes": None, "path": path} for path in paths]
-    return dataset.remove_columns(column).add_column(column, files, feature=_stored())
-
-
-def as_stored(dataset: Dataset, column: str) -> Dataset:
-    """Data set whose column holds files as they are stored.
-
-    As a feature of `datasets` for sounds, it would be encoded and decoded by torchcodec.
-    """
-    return dataset.cast_column(column, _stored())
-
-
-def _stored() -> dict[str, Any]:
-    from datasets import Value
-
-    return {"bytes": Value("binary"), "path": Value("string")}

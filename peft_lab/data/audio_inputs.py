@@ -6,12 +6,12 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.data.file_column import as_files
 from peft_lab.data.model_inputs import ModelInputs
 from peft_lab.data.row_checks import RowFault, check_inputs, warn_of_cut
-from peft_lab.errors import ConfigError, TaskError
+from peft_lab.errors import ConfigError
 from peft_lab.utils.audio import SOUND_ENDINGS, Sound, open_sound
 
 if TYPE_CHECKING:
@@ -42,25 +42,7 @@ class AudioInputs(ModelInputs):
         return AutoModelForAudioClassification
 
     def cast(self, dataset: Dataset, task: Task) -> Dataset:
-        from datasets import Value
-
-        from peft_lab.data.audio_column import as_stored, with_files
-        from peft_lab.data.task_registry import data_files
-
-        feature = dataset.features["audio"]
-        if isinstance(feature, Value):
-            if feature.dtype not in ("string", "large_string"):
-                raise TaskError(
-                    f'Task "{task.name}": the column "{task.columns["audio"]}" holds {feature.dtype}, not sounds; give '
-                    "names of sound files, or use the builder audiofolder."
-                )
-            # as in the tables of audiofolder, names are relative to their table
-            table = data_files(task, "train")[0] if task.data.files else str(task.folder / "table")
-            try:
-                dataset = with_files(dataset, "audio", Path(table).parent, task.foreign)
-            except TaskError as error:
-                raise TaskError(f'Task "{task.name}": {error}') from error
-        return as_stored(dataset, "audio")
+        return as_files(dataset, task, "audio", "sounds", "audiofolder")
 
     def row_faults(self, dataset: Dataset, task: Task) -> list[RowFault]:
         from peft_lab.data.audio_column import sound_faults, sound_traits

@@ -63,6 +63,10 @@ class LabelledKind(Kind):
     def load_classifier(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> PreTrainedModel:
         return self.inputs_of(task).load_classifier(model_name_or_path, task, **hub_kwargs)
 
+    def backbone_class(self, model_name_or_path: str, task: Task, **hub_kwargs: Any) -> Any:
+        """Class that loads a backbone with a head; by default `auto_class`, whatever the backbone."""
+        return self.auto_class(task)
+
     def load_model(
         self, model_name_or_path: str, task: Task, labels: Sequence[str] | None, **hub_kwargs: Any
     ) -> PreTrainedModel:
@@ -74,7 +78,7 @@ class LabelledKind(Kind):
         names = list(labels) if labels is not None else ["score"]
         hub_kwargs.setdefault("dtype", self.info.default_dtype)
         model = load_with_head(
-            self.auto_class(task),
+            self.backbone_class(model_name_or_path, task, **_of_hub(hub_kwargs)),
             model_name_or_path,
             num_labels=len(names),  # the config of timm's models reads no number from the labels
             id2label=dict(enumerate(names)),
@@ -256,6 +260,11 @@ def _metric_options(labels: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     # over all labels, because classes that are absent from an evaluation count too
     average = "binary" if labels is not None and len(labels) == 2 else "macro"
     return {"f1": {"average": average, "labels": list(range(len(labels or ())))}}
+
+
+def _of_hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a load that choose the files of the Hub."""
+    return {name: options[name] for name in ("revision",) if name in options}
 
 
 def probabilities(logits: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from peft_lab.data.audio_column import stored_paths
+from peft_lab.data.file_column import stored_paths
 from peft_lab.data.read_files import as_dataset, column_names, read_rows
 from peft_lab.data.row_checks import numbered
 from peft_lab.errors import TaskError
@@ -117,9 +117,9 @@ def _read_described(builder: str, folders: Sequence[str]) -> Dataset | None:
         logger.warning("%d %s files are in no table and are left out; the first is %s.", *(len(left), column, left[0]))
     names = [name for name in column_names(rows) if name != "file_name"]
     data = as_dataset(rows, names)
-    return (
-        stored_paths(data, column, data[column][:]) if builder == "audiofolder" else data.cast_column(column, Image())
-    )
+    if builder == "audiofolder":
+        return stored_paths(data, column, data[column][:])
+    return data.cast_column(column, Image())
 
 
 def _beside(table: Path, name: Any) -> str | None:

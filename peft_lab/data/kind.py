@@ -37,6 +37,8 @@ class Kind:
         trainer_labels: columns of preprocessed rows that hold the answers, `Trainer`'s `label_names`.
         preprocess_logits_for_metrics: `Trainer`'s hook, for kinds whose logits are too big to be kept.
         raw_baseline: its baselines read rows before preprocessing, such as words and texts.
+        keeps_labels: the metrics need the answers of all rows at once; False where `preprocess_logits_for_metrics` has
+            compared them already, and they would take much memory, such as masks.
         scores_tokens: its predictions are predicted tokens and log-probabilities of the true ones, both (n, t - 1); a
             loss in chunks gives them without the hook.
     """
@@ -48,6 +50,7 @@ class Kind:
     trainer_labels: ClassVar[tuple[str, ...]] = ("labels",)
     raw_baseline: ClassVar[bool] = False
     scores_tokens: ClassVar[bool] = False
+    keeps_labels: ClassVar[bool] = True
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
 
     @property

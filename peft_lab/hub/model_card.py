@@ -143,7 +143,7 @@ def card_text(
         base=base,
         revision=_revision(base),
         form=f", quantised to {markdown_code(form)}," if form else "",
-        usage=_usage(repo or name, info, kind, task, metrics["data"]["labels"], is_adapter, peft_finds_base),
+        usage=_usage(repo or name, info, kind, task, metrics, is_adapter, peft_finds_base),
         run=metrics,
         task=task,
         data=_data(task),
@@ -219,17 +219,29 @@ def _template() -> Template:
 
 
 def _usage(
-    source: str, info: MethodInfo, kind: Kind, task: Task, labels: int | None, is_adapter: bool, peft_finds_base: bool
+    source: str,
+    info: MethodInfo,
+    kind: Kind,
+    task: Task,
+    metrics: Mapping[str, Any],
+    is_adapter: bool,
+    peft_finds_base: bool,
 ) -> Usage:
     """Lines that load a run with the classes of transformers or peft.
 
     Args:
         source: folder of the run, or its Hub id.
         info, kind, task: method, kind of task and task of the run.
-        labels: number of classes, which the base model must be told of; None for generation.
+        metrics: content of metrics.json.
         is_adapter: False if a whole model was saved.
         peft_finds_base: False if the base has no name that peft can load; peft-lab loads it then.
     """
+    # number of classes, which the base model must be told of; None for generation
+    labels = metrics["data"]["labels"]
+    own = usage.own_class(metrics.get("model_class"))
+    if own is not None:
+        # peft and transformers import no other package for a class of a base
+        return usage.by_peft_lab(source) if is_adapter else usage.of_model(source, *own)
     if not is_adapter:
         return usage.of_model(source, kind.auto_class(task).__name__)
     if not peft_finds_base:

@@ -81,9 +81,15 @@ def of_foreign_adapter(source: str, info: MethodInfo | None, task_type: str | No
     return _by_peft(_AUTO_CLASSES.get(task_type or "", _ANY_CLASS), source, options, info)
 
 
-def of_model(source: str, class_name: str) -> Usage:
-    """Lines for a whole model, by a class of transformers."""
-    return Usage("transformers", class_name, f"{class_name}.from_pretrained({_literal(source)})")
+def of_model(source: str, class_name: str, module: str = "transformers") -> Usage:
+    """Lines for a whole model, by a class of transformers or of peft-lab."""
+    return Usage(module, class_name, f"{class_name}.from_pretrained({_literal(source)})")
+
+
+def own_class(dotted: object) -> tuple[str, str] | None:
+    """Name and module of a class of peft-lab; None for any other text, because metrics may come from elsewhere."""
+    module, _, name = str(dotted).rpartition(".")
+    return (name, module) if re.fullmatch(r"peft_lab(\.[a-z_]+)+", module) and name.isidentifier() else None
 
 
 def by_peft_lab(source: str) -> Usage:

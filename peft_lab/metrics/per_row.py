@@ -26,6 +26,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("f1_micro", "f1_macro", "map"), (0.0, 1.0)),
     **dict.fromkeys(("matthews_correlation", "pearsonr", "spearmanr"), (-1.0, 1.0)),
     **dict.fromkeys(ENTITY_SCORES, (0.0, 1.0)),
+    **dict.fromkeys(("mean_iou", "pixel_accuracy"), (0.0, 1.0)),
     "perplexity": (1.0, np.inf),
     **dict.fromkeys(("mae", "rmse"), (0.0, np.inf)),
     "r2": (-np.inf, 1.0),
@@ -209,6 +210,10 @@ def _bleu(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callabl
     return np.stack([columns[name] for name in bleu.COLUMNS], axis=1), bleu.bleu_of_counts
 
 
+def _pixel_accuracy(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
+    return np.stack([columns["hits"], columns["pixels"]], axis=1), lambda sums: _ratio(sums[:, 0], sums[:, 1])
+
+
 def _ece(columns: dict[str, Array], labels: int | None) -> tuple[Array, Callable[[Array], Array]]:
     gaps = (columns["reference"] == columns["prediction"]) - columns["confidence"]
     moments = np.zeros((len(gaps), 1 + BINS))
@@ -242,6 +247,7 @@ _MOMENTS = {
     "matthews_correlation": _matthews,
     "pearsonr": _pearson,
     "perplexity": _perplexity,
+    "pixel_accuracy": _pixel_accuracy,
     "r2": _r2,
     "rmse": _rmse,
     "seqeval_f1": _entity_f1,

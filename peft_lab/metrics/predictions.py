@@ -30,7 +30,9 @@ class Predictions:
             labels; exact: 1 where the set of labels is right; and of metrics that are no sums over rows their value
             over all rows and without each row), "token_classification" (tokens: words of the row, hits: those with
             the right tag, and the numbers of true_entities, predicted_entities and correct_entities),
-            "question_answering" (f1, exact_match: their values) or the name of a kind that predicts tokens (loss: sum
+            "question_answering" (f1, exact_match: their values), "image_segmentation" (hits: pixels predicted right,
+            pixels: those that count, mean_iou: a value whose mean is the metric and whose spread is that of its
+            jackknife) or the name of a kind that predicts tokens (loss: sum
             of the negative log-probabilities of the answer's tokens, tokens: their number, hits: tokens predicted
             right, and, for each metric of what the model writes that the task has, its value, by its name, or the
             counts that it is computed from).

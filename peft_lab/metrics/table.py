@@ -224,6 +224,20 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     return bleu_of_counts(counts(predictions, references).sum(0, keepdims=True))[0]
 
 
+def mean_iou(predictions: Sequence[ArrayLike], references: Sequence[ArrayLike]) -> float:
+    """Mean intersection over union of the classes, over the pixels of all masks; 255 does not count."""
+    from peft_lab.metrics import segmentation
+
+    return segmentation.mean_iou(predictions, references)
+
+
+def pixel_accuracy(predictions: Sequence[ArrayLike], references: Sequence[ArrayLike]) -> float:
+    """Share of right pixels in all masks; 255 does not count."""
+    from peft_lab.metrics import segmentation
+
+    return segmentation.pixel_accuracy(predictions, references)
+
+
 _TABLE = (
     Metric("accuracy", accuracy),
     Metric("bleu", bleu, package="sacrebleu", extra="text"),
@@ -235,10 +249,12 @@ _TABLE = (
     Metric("mae", mae, greater_is_better=False),
     Metric("map", mean_average_precision, takes_probabilities=True),
     Metric("matthews_correlation", matthews_correlation),
+    Metric("mean_iou", mean_iou),
     Metric("pearsonr", pearsonr),
     Metric("perplexity", perplexity, greater_is_better=False),
     Metric("r2", r2),
     Metric("rmse", rmse, greater_is_better=False),
+    Metric("pixel_accuracy", pixel_accuracy),
     Metric("rouge_l", rouge_l, package="rouge_score", extra="text"),
     Metric("spearmanr", spearmanr),
 )

@@ -92,6 +92,7 @@ def evaluate(
             data_collator=loaded.kind.data_collator(loaded.processor, loaded.task, loaded.model),
             compute_metrics=loaded.kind.compute_metrics(loaded.task, loaded.labels, raw),
             preprocess_logits_for_metrics=loaded.kind.preprocess_logits_for_metrics,
+            keeps_labels=loaded.kind.keeps_labels,
         )
         trainer.remove_callback(PrinterCallback)  # it would print what is returned
         found = trainer.evaluate(rows, metric_key_prefix=split)

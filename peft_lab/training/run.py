@@ -302,6 +302,7 @@ class _Run:
             compute_metrics=self._scores_of_rows,
             # a loss in chunks makes no logits
             preprocess_logits_for_metrics=None if chunked else self.kind.preprocess_logits_for_metrics,
+            keeps_labels=self.kind.keeps_labels,
             callbacks=self._callbacks(),
             head_learning_rate=self.config.head_learning_rate,
             head_modules=self.head_modules,
@@ -419,6 +420,7 @@ class _Run:
                 "streaming": self.task.streaming,
             },
             "method_config": method_config(self.model),
+            "model_class": _class_name(self.model),
             "processes": self.process.num_processes,
             "versions": versions(),
             "device": device_name(),
@@ -445,6 +447,12 @@ class _Run:
             write_predictions(self.folder, self.items)
         write_card(self.folder, self.metrics, self.info, self.task)
         write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
+
+
+def _class_name(model: Any) -> str:
+    """Dotted name of the class that an adapter was put on, which loads the base again."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return f"{type(base).__module__}.{type(base).__qualname__}"
 
 
 def _outputs(task: Task, labels: Any) -> int | None:

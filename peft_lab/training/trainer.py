@@ -56,6 +56,8 @@ class LabTrainer(Trainer):
         head_modules: module paths of the task head, as they were before the adapter was put on.
         max_seconds: end training after this time of steps; the learning rate then falls to 0 over time, not steps.
         inputs: what is trained on, for the manifest of each checkpoint (`run_inputs.inputs_of`).
+        keeps_labels: False if `preprocess_logits_for_metrics` leaves nothing to compare the labels with; an evaluation
+            then keeps none of them.
 
     Raises:
         ConfigError: label smoothing is asked for, and the answers are in no column `labels`.
@@ -71,6 +73,7 @@ class LabTrainer(Trainer):
         head_modules: Sequence[str] = (),
         max_seconds: float | None = None,
         inputs: Mapping[str, Any] | None = None,
+        keeps_labels: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -80,6 +83,10 @@ class LabTrainer(Trainer):
                 f"label_smoothing_factor={self.args.label_smoothing_factor} has no effect on a task whose answers are "
                 f"{' and '.join(self.label_names)}; leave it out."
             )
+        # Trainer would call it behind `prediction_step`, and keep all labels
+        self._reduce = None if keeps_labels else self.preprocess_logits_for_metrics
+        if self._reduce is not None:
+            self.preprocess_logits_for_metrics = None
         prepare_sharding(self)
         name_splits(self)
         if verbosity.level() == "quiet":
@@ -94,6 +101,13 @@ class LabTrainer(Trainer):
         self.head_modules = tuple(head_modules)
         self._loss_divides: bool | None = None
         self._guard = NonFiniteGuard()
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """Loss, logits and labels of a batch; without its labels if they are not to be kept."""
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if self._reduce is not None and logits is not None and labels is not None:
+            return loss, self._reduce(logits, labels), labels.flatten(1)[:, :0]
+        return loss, logits, labels
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,8 @@ def open_sound(value: Any, rate: int, name: str | None = None) -> Sound:
     """Read a sound.
 
     Args:
-        value: path, open file, an array (samples,) or (samples, channels), or a mapping of `array` and `sampling_rate`.
+        value: path, open file, an array (samples,) or (samples, channels), or a mapping of `array` and `sampling_rate`
+            or of `bytes` and `path`.
         rate: that of an array, which says none itself.
         name: the name that messages give to it; its path by default.
 
@@ -72,6 +74,9 @@ def open_sound(value: Any, rate: int, name: str | None = None) -> Sound:
 
     if isinstance(value, Mapping) and value.keys() >= _DECODED:
         value, rate = value["array"], int(value["sampling_rate"])
+    if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
+        name = name or value["path"]
+        value = value["path"] if value["bytes"] is None else BytesIO(value["bytes"])
     if isinstance(value, np.ndarray | list | tuple):
         return Sound(_as_samples(value, name), rate)
     check_soundfile()

@@ -1,6 +1,7 @@
 """Log lines, warnings and progress bars of a process, by its level.
 
-Imports nothing heavy. The level and the switches of the bars are environment variables, so that the processes of a run have them too.
+Imports nothing heavy. The level and the switches of the bars are environment variables, so that the processes of a run
+have them too.
 """
 
 from __future__ import annotations

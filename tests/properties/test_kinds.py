@@ -170,7 +170,9 @@ def test_padding_does_not_change_the_loss(name: str, places: Any) -> None:
 
 
 def counted(labels: torch.Tensor, first: int) -> int:
-    """Answers of a row in its loss: tokens where there are several, else one."""
+    """Answers of a row in its loss: pixels or tokens where there are several, else one."""
+    if labels.ndim == 3:
+        return int((labels != 255).sum())
     return int((labels[:, first:] != -100).sum()) if labels.ndim == 2 and labels.dtype == torch.int64 else 1
 
 

@@ -56,7 +56,7 @@ WAVEFORM = {
     **{"vocab_size": VOCABULARY, "apply_spec_augment": False, "layerdrop": 0.0},
 }
 _SPECTROGRAM = {**_SHAPE, "patch_size": 4, "frequency_stride": 4, "time_stride": 4, "max_length": 16, "num_mel_bins": 8}
-_SEGFORMER = {
+SEGFORMER = {
     **{"num_encoder_blocks": 2, "depths": [1, 2], "sr_ratios": [2, 1], "hidden_sizes": [8, 16], "strides": [4, 2]},
     **{"patch_sizes": [7, 3], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 8},
     **{"drop_path_rate": 0.0, "image_size": 32},
@@ -149,7 +149,7 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
     "whisper": _model("WhisperForConditionalGeneration", **_WHISPER),
     "wav2vec2": _model("Wav2Vec2ForSequenceClassification", **WAVEFORM),
     "audio-spectrogram-transformer": _model("ASTForAudioClassification", **_SPECTROGRAM),
-    "segformer": _model("SegformerForSemanticSegmentation", **_SEGFORMER),
+    "segformer": _model("SegformerForSemanticSegmentation", **SEGFORMER),
     "dpt": _model("DPTForSemanticSegmentation", fusion_hidden_size=8, **_DPT),
 }
 

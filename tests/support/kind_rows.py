@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from support.properties import IMAGES, KEEPS_HEAD, SEQUENCE
+from support.properties import IMAGE_LOGITS, IMAGES, KEEPS_HEAD, SEQUENCE
 from support.tiny_runs import (
     FILLERS,
     WORDS,
@@ -291,6 +291,44 @@ def audio_features() -> Any:
     return Features(audio={"bytes": Value("binary"), "path": Value("string")}, pitch=Value("string"))
 
 
+def image_segmentation(count: int, seed: int) -> list[Row]:
+    """A bright and a dark square on grey; a border of pixels does not count."""
+    import numpy as np
+    from PIL import Image
+
+    draw, rows = np.random.default_rng(seed), []
+    for _ in range(count):
+        grey, mask = draw.integers(100, 150, (30, 40)), np.zeros((30, 40), dtype=np.uint8)
+        for value, level in ((1, 230), (2, 20)):
+            top, left = draw.integers(1, 20), draw.integers(1, 30)
+            mask[top : top + 9, left : left + 9] = value
+            grey[mask == value] = level
+        mask[0] = 255
+        rows.append({"photo": Image.fromarray(grey.astype(np.uint8)), "classes": Image.fromarray(mask)})
+    return rows
+
+
+def segmentation_features() -> Any:
+    from datasets import Features, Image
+
+    return Features(photo=Image(), classes=Image())
+
+
+def make_segmenter(folder: Path) -> Path:
+    """Tiny SegFormer for images of 32 x 32 pixels."""
+    import torch
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+
+    from support.backbones import SEGFORMER
+
+    torch.manual_seed(0)
+    SegformerForSemanticSegmentation(SegformerConfig(**SEGFORMER, num_labels=5)).save_pretrained(folder)
+    SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+_SEGMENTATION = {"columns": {"image": "photo", "mask": "classes"}, "labels": ["ground", "bright", "dark"]}
+
 #: A kind that is registered and stands not here fails the tests. Words behind its name tell several entries apart.
 KINDS = {
     "text_classification": KindRows(
@@ -310,6 +348,16 @@ KINDS = {
         {"columns": {"audio": "audio", "label": "pitch"}},
         *(audio_classification, "pitch", ("audio",), make_audio_backbone, audio_features),
         refuses=(*IMAGES, *KEEPS_HEAD, *SEQUENCE),
+    ),
+    "image_segmentation": KindRows(
+        _SEGMENTATION,
+        *(image_segmentation, "classes", ("photo",), make_segmenter, segmentation_features),
+        refuses=(*IMAGES, *KEEPS_HEAD, *SEQUENCE),
+    ),
+    "image_segmentation of patches": KindRows(
+        _SEGMENTATION,
+        *(image_segmentation, "classes", ("photo",), make_image_backbone, segmentation_features),
+        refuses=(*IMAGE_LOGITS, *KEEPS_HEAD),
     ),
     "causal_lm": KindRows(
         {"template": {"prompt": "{prompt}", "answer": "{answer}"}, "max_new_tokens": 4},
