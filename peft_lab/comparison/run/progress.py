@@ -14,6 +14,7 @@ from rich.progress import Progress as RichProgress
 
 from peft_lab.comparison.records.run import Record
 from peft_lab.utils.terminal import SafeConsole, shown
+from peft_lab.utils.verbosity import level
 
 #: Seconds between two lines where there is no terminal.
 _SELDOM = 30.0
@@ -34,7 +35,7 @@ class Progress:
     """
 
     def __init__(self, name: str, total: int, workers: int) -> None:
-        self._console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._console = SafeConsole(stderr=True, highlight=False, soft_wrap=True, quiet=level() == "quiet")
         self._name, self._total, self._workers = name, total, workers
         self._done = self._failed = self._fresh = 0
         self._running: list[str] = []

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 import typer.main
+from support.compare_helpers import record
 
 from peft_lab import __version__
 from peft_lab.cli import doctor, lookup
@@ -182,6 +183,16 @@ def test_a_flag_that_is_to_go_is_told_to_its_user():
         warnings.simplefilter("ignore", FutureWarning)
         arguments.training_arguments(config, config.check())
     assert ["activation_checkpointing" in str(each.message) for each in said] == [True]
+
+
+@pytest.mark.parametrize("level", ["quiet", "normal"])
+def test_a_comparison_says_how_far_it_is_unless_quiet(level, monkeypatch, capsys):
+    from peft_lab.comparison.run.progress import Progress
+
+    monkeypatch.setenv(verbosity.VARIABLE, level)
+    with Progress("study", 2, 1) as progress:
+        progress.done(record("lora", 0), fresh=True)
+    assert bool(capsys.readouterr().err) == (level == "normal")
 
 
 def test_the_version_is_printed(monkeypatch, capsys):
