@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 from typer.core import TyperCommand
 
 from peft_lab import registry
-
-try:
-    from typer._click.shell_completion import CompletionItem
-except ImportError:  # typer brings its own click along from 0.26 on
-    from click.shell_completion import CompletionItem
 
 Names = list[tuple[str, str]]
 
@@ -71,4 +67,9 @@ def _beginning(incomplete: str, names: Iterable[tuple[str, str]]) -> Names:
 
 
 def _items(names: Iterable[tuple[str, str]]) -> list[Any]:
-    return [CompletionItem(name, help=meaning) for name, meaning in names]
+    """Names in the form that the shell's script is given, of the click that typer uses."""
+    try:
+        click: Any = import_module("typer._click.shell_completion")
+    except ImportError:  # newer versions of typer have a click of their own
+        click = import_module("click.shell_completion")
+    return [click.CompletionItem(name, help=meaning) for name, meaning in names]

@@ -65,10 +65,10 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-#: Columns of the tables, beside the method's; wall seconds are those of training, loading and evaluation.
+#: Columns of the tables, beside the method's; wall seconds are those of loading, training and evaluation.
 _COLUMNS = (
     *("trainable parameters", "adapter file KB", "accuracy"),
-    *("training seconds", "wall seconds", "peak memory MB"),
+    *("training s", "wall s", "peak memory MB"),
 )
 
 
