@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_d
 from peft_lab.adapter_files.names import write_json
 from peft_lab.backbones import module_roles
 from peft_lab.backbones.pypi_weights import cached_commit
-from peft_lab.backbones.sharded_weights import whole_shape
 from peft_lab.data import prompt_column
 from peft_lab.data.row_maps import map_options, recorded_reads
 from peft_lab.data.splits import Splits, load_splits
@@ -32,7 +31,7 @@ from peft_lab.data.task_registry import load_task
 from peft_lab.errors import ConfigError, WriteError
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.foreign_adapters import write_record
-from peft_lab.loading.load_run import adapt, count_parameters, load_base, method_config
+from peft_lab.loading.load_run import adapt, load_base, method_config
 from peft_lab.metrics.baselines import comparison, shortfall
 from peft_lab.metrics.per_row import written_metrics
 from peft_lab.metrics.predictions import Predictions, write_predictions
@@ -49,6 +48,7 @@ from peft_lab.training.model_rows import HELD_OUT, check_streaming, check_tuning
 from peft_lab.training.packing import packed_collator, packed_length
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.run_inputs import base_hash, check_finished, check_inputs, inputs_of, load_finished
+from peft_lab.training.run_metrics import class_name, data_record, parameter_counts
 from peft_lab.training.trainer import LabTrainer, scores
 from peft_lab.tuners.registration import has_trait
 from peft_lab.utils import strict_json
@@ -382,11 +382,6 @@ class _Run:
     def _measured(
         self, scores: dict[str, Any], memory: PeakMemory, seconds: float, checkpoint: str | None
     ) -> dict[str, Any]:
-        trainable, total = count_parameters(self.model)
-        # methods are compared by the parameters of the adapter, without those of the task head
-        head = {id(p) for p in self.trainer.head_parameters(self.model)}
-        trained = [p for p in self.model.parameters() if p.requires_grad and id(p) not in head]
-        adapter = sum(whole_shape(parameter).numel() for parameter in trained)
         baselines = {split: self.baselines[split] for split in scores if split in self.baselines}
         values = {
             # a token must not lie in a file that is meant to be shared
@@ -402,25 +397,16 @@ class _Run:
             "resumed_from": Path(checkpoint).name if checkpoint else None,
             "best_checkpoint": Path(self.trainer.state.best_model_checkpoint or "").name or None,
             "base_revision": cached_commit(self.config.model_name_or_path, self.config.model_revision),
-            "parameters": {"trainable": trainable, "adapter": adapter, "total": total},
+            "parameters": parameter_counts(self.trainer),
             "adapter_bytes": run_folder.weights_bytes(self.folder),
             "peak_memory_bytes": memory.peak,
             "memory_before_training_bytes": memory.before,
             "train_seconds": seconds + self.trainer.timer.earlier,
             "step_seconds": self.trainer.timer.step_seconds,
             "wall_seconds": time.perf_counter() - self.start,
-            "data": {
-                "task": self.task.name,
-                "version": self.task.version,
-                "task_file": own_tasks.digest(own) if (own := self._own_task()) else None,
-                "labels": _outputs(self.task, self.labels),
-                "fingerprint": self.splits.fingerprint,
-                "fingerprints": self.splits.fingerprints,
-                "rows": {name: len(rows) for name, rows in self.raw.items() if isinstance(rows, Sized)},
-                "streaming": self.task.streaming,
-            },
+            "data": data_record(self.task, self._own_task(), self.labels, self.splits, self.raw),
             "method_config": method_config(self.model),
-            "model_class": _class_name(self.model),
+            "model_class": class_name(self.model),
             "processes": self.process.num_processes,
             "versions": versions(),
             "device": device_name(),
@@ -447,16 +433,3 @@ class _Run:
             write_predictions(self.folder, self.items)
         write_card(self.folder, self.metrics, self.info, self.task)
         write_json(self.folder / run_folder.METRICS, self.metrics)  # last: it marks the run as finished
-
-
-def _class_name(model: Any) -> str:
-    """Dotted name of the class that an adapter was put on, which loads the base again."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return f"{type(base).__module__}.{type(base).__qualname__}"
-
-
-def _outputs(task: Task, labels: Any) -> int | None:
-    """Number of outputs of the task head; None without one."""
-    if labels:
-        return len(labels)
-    return 1 if task.problem_type == "regression" else None
