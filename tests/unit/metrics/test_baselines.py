@@ -63,6 +63,18 @@ ANSWERS = {
         [[-100, 5, 3]],
         {"token_accuracy": 0.5, "perplexity": float(np.exp(-np.log([4 / 12, 2 / 12]).mean()))},
     ),
+    # every token of a target is predicted; token 5 is counted 2 + 1 times of 4 + 7
+    ("seq2seq_lm", "single_label_classification"): (
+        [[5, 5, 3], [6, -100]],
+        [[5, 3, -100]],
+        {"token_accuracy": 0.5, "perplexity": float(np.exp(-np.log([3 / 11, 2 / 11]).mean()))},
+    ),
+    # the tokens of training texts are known, masked or not
+    ("masked_lm", "single_label_classification"): (
+        [[5, 5, 3], [6]],
+        [[-100, 5, 3]],
+        {"token_accuracy": 0.5, "perplexity": float(np.exp(-np.log([3 / 11, 2 / 11]).mean()))},
+    ),
 }
 #: Kind -> rows of train and scored rows before preprocessing, for baselines that read them, and the scores.
 RAW = {
@@ -88,7 +100,7 @@ def task_of(name, problem):
     known = list_kinds()[name]
     metrics = known.regression_metrics if problem == "regression" else known.metrics
     values = {"name": "t", "kind": name, "metrics": list(metrics), "data": {"builder": "csv", "files": {"train": "x"}}}
-    if known.columns:
+    if known.columns and not known.forms:
         values["columns"] = {column: column for column, needed in known.columns.items() if needed}
         values["columns"] |= {column: column for column in known.one_of[:1]}
         values["problem_type"] = problem
@@ -106,8 +118,8 @@ def task_of(name, problem):
 @pytest.mark.parametrize(("name", "problem"), ANSWERS)
 def test_every_kind_has_a_predictor_that_sees_no_input(name, problem):
     train_answers, scored, expected = ANSWERS[name, problem]
-    task, labels = task_of(name, problem), None if name == "causal_lm" or problem == "regression" else LABELS
-    rows = [Dataset.from_dict({"labels": answers}) for answers in (train_answers, scored)]
+    task, labels = task_of(name, problem), LABELS if kind(name).labelled and problem != "regression" else None
+    rows = [Dataset.from_dict({"labels": answers, "input_ids": answers}) for answers in (train_answers, scored)]
     found = kind(name).baseline(task, labels, *rows)
     assert found.scores == pytest.approx(expected, abs=1e-6)
     # one answer for all rows has no confidence, and writes nothing
