@@ -106,7 +106,7 @@ def _other_inputs(path: str, kind: Kind, task: Task) -> str:
             return ""
         model_classes: Any = AutoModel._model_mapping[found]
     # a config that cannot be read is the error that is reported already, and a kind may load models in its own way
-    except Exception:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError):
         return ""
     reads = _READ.get(getattr(model_classes, "main_input_name", ""), "other inputs")
     return (

@@ -34,7 +34,7 @@ def check_rank(model: Any, info: MethodInfo, args: Mapping[str, Any]) -> None:
     rank = getattr(config, name, None) if name else None
     if name is None or isinstance(rank, bool) or not isinstance(rank, int):
         return
-    sizes = {}
+    sizes: dict[str, tuple[tuple[int, int], Any]] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             shape = _matrix(layer)

@@ -120,7 +120,8 @@ def model_rows(
         packed: tokens of the sequences that training rows are packed into; None without packing.
         few: True if the run draws few of its training rows, which are then preprocessed when they are drawn.
     """
-    found, rows = {}, {}
+    found: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for split, part in raw.items():
         length = packed if split == "train" else None
         prepare = partial(_prepared, kind, processor, task, model, drops, length, split in ("train", HELD_OUT))

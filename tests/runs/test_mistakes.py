@@ -251,4 +251,5 @@ def test_no_method_clips_a_rank_in_silence(method: str, caplog: pytest.LogCaptur
 
 def test_a_number_of_values_is_no_rank() -> None:
     """VeRA trains a vector of r values beside the matrices."""
-    adapt(tiny(24, 24), registry.method("vera"), {"r": 100, "target_modules": ["q_proj", "k_proj"]})
+    adapted = adapt(tiny(24, 24), registry.method("vera"), {"r": 100, "target_modules": ["q_proj", "k_proj"]})
+    assert [parameter.numel() for name, parameter in adapted.named_parameters() if "lambda_d" in name] == [100, 100]

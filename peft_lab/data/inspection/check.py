@@ -65,7 +65,7 @@ class DataReport:
     columns: dict[str, dict[str, ColumnProfile]] = field(default_factory=dict)
     classes: dict[str, dict[str, int]] = field(default_factory=dict)
     lengths: dict[str, Lengths] = field(default_factory=dict)
-    examples: list[Mapping[str, Any]] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
 
@@ -215,8 +215,8 @@ def _check_equal_rows(parts: Mapping[str, Dataset], keys: Mapping[str, _Keys], r
                 double.append(row)
             seen.add(whole)
         if double:
-            rows = numbered(source_rows(part, double))
-            report.doubts.append(f"{len(double)} of {len(part)} {split} rows are duplicates of others ({rows})")
+            named = numbered(source_rows(part, double))
+            report.doubts.append(f"{len(double)} of {len(part)} {split} rows are duplicates of others ({named})")
         for inputs, whole in zip(keys[split].inputs, keys[split].whole, strict=True):
             answers.setdefault(inputs, set()).add(whole)
     splits = list(parts)
@@ -225,9 +225,9 @@ def _check_equal_rows(parts: Mapping[str, Dataset], keys: Mapping[str, _Keys], r
             known = set(keys[earlier].inputs)
             leaked = [row for row, inputs in enumerate(keys[later].inputs) if inputs in known]
             if leaked:
-                rows = numbered(source_rows(parts[later], leaked))
+                named = numbered(source_rows(parts[later], leaked))
                 report.doubts.append(
-                    f"{len(leaked)} of {len(parts[later])} {later} rows have the inputs of {earlier} rows ({rows}): "
+                    f"{len(leaked)} of {len(parts[later])} {later} rows have the inputs of {earlier} rows ({named}): "
                     "their scores say nothing about new ones"
                 )
     several = {inputs for inputs, found in answers.items() if len(found) > 1}

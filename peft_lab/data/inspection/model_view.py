@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ class ModelView:
             return []
         return [len(_first(ids)) for ids in rows[_TOKENS][:]]
 
-    def examples(self, rows: Dataset, labels: Sequence[str] | None) -> list[Mapping[str, Any]]:
+    def examples(self, rows: Dataset, labels: Sequence[str] | None) -> list[dict[str, Any]]:
         """First rows with their tokens written out; none for those without tokens."""
         if _TOKENS not in rows.column_names:
             return []
@@ -91,7 +91,7 @@ class ModelView:
         return [labels[each] for each in kept] if labels is not None else self._written(kept)
 
 
-def plain_rows(task: Task, rows: Dataset, labels: Sequence[str] | None) -> list[Mapping[str, Any]]:
+def plain_rows(task: Task, rows: Dataset, labels: Sequence[str] | None) -> list[dict[str, Any]]:
     """First rows by their columns, or prompt and answer of a template."""
     from datasets import ClassLabel
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import re
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft_lab.data.profile import is_number
 from peft_lab.data.read_files import guess_encoding, unpacked
@@ -53,7 +54,7 @@ def _beginning(path: Path, encoding: str) -> str:
         return "".join(islice(file, _LINES))
 
 
-def _cells(text: str, delimiters: Sequence[str]) -> tuple[str, int, list[list[str]]]:
+def _cells(text: str, delimiters: Sequence[str]) -> tuple[str, Literal[0, 3], list[list[str]]]:
     """Delimiter, quoting and rows of the first form in which all rows have as many cells, more than one."""
     for delimiter in delimiters:
         for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
@@ -64,8 +65,10 @@ def _cells(text: str, delimiters: Sequence[str]) -> tuple[str, int, list[list[st
     return ",", csv.QUOTE_MINIMAL, _parsed(text, ",", csv.QUOTE_MINIMAL) or []
 
 
-def _parsed(text: str, delimiter: str, quoting: int) -> list[list[str]] | None:
+def _parsed(text: str, delimiter: str, quoting: Literal[0, 3]) -> list[list[str]] | None:
     """Rows of a text; None if its quotes are not those of csv."""
+    # the module's own limit of 128 kB would refuse long texts
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     rows = []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     try:
