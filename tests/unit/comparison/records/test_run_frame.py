@@ -6,11 +6,13 @@ import csv
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support.compare_helpers import record
 
+from peft_lab.comparison import Comparison
 from peft_lab.comparison.records.run_frame import ENDING, SETTINGS, results_csv, results_frame, run_frame
 
 
@@ -41,7 +43,7 @@ def test_no_runs_are_a_header() -> None:
     assert results_csv([]) == ",".join([*SETTINGS, *ENDING]) + "\n"
 
 
-def test_a_frame_to_compute_with_has_numbers() -> None:
+def test_a_frame_to_compute_with_has_numbers(tmp_path: Path) -> None:
     runs = [record("lora", seed, score=0.8 + 0.1 * seed) for seed in (0, 1)]
     runs += [record("head", 0, score=None), record("head", 0, "search", measures={})]
     recorded = {"predictor": "the most frequent class", "metrics": {"test": {"accuracy": 0.5}}}
@@ -58,6 +60,7 @@ def test_a_frame_to_compute_with_has_numbers() -> None:
     assert results_frame(runs, "search")["arm"].tolist() == ["head"]
     assert results_frame(runs, "final").index.tolist() == [0, 1, 2]
     assert set(SETTINGS) <= set(results_frame([]).columns)
+    assert Comparison(tmp_path, None, runs, []).frame("final").equals(results_frame(runs, "final"))
 
 
 def test_reading_and_planning_import_nothing_heavy() -> None:
