@@ -14,7 +14,8 @@ from peft_lab.runs.trained_task import trained_task
 from peft_lab.utils.bounded_files import read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
     from peft_lab.data.task_schema import Task
 
@@ -34,8 +35,8 @@ class LanguageModel:
         task: the task of the adapter; None if it names none.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | PeftModel
+    tokenizer: Any
     task: Task | None
 
 
@@ -125,7 +126,8 @@ def _load_plain(name: str, folder: Any) -> tuple[Any, Any]:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f'Backbone "{name}" cannot be loaded as a causal language model: {first}') from error
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return tokenizer, model
 

@@ -52,7 +52,8 @@ class Chat:
         sampling: Sampling | None = None,
         prompt_value: str | None = None,
     ) -> None:
-        self._model, self._tokenizer = language_model.model, language_model.tokenizer
+        self._model: Any = language_model.model
+        self._tokenizer = language_model.tokenizer
         self._task, self._system = language_model.task, system
         self._sampling = sampling or Sampling()
         template = self._task.template if self._task is not None else None
@@ -141,12 +142,11 @@ class Chat:
             raise ConfigError("The turn has no token; write something.")
         most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         room = self._new_tokens() if most is None else min(self._new_tokens(), most - len(tokens))
-        sampling, options = self._sampling, {}
+        sampling = self._sampling
+        # a base may bring values of its own, which transformers warns of where nothing is drawn
+        options: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature:
             options = {"temperature": sampling.temperature, "top_p": sampling.top_p or 1.0, "top_k": 0}
-        else:
-            # a base may bring values of its own, which transformers warns of where nothing is drawn
-            options = {"temperature": None, "top_p": None, "top_k": None}
         inputs = torch.tensor([tokens], device=self._model.device)
         prompts = contextlib.nullcontext() if self._prompt_ids is None else row_inputs(**{PROMPT_IDS: self._prompt_ids})
         # `generate` takes no arguments of ours, so the number of the prompts reaches the forward through a context

@@ -217,11 +217,15 @@ def test_the_whole_way_from_training_to_a_merged_model(place, tmp_path, peft_lab
     csv, lines = tmp_path / "inputs.csv", tmp_path / "inputs.txt"
     csv.write_text("id,sentence\n1,the rain\n2,some soup please\n")
     lines.write_text("the rain\nsome soup please\n")
-    answers = []
+    answers, inputs = [], []
     for given in (["the rain", "some soup please"], [str(csv)], [str(lines)]):
         code, output, _ = peft_lab_command("predict", str(out), *given)
         assert code == 0
-        answers.append([json.loads(line) for line in output.splitlines() if line.startswith("{")])
+        lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        inputs.append([line.pop("input") for line in lines])
+        answers.append(lines)
+    assert inputs[0] == inputs[2] == ["the rain", "some soup please"]
+    assert [row["sentence"] for row in inputs[1]] == inputs[0]
     assert answers[0] == answers[1] == answers[2]
     assert len(answers[0]) == 2
     assert {answer["label"] for answer in answers[0]} <= {"weather", "music", "food"}
