@@ -12,6 +12,7 @@ import typer
 from peft_lab.cli.options import Json
 from peft_lab.cli.output import new_table, print_json, print_out
 from peft_lab.errors import ConfigError
+from peft_lab.utils.mappings import attributes
 from peft_lab.utils.terminal import shown
 from peft_lab.utils.text import one_line
 
@@ -97,7 +98,7 @@ def _show_columns(columns: Mapping[str, ColumnProfile], title: str | None = None
 
 def _column_document(columns: Mapping[str, ColumnProfile]) -> dict[str, Any]:
     names = ("type", "blanks", "distinct", "mean_length")
-    return {name: {key: getattr(column, key) for key in names} for name, column in columns.items()}
+    return {name: attributes(column, names) for name, column in columns.items()}
 
 
 def _document(draft: TaskDraft, output: Path) -> dict[str, Any]:

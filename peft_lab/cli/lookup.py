@@ -12,6 +12,7 @@ from peft_lab.cli.data import is_task, report_on_data
 from peft_lab.cli.options import Json
 from peft_lab.cli.output import new_table, print_json, print_out
 from peft_lab.errors import ConfigError
+from peft_lab.utils.mappings import attributes
 from peft_lab.utils.terminal import shown
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def tasks(as_json: Json = False) -> None:
 
     if as_json:
         names = ("name", "title", "kind", "metrics", "licence", "where")
-        print_json([{name: getattr(task, name) for name in names} for task in list_tasks().values()])
+        print_json([attributes(task, names) for task in list_tasks().values()])
         return
     table = new_table("task", "kind", "metrics", "licence", "data")
     for task in list_tasks().values():

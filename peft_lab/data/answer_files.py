@@ -61,8 +61,7 @@ def write_answers(path: Path, rows: Sequence[Any], answers: Sequence[Any]) -> No
         if path.suffix.lower() == ".parquet":
             pd.DataFrame(table).to_parquet(partial, index=False)
         else:
-            cells = [{name: _cell(value) for name, value in row.items()} for row in table]
-            pd.DataFrame(cells).to_csv(partial, index=False)
+            pd.DataFrame(table).map(_cell).to_csv(partial, index=False)
 
 
 def _table(rows: Sequence[Any], answers: Sequence[Any]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from peft_lab.data.model_inputs import ModelInputs
 from peft_lab.data.row_checks import RowFault, check_inputs, warn_of_cut
 from peft_lab.errors import ConfigError
 from peft_lab.utils.audio import SOUND_ENDINGS, Sound, open_sound
+from peft_lab.utils.mappings import without
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,7 +92,7 @@ class AudioInputs(ModelInputs):
             from transformers import default_data_collator
 
             batch = _padded([row[name] for row in rows], processor)
-            others = [{key: value for key, value in row.items() if key != name} for row in rows]
+            others = [without(row, name) for row in rows]
             return {**batch, **(default_data_collator(others) if others[0] else {})}
 
         return collate

@@ -208,7 +208,7 @@ def encode(tokenizer: Any, messages: Conversation, first: int = 0) -> tuple[list
     else:
         learnt = [turn for turn in range(first, len(messages)) if messages[turn]["role"] == "assistant"]
         spans = [_span(tokenizer, messages, turn, whole) for turn in learnt]
-    answers = [any(begin < end and stop > start for start, end in spans) for begin, stop in places]
+    answers = [_overlaps(begin, stop, spans) for begin, stop in places]
     if not any(answers):
         raise TaskError("the chat template marks no token of the assistant's turns.")
     return ids, answers
@@ -245,3 +245,8 @@ def _beginning(tokenizer: Any, messages: Conversation, whole: str, asks: bool) -
             "{% generation %}."
         )
     return text
+
+
+def _overlaps(begin: int, stop: int, spans: Sequence[tuple[int, int]]) -> bool:
+    """Test whether a token's characters overlap one of the spans."""
+    return any(begin < end and stop > start for start, end in spans)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.data.row_maps import identity_of_tokenizer, map_rows
+from peft_lab.utils.mappings import without
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ class MaskingCollator:
         import torch
 
         labels = [row["labels"] for row in rows] if "labels" in rows[0] else None
-        plain = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        plain = [without(row, "labels") for row in rows]
         batch = dict(self.tokenizer.pad(plain, return_tensors="pt"))
         if labels is None:
             tokens = [row["input_ids"] for row in rows]

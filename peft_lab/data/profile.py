@@ -252,7 +252,10 @@ def _entries(name: str, lists: Sequence[Sequence[Any]]) -> ColumnProfile:
 
 def _keys(name: str, mappings: Sequence[Mapping[str, Any]]) -> dict[str, ColumnProfile]:
     keys = dict.fromkeys(key for mapping in mappings for key in mapping)
-    return {key: profile_column(f"{name}.{key}", [mapping.get(key) for mapping in mappings]) for key in keys}
+    found = {}
+    for key in keys:
+        found[key] = profile_column(f"{name}.{key}", [mapping.get(key) for mapping in mappings])
+    return found
 
 
 def _type_of(values: Sequence[Any]) -> str:

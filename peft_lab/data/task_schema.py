@@ -351,7 +351,7 @@ def _columns(task: Task, rule: KindInfo) -> dict[str, str]:
 def _check_form(task: Task, rule: KindInfo) -> None:
     """Raise `TaskError` unless a task has a template, or the columns of exactly one form."""
     named = {name for name in task.columns if name in rule.columns}
-    said = "; or ".join(" and ".join(f'"{name}"' for name in form) for form in rule.forms)
+    said = "; or ".join(" and ".join(map('"{}"'.format, form)) for form in rule.forms)
     if task.template is not None:
         held = next((name for form in rule.forms for name in form if name in named), None)
         if held is not None and held not in task.template.columns():

@@ -23,6 +23,7 @@ from peft_lab.data.text_inputs import (
 )
 from peft_lab.data.words import Word, words_and_marks, words_at_spaces, words_of_list
 from peft_lab.errors import TaskError
+from peft_lab.utils.mappings import without
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -108,7 +109,9 @@ class WordInputs(TextInputs):
     ) -> tuple[list[list[Word]], list[EncodedWords]]:
         """Words of raw inputs, and their tokens."""
         words, limit = words_of_inputs(inputs, task), word_limit(task, processor, model)
-        encoded = [encode_words(processor, [word.text for word in row], limit) for row in words]
+        encoded = []
+        for row in words:
+            encoded.append(encode_words(processor, [word.text for word in row], limit))
         mend = longer_rows(limit, processor, model)
         lost, unknown = [row.lost for row in encoded], [row.unknown for row in encoded]
         warn_of_words(task, None, lost, unknown, processor, mend)
@@ -140,7 +143,7 @@ class WordCollator:
         """Join rows into a batch."""
         import torch
 
-        plain = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        plain = [without(row, "labels") for row in rows]
         batch = dict(self.tokenizer.pad(plain, return_tensors="pt"))
         if "labels" in rows[0]:
             labels = torch.full((len(rows), self.virtual + batch["input_ids"].shape[1]), IGNORED)

@@ -76,6 +76,6 @@ def _decimals(*values: float) -> list[str]:
 
 
 def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [[markdown_text(cell) for cell in line] for line in (head, *rows)]
+    cells = [list(map(markdown_text, line)) for line in (head, *rows)]
     cells.insert(1, ["---", *["---:"] * (len(head) - 1)])
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -41,7 +41,8 @@ def entities(tags: Sequence[str]) -> list[Entity]:
     check_seqeval()
     from seqeval.metrics.sequence_labeling import get_entities
 
-    return [(str(name), int(first), int(last)) for name, first, last in get_entities([_prefixed(t) for t in tags])]
+    found = get_entities(list(map(_prefixed, tags)))
+    return [(str(name), int(first), int(last)) for name, first, last in found]
 
 
 @lru_cache(maxsize=4096)

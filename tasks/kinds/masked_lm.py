@@ -200,7 +200,10 @@ def _blocks(rows: Dataset, limit: int, processor: Any) -> Dataset:
         # the end marks of the last text alone hold nothing to learn
         if set(ids[starts[-1] :]) <= special:
             starts.pop()
-        return {name: [values[start : start + limit] for start in starts] for name, values in joined.items()}
+        found = {}
+        for name, values in joined.items():
+            found[name] = [values[start : start + limit] for start in starts]
+        return found
 
     reads = [names, limit, sorted(special)]
     # by one process, because the number of processes would decide which texts are joined
@@ -240,9 +243,9 @@ def _filled(model: Any, processor: Any, batch: Any) -> list[dict[str, Any]]:
         places = (ids == processor.mask_token_id).nonzero().flatten()
         top = scores[places].softmax(-1).topk(TOP_TOKENS)
         ids[places] = top.indices[:, 0]
-        masks = [
-            [{"token": processor.decode([token]), "score": score} for token, score in zip(*pair, strict=True)]
-            for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        ]
+        masks = []
+        for tokens, values in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+            pairs = zip(tokens, values, strict=True)
+            masks.append([{"token": processor.decode([token]), "score": score} for token, score in pairs])
         found.append({"sequence": processor.decode(ids, skip_special_tokens=True), "masks": masks})
     return found

@@ -14,6 +14,7 @@ from peft_lab.metrics import HUB_METRICS, METRICS, load_metric
 from peft_lab.metrics.baselines import Baseline
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.registry import KindInfo
+from peft_lab.utils.mappings import without
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -195,7 +196,7 @@ class _Collator:
         """Batch of rows."""
         import torch
 
-        others = [{name: value for name, value in row.items() if name != label_lists.COLUMN} for row in rows]
+        others = [without(row, label_lists.COLUMN) for row in rows]
         answers = _multi_hot([row[label_lists.COLUMN] for row in rows], self.labels)
         batch = self.inputs(others)
         batch["labels"] = torch.from_numpy(answers)

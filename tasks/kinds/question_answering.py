@@ -334,7 +334,10 @@ def _best(task: Task, context: str, windows: Sequence[Window], starts: Sequence[
 
 def _row_scores(task: Task, pairs: Sequence[tuple[str, list[str]]]) -> dict[str, list[float]]:
     """Our metrics of the task, a value for each answer with its references."""
-    return {name: [_SCORES[name](*pair) for pair in pairs] for name in task.metrics if name in _SCORES}
+    found = {}
+    for name in [name for name in task.metrics if name in _SCORES]:
+        found[name] = [_SCORES[name](*pair) for pair in pairs]
+    return found
 
 
 def _logits(

@@ -14,7 +14,7 @@ from peft_lab.comparison.report.sentences import join
 from peft_lab.comparison.report.tables import MISSING, Column, Entry, Subsection, Table
 from peft_lab.comparison.stats.statistics import CellResult, ReadPredictions
 from peft_lab.errors import ConfigError
-from peft_lab.metrics.class_scores import agreement, class_scores, confusion, wrong_in_all
+from peft_lab.metrics.class_scores import ClassScore, agreement, class_scores, confusion, wrong_in_all
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.runs import run_folder
 
@@ -54,8 +54,13 @@ def read_answers(cell: CellResult, folder: Path, predictions: ReadPredictions) -
     sizes = Counter(len(each) for found in arms.values() for each in found.values())
     # predictions of other rows, by which a folder was changed, are compared with none
     common = sizes.most_common(1)[0][0] if sizes else 0
-    arms = {label: found for label, found in arms.items() if {len(each) for each in found.values()} == {common}}
+    arms = {label: found for label, found in arms.items() if set(map(len, found.values())) == {common}}
     return CellAnswers(cell, _labels(cell, folder), arms if common else {})
+
+
+def _class_values(run: Sequence[ClassScore]) -> list[tuple[float, float, float]]:
+    """F1, precision and recall of each class."""
+    return [(each.f1, each.precision, each.recall) for each in run]
 
 
 def _labels(cell: CellResult, folder: Path) -> tuple[str, ...]:
@@ -77,7 +82,7 @@ def class_table(answers: CellAnswers) -> Subsection | None:
         runs = [class_scores(each, answers.labels) for each in seeds.values()]
         known = [run for run in runs if run is not None]
         if known and len(known) == len(runs):
-            found[label] = np.mean([[(one.f1, one.precision, one.recall) for one in run] for run in known], axis=0)
+            found[label] = np.mean([_class_values(run) for run in known], axis=0)
             support = [one.support for one in known[0]]
     if not found:
         return None

@@ -16,6 +16,7 @@ from peft_lab.comparison.stats.bootstrap import bootstrap_interval
 from peft_lab.comparison.stats.cell_baselines import cell_baselines
 from peft_lab.comparison.stats.over_tasks import average_ranks
 from peft_lab.comparison.stats.statistics import ArmResult, CellResult
+from peft_lab.utils.mappings import pick
 from peft_lab.utils.text import markdown_text
 
 #: Runs behind a number: task, backbone, arm.
@@ -263,7 +264,8 @@ def chosen(table: Table) -> Table:
     """Table without the columns that are left out unless they are chosen."""
     kept = [index for index, column in enumerate(table.columns) if column.shown]
     columns = tuple(table.columns[index] for index in kept)
-    rows, footer = (tuple(tuple(row[index] for index in kept) for row in part) for part in (table.rows, table.footer))
+    rows = tuple(pick(row, kept) for row in table.rows)
+    footer = tuple(pick(row, kept) for row in table.footer)
     return replace(table, columns=columns, rows=rows, footer=footer)
 
 

@@ -209,7 +209,9 @@ def _doubts_about_rows(sample: Sample, profile: DataProfile, columns: Sequence[s
                 f'{blanks} of {profile.columns[name].count} training rows have no "{name}": mend them, or set '
                 "empty_rows"
             )
-    rows = {split: [_key(row, columns) for row in part] for split, part in sample.rows.items()}
+    rows = {}
+    for split, part in sample.rows.items():
+        rows[split] = [_key(row, columns) for row in part]
     known = set(rows["train"])
     double = len(rows["train"]) - len(known)
     if double:
