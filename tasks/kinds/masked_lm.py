@@ -41,6 +41,7 @@ KIND = KindInfo(
     options={"line_by_line": False, "mlm_probability": 0.15},
     metrics=("perplexity", "token_accuracy"),
     pipeline_tag="fill-mask",
+    source_head=True,
 )
 
 

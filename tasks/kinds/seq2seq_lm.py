@@ -51,6 +51,7 @@ KIND = KindInfo(
     metrics=("perplexity", "token_accuracy", "exact_match", "rouge_l", "bleu", "coverage"),
     task_type="SEQ_2_SEQ_LM",
     pipeline_tag="text2text-generation",
+    source_head=True,
 )
 
 

@@ -18,6 +18,7 @@ from peft_lab.comparison.report.sentences import describe
 from peft_lab.comparison.stats.statistics import rank_arms
 from peft_lab.data.classification_kind import ClassificationKind
 from peft_lab.data.task_registry import kind, parse_task
+from peft_lab.data.token_kind import TokenKind
 from peft_lab.metrics import METRICS
 from peft_lab.metrics.baselines import (
     CHANCE,
@@ -205,6 +206,11 @@ def test_chance_is_the_mean_of_many_uniform_guesses(count):
     assert {name: found.scores[name] for name in expected} == pytest.approx(expected, abs=0.03)
     regression = task_of("text_classification", "regression")
     assert kind("text_classification").chance(regression, None, Dataset.from_dict({"labels": [0.5]})) is None
+
+
+def test_the_base_is_scored_for_every_kind_that_predicts_tokens_by_its_head():
+    for name, info in list_kinds().items():
+        assert info.source_head == isinstance(kind(name), TokenKind), name
 
 
 def test_the_base_without_an_adapter_is_scored_once_and_changes_nothing(tmp_path):
