@@ -69,14 +69,14 @@ def test_one_seed_ties_too() -> None:
 
 def test_a_recommendation_names_ties() -> None:
     # made-up runs have 100 parameters for each letter of the label
-    arm, reasons = choose([cell_of(bb=0.8, aa=0.8)])
+    arm, reasons = choose(cell_of(bb=0.8, aa=0.8))
     assert arm == "aa"
     assert "aa and bb have the fewest; of these aa is taken, the first in the table." in reasons[1]
-    arm, reasons = choose([cell_of(bbb=0.8, aa=0.8)])
+    arm, reasons = choose(cell_of(bbb=0.8, aa=0.8))
     assert reasons[1].endswith("aa is taken because it has the fewest of them; its mean ties for the best.")
-    arm, reasons = choose([cell_of(bbb=0.8, aa=0.801)])
+    arm, reasons = choose(cell_of(bbb=0.8, aa=0.801))
     assert reasons[1].endswith("aa is taken because it has the fewest of them; its mean is also the best.")
-    arm, reasons = choose([cell_of(bb=0.8, aa=0.801)])
+    arm, reasons = choose(cell_of(bb=0.8, aa=0.801))
     assert reasons[1].endswith("aa and bb have the fewest; of these aa is taken, the one with the best mean.")
 
 
