@@ -371,13 +371,14 @@ def test_command_line_passes_the_word_on(command: str, tmp_path: Path, monkeypat
     from peft_lab.cli.app import app
 
     asked: list[Any] = []
-    home = "export.merge" if command == "merge" else "training.evaluate"
+    functions = {"evaluate": "training.evaluate.evaluate", "predict": "training.evaluate.predict_rows"}
+    called, found = functions.get(command, "export.merge.merge"), [{}] if command == "predict" else {}
     monkeypatch.setattr(
-        f"peft_lab.{home}.{command}", lambda *args, **options: asked.append(options["allow_other_base"]) or {}
+        f"peft_lab.{called}", lambda *args, **options: asked.append(options["allow_other_base"]) or found
     )
     model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
     model.save_pretrained(tmp_path / "a")
-    rest = {"evaluate": [], "predict": ["text"], "merge": [str(tmp_path / "b")]}[command]
+    rest = {"evaluate": [], "predict": ["text", "--task", "snips"], "merge": [str(tmp_path / "b")]}[command]
     for flag, wanted in (([], False), (["--allow_other_base"], True)):
         result = CliRunner().invoke(app, [command, str(tmp_path / "a"), *rest, *flag], catch_exceptions=False)
         assert (result.exit_code, asked.pop()) == (0, wanted)

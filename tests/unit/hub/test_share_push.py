@@ -170,8 +170,10 @@ def test_it_loads_from_the_hub_in_every_way(pushed, place, tmp_path):
     assert same == [True] * 4
     metrics = json.loads((place["run"] / "metrics.json").read_text())
     assert score == metrics["metrics"]["test"]["accuracy"]
+    answers = [json.loads(line) for line in answers]
+    assert [answer.pop("input") for answer in answers[2:]] == ["the rain", "a song"]
     assert answers[:2] == answers[2:]
-    assert {json.loads(line)["label"] for line in answers} <= {"food", "music", "weather"}
+    assert {answer["label"] for answer in answers} <= {"food", "music", "weather"}
 
 
 @pytest.mark.full

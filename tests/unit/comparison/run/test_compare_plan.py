@@ -122,7 +122,7 @@ def test_all_arms_have_the_same_right_to_go_on(place: Path, tmp_path: Path, caps
     assert json.loads((tmp_path / COMPARISON).read_text())["equal_budgets"] is True
     counted = len(done.records)
     assert counted == plan.count_runs(done.study) + 3
-    assert f"[{counted}/{counted}]" in capsys.readouterr().err
+    assert f"{counted} of {counted} runs done" in capsys.readouterr().err
 
 
 def test_a_rate_that_was_beyond_an_edge_may_become_a_given_one(place: Path, tmp_path: Path) -> None:
