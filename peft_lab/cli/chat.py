@@ -5,9 +5,9 @@ The model is loaded once its kind is checked, because that imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -55,13 +55,14 @@ def chat(
     """
     from peft_lab.loading.load_language_model import language_task
     from peft_lab.runs.run_folder import find_adapter
+    from peft_lab.serve.sampling import Sampling
 
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     folder = find_adapter(adapter)
     language_task(folder, adapter, task)
     from peft_lab.loading.load_language_model import load_language_model
-    from peft_lab.serve.chat import Chat, Sampling
+    from peft_lab.serve.chat import Chat
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     model = load_language_model(folder, task, model_name_or_path, allow_other_base=allow_other_base)
     conversation = Chat(model, system, sampling, prompt_value)
     with going_on(lambda: "The chat was stopped."):
@@ -99,7 +100,7 @@ def _turns(interactive: bool) -> Iterator[str]:
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
     # gives the prompt of `input` history and editing, where the system has it
-    with suppress(ImportError):
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401
     while True:
         try:

@@ -15,7 +15,7 @@ from peft_lab.data import prompt_column
 from peft_lab.data.prompt_template import fill
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.serve.sampling import Sampling
+from peft_lab.serve.sampling import MAX_NEW_TOKENS, Sampling
 from peft_lab.tuners.forward_context import row_inputs
 from peft_lab.utils.text import visible
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("peft_lab")
 
-MAX_NEW_TOKENS = 256
 #: Tokens of an answer for which earlier turns are given up, where the context is full.
 _ROOM = 64
 
@@ -160,8 +159,9 @@ class Chat:
                 streamer=_Streamer(self._tokenizer, write) if write is not None else None,
                 **options,
             )
-        # methods that put vectors in the place of tokens return the new tokens alone
-        new = generated[0, len(tokens) :] if generated.shape[1] > room else generated[0]
+        # methods that put vectors in the place of tokens may return the new tokens alone
+        repeated = generated[0, : len(tokens)].tolist() == tokens
+        new = generated[0, len(tokens) :] if repeated else generated[0]
         return str(self._tokenizer.decode(new, skip_special_tokens=True)).strip()
 
     def _ids_of(self, prompt_value: str | None) -> torch.Tensor | None:

@@ -110,7 +110,8 @@ def test_info_says_what_the_run_measured_and_counts_what_the_file_holds(place):
     assert found["parameters"]["trained"] == metrics["parameters"]["trainable"]
     assert found["size_bytes"] == (place / "classifier" / "adapter_model.safetensors").stat().st_size
     assert found["score"]["value"] == metrics["metrics"]["test"]["accuracy"]
-    assert found["score"]["baseline"]["value"] == metrics["baseline"]["metrics"]["test"]["accuracy"]
+    wanted = {each["predictor"]: each["metrics"]["test"]["accuracy"] for each in metrics["baselines"]}
+    assert found["score"]["baselines"] == wanted
     assert found["task"]["kind"] == "text_classification"
     assert found["fingerprint"]["weights"] > 0
     assert found["merges"] == registry.method("lora").can("merge")
