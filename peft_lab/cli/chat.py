@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peft_lab.cli.completion import complete_task
 from peft_lab.cli.options import Adapter, Base, OtherBase
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.utils.interruption import going_on
@@ -44,7 +45,8 @@ def chat(
         str | None, typer.Option("--prompt_value", help="Which prompts, for methods that choose them by row.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="The task whose template applies, if the adapter names none.")
+        str | None,
+        typer.Option(autocompletion=complete_task, help="The task whose template applies, if the adapter names none."),
     ] = None,
     model_name_or_path: Base = None,
     allow_other_base: OtherBase = False,

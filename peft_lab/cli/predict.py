@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from peft_lab.cli.completion import complete_task
 from peft_lab.cli.options import Adapter, Base, BatchSize, OtherBase
 from peft_lab.errors import ConfigError
 from peft_lab.utils.text import json_line, visible
@@ -34,7 +35,10 @@ def predict(
         ),
     ],
     task: Annotated[
-        str | None, typer.Option(help="The task whose kind and labels apply, if the adapter names none.")
+        str | None,
+        typer.Option(
+            autocompletion=complete_task, help="The task whose kind and labels apply, if the adapter names none."
+        ),
     ] = None,
     model_name_or_path: Base = None,
     top_k: Annotated[int | None, typer.Option("--top_k", help="Labels in each answer, the best first.")] = None,

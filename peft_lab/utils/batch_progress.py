@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from peft_lab.utils.terminal import SafeConsole, shown
+from peft_lab.utils.verbosity import level
 
 _FOLLOWER: ContextVar[Callable[[int], None] | None] = ContextVar("peft_lab_batch_progress", default=None)
 
@@ -23,9 +24,9 @@ def advance(count: int) -> None:
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[None]:
-    """Show a bar of `total` rows on standard error, if that is a terminal."""
+    """Show a bar of `total` rows on standard error, if that is a terminal and the level is not quiet."""
     console = SafeConsole(stderr=True, highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal or level() == "quiet":
         yield
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

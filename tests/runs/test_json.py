@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer.main
-from support.compare_helpers import record
+from support.compare_helpers import record, tiny_study
 from support.tiny_runs import make_backbone, make_task, options
 
 import peft_lab
@@ -21,10 +21,8 @@ COMMANDS = typer.main.get_command(app).commands
 #: Commands without `--json`, with the reason.
 WITHOUT = {
     "attention-maps": "its result is a picture",
-    "compare": "its results are the files of its folder; `report --json` names them",
-    "recommend": "its result is the run YAML that it writes",
+    "chat": "it is a conversation",
     "predict": "its answers are JSON already, one a line",
-    "validate": "its exit status is the answer",
 }
 #: Command -> its arguments; names in braces are filled by the fixture `place`.
 CASES = {
@@ -38,10 +36,24 @@ CASES = {
     "export": ["{run}", "{new}", "--torch-export"],
     "push": ["{run}", "someone/name"],
     "report": ["{comparison}"],
+    "validate": ["{task}", "--data"],
+    "init": ["{data}", "--output", "{new}.yaml"],
+    "info": ["{run}"],
+    "compare": ["{study}", "--output_dir", "{new}"],
+    "recommend": [
+        "--task",
+        "{task}",
+        "--model_name_or_path",
+        "{backbone}",
+        "--minutes",
+        "0.01",
+        "--output",
+        "{new}.yaml",
+    ],
     "demo": ["--task", "snips", "--method", "lora", "--output_dir", "{new}"],
 }
-#: Commands that trace a graph or draw.
-SLOW = ("export", "report")
+#: Commands that trace a graph, draw, or train in processes.
+SLOW = ("export", "report", "compare")
 
 
 def has_json(command) -> bool:
@@ -60,11 +72,14 @@ def place(tmp_path_factory):
     values = options(make_task(folder / "data"), make_backbone(folder / "bert"), folder / "run", method="svfit")
     peft_lab.train(values)
     (folder / "run.yaml").write_text(json.dumps({**values, "output_dir": str(folder / "again")}))
+    study = tiny_study(folder, methods=["head"], seeds=1)
+    (folder / "study.yaml").write_text(json.dumps(study))
     (folder / "comparison").mkdir()
     records = [record(arm, seed, score=0.5 + seed / 10) for arm in ("lora r=8", "head") for seed in (0, 1)]
     text = "".join(json.dumps(one.__dict__) + "\n" for one in records)
     (folder / "comparison" / "results.jsonl").write_text(text)
-    names = {"run": "run", "run_file": "run.yaml", "comparison": "comparison"}
+    names = {"run": "run", "run_file": "run.yaml", "comparison": "comparison", "study": "study.yaml"}
+    names |= {"task": "data/topics.yaml", "data": "data/train.csv", "backbone": "bert"}
     return {name: str(folder / file) for name, file in names.items()}
 
 

@@ -38,6 +38,8 @@ def complete(monkeypatch, capsys, line: str) -> list[str]:
         ("peft-lab train --model-name-or-path ", lambda: BACKBONES),
         ("peft-lab methods ", lambda: registry.list_methods()),
         ("peft-lab evaluate run --task ", lambda: list_tasks()),
+        ("peft-lab predict run --task ", lambda: list_tasks()),
+        ("peft-lab chat run --task ", lambda: list_tasks()),
         ("peft-lab merge run out --model_name_or_path ", lambda: BACKBONES),
         ("peft-lab compare --task ", lambda: list_tasks()),
         ("peft-lab recommend --model_name_or_path ", lambda: BACKBONES),
@@ -86,7 +88,8 @@ def test_completion_imports_nothing_heavy():
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment(variables), check=True
     )
-    assert done.stdout.split() == ["snips", "LOADED", "[]"]
+    assert done.stdout.split()[0] == "snips"
+    assert done.stdout.split()[-2:] == ["LOADED", "[]"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
