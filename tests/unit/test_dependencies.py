@@ -9,23 +9,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
+
+from peft_lab.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(file for folder in ("peft_lab", "adapters", "tasks") for file in (ROOT / folder).rglob("*.py"))
 #: Packages that may be absent, as they are imported; the tests of their users see to the sentence that asks for one.
 OPTIONAL = (
-    "matplotlib",
-    "ray",
-    "rouge_score",
-    "onnx",
-    "onnxruntime",
-    "click",
-    "bitsandbytes",
-    "torchao",
-    "deepspeed",
-    "seqeval",
-    "soundfile",
+    *("matplotlib", "ray", "rouge_score", "seqeval", "sacrebleu", "soundfile"),
+    *("onnx", "onnxruntime", "bitsandbytes", "torchao", "deepspeed"),
 )
 
 
@@ -41,11 +35,11 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield node.module.partition(".")[0]
 
 
-def required(distribution: str) -> set[str]:
-    """Distributions that a plain installation of one brings along, by their normalised names."""
+def required(distribution: str, extra: str = "") -> set[str]:
+    """Distributions that an installation of one brings along, plain or with an extra, by their normalised names."""
     found = set()
     for requirement in map(Requirement, importlib.metadata.requires(distribution) or []):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
             found.add(normal(requirement.name))
     return found
 
@@ -67,3 +61,8 @@ def test_every_import_is_of_a_required_package_or_of_an_extra():
             if plain.isdisjoint(map(normal, distributions.get(name, ()))):
                 missing.setdefault(name, []).append(str(file.relative_to(ROOT)))
     assert missing == {}
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.package])
+def test_the_extra_that_a_metric_asks_for_brings_its_package(name):
+    assert normal(METRICS[name].package) in required("peft-lab", METRICS[name].extra)
