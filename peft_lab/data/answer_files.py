@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_lab.errors import ConfigError
 from peft_lab.utils import strict_json
-from peft_lab.utils.atomic_files import check_can_be_made, new_file
+from peft_lab.utils.atomic_files import check_can_be_made, new_file, new_folder
 from peft_lab.utils.text import json_line
 
 #: Endings of files of answers.
@@ -18,16 +18,22 @@ PREDICTION = "prediction"
 
 
 def answer_line(row: Any, answer: Any) -> dict[str, Any]:
-    """Echo of an input with its answer, whose keys stand beside it."""
+    """Echo of an input with its answer, whose keys stand beside it; images in the answer are left out."""
     found = answer if isinstance(answer, Mapping) else {PREDICTION: answer}
+    found = {name: value for name, value in found.items() if not _is_image(value)}
     return {"input": _echo(row), **strict_json.finite(found)}
 
 
-def check_output(file: str | Path, overwrite: bool) -> Path:
+def check_output(file: str | Path, overwrite: bool, images: Sequence[str] = ()) -> Path:
     """Path of a file of answers, checked before any work.
 
+    Args:
+        file: the path.
+        overwrite: what is there may be replaced.
+        images: keys of answers that are images, which get a folder each beside the file.
+
     Raises:
-        ConfigError: another ending than `OUTPUT_FILES`, or the file is there and may not be replaced.
+        ConfigError: another ending than `OUTPUT_FILES`, or a file or folder is there and may not be replaced.
         WriteError: it cannot be made.
     """
     path = Path(file).expanduser()
@@ -37,6 +43,11 @@ def check_output(file: str | Path, overwrite: bool) -> Path:
         raise ConfigError(f'The output file "{file}" is a folder; name a file in it.')
     if path.exists() and not overwrite:
         raise ConfigError(f'"{file}" is there already; pass --overwrite to replace it, or name another --output.')
+    for folder in [_image_folder(path, name) for name in images]:
+        if folder.exists() and not overwrite:
+            raise ConfigError(
+                f'"{folder}" is there already; pass --overwrite to write into it, or name another --output.'
+            )
     check_can_be_made(path)
     return path
 
@@ -45,11 +56,13 @@ def write_answers(path: Path, rows: Sequence[Any], answers: Sequence[Any]) -> No
     """Write answers beside their inputs, all of them or nothing.
 
     JSON lines are those of `answer_line`. Tables have the columns of the inputs, or one called "input", and then those
-    of the answers; a name that both have becomes `predicted_NAME`. What is no number or text is JSON in a CSV cell.
+    of the answers; a name that both have becomes `predicted_NAME`. What is no number or text is JSON in a CSV cell. An
+    image becomes the name of a PNG file, relative to the file of answers.
 
     Raises:
         WriteError: the disk refuses.
     """
+    answers = _with_image_files(path, answers)
     with new_file(path) as partial:
         if path.suffix.lower() == ".jsonl":
             lines = [json_line(answer_line(row, answer)) + "\n" for row, answer in zip(rows, answers, strict=True)]
@@ -62,6 +75,32 @@ def write_answers(path: Path, rows: Sequence[Any], answers: Sequence[Any]) -> No
             pd.DataFrame(table).to_parquet(partial, index=False)
         else:
             pd.DataFrame(table).map(_cell).to_csv(partial, index=False)
+
+
+def _with_image_files(path: Path, answers: Sequence[Any]) -> list[Any]:
+    """Answers whose images are names of files, which are written into a folder for each key."""
+    found = [dict(answer) if isinstance(answer, Mapping) else answer for answer in answers]
+    keys = dict.fromkeys(
+        key for answer in found if isinstance(answer, dict) for key in answer if _is_image(answer[key])
+    )
+    for key in keys:
+        folder = _image_folder(path, key)
+        with new_folder(folder) as partial:
+            for number, answer in enumerate(found, start=1):
+                name = f"{number:0{len(str(len(found)))}}.png"
+                answer[key].save(partial / name)
+                answer[key] = f"{folder.name}/{name}"
+    return found
+
+
+def _image_folder(path: Path, key: str) -> Path:
+    return path.with_name(f"{path.stem}_{key}")
+
+
+def _is_image(value: Any) -> bool:
+    from PIL import Image
+
+    return isinstance(value, Image.Image)
 
 
 def _table(rows: Sequence[Any], answers: Sequence[Any]) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ class Kind:
     Attributes:
         info: the card.
         text_columns: canonical columns of texts, in which a blank one is a fault.
+        answer_images: keys of answers that are PIL images, which the command writes as files.
         ranks_labels: `predict` takes `top_k`, the number of labels in an answer.
         labelled: the head has an output for each label name, which the data say if the task does not.
         trainer_labels: columns of preprocessed rows that hold the answers, `Trainer`'s `label_names`.
@@ -46,6 +47,7 @@ class Kind:
     info: ClassVar[KindInfo]
     text_columns: ClassVar[tuple[str, ...]] = ()
     ranks_labels: ClassVar[bool] = False
+    answer_images: ClassVar[tuple[str, ...]] = ()
     labelled: ClassVar[bool] = False
     trainer_labels: ClassVar[tuple[str, ...]] = ("labels",)
     raw_baseline: ClassVar[bool] = False

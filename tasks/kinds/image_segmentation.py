@@ -59,6 +59,7 @@ class ImageSegmentation(LabelledKind):
     info = KIND
     inputs = SegmentationInputs()
     keeps_labels = False
+    answer_images = ("mask",)
 
     def check(self, task: Task) -> None:
         unfit = [name for name in task.metrics if name not in KIND.metrics]

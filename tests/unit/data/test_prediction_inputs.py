@@ -11,6 +11,7 @@ from PIL import Image
 
 from peft_lab.data.answer_files import answer_line, check_output, write_answers
 from peft_lab.data.prediction_inputs import check_top_k, input_columns, read_inputs, read_standard_input
+from peft_lab.data.read_files import read_rows
 from peft_lab.data.task_registry import kind, list_tasks
 from peft_lab.errors import ConfigError
 from peft_lab.registry import list_kinds
@@ -152,3 +153,18 @@ def test_an_output_file_is_refused_before_it_is_lost(tmp_path):
         write_answers(tmp_path / "out.jsonl", ROWS, [{"label": object()}, {}])
     assert (tmp_path / "out.csv").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_images_of_answers_are_files_beside_them(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"out{ending}"
+    answers = [{"shares": {"sky": 1.0}, "mask": Image.new("L", (3, 2), number)} for number in range(11)]
+    assert answer_line("a.png", answers[0]) == {"input": "a.png", "shares": {"sky": 1.0}}
+    write_answers(path, [f"{number}.png" for number in range(11)], answers)
+    names = [row["mask"] for row in read_rows({".jsonl": "json"}.get(ending, ending[1:]), [path])]
+    assert names[0] == "out_mask/01.png"
+    assert [Image.open(tmp_path / name).getpixel((0, 0)) for name in names] == list(range(11))
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"out_mask.* is there already"):
+        check_output(path, overwrite=False, images=("mask",))
+    assert check_output(path, overwrite=True, images=("mask",)) == path
