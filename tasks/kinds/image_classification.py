@@ -5,10 +5,10 @@ from __future__ import annotations
 from peft_lab.data.classification_kind import ClassificationKind
 from peft_lab.data.image_inputs import ImageInputs
 from peft_lab.data.profile import DataProfile, Proposal
+from peft_lab.data.usual_columns import image_column
 from peft_lab.registry import KindInfo
 
 #: Usual names of the columns.
-_IMAGES = ("image", "img", "picture", "photo", "file_name")
 _LABELS = ("label", "labels", "class", "category", "fine_label", "target", "species")
 
 KIND = KindInfo(
@@ -29,11 +29,11 @@ class ImageClassification(ClassificationKind):
     inputs = ImageInputs()
 
     def propose(self, profile: DataProfile) -> Proposal | None:
-        image = profile.find("image", _IMAGES, lambda column: column.type == "image")
+        image = image_column(profile)
         label = profile.classes("label", _LABELS)
-        if image is None or label is None:
+        if not image or label is None:
             return None
-        columns = {"image": image.name, "label": label.name}
+        columns = {**image, "label": label.name}
         usual = "label" in profile.given or label.name.lower() in _LABELS
         return Proposal(
             self.name, 0.9 if usual else 0.6, columns, metrics=KIND.metrics[:2], doubts=tuple(label.class_doubts())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.data import label_lists
 from peft_lab.data.classification_kind import Record, plain_results
+from peft_lab.data.profile import ColumnProfile, DataProfile, Proposal
 from peft_lab.data.row_checks import RowFault
 from peft_lab.data.text_or_image import TextOrImageKind
+from peft_lab.data.usual_columns import text_or_image_columns
 from peft_lab.errors import TaskError, did_you_mean
 from peft_lab.metrics import HUB_METRICS, METRICS, load_metric
 from peft_lab.metrics.baselines import Baseline
@@ -26,6 +29,12 @@ if TYPE_CHECKING:
 THRESHOLD = 0.5
 #: Value of `thresholds` that asks for the best ones on the validation rows.
 TUNE = "tune"
+
+#: Usual names of the column of labels, and what stands between names in one cell.
+_LABELS = ("labels", "tags", "topics", "categories", "genres", "label", "classes")
+_SEPARATORS = (";", "|", ",")
+#: Characters of a cell, on average, over which it is a text and no list of names.
+_LONGEST_NAMES = 80
 
 KIND = KindInfo(
     name="multi_label",
@@ -51,6 +60,20 @@ class MultiLabel(TextOrImageKind):
     """
 
     info = KIND
+
+    def propose(self, profile: DataProfile) -> Proposal | None:
+        lists = profile.find("labels", _LABELS, _holds_label_lists)
+        joined = None if lists else profile.find("labels", _LABELS, lambda column: bool(_separator(profile, column)))
+        labels = lists or joined
+        inputs = text_or_image_columns(profile, [labels.name]) if labels else {}
+        if labels is None or not inputs or _goes_with_words(profile, labels):
+            return None
+        usual = "labels" in profile.given or labels.name.lower() in _LABELS
+        settings = {"label_separator": _separator(profile, joined)} if joined else {}
+        doubts = (f'the names in "{labels.name}" are parted at "{settings["label_separator"]}"',) if joined else ()
+        # before one label a row, which a column of several names joined is not
+        confidence = 0.95 if usual else 0.6
+        return Proposal(self.name, confidence, {**inputs, "labels": labels.name}, settings, KIND.metrics[:2], doubts)
 
     def check(self, task: Task) -> None:
         super().check(task)
@@ -248,3 +271,38 @@ def _check_names(given: Mapping[str, Any], labels: Sequence[str]) -> None:
     unknown = next((str(name) for name in given if name not in labels), None)
     if unknown is not None:
         raise TaskError(f'"thresholds" names "{unknown}", which is no label.{did_you_mean(unknown, labels)}')
+
+
+def _holds_label_lists(column: ColumnProfile) -> bool:
+    """Test whether a column holds lists of a few different names or numbers."""
+    entries = column.entries
+    return entries is not None and (entries.holds_classes or bool(entries.class_names))
+
+
+def _separator(profile: DataProfile, column: ColumnProfile) -> str:
+    """Separator of a column of texts that join names; "" for any other column."""
+    if column.type != "text" or column.mean_length > _LONGEST_NAMES:
+        return ""
+    cells = [str(row.get(column.name) or "") for row in profile.rows]
+    for separator in _SEPARATORS:
+        uses: Counter[str] = Counter()
+        for cell in set(cells):
+            uses.update({name.strip() for name in cell.split(separator)})
+        joined = [cell for cell in cells if separator in cell]
+        if joined and profile.given.get("labels") == column.name:
+            return separator
+        # each name of a joined cell stands in other cells too
+        if len(joined) > 1 and all(uses[name.strip()] > 1 for cell in joined for name in cell.split(separator)):
+            return separator
+    return ""
+
+
+def _goes_with_words(profile: DataProfile, labels: ColumnProfile) -> bool:
+    """Test whether another column has a list of the same length in each row, whose entries the labels tag."""
+    if labels.type != "list":
+        return False
+    for column in profile.columns.values():
+        pairs = [(row.get(labels.name) or (), row.get(column.name) or ()) for row in profile.rows]
+        if column.type == "list" and column.name != labels.name and all(len(a) == len(b) for a, b in pairs):
+            return True
+    return False

@@ -125,7 +125,7 @@ def _check_source(task: Task, split: str, report: DataReport) -> None:
         stored = _undecoded(dataset)
         profiles = {name: profile_column(name, stored[name][:]) for name in stored.column_names}
         report.columns[split] = profiles
-        damaged = _damaged_files(task, stored)
+        damaged = _damaged_files(task, dataset, stored)
         if damaged:
             report.doubts.append(f"damaged files of the {split} rows: {damaged}")
         faulty(task, split, dataset)
@@ -164,13 +164,12 @@ def _undecoded(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _damaged_files(task: Task, stored: Dataset) -> str:
-    """Names of the files that cannot be read, for rows that the kind finds fault with."""
+def _damaged_files(task: Task, dataset: Dataset, stored: Dataset) -> str:
+    """Names of the files of the rows that the kind finds fault with; `stored` are the same rows, undecoded."""
     names = [name for name in stored.column_names if profile_column(name, stored[name][:50]).type in ("image", "audio")]
     if not names:
         return ""
     found: list[str] = []
-    dataset = kind(task.kind).cast(stored, task)
     for fault in kind(task.kind).row_faults(dataset, task):
         if fault.level == "remark":
             continue
@@ -270,13 +269,13 @@ def _measure(
         for split, part in parts.items():
             counts = [_words(task, row) for row in _undecoded(part)]
             _add_lengths(report, split, "words", counts)
-        report.examples = plain_rows(task, parts["train"], labels)
+        report.examples = plain_rows(task, parts["train"])
         return
     for split, part in parts.items():
         rows = view.preprocessed(part)
         _add_lengths(report, split, "tokens", view.lengths(rows))
         if split == "train":
-            report.examples = view.examples(rows, labels) or plain_rows(task, part, labels)
+            report.examples = view.examples(rows, labels) or plain_rows(task, part)
 
 
 def _words(task: Task, row: Mapping[str, Any]) -> int:

@@ -151,6 +151,8 @@ def split_of(parts: Iterable[str]) -> str | None:
 def _of_folder(folder: Path) -> Layout:
     """Layout of a folder: one of images or sounds, or of tables."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    if any(path.relative_to(folder).parts[-2:-1] == ("masks",) for path in files):
+        return _of_media(folder, "maskfolder", ())
     endings = Counter(_ending(path) for path in files)
     for builder, known in _FOLDERS.items():
         count = sum(endings[ending] for ending in known)
@@ -165,7 +167,7 @@ def _of_folder(folder: Path) -> Layout:
 
 
 def _of_media(folder: Path, builder: str, tables: Sequence[Path]) -> Layout:
-    """Layout of folders of images or sounds, by the names of the folders."""
+    """Layout of folders of images, sounds, or images beside masks, by the names of the folders."""
     below = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     splits: dict[str, tuple[Path, ...]] = {}
     for path in below:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.data import prompt_column
@@ -21,7 +22,7 @@ _TOKENS = "input_ids"
 
 
 class ModelView:
-    """Processor of a backbone and its model without weights, which a kind of task preprocesses rows for.
+    """Processor and config of a backbone, which a kind of task preprocesses rows for.
 
     Args:
         task: the task.
@@ -33,16 +34,13 @@ class ModelView:
     """
 
     def __init__(self, task: Task, model_name_or_path: str, name: str) -> None:
-        import torch
         from transformers import AutoConfig
 
         self.task, self.kind = task, kind(task.kind)
         try:
             self.processor = self.kind.load_processor(model_name_or_path, task)
-            config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
-            # on the meta device no weight takes memory or time
-            with torch.device("meta"):
-                self.model = self.kind.auto_class(task).from_config(config)
+            # limits of the rows stand in the config, and no weight is needed
+            self.model = SimpleNamespace(config=AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False))
         except PeftLabError:
             raise
         # damaged files end transformers and tokenizers by errors of any type
@@ -91,7 +89,7 @@ class ModelView:
         return [labels[each] for each in kept] if labels is not None else self._written(kept)
 
 
-def plain_rows(task: Task, rows: Dataset, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+def plain_rows(task: Task, rows: Dataset) -> list[dict[str, Any]]:
     """First rows by their columns, or prompt and answer of a template."""
     from datasets import ClassLabel
 
@@ -103,13 +101,16 @@ def plain_rows(task: Task, rows: Dataset, labels: Sequence[str] | None) -> list[
             continue
         shown = {}
         for name, value in row.items():
-            feature = rows.features[name]
-            if isinstance(feature, ClassLabel) and labels is not None:
-                shown[name] = labels[value]
-            else:
-                shown[name] = _as_text(value)
+            feature = getattr(rows.features[name], "feature", rows.features[name])
+            names = feature.names if isinstance(feature, ClassLabel) else None
+            shown[name] = _as_text(value) if names is None else _named(value, names)
         found.append(shown)
     return found
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """Name of a class, or names of several."""
+    return [names[each] for each in value] if isinstance(value, list) else names[value]
 
 
 def _first(ids: Sequence[Any]) -> Sequence[Any]:

@@ -139,7 +139,7 @@ def _proposals(profile: DataProfile, kind_name: str | None) -> list[Proposal]:
     found.sort(key=lambda proposal: -proposal.confidence)
     needed = [name for name, required in kind_info(kind_name).columns.items() if required] if kind_name else []
     # where kind and columns are said, nothing has to be guessed
-    if not found and kind_name and needed and set(needed) <= set(profile.given):
+    if not found and kind_name and profile.given and set(needed) <= set(profile.given):
         found.append(Proposal(kind_name, 1.0, dict(profile.given)))
     return found
 

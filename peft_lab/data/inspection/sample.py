@@ -100,7 +100,9 @@ def _bounded(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]]
 
 def _rows(builder: str, files: Sequence[Path], options: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for path in files:
-        if builder in _MEDIA:
+        if builder == "maskfolder":
+            yield from _of_pairs(path)
+        elif builder in _MEDIA:
             yield from _of_media(builder, path)
         elif builder == "json" and not _is_json_lines(path):
             yield from read_rows(builder, [path], options)
@@ -131,6 +133,17 @@ def _of_media(builder: str, folder: Path) -> Iterator[Mapping[str, Any]]:
     for path in files:
         label = {"label": path.parent.name} if labelled else {}
         yield {name: {"bytes": None, "path": str(path)}, **label}
+
+
+def _of_pairs(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of a folder of images beside one of masks of the same names; a run refuses those without a partner."""
+    masks = {path.stem: path for path in sorted((folder / "masks").rglob("*")) if path.suffix.lower() in IMAGE_ENDINGS}
+    for path in sorted((folder / "images").rglob("*")):
+        if path.stem in masks:
+            yield {
+                "image": {"bytes": None, "path": str(path)},
+                "mask": {"bytes": None, "path": str(masks[path.stem])},
+            }
 
 
 def _declared_classes(path: Path) -> dict[str, list[str]]:

@@ -80,8 +80,8 @@ def test_equal_rows_are_named(tmp_path: Path) -> None:
 def test_classes_are_counted(tmp_path: Path) -> None:
     train = [(text, "good" if number < 57 else "bad") for number, (text, _) in enumerate(texts(60))]
     doubts = report_of(write_task(tmp_path, train, [(texts(1, 70)[0][0], "good")])).doubts
-    one(doubts, "the test rows have none of 1 of the 2 classes (bad)")
-    one(doubts, "the classes are unequal", '"good"', '"bad"')
+    assert one(doubts, "the test rows have none of 1 of the 2 classes (bad)")
+    assert one(doubts, "the classes are unequal", '"good"', '"bad"')
 
 
 def test_all_faults_are_found_at_once(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_all_faults_are_found_at_once(tmp_path: Path) -> None:
 
 def test_label_that_train_lacks_is_an_error(tmp_path: Path) -> None:
     report = report_of(write_task(tmp_path, texts(40), [("a song", "godo")]))
-    one(report.errors, 'label "godo" of the test rows', 'Did you mean "good"?')
+    assert one(report.errors, 'label "godo" of the test rows', 'Did you mean "good"?')
 
 
 def test_damaged_images_are_named(tmp_path: Path) -> None:

@@ -129,6 +129,24 @@ def test_folders_of_images(tmp_path: Path) -> None:
     assert found.values["data"]["files"] == {"train": "split/train", "test": "split/test"}
 
 
+def test_folders_of_sounds_and_of_masks(tmp_path: Path) -> None:
+    for name in ("yes", "no"):
+        for number in range(4):
+            path = tmp_path / "words" / name / f"{number}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"RIFF\x00\x00\x00\x00WAVE")
+    found = draft(tmp_path / "words")
+    assert (found.values["kind"], found.values["data"]["builder"]) == ("audio_classification", "audiofolder")
+    for split in ("train", "test"):
+        for part in ("images", "masks"):
+            folder = tmp_path / "cells" / split / part
+            folder.mkdir(parents=True)
+            Image.new("L", (8, 8)).save(folder / "0.png")
+    found = draft(tmp_path / "cells")
+    assert found.values["kind"] == "image_segmentation"
+    assert found.values["data"] == {"builder": "maskfolder", "files": {"train": "cells/train", "test": "cells/test"}}
+
+
 def test_doubts(tmp_path: Path) -> None:
     rows = [*reviews(38), ("the film number 0, with some words", "bad"), ("a film without a verdict", "")]
     doubts = " ".join(draft(write_csv(tmp_path / "a.csv", rows)).doubts)

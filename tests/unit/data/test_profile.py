@@ -88,6 +88,26 @@ FOR_KINDS = {
         rows(premise=text, hypothesis=text, label=lambda n: str(n % 3)),
         ("text_classification", {"text": "premise", "text_pair": "hypothesis", "label": "label"}, {}),
     ),
+    "scores": (
+        rows(sentence1=text, sentence2=text, score=lambda n: f"{n / 7:.2f}"),
+        ("regression", {"text": "sentence1", "text_pair": "sentence2", "label": "score"}, {}),
+    ),
+    "scores of images": (
+        rows(image=lambda n: {"bytes": PNG, "path": None}, age=lambda n: n / 3),
+        ("regression", {"image": "image", "label": "age"}, {}),
+    ),
+    "lists of labels": (
+        rows(text=text, tags=lambda n: [["a"], ["a", "b"], [], ["c", "b"]][n % 4]),
+        ("multi_label", {"text": "text", "labels": "tags"}, {}),
+    ),
+    "joined labels": (
+        rows(text=text, labels=lambda n: ["a", "a;b", "", "c;b", "c"][n % 5]),
+        ("multi_label", {"text": "text", "labels": "labels"}, {"label_separator": ";"}),
+    ),
+    "tags of words": (
+        rows(tokens=lambda n: text(n).split(), tags=lambda n: ["O" for _ in text(n).split()[1:]] + ["B-x"]),
+        ("token_classification", {"tokens": "tokens", "tags": "tags"}, {}),
+    ),
     "images": (
         rows(picture=lambda n: {"bytes": PNG, "path": None}, label=lambda n: n % 2),
         ("image_classification", {"image": "picture", "label": "label"}, {}),
@@ -121,7 +141,7 @@ def test_every_proposal_makes_a_task(name: str) -> None:
     for proposal in proposals(FOR_KINDS[name][0]):
         info = kind_info(proposal.kind)
         assert 0 < proposal.confidence <= 1
-        assert set(proposal.settings) <= set(info.settings)
+        assert set(proposal.settings) <= {*info.settings, *info.options}
         values: dict[str, Any] = {"name": "t", "kind": proposal.kind, **proposal.settings}
         values["data"] = {"builder": "parquet", "files": {"train": "x"}}
         values |= {"columns": dict(proposal.columns)} if proposal.columns else {}
@@ -135,8 +155,8 @@ def test_named_columns_win() -> None:
 
 
 def test_fractions_are_a_regression() -> None:
-    best = next(p for p in proposals(rows(text=text, score=lambda n: f"{n / 7:.2f}")) if "label" in p.columns)
-    assert best.columns["label"] == "score"
+    best = proposals(rows(text=text, score=lambda n: f"{n / 7:.2f}"))[0]
+    assert (best.kind, best.columns["label"]) == ("regression", "score")
 
 
 def test_images_alone_are_no_kind() -> None:
