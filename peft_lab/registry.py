@@ -116,6 +116,8 @@ class KindInfo:
         columns: canonical column name -> whether a task must name it.
         one_of: columns of which a task names exactly one.
         forms: groups of columns, of which a task without a template names all of exactly one.
+        several: columns for which a task may name a list of the source's columns; `name[0]`, `name[1]`, ... are then
+            the canonical ones.
         answers: columns that hold the answer, which a model must not look at.
         settings: the optional keys of a task file that this kind reads.
         options: further keys of a task file that this kind alone reads -> default value, whose type a value must have;
@@ -137,6 +139,7 @@ class KindInfo:
     columns: Mapping[str, bool] = field(default_factory=dict, hash=False)
     one_of: tuple[str, ...] = ()
     forms: tuple[tuple[str, ...], ...] = ()
+    several: tuple[str, ...] = ()
     answers: tuple[str, ...] = ("label",)
     settings: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)

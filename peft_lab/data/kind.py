@@ -116,6 +116,10 @@ class Kind:
         """Endings of the files that are inputs of a prediction, such as ".png"; empty where inputs are no files."""
         return ()
 
+    def smooths_labels(self, task: Task) -> bool:
+        """Test whether labels are numbers of classes, which `label_smoothing_factor` can spread."""
+        return task.problem_type == "single_label_classification"
+
     def task_type(self, task: Task) -> str | None:
         """Task type of a model in peft; None where peft has none."""
         return self.info.task_type

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.data.labels import MAX_LABELS
@@ -63,9 +63,8 @@ def _split_at(dataset: Dataset, task: Task, feature: Any, separator: str) -> Cal
             "text with a separator between the names."
         )
     if not separator:
-        cells = [cell for cell in dataset[COLUMN][:1000] if cell]
-        text = "".join(map(str, cells))
-        seen = next((mark for mark in _SEPARATORS if mark in text), ";")
+        cells = "".join(cell for cell in dataset[COLUMN][:1000] if cell)
+        seen = next((mark for mark in _SEPARATORS if mark in cells), ";")
         raise TaskError(
             f'Task "{task.name}": the column "{source}" holds texts, and not lists; say what stands between the names '
             f"of a cell, such as \"label_separator: '{seen}'\"."
@@ -185,7 +184,8 @@ def encode(task: Task, split: str, dataset: Dataset, labels: Sequence[str], skip
         _refuse(task, split, dataset, wrong, labels)
 
     def numbers(values: list[Any]) -> dict[str, list[Any]]:
-        return {COLUMN: [_sorted_numbers(names or (), number) for names in values]}
+        sets = [set(names or ()) & number.keys() for names in values]
+        return {COLUMN: [sorted(map(number.__getitem__, names)) for names in sets]}
 
     features = dataset.features.copy()
     features[COLUMN] = ListOf(ClassLabel(names=list(labels)))
@@ -206,8 +206,3 @@ def most_frequent(lists: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Set of labels that most rows have; of equally frequent ones the first in order."""
     counts = Counter(tuple(sorted(names)) for names in lists)
     return min(counts, key=lambda names: (-counts[names], names))
-
-
-def _sorted_numbers(names: Iterable[str], number: Mapping[str, int]) -> list[int]:
-    """Numbers of the names that are labels, each once, in order."""
-    return sorted({number[name] for name in names if name in number})

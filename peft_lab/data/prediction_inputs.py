@@ -107,6 +107,9 @@ def input_columns(row: Any, task: Task, number: int) -> Any:
             chosen[name] = _opened(row[name])
         elif source in row:
             chosen[name] = _opened(row[source])
+        elif name.partition("[")[0] in row:
+            # one list in place of several columns
+            chosen[name.partition("[")[0]] = row[name.partition("[")[0]]
         else:
             missing.append(name)
     if missing:

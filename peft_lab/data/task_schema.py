@@ -75,6 +75,22 @@ def _double(names: Iterable[str]) -> str | None:
     return None
 
 
+def _each_column(values: Any) -> Any:
+    """Columns, in which a list of columns for one purpose becomes `name[0]`, `name[1]`, ..."""
+    if not isinstance(values, Mapping):
+        return values
+    found: dict[Any, Any] = {}
+    for name, source in values.items():
+        if not isinstance(source, list):
+            found[name] = source
+            continue
+        if not source:
+            raise TaskError(f'the list of columns for "{name}" is empty; name one column or several.')
+        for number, one in enumerate(source):
+            found[f"{name}[{number}]"] = one
+    return found
+
+
 def _split_names(values: Any) -> dict[str, str]:
     return check(_SplitNames, values, "the splits", TaskError).model_dump(exclude_unset=True)
 
@@ -125,7 +141,7 @@ class Task(Schema):
     title: str = ""
     description: str = ""
     splits: Annotated[Mapping[str, str], BeforeValidator(_split_names)] = {}
-    columns: Mapping[str, str] = {}
+    columns: Annotated[Mapping[str, str], BeforeValidator(_each_column)] = {}
     labels: Annotated[tuple[str, ...], BeforeValidator(partial(_names, what="label", least=2))] = ()
     prompt_values: Annotated[tuple[str, ...], BeforeValidator(partial(_names, what="prompt_value", least=1))] = ()
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = (
@@ -328,11 +344,16 @@ def _columns(task: Task, rule: KindInfo) -> dict[str, str]:
         _check_form(task, rule)
     if PROMPT_IDS in known:
         raise TaskError(f'"{PROMPT_IDS}" is the column that chooses prompts; call the one of the template otherwise.')
-    unknown = next((name for name in task.columns if name not in (*known, PROMPT_IDS)), None)
+    listed = {name: name.partition("[")[0] for name in task.columns if "[" in name}
+    wrong = next((name for name in listed.values() if name in known and name not in rule.several), None)
+    if wrong is not None:
+        raise TaskError(f'the kind "{rule.name}" reads one column for "{wrong}", not a list of them.')
+    given = {listed.get(name, name) for name in task.columns}
+    unknown = next((name for name in sorted(given) if name not in (*known, PROMPT_IDS)), None)
     if unknown is not None:
         raise TaskError(unknown_key(unknown, (*known, PROMPT_IDS), "the columns"))
     for name, required in known.items():
-        if required and name not in task.columns:
+        if required and name not in given:
             raise TaskError(f'the kind "{rule.name}" needs "columns" to name the column of "{name}".')
     if rule.one_of and len([name for name in rule.one_of if name in task.columns]) != 1:
         choices = " or ".join(f'"{name}"' for name in rule.one_of)

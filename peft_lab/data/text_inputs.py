@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_LENGTH = 128
 
 #: Column of the number of tokens that a row has before it is cut.
-_WHOLE_LENGTH = "whole_length"
+WHOLE_LENGTH = "whole_length"
 _CUT = "are longer than the limit and lose their end"
 
 
@@ -55,24 +55,24 @@ class TextInputs(ModelInputs):
             config.pad_token_id = end[0] if isinstance(end, list) else end
 
     def preprocess(self, dataset: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
-        limit = _limit(task, processor, model)
+        limit = token_limit(task, MAX_LENGTH, processor, model, pair="text_pair" in task.columns)
         names = [name for name in self.columns if name in dataset.column_names]
 
         def tokenise(*texts: list[str]) -> dict[str, Any]:
             # not padded here, because the collator pads to the longest row of a batch and not of all rows
-            return _encoded(processor, texts, limit)
+            return encode_texts(processor, texts, limit)
 
         reads = [identity_of_tokenizer(processor), names, limit]
         options = {"input_columns": names, "batched": True, "remove_columns": names, "desc": "Tokenising"}
         rows = map_rows(dataset, tokenise, reads, **options)
-        tokens = rows[_WHOLE_LENGTH][:]
+        tokens = rows[WHOLE_LENGTH][:]
         empty = [row for row, count in enumerate(tokens) if not count]
         if empty:
             numbers = numbered(source_rows(dataset, empty))
             raise TaskError(f'Task "{task.name}": {_no_tokens(len(empty), len(rows), "rows", numbers)}')
         cut = {_CUT: [row for row, count in enumerate(tokens) if count > limit]}
         warn_of_cut(task, dataset, cut, longer_rows(limit, processor, model))
-        return rows.remove_columns(_WHOLE_LENGTH)
+        return rows.remove_columns(WHOLE_LENGTH)
 
     def data_collator(self, processor: Any, model: Any) -> Any:
         from transformers import DataCollatorWithPadding
@@ -81,14 +81,14 @@ class TextInputs(ModelInputs):
 
     def encoder(self, inputs: Sequence[Any], processor: Any, task: Task, model: Any) -> Callable[[Sequence[int]], Any]:
         """Check texts, pairs of texts or mappings with the keys `text` and `text_pair`, and encode them."""
-        limit = _limit(task, processor, model)
+        limit = token_limit(task, MAX_LENGTH, processor, model, pair="text_pair" in task.columns)
         paired = "text_pair" in task.columns
         pairs = [_texts(value, paired, number) for number, value in enumerate(inputs, start=1)]
         blank = [row for row, texts in enumerate(pairs) if not all(map(str.strip, texts))]
         check_inputs(task, [RowFault("have an empty text", blank, "empty")])
         columns = [list(column) for column in zip(*pairs, strict=True)]
-        encoded = _encoded(processor, columns, limit) if pairs else {}
-        tokens = encoded.pop(_WHOLE_LENGTH, [])
+        encoded = encode_texts(processor, columns, limit) if pairs else {}
+        tokens = encoded.pop(WHOLE_LENGTH, [])
         empty = [row for row, count in enumerate(tokens) if not count]
         if empty:
             raise TaskError(_no_tokens(len(empty), len(pairs), "inputs", numbered(empty)))
@@ -219,10 +219,13 @@ def _most_tokens(tokenizer: Any, model: Any) -> float:
     return min(tokenizer.model_max_length or math.inf, positions)
 
 
-def _limit(task: Task, processor: Any, model: Any) -> int:
-    """Number of tokens that a row may have; it has room for a text beside the tokenizer's own tokens."""
-    limit = length_limit(task, MAX_LENGTH, processor, model)
-    own = processor.num_special_tokens_to_add("text_pair" in task.columns)
+def token_limit(task: Task, default: int, processor: Any, model: Any, pair: bool) -> int:
+    """Number of tokens that a text or a pair of texts may have.
+
+    Raises `TaskError` if it leaves no room for a text beside the tokenizer's own tokens.
+    """
+    limit = length_limit(task, default, processor, model)
+    own = processor.num_special_tokens_to_add(pair)
     if limit <= own:
         raise TaskError(
             f'Task "{task.name}": {limit} tokens have no room for a text beside the {own} of the tokenizer; raise '
@@ -231,7 +234,7 @@ def _limit(task: Task, processor: Any, model: Any) -> int:
     return limit
 
 
-def _encoded(processor: Any, texts: Sequence[list[str]], limit: int) -> dict[str, Any]:
+def encode_texts(processor: Any, texts: Sequence[list[str]], limit: int) -> dict[str, Any]:
     """Tokens of texts or pairs, cut to `limit`, and the length that each row had before."""
     found = dict(processor(*texts, truncation=True, max_length=limit))
     lengths = [len(ids) for ids in found["input_ids"]]
@@ -240,7 +243,7 @@ def _encoded(processor: Any, texts: Sequence[list[str]], limit: int) -> dict[str
         # without a warning of the tokenizer's own, which counts nothing
         for row in full:
             lengths[row] = len(processor(*(column[row] for column in texts), verbose=False)["input_ids"])
-    return {**found, _WHOLE_LENGTH: lengths}
+    return {**found, WHOLE_LENGTH: lengths}
 
 
 def _no_tokens(count: int, total: int, what: str, numbers: str) -> str:

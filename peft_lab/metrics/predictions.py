@@ -26,16 +26,16 @@ class Predictions:
 
     Attributes:
         output_type: "classification" (columns reference, prediction: class indices; confidence: probability of the
-            predicted class), "regression" (reference, prediction: values), "multi_label" (true, found, hits: numbers of
-            labels; exact: 1 where the set of labels is right; and of metrics that are no sums over rows their value
-            over all rows and without each row), "token_classification" (tokens: words of the row, hits: those with
-            the right tag, and the numbers of true_entities, predicted_entities and correct_entities),
-            "question_answering" (f1, exact_match: their values), "image_segmentation" (hits: pixels predicted right,
-            pixels: those that count, mean_iou: a value whose mean is the metric and whose spread is that of its
-            jackknife) or the name of a kind that predicts tokens (loss: sum
-            of the negative log-probabilities of the answer's tokens, tokens: their number, hits: tokens predicted
-            right, and, for each metric of what the model writes that the task has, its value, by its name, or the
-            counts that it is computed from).
+            predicted class), "multiple_choice" (the same of positions of choices), "regression" (reference,
+            prediction: values), "multi_label" (true, found, hits: numbers of labels; exact: 1 where the set of labels
+            is right; and of metrics that are no sums over rows their value over all rows and without each row),
+            "token_classification" (tokens: words of the row, hits: those with the right tag, and the numbers of
+            true_entities, predicted_entities and correct_entities), "question_answering" (f1, exact_match: their
+            values), "image_segmentation" (hits: pixels predicted right, pixels: those that count, mean_iou: a value
+            whose mean is the metric and whose spread is that of its jackknife) or the name of a kind that predicts
+            tokens (loss: sum of the negative log-probabilities of the answer's tokens, tokens: their number, hits:
+            tokens predicted right, and, for each metric of what the model writes that the task has, its value, by its
+            name, or the counts that it is computed from).
         columns: name -> array with one number for each row, (n,).
     """
 
@@ -51,7 +51,7 @@ class Predictions:
 
         That is the class, the set of labels, or a written answer that matches; None if none is known.
         """
-        if self.output_type == "classification":
+        if self.output_type in ("classification", "multiple_choice"):
             return (self.columns["reference"] == self.columns["prediction"]).astype(float)
         return self.columns.get("exact" if self.output_type == "multi_label" else "exact_match")
 

@@ -33,6 +33,26 @@ SCORED = ("validation", "test")
 _DRAWING = ("max_train_samples", "examples_per_class", "alternating_every")
 
 
+def check_options(config: RunConfig, task: Task) -> None:
+    """Refuse options that a task cannot follow.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    check_streaming(config, task)
+    flags, kind = config.training_arguments, task_kind(task.kind)
+    if flags.get("do_eval") is False and kind.tunes(task):
+        raise ConfigError(
+            f'Task "{task.name}" chooses its thresholds on the validation rows, which do_eval=False leaves out; remove '
+            "one of them."
+        )
+    if flags.get("label_smoothing_factor") and not kind.smooths_labels(task):
+        raise ConfigError(
+            f"label_smoothing_factor={flags['label_smoothing_factor']} is for answers that are one class out of "
+            f'several; task "{task.name}" has others, so leave it out.'
+        )
+
+
 def check_streaming(config: RunConfig, task: Task) -> None:
     """Refuse options that need the number of all training rows of a streamed task.
 
@@ -55,19 +75,6 @@ def check_streaming(config: RunConfig, task: Task) -> None:
     for name in ("eval_strategy", "save_strategy"):
         if str(flags.get(name, by_default)) == "epoch":
             raise ConfigError(f"{what} and has no epochs; give {name}=steps and its number of steps.")
-
-
-def check_tuning(config: RunConfig, task: Task) -> None:
-    """Refuse to leave out the validation rows on which options of the task are chosen.
-
-    Raises:
-        ConfigError: naming both.
-    """
-    if config.training_arguments.get("do_eval") is False and task_kind(task.kind).tunes(task):
-        raise ConfigError(
-            f'Task "{task.name}" chooses its thresholds on the validation rows, which do_eval=False leaves out; remove '
-            "one of them."
-        )
 
 
 def chosen_rows(config: RunConfig, splits: Splits, seed: int) -> dict[str, Any]:

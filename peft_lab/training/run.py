@@ -44,7 +44,7 @@ from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActiva
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
 from peft_lab.training.chunked_loss import chunked_loss
 from peft_lab.training.drawn_rows import DrawnRows, draws_few, known_rows
-from peft_lab.training.model_rows import HELD_OUT, check_streaming, check_tuning, chosen_rows, hold_out, model_rows
+from peft_lab.training.model_rows import HELD_OUT, check_options, chosen_rows, hold_out, model_rows
 from peft_lab.training.packing import packed_collator, packed_length
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.run_inputs import base_hash, check_finished, check_inputs, inputs_of, load_finished
@@ -103,8 +103,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, /, *
     config = as_run_config(config, options)
     info, task, state = run_folder.check_run(config)
     folder = Path(config.output_dir).expanduser()
-    check_streaming(config, task)
-    check_tuning(config, task)
+    check_options(config, task)
     arguments = training_arguments(config, info)
     check_best_metric(arguments, task)
     if state == "finished":
@@ -134,7 +133,7 @@ def prepare(options: Mapping[str, Any]) -> Iterator[LabTrainer]:
     with write_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
         config = as_run_config(None, {**options, "output_dir": scratch})
         info, task = config.check(), load_task(config.task)
-        check_streaming(config, task)
+        check_options(config, task)
         run = _Run(config, info, task, training_arguments(config, info), Path(scratch))
         run._load()
         run._build_trainer()

@@ -187,9 +187,12 @@ def test_rows_over_the_limit_are_counted_by_their_number_in_the_file(
 
 
 def _tokens(rows: Any) -> list[list[int]]:
-    """Tokens of all rows, and those of answers that stand apart."""
+    """Tokens of all rows, those of each choice, and those of answers that stand apart."""
     columns = [rows[name][:] for name in ("input_ids", "labels") if name in rows.column_names]
-    return [ids for column in columns for ids in column if isinstance(ids, list)]
+    found: list[list[int]] = []
+    for ids in (ids for column in columns for ids in column if isinstance(ids, list)):
+        found += ids if isinstance(ids[0], list) else [ids]
+    return found
 
 
 def _name(task: Any, source: str) -> str:

@@ -217,6 +217,22 @@ def masked_texts(count: int, seed: int) -> list[Row]:
     return [{"sentence": f"{row['sentence']} [MASK] today"} for row in texts(count, seed)]
 
 
+def multiple_choice(count: int, seed: int) -> list[Row]:
+    draw, found = random.Random(seed), []
+    for index in range(count):
+        endings = [sentence(draw, topic) for topic in draw.choices(list(WORDS), k=2 + index % 3)]
+        found.append({"question": sentence(draw, "food"), "endings": endings, "right": index % len(endings)})
+    return found
+
+
+def choices_in_columns(count: int, seed: int) -> list[Row]:
+    found = []
+    for index, row in enumerate(multiple_choice(count, seed)):
+        cells = dict(zip("abc", [*row["endings"], "", ""], strict=False))
+        found.append({"story": f"the rain {row['question']}", "question": "some", **cells, "right": "AB"[index % 2]})
+    return found
+
+
 def regression(count: int, seed: int) -> list[Row]:
     draw = random.Random(seed)
     return [{"sentence": sentence(draw, list(WORDS)[i % 3]), "score": i % 3 + draw.random()} for i in range(count)]
@@ -403,6 +419,14 @@ KINDS = {
         {"columns": {"image": "image", "labels": "traits"}, "thresholds": {"bright": 0.4}, "label_separator": ","},
         *(image_multi_label, "traits", ("image",), make_image_backbone, image_multi_label_features),
         refuses=tuple(KEEPS_HEAD),
+    ),
+    "multiple_choice": KindRows(
+        {"columns": {"question": "question", "choices": "endings", "answer": "right"}},
+        *(multiple_choice, "right", ("question", "endings"), make_backbone),
+    ),
+    "multiple_choice of columns": KindRows(
+        {"columns": {"context": "story", "question": "question", "choices": ["a", "b", "c"], "answer": "right"}},
+        *(choices_in_columns, "right", ("story", "question", "a", "b", "c"), make_backbone),
     ),
     "regression": KindRows(
         {"columns": {"text": "sentence", "label": "score"}},

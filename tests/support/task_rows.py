@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class KindRows:
         backbone: writes a tiny backbone to a folder.
         builders: that its rows can be written for.
         classes: its labels are classes.
+        others: further columns, with one value in all rows.
         blank_answers: a blank text is an answer, such as no label at all.
         limits: further keys that limit a row to 24 tokens, beside `max_length`.
         answer: makes the value of `label` from the texts of a row, where it is no name of a class.
@@ -48,6 +49,7 @@ class KindRows:
     builders: tuple[str, ...] = ("csv", "tsv", "json", "jsonl", "parquet")
     classes: bool = True
     blank_answers: bool = False
+    others: Mapping[str, str] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
     answer: Callable[[Row], str] | None = None
     keeps_blank: bool = True
@@ -93,6 +95,12 @@ KINDS = {
         *(("sentence", "other"), "topic", ("sentence", "other"), make_backbone),
         **{"classes": False, "answer": whole_context, "keeps_blank": False, "cuts": False},
     ),
+    "multiple_choice": KindRows(
+        {"columns": {"question": "sentence", "choices": ["other", "third"], "answer": "topic"}},
+        *(("sentence",), "topic", ("sentence",), make_backbone),
+        classes=False,
+        others={"other": "the snow", "third": "some rain"},
+    ),
     "causal_lm": KindRows({"template": TEMPLATE}, ("sentence", "other"), "", ("sentence",), make_decoder),
     "seq2seq_lm": KindRows(
         {"columns": {"source": "sentence", "target": "other"}},
@@ -123,7 +131,8 @@ def make_rows(kind: str, count: int = 40) -> list[Row]:
     found = []
     for index in range(count):
         row = {name: f"the rain {name} {index}" for name in KINDS[kind].texts}
-        found.append({**row, **({KINDS[kind].label: f"0{index % 2}"} if KINDS[kind].label else {})})
+        labels = {KINDS[kind].label: f"0{index % 2}"} if KINDS[kind].label else {}
+        found.append({**row, **KINDS[kind].others, **labels})
     return found
 
 

@@ -52,6 +52,12 @@ ANSWERS = {
     ),
     ("text_classification", "regression"): NUMBERS,
     ("regression", "regression"): NUMBERS,
+    # position 2 is right most often; rows without it get position 0
+    ("multiple_choice", "single_label_classification"): (
+        [2, 2, 0, 0, 2],
+        [2, 1, 0],
+        {"accuracy": 2 / 3},
+    ),
     # {c} is the most frequent set; it is right for one row of three, and hits two of four labels with three answers
     ("multi_label", "multi_label_classification"): (
         [[2], [0, 1], [2]],
@@ -120,7 +126,12 @@ def task_of(name, problem):
 def test_every_kind_has_a_predictor_that_sees_no_input(name, problem):
     train_answers, scored, expected = ANSWERS[name, problem]
     task, labels = task_of(name, problem), LABELS if kind(name).labelled and problem != "regression" else None
-    rows = [Dataset.from_dict({"labels": answers, "input_ids": answers}) for answers in (train_answers, scored)]
+    ids = scored
+    if name == "multiple_choice":
+        # three choices in the first row that is scored, two in the others
+        ids = [[[1]] * 3] + [[[1]] * 2] * (len(scored) - 1)
+    rows = [Dataset.from_dict({"labels": train_answers, "input_ids": train_answers})]
+    rows.append(Dataset.from_dict({"labels": scored, "input_ids": ids}))
     found = kind(name).baseline(task, labels, *rows)
     assert found.scores == pytest.approx(expected, abs=1e-6)
     # one answer for all rows has no confidence, and writes nothing
