@@ -127,14 +127,18 @@ def _check_values(task: Task, counts: Mapping[str, int], column: Sequence[Any]) 
     fractions = [value for value in counts if _NUMBER.fullmatch(value) and not value.lstrip("+-").isdigit()]
     if fractions and all(_NUMBER.fullmatch(value) for value in counts):
         refuse(fractions, "that is a fractional number", f"name another column{_or_regression(task)}")
-    several = _combinations(counts)
+    several = combinations(counts)
     if several:
-        mend = "give each row one label, because no kind of task here takes several in one cell"
-        refuse(several, "that joins other labels", mend)
+        mark, joined = several
+        mend = f'set "kind: multi_label" and "label_separator: \'{mark}\'" if a row may have several labels'
+        refuse(joined, "that joins other labels", mend)
 
 
-def _combinations(names: Collection[str]) -> list[str]:
-    """Names that are lists of labels: each part of them is a part of another name too."""
+def combinations(names: Collection[str]) -> tuple[str, list[str]] | None:
+    """Separator, and the names that are lists of labels: each part of them is a part of another name too.
+
+    None if no name is such a list.
+    """
     for separator in ",;|":
         parts = {name: re.split(rf"\s*{re.escape(separator)}\s*", name) for name in names}
         uses: Counter[str] = Counter()
@@ -142,8 +146,8 @@ def _combinations(names: Collection[str]) -> list[str]:
             uses.update(set(found))
         joined = [name for name, found in parts.items() if len(found) > 1 and min(map(uses.__getitem__, found)) > 1]
         if joined:
-            return joined
-    return []
+            return separator, joined
+    return None
 
 
 def encode(task: Task, split: str, dataset: Dataset, labels: tuple[str, ...] | None, skip: Collection[int]) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from peft_lab.backbones.from_pretrained import load_with_head
 from peft_lab.data import choices as choice_column
 from peft_lab.data.classification_kind import Record, plain_results
 from peft_lab.data.kind import Kind
+from peft_lab.data.profile import DataProfile, Proposal
 from peft_lab.data.row_checks import RowFault, check_inputs, column_faults, warn_of_cut
 from peft_lab.data.row_maps import identity_of_tokenizer, map_rows
 from peft_lab.data.text_inputs import (
@@ -42,6 +44,13 @@ MAX_LENGTH = 256
 COUNTS = "choice_counts"
 _CUT = "are longer than the limit with one of their choices, and lose the end of the longer text"
 
+#: Usual names of the columns; choices in several columns have a number or a letter behind the name.
+_QUESTIONS = ("question", "question_stem", "startphrase", "sent2", "goal", "query", "text", "request", "sentence")
+_CONTEXTS = ("context", "article", "passage", "premise", "sent1", "story")
+_CHOICES = ("choices", "options", "endings", "answers", "candidates")
+_ANSWERS = ("answer", "label", "answerkey", "answer_key", "correct", "gold", "target")
+_IN_COLUMNS = re.compile(r"(ending|choice|option|answer|sol|candidate|)[ _]?([0-9]|[a-h])", re.IGNORECASE)
+
 KIND = KindInfo(
     name="multiple_choice",
     title="question, with or without context -> one of its choices",
@@ -65,6 +74,19 @@ class MultipleChoice(Kind):
 
     info = KIND
     text_columns = ("context", "question")
+
+    def propose(self, profile: DataProfile) -> Proposal | None:
+        choices = _choices(profile)
+        answer = profile.named("answer", _ANSWERS, lambda column: column.type in ("text", "number"))
+        taken = [*choices.values(), *([answer.name] if answer else [])]
+        question = profile.longest_text("question", _QUESTIONS, taken)
+        if not choices or answer is None or question is None:
+            return None
+        columns = {"question": question.name, **choices, "answer": answer.name}
+        context = profile.named("context", _CONTEXTS, lambda column: column.type == "text")
+        if context and context.name not in columns.values():
+            columns = {"context": context.name, **columns}
+        return Proposal(self.name, 0.9, columns, metrics=KIND.metrics)
 
     def check(self, task: Task) -> None:
         if task.options["first_choice"] not in (0, 1):
@@ -205,6 +227,21 @@ class MultipleChoice(Kind):
         finally:
             model.train(training)
         return found
+
+
+def _choices(profile: DataProfile) -> dict[str, str]:
+    """Columns of the choices, by their canonical names: one of lists, or several of texts; empty without any."""
+    name = choice_column.CHOICES
+    lists = profile.named(name, _CHOICES, lambda column: column.type in ("list", "mapping"))
+    if lists is not None:
+        return {name: lists.name}
+    groups: dict[str, list[str]] = {}
+    for column in profile.columns.values():
+        found = _IN_COLUMNS.fullmatch(column.name)
+        if found and column.type in ("text", "number") and column.name not in profile.given.values():
+            groups.setdefault(found[1].lower(), []).append(column.name)
+    several = max(groups.values(), key=len, default=[])
+    return {f"{name}[{number}]": source for number, source in enumerate(several)} if len(several) > 1 else {}
 
 
 class _Collator:
