@@ -216,7 +216,7 @@ def _answer(
         arm=arm,
         learning_rate=rate,
         reasons=reasons,
-        dropped=_dropped(state, done, stopped),
+        dropped=_dropped(state, done, cell, stopped),
         options=options,
         file=output,
         comparison=done,
@@ -261,9 +261,10 @@ def _without_evidence(state: _State, done: Comparison) -> tuple[str, float, tupl
     return arm.label, rate, tuple(reasons), run_options(run)
 
 
-def _dropped(state: _State, done: Comparison, stopped: bool) -> tuple[str, ...]:
+def _dropped(state: _State, done: Comparison, cell: CellResult | None, stopped: bool) -> tuple[str, ...]:
     """Sentences on what was left out."""
-    if state.plan is None:
+    # what a plan leaves out says nothing where it came to no score
+    if state.plan is None or cell is None:
         failed = [pilot for pilot in state.pilots if not pilot.ok]
         found = [f"{pilot.arm} was left out because it failed: {pilot.error}" for pilot in failed]
         ended = len(state.pilots) - len(failed)
@@ -272,7 +273,8 @@ def _dropped(state: _State, done: Comparison, stopped: bool) -> tuple[str, ...]:
         found = list(state.plan.dropped)
     if done.unfinished:
         when = "it was stopped" if stopped else "the time was over"
-        found.append(f"{done.unfinished} runs were not made or not ended when {when}.")
+        runs = "1 run was" if done.unfinished == 1 else f"{done.unfinished} runs were"
+        found.append(f"{runs} not made or not ended when {when}.")
     return tuple(found)
 
 

@@ -175,8 +175,8 @@ def _dropped_of(size: PlanSize, steps: int) -> list[str]:
     if not size.extend and size.trials == wanted.trials:
         dropped.append("No search went on beyond the lowest or the highest rate because the time is short.")
     if size.seeds < wanted.seeds:
-        plural = "seed was" if size.seeds == 1 else "seeds were"
-        dropped.append(f"{size.seeds} of {wanted.seeds} {plural} used because the time is short.")
+        verb = "was" if size.seeds == 1 else "were"
+        dropped.append(f"{size.seeds} of {wanted.seeds} seeds {verb} used because the time is short.")
     if size.trials < wanted.trials:
         if size.trials == 1:
             dropped.append("No learning rate was searched because the time is short; each method has its default.")
