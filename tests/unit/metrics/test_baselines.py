@@ -50,6 +50,16 @@ ANSWERS = {
         *CLASSES,
         {"accuracy": 0.5, "f1": 2 / 9, "matthews_correlation": 0.0},
     ),
+    ("audio_classification", "single_label_classification"): (
+        *CLASSES,
+        {"accuracy": 0.5, "f1": 2 / 9, "matthews_correlation": 0.0},
+    ),
+    # class 1 has most pixels of train; of the scored ones it has two of five that count, and two classes are missed
+    ("image_segmentation", "single_label_classification"): (
+        [[[1, 1], [0, 255]], [[2, 1], [1, 1]]],
+        [[[1, 0], [255, 1]], [[2, 0], [255, 255]]],
+        {"mean_iou": (0 + 2 / 5 + 0) / 3, "pixel_accuracy": 2 / 5},
+    ),
     ("text_classification", "regression"): NUMBERS,
     ("regression", "regression"): NUMBERS,
     # position 2 is right most often; rows without it get position 0
@@ -132,6 +142,8 @@ def test_every_kind_has_a_predictor_that_sees_no_input(name, problem):
         ids = [[[1]] * 3] + [[[1]] * 2] * (len(scored) - 1)
     rows = [Dataset.from_dict({"labels": train_answers, "input_ids": train_answers})]
     rows.append(Dataset.from_dict({"labels": scored, "input_ids": ids}))
+    if name == "image_segmentation":
+        rows = [part.with_format("torch") for part in rows]
     found = kind(name).baseline(task, labels, *rows)
     assert found.scores == pytest.approx(expected, abs=1e-6)
     # one answer for all rows has no confidence, and writes nothing
