@@ -357,7 +357,12 @@ def _whisper_tiny(source: Path, folder: Path) -> None:
     from peft_lab.backbones.ctranslate2_weights import read_weights, whisper_state
 
     # the defaults are those of the size tiny; the English model has a token less, and other special ones
-    special = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256, "decoder_start_token_id": 50257}
+    special: dict[str, Any] = {
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "pad_token_id": 50256,
+        "decoder_start_token_id": 50257,
+    }
     config = WhisperConfig(vocab_size=51864, **special)
     model = WhisperForConditionalGeneration(config).half()
     _save(model, whisper_state(read_weights(source), config.encoder_layers), folder)

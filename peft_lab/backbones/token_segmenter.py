@@ -75,16 +75,20 @@ class TokenSegmenter(PreTrainedModel):
         pooler = getattr(self.backbone, "pooler", None)
         if pooler is not None and next(pooler.parameters(), None) is not None:
             self.backbone.pooler = None
-        self.classifier = nn.Conv2d(_width(config.backbone_config), config.num_labels, 1)
+        shape: Any = config
+        self.classifier: Any = nn.Conv2d(_width(shape.backbone_config), shape.num_labels, 1)
         if backbone is None:
             self.post_init()
             return
         # post_init would draw new weights for the backbone, too
         nn.init.normal_(self.classifier.weight, std=0.02)
-        nn.init.zeros_(self.classifier.bias)
+        head: Any = self.classifier
+        nn.init.zeros_(head.bias)
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, name: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Load a saved segmenter, or put a new head on any backbone.
 
         Arguments are those of transformers; `num_labels` or `id2label` say the outputs of a new head.

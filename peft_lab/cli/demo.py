@@ -188,10 +188,10 @@ def demo(
                 if sentence:
                     console.print(f"[bold red]{run}: {sentence}[/]")
         # by seed 0 alone, because the lines below load the adapter of that seed
-        first, words = leading(runs)
+        first, tie = leading(runs)
         best = first[0]
-        if words:
-            console.print(words)
+        if tie:
+            console.print(tie)
         others = ", ".join(f"{method}-0" for method in runs if method != best)
         alike = f" ({others} load the same way)" if others else ""
         console.print(f"To load the {registry.method(best).title} adapter{alike}:")

@@ -137,7 +137,7 @@ def _most_seconds(processor: Any) -> float:
 
 def _least_samples(model: Any) -> int:
     """Samples that a model of waveforms needs for one frame, or for a mask of SpecAugment in training; else 1."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
     if not isinstance(kernels, list | tuple) or not isinstance(strides, list | tuple):
         return 1

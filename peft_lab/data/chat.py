@@ -220,13 +220,13 @@ def _marked(tokenizer: Any, messages: Conversation) -> list[tuple[int, int]]:
 
     # not by the mask that `apply_chat_template` gives, which runs to the end of the row where a mark ends with a space
     # that is part of no token
-    _, spans = render_jinja_template(
+    rendered: Any = render_jinja_template(
         conversations=[messages],
         chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    return spans[0]
+    return rendered[1][0]
 
 
 def _span(tokenizer: Any, messages: Conversation, turn: int, whole: str) -> tuple[int, int]:

@@ -99,22 +99,6 @@ class LabelledKind(Kind):
     def data_collator(self, processor: Any, task: Task, model: Any) -> Any:
         return self.inputs_of(task).data_collator(processor, model)
 
-    def predict(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: Sequence[Any],
-        task: Task,
-        batch_size: int = 32,
-        top_k: int | None = None,
-    ) -> list[Record]:
-        """Record of each input; inputs are what `inputs_of` takes.
-
-        `top_k` is the number of labels in each record, for kinds that `ranks_labels`.
-        """
-        encode = self.inputs_of(task).encoder(inputs, processor, task, model)
-        return self.batches(model, range(len(inputs)), encode, batch_size, top_k)
-
     def records(self, logits: Any, model: Any) -> list[Record]:
         """Records of the logits of a batch, in order."""
         raise NotImplementedError
@@ -156,6 +140,19 @@ class ClassificationKind(LabelledKind):
     """Base of the kinds with one label or one value a row, in the column `label`."""
 
     ranks_labels = True
+
+    def predict(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Sequence[Any],
+        task: Task,
+        batch_size: int = 32,
+        top_k: int | None = None,
+    ) -> list[Record]:
+        """Record of each input, with `top_k` labels in each; inputs are what `inputs_of` takes."""
+        encode = self.inputs_of(task).encoder(inputs, processor, task, model)
+        return self.batches(model, range(len(inputs)), encode, batch_size, top_k)
 
     def preprocess(self, dataset: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
         # the name of the argument that a model's forward computes its loss with

@@ -84,7 +84,7 @@ def _is_blank(value: Any) -> bool:
 
 def _as_words(value: Any) -> list[str | None]:
     if isinstance(value, str):
-        return value.split()
+        return list(value.split())
     return [None if entry is None else str(entry) for entry in value]
 
 

@@ -168,7 +168,7 @@ def right_padding(tokenizer: Any) -> Any:
 
 def virtual_tokens(model: Any) -> int:
     """Number of tokens that an adapter of peft puts before those of a row, in inputs and logits."""
-    config = getattr(model, "active_peft_config", None)
+    config: Any = getattr(model, "active_peft_config", None)
     # a prefix stands in the keys and values of the blocks alone
     in_cache = str(getattr(config, "peft_type", "")).rpartition(".")[2] in ("PREFIX_TUNING", "CARTRIDGE")
     return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) and not in_cache else 0

@@ -9,7 +9,7 @@ difference between two methods can be taken row by row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def jackknife_values(metric: str, predictions: Predictions, labels: int | None =
     return all_rows, count * all_rows - (count - 1) * without_each
 
 
-def written_metrics(columns: dict[str, Array]) -> dict[str, float]:
+def written_metrics(columns: Mapping[str, Sequence[float] | Array]) -> dict[str, float]:
     """Metrics of what a model writes, from their columns with a number for each row.
 
     A column is a metric of its own, whose mean over the rows counts, except for the counts of BLEU.

@@ -204,7 +204,7 @@ class ImageSegmentation(LabelledKind):
         classes = len(labels or ())
         step = -(-len(train) // _BASELINE_ROWS)
         known = sum(_pixels(train.select(range(0, len(train), step)), classes))
-        wanted = sum(_pixels(rows, classes))
+        wanted: Any = sum(_pixels(rows, classes))
         best = int(np.argmax(known))
         found = np.zeros_like(wanted)
         found[best] = wanted.sum()

@@ -315,7 +315,8 @@ def _answers(prediction: EvalPrediction, task: Task, rows: Dataset | None) -> li
     """Answer and references of each row."""
     if rows is None:
         raise TaskError(f'Task "{task.name}": the answers of a model are texts of the contexts, which are not given.')
-    starts, ends = prediction.predictions
+    outputs: Any = prediction.predictions
+    starts, ends = outputs
     found, at = [], 0
     columns = (rows["context"][:], rows["answers"][:], rows[_WINDOWS][:])
     for context, answers, kept in zip(*columns, strict=True):

@@ -123,7 +123,7 @@ class TokenClassification(LabelledKind):
         if rows is None:
             return None
         pairs = list(_tags(prediction, rows.features["tags"].feature.names, rows))
-        columns = {"tokens": [len(tags) for tags, _ in pairs], "hits": [_hits(*pair) for pair in pairs]}
+        columns: dict[str, Any] = {"tokens": [len(tags) for tags, _ in pairs], "hits": [_hits(*pair) for pair in pairs]}
         if _scores_entities(task):
             counts = zip(*(entity_counts(*pair) for pair in pairs), strict=True)
             columns |= dict(zip(("true_entities", "predicted_entities", "correct_entities"), counts, strict=True))
@@ -163,7 +163,8 @@ class TokenClassification(LabelledKind):
         check_seqeval()
         words, encoded = self.inputs.encode_inputs(inputs, processor, task, model)
         found = self.batches(model, range(len(words)), batches_of(encoded, processor), batch_size)
-        names, answers = model.config.id2label, []
+        names: dict[int, str] = model.config.id2label
+        answers = []
         for value, row, tokens, (classes, scores) in zip(inputs, words, encoded, found, strict=True):
             text = value if isinstance(value, str) else " ".join(value)
             tags = [names[classes[place]] for place in tokens.first]
