@@ -135,7 +135,7 @@ def check_top_k(top_k: int | None, kind: Kind, task: Task, labels: Sequence[str]
         return
     if not kind.ranks_labels or task.problem_type == "regression":
         what = "a regression" if kind.ranks_labels else f'of kind "{kind.name}"'
-        raise ConfigError(f'"top_k" is for tasks of one label out of several; task "{task.name}" is {what}.')
+        raise ConfigError(f'"top_k" is for tasks of labels or choices; task "{task.name}" is {what}.')
     if top_k < 1:
         raise ConfigError(f'"top_k" must be at least 1, got {top_k}.')
     if labels is not None and top_k > len(labels):

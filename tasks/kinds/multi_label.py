@@ -60,6 +60,7 @@ class MultiLabel(TextOrImageKind):
     """
 
     info = KIND
+    ranks_labels = True
 
     def propose(self, profile: DataProfile) -> Proposal | None:
         lists = profile.find("labels", _LABELS, _holds_label_lists)
@@ -194,18 +195,27 @@ class MultiLabel(TextOrImageKind):
         return [dict(zip(names, row, strict=True)) for row in logits.float().sigmoid().tolist()]
 
     def predict(
-        self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Sequence[Any],
+        task: Task,
+        batch_size: int = 32,
+        top_k: int | None = None,
     ) -> list[Record]:
         """Labels of each input with their probabilities, `{"labels": [{"label": ..., "score": ...}, ...]}`.
 
-        The most probable one stands first; a list may be empty.
+        The most probable one stands first; a list may be empty. With `top_k`, the answer has so many labels besides,
+        whatever their thresholds.
         """
         found = super().predict(model, processor, inputs, task, batch_size)
         least = dict(zip(found[0], _thresholds(task, list(found[0])), strict=True)) if found else {}
         answers = []
         for scores in found:
-            chosen = [{"label": name, "score": score} for name, score in scores.items() if score >= least[name]]
-            answers.append({"labels": sorted(chosen, key=lambda entry: -entry["score"])})
+            entries = [{"label": name, "score": score} for name, score in scores.items()]
+            ranked = sorted(entries, key=lambda entry: -entry["score"])
+            answer = {"labels": [entry for entry in ranked if entry["score"] >= least[entry["label"]]]}
+            answers.append(answer if top_k is None else {**answer, "top_k": ranked[:top_k]})
         return answers
 
 

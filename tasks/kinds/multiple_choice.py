@@ -26,9 +26,10 @@ from peft_lab.data.text_inputs import (
 )
 from peft_lab.errors import TaskError
 from peft_lab.metrics import HUB_METRICS, METRICS, load_metric
-from peft_lab.metrics.baselines import Baseline
+from peft_lab.metrics.baselines import CHANCE, Baseline
 from peft_lab.metrics.predictions import Predictions
 from peft_lab.registry import KindInfo
+from peft_lab.utils.batch_progress import advance
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,7 @@ class MultipleChoice(Kind):
     """
 
     info = KIND
+    ranks_labels = True
     text_columns = ("context", "question")
 
     def propose(self, profile: DataProfile) -> Proposal | None:
@@ -196,10 +198,23 @@ class MultipleChoice(Kind):
                 )
         return Baseline("the position of the right choice in most training rows", found)
 
+    def chance(self, task: Task, labels: Sequence[str] | None, rows: Dataset) -> Baseline | None:
+        """Expected accuracy of guessing each choice of a row alike."""
+        if "accuracy" not in task.metrics:
+            return None
+        shares = [1 / len(choices) for choices in rows["input_ids"][:]]
+        return Baseline(CHANCE, {"accuracy": sum(shares) / len(shares)})
+
     def predict(
-        self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Sequence[Any],
+        task: Task,
+        batch_size: int = 32,
+        top_k: int | None = None,
     ) -> list[Record]:
-        """Chosen texts with their probabilities.
+        """Chosen texts with their probabilities; with `top_k`, the best ones besides.
 
         Inputs are mappings of `question`, `choices` and, if the task has one, `context`.
         """
@@ -221,9 +236,9 @@ class MultipleChoice(Kind):
                 batch = collate([_part(encoded, row) for row in chosen])
                 with torch.no_grad():
                     logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits
-                scores, places = logits.float().softmax(-1).max(-1)
-                for row, score, place in zip(chosen, scores.tolist(), places.tolist(), strict=True):
-                    found.append({"label": rows[row][choice_column.CHOICES][place], "score": score})
+                for row, scores in zip(chosen, logits.float().softmax(-1).tolist(), strict=True):
+                    found.append(_record(rows[row][choice_column.CHOICES], scores, top_k))
+                advance(len(chosen))
         finally:
             model.train(training)
         return found
@@ -311,6 +326,14 @@ class _WithCounts:
         if labels is not None:
             output.loss = torch.nn.functional.cross_entropy(output.logits.float(), labels)
         return output
+
+
+def _record(choices: Sequence[str], scores: Sequence[float], top_k: int | None) -> Record:
+    """Best choice with its probability, and the `top_k` best ones beside it if they are asked for."""
+    # of equal scores the first one; scores of slots that the row does not have stand behind those of its choices
+    entries: list[Record] = [{"label": text, "score": score} for text, score in zip(choices, scores, strict=False)]
+    ranked = sorted(entries, key=lambda entry: -float(entry["score"]))
+    return ranked[0] if top_k is None else {**ranked[0], "top_k": ranked[:top_k]}
 
 
 def _part(encoded: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:

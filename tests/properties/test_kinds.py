@@ -128,6 +128,23 @@ def test_answers_do_not_depend_on_the_batch(name: str, places: Any) -> None:
     assert_alike(together, alone)
 
 
+@EACH
+def test_ranked_answers_stand_beside_the_best(name: str, places: Any) -> None:
+    place = places(name)
+    loaded = load(place.run)
+    inputs = place.inputs(3)
+    if not loaded.kind.ranks_labels or loaded.task.problem_type == "regression":
+        with pytest.raises(ConfigError, match='"top_k" is for tasks of labels or choices'):
+            predict(place.run, inputs, top_k=2)
+        return
+    ranked = predict(place.run, inputs, top_k=2)
+    for row in ranked:
+        first, second = row.pop("top_k")
+        assert first["score"] >= second["score"]
+        assert "label" not in row or row == first
+    assert_alike(ranked, predict(place.run, inputs))
+
+
 def assert_alike(one: Any, other: Any) -> None:
     """Equal texts, and numbers up to rounding."""
     assert type(one) is type(other)

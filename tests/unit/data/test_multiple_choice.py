@@ -221,7 +221,7 @@ def test_an_input_that_is_no_choice_is_refused(value: Any, bert: Path, tmp_path:
 def test_a_decoder_has_no_head_for_it(tmp_path: Path) -> None:
     from support.tiny_runs import make_decoder
 
-    with pytest.raises(ConfigError, match='cannot be loaded for kind "multiple_choice"') as raised:
+    with pytest.raises(ConfigError, match="choose one that transformers loads by AutoModelForMultipleChoice") as raised:
         load_base(kind("multiple_choice"), task_of(tmp_path, []), None, str(make_decoder(tmp_path / "llama")))
     assert "\n" not in str(raised.value)
 
