@@ -118,7 +118,7 @@ class Kind:
 
     def smooths_labels(self, task: Task) -> bool:
         """Test whether labels are numbers of classes, which `label_smoothing_factor` can spread."""
-        return task.problem_type == "single_label_classification"
+        return self.trainer_labels == ("labels",) and task.problem_type == "single_label_classification"
 
     def task_type(self, task: Task) -> str | None:
         """Task type of a model in peft; None where peft has none."""

@@ -16,7 +16,6 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_lab.backbones.frozen_norms import set_frozen_norms
 from peft_lab.data.row_stream import RowStream
-from peft_lab.errors import ConfigError
 from peft_lab.hub.push import create_repository, push
 from peft_lab.training.callbacks.notebook import name_splits
 from peft_lab.training.checkpoint_manifest import WriteManifest
@@ -58,9 +57,6 @@ class LabTrainer(Trainer):
         inputs: what is trained on, for the manifest of each checkpoint (`run_inputs.inputs_of`).
         keeps_labels: False if `preprocess_logits_for_metrics` leaves nothing to compare the labels with; an evaluation
             then keeps none of them.
-
-    Raises:
-        ConfigError: label smoothing is asked for, and the answers are in no column `labels`.
     """
 
     model: Any
@@ -77,12 +73,6 @@ class LabTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if self.label_smoother is not None and "labels" not in self.label_names:
-            # Trainer would leave it out in silence
-            raise ConfigError(
-                f"label_smoothing_factor={self.args.label_smoothing_factor} has no effect on a task whose answers are "
-                f"{' and '.join(self.label_names)}; leave it out."
-            )
         # Trainer would call it behind `prediction_step`, and keep all labels
         self._reduce = None if keeps_labels else self.preprocess_logits_for_metrics
         if self._reduce is not None:

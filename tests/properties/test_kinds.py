@@ -264,6 +264,25 @@ def test_a_merged_model_answers_as_its_adapter(name: str, places: Any, tmp_path:
     assert_alike(predict(tmp_path / "merged", inputs, task=str(place.task)), predict(place.run, inputs))
 
 
+@pytest.mark.full
+@EACH
+def test_label_smoothing_changes_the_training_or_is_refused(name: str, places: Any, tmp_path: Path) -> None:
+    place = places(name)
+    plain = options(place.task, place.backbone, tmp_path / "out", save_strategy="no", eval_strategy="no", max_steps=1)
+    smooth = {**plain, "label_smoothing_factor": 0.5}
+    loaded = load(place.run)
+    if not loaded.kind.smooths_labels(loaded.task):
+        with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.5 is for answers that are one class"):
+            train(smooth)
+        assert not (tmp_path / "out").exists()
+        return
+    losses = []
+    for values in (smooth, {**plain, "output_dir": str(tmp_path / "plain")}):
+        history = train(values).trainer.state.log_history
+        losses.append(next(entry["train_loss"] for entry in history if "train_loss" in entry))
+    assert losses[0] != losses[1]
+
+
 # Methods --------------------------------------------------------------------------------------------------------------
 
 

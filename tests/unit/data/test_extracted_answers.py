@@ -276,6 +276,29 @@ def test_answers_of_inputs(letters: Path) -> None:
         RULE.predict(model, tokenizer, [("q", " ")], task)
 
 
+@torch.no_grad()
+def test_all_windows_of_a_row_take_its_prompts(letters: Path) -> None:
+    from peft import get_peft_model
+
+    from peft_lab.tuners.registration import make_config
+
+    task = make_task(max_length=10, doc_stride=2)
+    tokenizer, base = RULE.load_processor(str(letters), task), RULE.load_model(str(letters), task, None)
+    options = {"prompt_values": ["a", "b"], "num_prompts": 2}
+    config = make_config("metadata_prompt", options, model=base, task_type="QUESTION_ANS")
+    model = get_peft_model(base, config)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "metadata_prompt" in name:
+            parameter.normal_(std=3.0)
+    inputs, ids = [("q", "abcdefghijklmn"), ("q", "opqrstuvwxyz"), ("q", "abcdefghijklmn")], [0, 1, 1]
+    together = RULE.predict_with_prompts(model, tokenizer, inputs, task, 2, ids)
+    for value, number, answer in zip(inputs, ids, together, strict=True):
+        (alone,) = RULE.predict_with_prompts(model, tokenizer, [value], task, 8, [number])
+        assert alone == pytest.approx(answer)
+    assert together[0] != together[2], "the prompts of the value count"
+
+
 def test_it_proposes_itself_for_the_columns_of_squad() -> None:
     rows = [row(f"ann {n}", "ann", question=f"who {n}") for n in range(4)]
     found = RULE.propose(profile_rows(rows))
