@@ -1,35 +1,39 @@
-"""Rows of the gallery's page on language models: a request of SNIPS (CC0) and the call of a function that it means."""
+"""Rows and a small Llama of the gallery's page on decoders: chats made of the requests of SNIPS (CC0)."""
 
 from __future__ import annotations
 
 import json
-import random
-from importlib.resources import files
 from pathlib import Path
 
-from peft_lab.data.read_files import read_rows
+from tiny_models import frame, make_tokenizer, save, snips
+from transformers import LlamaConfig, LlamaForCausalLM
 
 FOLDER = Path("gallery/causal_lm")
-ROWS = {"train": 400, "test": 40}
-FUNCTIONS = {"GetWeather": "weather", "PlayMusic": "play", "RateBook": "rate"}
-
-
-def call(row: dict) -> str:
-    """Call of a function with the slots of a request, such as `weather(city="Rome")`."""
-    slots = [(slot, text.strip()) for text, slot in row["chunks"] if slot]
-    return f"{FUNCTIONS[row['intent']]}({', '.join(f'{slot}={json.dumps(text)}' for slot, text in slots)})"
+SYSTEM = "Name the intent and the slots."
 
 
 def main() -> None:
-    """Write train.jsonl and test.jsonl."""
+    """Write the rows in three forms, and the folder llama."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(0)
-    for split, source in (("train", "train"), ("test", "validate")):
-        rows = read_rows("json", [str(files("peft_lab.tasks") / f"data/snips/{source}.jsonl.gz")])
-        rows = draw.sample([row for row in rows if row["intent"] in FUNCTIONS and len(row["text"]) < 60], ROWS[split])
-        lines = [json.dumps({"request": row["text"].strip(), "call": call(row)}, ensure_ascii=False) for row in rows]
-        (FOLDER / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{ROWS[split]} rows in {FOLDER / split}.jsonl")
+    texts: list[str] = []
+    for split in ("test", "train"):
+        rows = snips(split)
+        chats, pairs = [], []
+        for row in rows:
+            question, answer = {"role": "user", "content": row["text"]}, {"role": "assistant", "content": frame(row)}
+            chats.append({"messages": [{"role": "system", "content": SYSTEM}, question, answer]})
+            pairs.append({"prompt": f"{row['text']}\n", "completion": frame(row)})
+            texts += [row["text"], frame(row)]
+        for name, lines in (("chats", chats), ("pairs", pairs)):
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (FOLDER / f"{name}-{split}.jsonl").write_text(text, encoding="utf-8")
+        lines = [" ".join(row["text"].split()) for row in rows]
+        (FOLDER / f"texts-{split}.txt").write_text("\n".join(lines), encoding="utf-8")
+        print(f"{len(rows)} rows of {split} in {FOLDER}, in three forms")
+    tokenizer = make_tokenizer([*texts, SYSTEM, "System: User: Assistant:"], "$A")
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "max_position_embeddings": 128}
+    save(LlamaForCausalLM, LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids), tokenizer, FOLDER / "llama")
 
 
 if __name__ == "__main__":

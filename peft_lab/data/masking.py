@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
+#: Column that marks the tokenizer's own tokens of a row.
+SPECIAL = "special_tokens_mask"
 
 
 class MaskingCollator:
@@ -49,7 +51,7 @@ class MaskingCollator:
         import torch
 
         labels = [row["labels"] for row in rows] if "labels" in rows[0] else None
-        plain = [without(row, "labels") for row in rows]
+        plain = [without(row, "labels", SPECIAL) for row in rows]
         batch = dict(self.tokenizer.pad(plain, return_tensors="pt"))
         if labels is None:
             tokens = [row["input_ids"] for row in rows]
@@ -75,7 +77,7 @@ def masked_once(rows: Dataset, tokenizer: Any, probability: float) -> Dataset:
         return {"input_ids": masked[0].tolist(), "labels": labels[0].tolist()}
 
     reads = [identity_of_tokenizer(tokenizer), probability]
-    return map_rows(rows, draw, reads, desc="Masking")
+    return map_rows(rows.remove_columns(SPECIAL), draw, reads, desc="Masking")
 
 
 def mask(ids: torch.Tensor, tokenizer: Any, probability: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
-def without(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Copy of a row without one of its keys."""
-    return {name: value for name, value in row.items() if name != key}
+def without(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Copy of a row without some of its keys."""
+    return {name: value for name, value in row.items() if name not in keys}
 
 
 def attributes(value: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.backbones.from_pretrained import load_checkpoint
-from peft_lab.data.masking import MaskingCollator, masked_once
+from peft_lab.data.masking import SPECIAL, MaskingCollator, masked_once
 from peft_lab.data.profile import DataProfile, Proposal
 from peft_lab.data.row_checks import RowFault, check_inputs, column_faults, numbered, source_rows, warn_of_cut
 from peft_lab.data.row_maps import identity_of_tokenizer, map_rows
@@ -111,15 +111,19 @@ class MaskedLM(TokenKind):
         return model
 
     def preprocess(self, dataset: Dataset, processor: Any, task: Task, model: Any) -> Dataset:
-        """Data set of `input_ids` and `attention_mask`, and `token_type_ids` where the tokenizer makes them."""
+        """Data set of `input_ids`, `attention_mask`, and `token_type_ids` where the tokenizer makes them.
+
+        The column `special_tokens_mask` is for the baseline; the collator leaves it out.
+        """
         limit = self._limit(task, processor, model)
         by_line = task.options["line_by_line"]
 
         def tokenise(texts: list[str]) -> dict[str, Any]:
             # a block cuts nothing off, and a line is as long as the model may read
-            whole = processor(texts, verbose=False)
+            whole = processor(texts, verbose=False, return_special_tokens_mask=True)
             lengths = [len(ids) for ids in whole["input_ids"]]
-            found = processor(texts, truncation=True, max_length=limit) if by_line else whole
+            options = {"truncation": True, "max_length": limit, "return_special_tokens_mask": True}
+            found = processor(texts, **options) if by_line else whole
             return {**found, _LENGTH: lengths}
 
         reads = [identity_of_tokenizer(processor), limit, by_line]
@@ -158,7 +162,9 @@ class MaskedLM(TokenKind):
     def training_tokens(self, rows: Dataset) -> Any:
         import numpy as np
 
-        return np.concatenate(rows["input_ids"][:])
+        # none of the tokenizer's own tokens is ever asked for
+        tokens, special = (np.concatenate(rows[name][:]) for name in ("input_ids", SPECIAL))
+        return tokens[special == 0]
 
     def predict(
         self, model: Any, processor: Any, inputs: Sequence[Any], task: Task, batch_size: int = 32

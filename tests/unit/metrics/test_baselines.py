@@ -86,9 +86,9 @@ ANSWERS = {
         [[5, 3, -100]],
         {"token_accuracy": 0.5, "perplexity": float(np.exp(-np.log([3 / 11, 2 / 11]).mean()))},
     ),
-    # the tokens of training texts are known, masked or not
+    # the tokens of training texts are known, masked or not, but for the tokenizer's own, here 7
     ("masked_lm", "single_label_classification"): (
-        [[5, 5, 3], [6]],
+        [[7, 5, 5, 3, 7], [6]],
         [[-100, 5, 3]],
         {"token_accuracy": 0.5, "perplexity": float(np.exp(-np.log([3 / 11, 2 / 11]).mean()))},
     ),
@@ -142,6 +142,10 @@ def test_every_kind_has_a_predictor_that_sees_no_input(name, problem):
         ids = [[[1]] * 3] + [[[1]] * 2] * (len(scored) - 1)
     rows = [Dataset.from_dict({"labels": train_answers, "input_ids": train_answers})]
     rows.append(Dataset.from_dict({"labels": scored, "input_ids": ids}))
+    if name == "masked_lm":
+        for number, answers in enumerate((train_answers, scored)):
+            own = [np.equal(answer, 7).astype(int).tolist() for answer in answers]
+            rows[number] = rows[number].add_column("special_tokens_mask", own)
     if name == "image_segmentation":
         rows = [part.with_format("torch") for part in rows]
     found = kind(name).baseline(task, labels, *rows)
