@@ -27,7 +27,7 @@ def load_checkpoint(
     """`auto_class.from_pretrained(name, ...)` and its loading info.
 
     Code that the checkpoint brings is never run, and no more is built than its weights account for. A new task head is
-    what every fine-tuning starts with, so the report that transformers prints of it is left out. Weights of the
+    what every fine-tuning starts with, so the reports that transformers prints of it are left out. Weights of the
     backbone that start at random, which no adapter would mend, are warned of. `quantization` is one of
     `peft_lab.backbones.quantized_loading.FORMS`.
 
@@ -81,14 +81,18 @@ def load_with_head(auto_class: Any, name: str, **options: Any) -> PreTrainedMode
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    source = logging.getLogger("transformers.modeling_utils")
-    # A filter hides this one report; a higher level would hide every other warning as well.
-    source.addFilter(_is_no_report)
+    sources = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "configuration_utils")]
+    # A filter hides these reports; a higher level would hide every other warning as well.
+    for source in sources:
+        source.addFilter(_is_no_report)
     try:
         yield
     finally:
-        source.removeFilter(_is_no_report)
+        for source in sources:
+            source.removeFilter(_is_no_report)
 
 
 def _is_no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
+    message = record.getMessage()
+    # the second is about the labels of the head that the new one replaces
+    return "LOAD REPORT" not in message and not message.startswith("You passed `num_labels=")

@@ -51,6 +51,8 @@ class TokenSegmenterConfig(PretrainedConfig):
             backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
         self.backbone_config = backbone_config
         self.semantic_loss_ignore_index = semantic_loss_ignore_index
+        # transformers hands the choice for the whole down to the backbone, whose own would be lost
+        kwargs.setdefault("attn_implementation", getattr(backbone_config, "_attn_implementation", None))
         super().__init__(**kwargs)
 
 

@@ -170,14 +170,14 @@ def render(tokenizer: Any, messages: Conversation, add_generation_prompt: bool =
 def prompt_ids(tokenizer: Any, messages: Conversation) -> list[int]:
     """Token ids of a conversation that the model is to answer."""
     # a chat template writes the special tokens itself, and the tokenizer would add them again
-    return tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
+    return tokenizer(render(tokenizer, messages), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def end_tokens(tokenizer: Any) -> list[int]:
     """Special token with which the template ends a turn of the assistant; empty if it has none of its own."""
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _SENTINEL}]
     tail = render(tokenizer, turns, add_generation_prompt=False).rpartition(_SENTINEL)[2]
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+    ids = tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"] if tail else []
     special = {*tokenizer.all_special_ids}
     special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [ids[0]] if ids and ids[0] in special else []
@@ -200,7 +200,7 @@ def encode(tokenizer: Any, messages: Conversation, first: int = 0) -> tuple[list
     if not tokenizer.is_fast:
         raise TaskError(f"{type(tokenizer).__name__} does not say which text its tokens stand for; take a fast one.")
     whole = render(tokenizer, messages, add_generation_prompt=False)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, places = encoded["input_ids"], encoded["offset_mapping"]
     if _MARKED.search(tokenizer.get_chat_template()):
         start = len(_beginning(tokenizer, messages[:first], whole, True)) if first else 0

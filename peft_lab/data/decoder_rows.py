@@ -140,7 +140,7 @@ class TemplateForm(RowForm):
         # tokenised apart, so that the answer's tokens do not depend on where the prompt ends
         start = text_prompt_ids(tokenizer, prompt, self.template.chat)
         # the end token is learnt as well, else a written answer would never end
-        end = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        end = [*tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
         return EncodedRow(start + end, [IGNORED] * len(start) + end, len(start))
 
     def row_prompt(self, row: Mapping[str, Any]) -> str:
@@ -359,7 +359,7 @@ def text_prompt_ids(tokenizer: Any, prompt: str, as_turn: bool) -> list[int]:
     """
     if as_turn:
         return chat.prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
     # some tokenizers add an end token, after which a decoder would not go on writing
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
