@@ -208,7 +208,8 @@ class MultiLabel(TextOrImageKind):
         The most probable one stands first; a list may be empty. With `top_k`, the answer has so many labels besides,
         whatever their thresholds.
         """
-        found = super().predict(model, processor, inputs, task, batch_size)
+        encode = self.inputs_of(task).encoder(inputs, processor, task, model)
+        found = self.batches(model, range(len(inputs)), encode, batch_size)
         least = dict(zip(found[0], _thresholds(task, list(found[0])), strict=True)) if found else {}
         answers = []
         for scores in found:
