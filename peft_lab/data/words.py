@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peft_lab.metrics.entities import OUTSIDE
+
+#: Words and marks of a text in ASCII, whose punctuation and symbols are the same ones.
+_ASCII = re.compile(r"[^\s!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]")
 
 
 class Word(NamedTuple):
@@ -24,6 +28,8 @@ def words_at_spaces(text: str) -> list[Word]:
 
 def words_and_marks(text: str) -> list[Word]:
     """Words between white space, with each punctuation mark or symbol as a word of its own."""
+    if text.isascii():  # many times as fast
+        return [Word(found.group(), *found.span()) for found in _ASCII.finditer(text)]
     return _runs(text, lambda character: unicodedata.category(character)[0] in "PS")
 
 

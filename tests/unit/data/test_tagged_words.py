@@ -66,6 +66,13 @@ def test_words_stand_at_their_places(text: str) -> None:
         assert "".join(word.text for word in words) == "".join(text.split())
 
 
+def test_words_in_ascii_are_those_of_any_text() -> None:
+    text = "".join(map(chr, range(128))) * 2
+    # a letter with an accent takes the general way
+    general = words_and_marks(text + " é")[:-1]
+    assert words_and_marks(text) == general
+
+
 def test_spans_become_tags_of_the_words_they_touch(tmp_path: Path) -> None:
     rows = [
         {"text": "fly to New York.", "spans": [{"start": 7, "end": 15, "label": "city"}]},
