@@ -40,6 +40,8 @@ class Kind:
         raw_baseline: its baselines read rows before preprocessing, such as words and texts.
         keeps_labels: the metrics need the answers of all rows at once; False where `preprocess_logits_for_metrics` has
             compared them already, and they would take much memory, such as masks.
+        predicts_tokens: `preprocess_logits_for_metrics` gives predicted tokens and log-probabilities of the true ones,
+            so that a comparison can measure its loss for each token.
         scores_tokens: its predictions are predicted tokens and log-probabilities of the true ones, both (n, t - 1); a
             loss in chunks gives them without the hook.
     """
@@ -51,6 +53,7 @@ class Kind:
     labelled: ClassVar[bool] = False
     trainer_labels: ClassVar[tuple[str, ...]] = ("labels",)
     raw_baseline: ClassVar[bool] = False
+    predicts_tokens: ClassVar[bool] = False
     scores_tokens: ClassVar[bool] = False
     keeps_labels: ClassVar[bool] = True
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None

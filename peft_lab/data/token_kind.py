@@ -28,6 +28,7 @@ class TokenKind(Kind):
         known: tokens that the baseline knows, in words.
     """
 
+    predicts_tokens = True
     shift: ClassVar[int] = 0
     known: ClassVar[str] = "the frequencies of the training answers' tokens"
 

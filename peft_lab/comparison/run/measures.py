@@ -14,7 +14,7 @@ Of a final run, all outside the timed part:
 - shifted_score, shifted_drop: the main metric on the test rows of the task named as `shifted`, and by how much it is
   worse than on the task's own;
 - control_before, control_after, forgetting: on the task named as `control`, of the base model and of the adapted one.
-  For written answers the loss per token of the answers of its test rows (or, if it has none, its validation rows). For
+  Of kinds that predict tokens the loss for each token of its test rows (or, if it has none, its validation rows). For
   classifiers the accuracy of a nearest-centroid classifier on the features that enter the task head: centroids from
   train rows, scored on test (or validation) rows; features of several positions are averaged over the positions that
   are not padding, or are those of each token that has a class. At most `CONTROL_ROWS` rows each. forgetting is positive
@@ -135,7 +135,7 @@ def _control(place: Path, control: str, batch_size: int) -> dict[str, float]:
     splits = load_splits(task, test=task.has_test)
     # bounded, because both the base and the adapted model see these rows
     train, scored = subset(splits.train, CONTROL_ROWS), subset(splits.test or splits.validation, CONTROL_ROWS)
-    by_loss = loaded.kind.scores_tokens
+    by_loss = loaded.kind.predicts_tokens
 
     def score(model: Any) -> float:
         if by_loss:

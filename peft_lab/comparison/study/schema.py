@@ -273,10 +273,10 @@ def _check_further(label: str, task: Task, shifted: str, control: str) -> None:
             raise ConfigError(
                 f'The {key} task "{other.name}" of task "{label}" is of kind {other.kind}, not {task.kind}.'
             )
-        if key == "control" and not (task.has_classes or task_kind(task.kind).scores_tokens):
+        if key == "control" and not (task.has_classes or task_kind(task.kind).predicts_tokens):
             what = "a regression" if task.problem_type == "regression" else f"of kind {task.kind}"
             raise ConfigError(
-                f'Task "{label}" is {what}; a control task needs one class for each row, or written answers.'
+                f'Task "{label}" is {what}; a control task needs one class for each row, or tokens that are predicted.'
             )
         if key == "control" and other.streaming:
             raise ConfigError(f'The control task "{other.name}" is streamed, and draws of its rows need all of them.')
