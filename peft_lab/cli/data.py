@@ -83,7 +83,7 @@ def _show(draft: TaskDraft, output: Path) -> None:
     purposes = ", ".join(f"{purpose}: {column}" for purpose, column in columns.items())
     print_out(f"[bold]{draft.values['kind']}[/], {rows} rows{f' ({shown(purposes)})' if purposes else ''}")
     for doubt in draft.doubts:
-        print_out(f"[yellow]look at[/] {shown(doubt)}")
+        print_out(f"[yellow]look at:[/] {shown(doubt)}")
     print_out(f"Task file: {shown(output)}. `peft-lab validate --data {shown(output)}` reads all rows.")
 
 
@@ -184,7 +184,7 @@ def _show_report(report: DataReport) -> None:
         for name, value in row.items():
             print_out(f"  {shown(name)}: {shown(value)}")
     for doubt in report.doubts:
-        print_out(f"[yellow]look at[/] {shown(doubt)}")
+        print_out(f"[yellow]look at:[/] {shown(doubt)}")
     for error in report.errors:
         print_out(f"[bold red]Error:[/] {shown(error)}")
     if not report.errors:
