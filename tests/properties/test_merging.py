@@ -186,7 +186,7 @@ def test_biases_of_a_model_inside_of_another_are_checked_too(method):
         model.merge_and_unload()
 
 
-@pytest.mark.parametrize(("method", "door"), itertools.product(MERGED, ["merge_adapter", "merge_and_unload"]))
+@pytest.mark.parametrize(("method", "door"), list(itertools.product(MERGED, ["merge_adapter", "merge_and_unload"])))
 @pytest.mark.parametrize("safe", [True, False])
 def test_what_overflows_in_the_dtype_of_the_base_is_refused(method, door, safe):
     base = TINY["bert"]().half()
