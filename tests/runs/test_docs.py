@@ -309,6 +309,17 @@ def test_files_of_the_pictures_exist(made):
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def make_files(data: dict) -> None:
+    """Make the files and folders, empty, that a shown task reads."""
+    for names in data.get("files", {}).values():
+        for name in [names] if isinstance(names, str) else names:
+            path = Path(name.replace("*", "1"))
+            folder = path if data["builder"].endswith("folder") else path.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            if folder != path:
+                path.touch()
+
+
 # the gallery's pages make their data themselves, and are run as a whole
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if p.name != "add_a_kind.md" and p.parent.name != "gallery"], ids=name_of
@@ -319,12 +330,9 @@ def test_files_that_pages_show_are_valid(page, tmp_path, monkeypatch):
     from peft_lab.cli.app import app
 
     monkeypatch.chdir(tmp_path)
-    for name in ("photos/train", "photos/test"):
-        Path(name).mkdir(parents=True)
-    for name in ("reviews.csv", "questions.jsonl", "tickets.csv", "reviews-1.jsonl", "reports.txt"):
-        Path(name).touch()
     for _, title, code in BLOCK.findall(page.read_text(encoding="utf-8")):
         if title.endswith(".yaml"):
             Path(title).write_text(code)
+            make_files(yaml.safe_load(code).get("data", {}))
             result = CliRunner().invoke(app, ["validate", title])
             assert result.exit_code == 0, result.exception or result.output
