@@ -53,7 +53,7 @@ CASES = {
     "demo": ["--task", "snips", "--method", "lora", "--output_dir", "{new}"],
 }
 #: Commands that trace a graph, draw, or train in processes.
-SLOW = ("export", "report", "compare")
+SLOW = ("export", "report", "compare", "recommend")
 
 
 def has_json(command) -> bool:
