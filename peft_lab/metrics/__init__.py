@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["HUB_METRICS", "METRICS", "Metric", "greater_is_better", "load_metric", "metric_path"]
 
 _HUB_SCORES = (
-    *("bertscore", "chrf", "google_bleu", "mean_iou", "meteor", "nist_mt", "poseval", "precision"),
+    *("bertscore", "chrf", "google_bleu", "meteor", "nist_mt", "poseval", "precision"),
     *("r_squared", "recall", "roc_auc", "rouge", "sacrebleu", "sari", "seqeval", "squad", "squad_v2", "wiki_split"),
 )
 _HUB_ERRORS = (*("brier_score", "cer", "character", "charcut_mt", "mape", "mase", "mse", "smape", "ter", "wer"),)

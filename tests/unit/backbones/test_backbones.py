@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_other_names_pass_untouched() -> None:
-    for name in ("bert-base-uncased", "google/vit-base-patch16-224", "./minilm", "no such thing"):
+    for name in ("bert-base-uncased", "google/vit-base-patch16-224", "no such thing"):
         assert resolve_model(name) == name
 
 
