@@ -162,7 +162,8 @@ class TokenClassification(LabelledKind):
         """
         check_seqeval()
         words, encoded = self.inputs.encode_inputs(inputs, processor, task, model)
-        found = self.batches(model, range(len(words)), batches_of(encoded, processor), batch_size)
+        # records of tokens are pairs of lists, and no mappings
+        found: list[Any] = self.batches(model, range(len(words)), batches_of(encoded, processor), batch_size)
         names: dict[int, str] = model.config.id2label
         answers = []
         for value, row, tokens, (classes, scores) in zip(inputs, words, encoded, found, strict=True):

@@ -471,3 +471,28 @@ def test_a_backbone_may_hold_its_head_and_name_it() -> None:
     assert backbone_weights(model, ["net.head.weight", "net.body.weight", "other"]) == ["net.body.weight"]
     part.head = nn.Identity()
     assert head_paths(model) == []
+
+
+@pytest.mark.parametrize("task_type", ["TOKEN_CLS", "QUESTION_ANS"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["bert", "roberta", "xlm-roberta", "electra", "deberta-v2", "albert", "distilbert", "modernbert", "xlnet", "llama"],
+)
+def test_heads_over_tokens_are_found_and_trained(model_type: str, task_type: str) -> None:
+    """All parameters in front of the backbone are trained in a copy of their own."""
+    auto = {"TOKEN_CLS": hf.AutoModelForTokenClassification, "QUESTION_ANS": hf.AutoModelForQuestionAnswering}
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {
+        "modernbert": dict.fromkeys(("pad_token_id", "cls_token_id", "sep_token_id"), 0),
+        "xlnet": {"d_head": 8, "d_inner": 32},
+    }.get(model_type, {"intermediate_size": 32})
+    config = AutoConfig.for_model(model_type, **{**sizes, **special}, num_labels=2)
+    with torch.device("meta"):
+        model = auto[task_type].from_config(config)
+    outside = {name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
+    heads = head_modules(model)
+    assert outside == {name for name in outside if name.startswith(tuple(f"{head}." for head in heads))} != set()
+    adapted = get_peft_model(model, LoraConfig(task_type=task_type, target_modules="all-linear", modules_to_save=heads))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad and "lora" not in name]
+    marks = (".modules_to_save.default", "base_model.model.")
+    assert {name.replace(marks[0], "").replace(marks[1], "") for name in trained} == outside
