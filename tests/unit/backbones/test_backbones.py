@@ -37,6 +37,17 @@ def test_other_names_pass_untouched() -> None:
         assert resolve_model(name) == name
 
 
+def test_a_path_that_is_not_there_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "minilm-2").mkdir()
+    for name in ("./minilm", "../minilm", "~/minilm", "a/b/c", str(tmp_path / "minilm")):
+        with pytest.raises(ConfigError, match="There is no folder"):
+            resolve_model(name)
+    with pytest.raises(ConfigError, match='Did you mean "minilm-2"'):
+        resolve_model("./minilm")
+    assert resolve_model("./minilm-2") == "./minilm-2"
+
+
 def test_a_path_may_begin_with_the_variable_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "${PEFT_LAB_DATA}/models/vit"
     monkeypatch.setenv("PEFT_LAB_DATA", str(tmp_path))
