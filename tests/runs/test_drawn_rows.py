@@ -30,6 +30,7 @@ TINY = {
     "writing": (make_decoder, make_writing_task),
     "images": (make_image_backbone, make_image_task),
 }
+OTHERS = ("writing", "images")
 EXACT = {"logging_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
 
 
@@ -38,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("drawn")
 
 
-@pytest.fixture(params=TINY)
+@pytest.fixture
 def tiny(request: pytest.FixtureRequest, place: Path) -> Callable[..., dict[str, Any]]:
     """Function that gives the options of a run in a folder."""
     make_model, make = TINY[request.param]
@@ -69,6 +70,7 @@ def preprocessed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@pytest.mark.parametrize("tiny", TINY, indirect=True)
 def test_losses_and_weights_are_those_of_all_rows(
     tiny: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +102,7 @@ def test_rows_that_are_preprocessed_are_those_that_are_drawn(
     assert sorted(preprocessed) == [24, 24, 96]  # more than the 96 rows
 
 
+@pytest.mark.parametrize("tiny", ["text", *(pytest.param(n, marks=pytest.mark.full) for n in OTHERS)], indirect=True)
 def test_a_checkpoint_goes_on_beyond_the_first_epoch(tiny: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """What a checkpoint records of its rows is the same whether some or all of them were preprocessed."""
     batch = {"per_device_train_batch_size": 4, "do_predict": False}
