@@ -1,4 +1,4 @@
-"""Images and masks of the gallery's page on segmentation: shapes drawn on uneven grounds, by a seed."""
+"""Data and backbone of the gallery's page on segmentation: drawn shapes, and a SegFormer without any training."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
-SIZE = 160
+SIZE = 64
 SHAPES = {"disc": 1, "square": 2, "star": 3}
+#: Mean colour of each shape; those of two shapes overlap.
+COLOURS = {"disc": (200, 90, 60), "square": (170, 130, 60), "star": (90, 100, 190)}
 FOLDER = Path("gallery/image_segmentation")
-SPLITS = {"train": 240, "test": 60}
+SPLITS = {"train": 400, "test": 80}
 
 
 def ground(draw: np.random.Generator) -> Image.Image:
     """Coarse noise of two colours, enlarged."""
-    colours, cells = draw.integers(0, 256, (2, 3)), draw.random((6, 6, 1))
+    colours, cells = draw.integers(60, 140, (2, 3)), draw.random((6, 6, 1))
     noise = (cells * colours[0] + (1 - cells) * colours[1]).astype(np.uint8)
     return Image.fromarray(noise).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
 
@@ -37,15 +41,32 @@ def picture(draw: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     image, mask = ground(draw), Image.new("L", (SIZE, SIZE))
     for _ in range(draw.integers(1, 4)):
         shape = str(draw.choice(list(SHAPES)))
-        radius, (x, y) = draw.uniform(24, 52), draw.uniform(30, SIZE - 30, 2)
+        radius, (x, y) = draw.uniform(10, 20), draw.uniform(12, SIZE - 12, 2)
         points = outline(shape, x, y, radius, draw.uniform(0, math.pi))
-        ImageDraw.Draw(image).polygon(points, fill=tuple(draw.integers(0, 256, 3).tolist()))
+        colour = draw.normal(COLOURS[shape], 25).clip(0, 255).astype(int)
+        ImageDraw.Draw(image).polygon(points, fill=tuple(colour.tolist()))
         ImageDraw.Draw(mask).polygon(points, fill=SHAPES[shape])
     return image, mask
 
 
+def make_backbone(folder: Path) -> None:
+    """Write a SegFormer of 0.2 million parameters, always the same."""
+    torch.manual_seed(0)
+    stages = {"num_encoder_blocks": 3, "depths": [1, 1, 1], "sr_ratios": [4, 2, 1], "hidden_sizes": [24, 48, 96]}
+    patches = {
+        "patch_sizes": [7, 3, 3],
+        "strides": [4, 2, 2],
+        "num_attention_heads": [1, 2, 4],
+        "mlp_ratios": [2, 2, 2],
+    }
+    config = SegformerConfig(**stages, **patches, decoder_hidden_size=48, drop_path_rate=0.0)
+    SegformerForSemanticSegmentation(config).save_pretrained(folder)
+    SegformerImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    print(f"a model without any training in {folder}")
+
+
 def main() -> None:
-    """Write the folders images and masks of each split."""
+    """Write the folders images and masks of each split, and the backbone."""
     for seed, (split, count) in enumerate(SPLITS.items()):
         draw = np.random.default_rng(seed)
         for part in ("images", "masks"):
@@ -55,6 +76,7 @@ def main() -> None:
             image.save(FOLDER / split / "images" / f"{number:03}.jpg", quality=92)
             mask.save(FOLDER / split / "masks" / f"{number:03}.png")
         print(f"{count} images and masks in {FOLDER / split}")
+    make_backbone(FOLDER / "base")
 
 
 if __name__ == "__main__":
