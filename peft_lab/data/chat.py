@@ -183,6 +183,14 @@ def end_tokens(tokenizer: Any) -> list[int]:
     return [ids[0]] if ids and ids[0] in special else []
 
 
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer in a chat: those of the model, of the tokenizer and of its chat template."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    found = own if isinstance(own, list) else [own]
+    tokens = [*found, tokenizer.eos_token_id, *end_tokens(tokenizer)]
+    return list(dict.fromkeys(token for token in tokens if token is not None))
+
+
 def encode(tokenizer: Any, messages: Conversation, first: int = 0) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and True for those of the assistant's turns.
 

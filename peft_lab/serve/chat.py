@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer, set_seed
 
-from peft_lab.data import prompt_column
+from peft_lab.data import chat, prompt_column
 from peft_lab.data.prompt_template import fill
 from peft_lab.data.task_schema import PROMPT_IDS
 from peft_lab.errors import ConfigError, did_you_mean
@@ -125,9 +125,7 @@ class Chat:
         if self.remembers:
             system = [{"role": "system", "content": self._system}] if self._system else []
             turns = [*system, *self._turns, {"role": "user", "content": turn}]
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            # a chat template writes the special tokens itself, and the tokenizer would add them again
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            return chat.prompt_ids(self._tokenizer, turns)
         ids = list(self._tokenizer(turn)["input_ids"])
         # some tokenizers add an end token, after which a decoder would not go on writing
         return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
@@ -146,6 +144,9 @@ class Chat:
         options: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature:
             options = {"temperature": sampling.temperature, "top_p": sampling.top_p or 1.0, "top_k": 0}
+        if self.remembers:
+            # a template may end a turn by a token that the model's own config does not name
+            options["eos_token_id"] = chat.stop_tokens(self._model, self._tokenizer)
         inputs = torch.tensor([tokens], device=self._model.device)
         prompts = contextlib.nullcontext() if self._prompt_ids is None else row_inputs(**{PROMPT_IDS: self._prompt_ids})
         # `generate` takes no arguments of ours, so the number of the prompts reaches the forward through a context

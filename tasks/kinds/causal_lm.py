@@ -236,7 +236,7 @@ class CausalLM(WritingKind):
         prompts = []
         for ids in whole:
             prompts.append([ids[place] for place in decoder_rows.last_places(ids, limit, processor.bos_token_id)])
-        ends = _ends(model, processor) if form.chats else None
+        ends = chat.stop_tokens(model, processor) if form.chats else None
         return _generate(model, processor, prompts, batch_size, new_tokens, ends)
 
     def predict_with_prompts(
@@ -293,14 +293,6 @@ def _ready(form: RowForm, processor: Any) -> RowForm:
     if form.chats and not processor.chat_template:
         chat.set_template(processor, "", str(processor.name_or_path))
     return form
-
-
-def _ends(model: Any, processor: Any) -> list[int]:
-    """Tokens that end an answer in a chat: those of model, tokenizer and chat template."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    found = own if isinstance(own, list) else [own]
-    tokens = [*found, processor.eos_token_id, *chat.end_tokens(processor)]
-    return list(dict.fromkeys(token for token in tokens if token is not None))
 
 
 def _holds_turns(column: ColumnProfile) -> bool:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,12 @@ def test_an_answer_can_end_where_the_template_has_no_end_of_a_turn() -> None:
     tokenizer = word_tokenizer(chat_template=UNMARKED.replace(" <end>", ""))
     ready = rule.preprocess(Dataset.from_list([{"messages": turns("one", "two")}]), tokenizer, task, None)
     assert shown(tokenizer, ready[0]) == as_pairs("<bos> <u> one <a> *two *<eos>")
+    assert chat.end_tokens(tokenizer) == []
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[9, 3]))
+    assert chat.stop_tokens(model, tokenizer) == [9, tokenizer.eos_token_id]
+    # the token that ends a turn stops the writing, whatever the model's config names
+    ending = word_tokenizer(chat_template=UNMARKED)
+    assert chat.stop_tokens(model, ending) == [9, ending.eos_token_id, ending.convert_tokens_to_ids("<end>")]
 
 
 WRONG_CHATS = [
