@@ -68,7 +68,9 @@ class Place:
 
     def train(self, out: Path, method: str = "lora", steps: int = 2) -> Any:
         changes = {"method": method, "max_steps": steps, "save_strategy": "no", "eval_strategy": "no"}
-        return train(options(self.task, self.backbone, out, **changes))
+        # the first test to ask for the run may stand under no_grad
+        with torch.enable_grad():
+            return train(options(self.task, self.backbone, out, **changes))
 
     def inputs(self, count: int = 5) -> list[Any]:
         return inputs_of(self.name, KINDS[self.name].rows(count, 7))

@@ -59,7 +59,8 @@ def splits_of(task: Any) -> Any:
 
 
 def test_every_kind_of_task_is_tested_here() -> None:
-    assert set(KINDS) == set(list_kinds())
+    # sounds and masks are files and no cells, and have tests of their own
+    assert {*KINDS, "audio_classification", "image_segmentation"} == set(list_kinds())
 
 
 @EACH
