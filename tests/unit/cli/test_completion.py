@@ -96,6 +96,8 @@ def test_completion_imports_nothing_heavy():
 def test_the_script_of_a_shell_is_shown(shell, monkeypatch, capsys):
     from peft_lab.cli import main
 
+    # typer asks for the shell that the tests run in, unless it is told not to
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     monkeypatch.setattr(sys, "argv", ["peft-lab", "--show-completion", shell])
     with pytest.raises(SystemExit) as leaving:
         main()
