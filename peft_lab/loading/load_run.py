@@ -23,11 +23,11 @@ from peft_lab.errors import ConfigError, PeftLabError, check_keys, did_you_mean
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.config_files import head_config
 from peft_lab.loading.load_adapter import load_folder
-from peft_lab.loading.rank_check import check_rank
 from peft_lab.registry import MethodInfo, with_preset
 from peft_lab.runs import run_folder
 from peft_lab.runs.trained_task import trained_task
 from peft_lab.tuners.expert_layer import tell_left_out
+from peft_lab.tuners.rank_check import check_rank
 from peft_lab.tuners.registration import make_config
 from peft_lab.utils.verbosity import without_deprecations_of_peft
 

@@ -35,6 +35,7 @@ from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.merging import MergingTuner
 from peft_lab.tuners.mixed_batch import BASE, batch_sizes, check_count, mixed_batch
 from peft_lab.tuners.operations import ExpertWeight
+from peft_lab.tuners.rank_check import tell_rank
 from peft_lab.tuners.saved_module import adopt_saved_modules, check_trainable
 from peft_lab.tuners.trained_tokens import (
     adopt_trained_tokens,
@@ -98,6 +99,7 @@ class AdapterTuner(MergingTuner):
         if config.fingerprints:
             config.recorded_fingerprints = config.fingerprints
             return
+        tell_rank(model, config, self.info)
         if self.info.place in ("weight", "feature"):
             tell_left_out(model, self.info, adapter_name)
         locations = roles.module_locations(model)

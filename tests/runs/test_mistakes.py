@@ -239,7 +239,9 @@ def test_no_method_clips_a_rank_in_silence(method: str, caplog: pytest.LogCaptur
     targets = {"target_modules": ["q_proj", "k_proj"]}
     with pytest.raises(ConfigError, match=f"{name}=25 .* at most 24"):
         adapt(tiny(24, 12), info, {name: 25, **targets})
-    assert not caplog.messages
+    # a tuner of ours says it by itself, in `get_peft_model` too
+    assert bool(caplog.messages) != info.module.startswith("peft.")
+    caplog.clear()
     adapt(tiny(24, 12), info, {name: 16, **targets})
     assert any(
         "1 of 2 adapted matrices (model.layers.0.self_attn.k_proj: 12 x 24)" in message for message in caplog.messages

@@ -24,36 +24,48 @@ _RANKS = ("r", "rank", "init_r", "effective_rank")
 def check_rank(model: Any, info: MethodInfo, args: Mapping[str, Any]) -> None:
     """Check the rank that the user gave against the matrices that are adapted.
 
-    A number that gives parameters of its own beside the matrices, as that of VeRA, is no such rank.
+    A number that gives parameters of its own beside the matrices, as that of VeRA, is no such rank. One that is above
+    some matrices alone is said.
 
     Raises:
         ConfigError: the rank is above that of every adapted matrix.
     """
     config = model.active_peft_config
     name = next((name for name in _RANKS if name in args), None)
-    rank = getattr(config, name, None) if name else None
-    if name is None or isinstance(rank, bool) or not isinstance(rank, int):
+    sizes = _sizes(model)
+    above = _above(sizes, getattr(config, name, None) if name else None)
+    if not above:
         return
-    sizes: dict[str, tuple[tuple[int, int], Any]] = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer):
-            shape = _matrix(layer)
-            if shape is not None:
-                sizes[path.removeprefix("base_model.model.")] = (shape, layer)
-    above = {path: shape for path, (shape, _) in sizes.items() if rank > min(shape)}
-    if not above or any(_has_vector(sizes[path][1], rank) for path in above):
-        return
-    most = max(min(shape) for shape, _ in sizes.values())
-    path, (rows, columns) = next(iter(above.items()))
     if len(above) == len(sizes):
+        most = max(min(shape) for shape, _ in sizes.values())
+        path, (rows, columns) = next(iter(above.items()))
         raise ConfigError(
-            f'{name}={rank} of method "{info.name}" is above the rank of every adapted matrix ({path}: {rows} x '
-            f"{columns}); give at most {most}."
+            f'{name}={getattr(config, str(name))} of method "{info.name}" is above the rank of every adapted matrix '
+            f"({path}: {rows} x {columns}); give at most {most}."
         )
+    # a tuner of ours has said it itself, whoever put it on the model
+    if info.module.startswith("peft."):
+        tell_rank(model, config, info)
+
+
+def tell_rank(model: Any, config: Any, info: MethodInfo) -> None:
+    """Warn of a rank that is above those of some or all adapted matrices.
+
+    Args:
+        model: the model with its adapter.
+        config: the adapter's config.
+        info: the method's card.
+    """
+    name = next((name for name in _RANKS if hasattr(config, name)), None)
+    sizes = _sizes(model)
+    above = _above(sizes, getattr(config, name) if name else None)
+    if not above:
+        return
+    path, (rows, columns) = next(iter(above.items()))
     logger.warning(
         '%s=%d of method "%s" is above the rank of %d of %d adapted matrices (%s: %d x %d), which have no more.',
         name,
-        rank,
+        getattr(config, str(name)),
         info.name,
         len(above),
         len(sizes),
@@ -61,6 +73,24 @@ def check_rank(model: Any, info: MethodInfo, args: Mapping[str, Any]) -> None:
         rows,
         columns,
     )
+
+
+def _sizes(model: Any) -> dict[str, tuple[tuple[int, int], BaseTunerLayer]]:
+    """Shape of each adapted weight as a matrix, and its layer, by path."""
+    found: dict[str, tuple[tuple[int, int], BaseTunerLayer]] = {}
+    for path, layer in model.named_modules():
+        shape = _matrix(layer) if isinstance(layer, BaseTunerLayer) else None
+        if shape is not None:
+            found[path.removeprefix("base_model.model.")] = (shape, layer)
+    return found
+
+
+def _above(sizes: Mapping[str, tuple[tuple[int, int], BaseTunerLayer]], rank: Any) -> dict[str, tuple[int, int]]:
+    """Shapes of the matrices whose rank is smaller; none where the number is no rank."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        return {}
+    above = {path: shape for path, (shape, _) in sizes.items() if rank > min(shape)}
+    return {} if any(_has_vector(sizes[path][1], rank) for path in above) else above
 
 
 def _matrix(layer: BaseTunerLayer) -> tuple[int, int] | None:
