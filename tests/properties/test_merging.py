@@ -143,7 +143,8 @@ def test_the_merged_model_answers_as_the_unmerged_one(base, method, way, family,
     assert_close(output(merged, inputs), unmerged, 5e-2 if way == "in_bfloat16" else 1e-4)
     merged.save_pretrained(tmp_path)
     for cls in (type(merged), *(auto for auto in AUTO if _builds(auto, merged))):
-        again = cls.from_pretrained(tmp_path)
+        # transformers loads two biases of DeBERTa in float32 whatever the dtype, and such a model does not run
+        again = cls.from_pretrained(tmp_path).to(merged.dtype)
         assert {*again.state_dict()} == {*merged.state_dict()}
         # Rotary angles are float32 again after a reload.
         assert_close(output(again, inputs), output(merged, inputs), 1e-2 if way == "in_bfloat16" else 1e-4)
