@@ -49,8 +49,9 @@ def split_of_base(trainer: LabTrainer, kind: Kind, task: Task, rows: Mapping[str
     """Split on which the backbone as it was loaded is scored; None where it is not.
 
     These are the rows that decide: the test rows, or the validation rows of a task without test rows. A run that does
-    not score its test rows, such as one of a search, does without, and so does a kind whose head starts at random. A
-    model in parts (FSDP, DeepSpeed) cannot be evaluated before its training has been prepared.
+    not score its test rows, such as one of a search, does without, and so does a kind whose head starts at random.
+    With several processes there is none either: an evaluation before the training changes what they train, and a model
+    in parts (FSDP, DeepSpeed) cannot be evaluated before its training has been prepared.
 
     Args:
         trainer: the run's trainer.
@@ -60,8 +61,8 @@ def split_of_base(trainer: LabTrainer, kind: Kind, task: Task, rows: Mapping[str
     """
     split = "test" if task.has_test else "validation"
     scored = split in rows and (split == "test" or do_eval)
-    parts = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    return split if kind.info.source_head and scored and not parts else None
+    alone = trainer.args.world_size == 1 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    return split if kind.info.source_head and scored and alone else None
 
 
 def of_untouched_base(trainer: LabTrainer, rows: Any) -> Baseline:
