@@ -61,7 +61,13 @@ SEGFORMER = {
     **{"patch_sizes": [7, 3], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 8},
     **{"drop_path_rate": 0.0, "image_size": 32},
 }
-_DPT = {**_IMAGE, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [4, 4, 8, 8]}
+_DPT = {
+    **_IMAGE,
+    "initializer_range": 0.2,
+    "num_hidden_layers": 4,
+    "backbone_out_indices": [0, 1, 2, 3],
+    "neck_hidden_sizes": [4, 4, 8, 8],
+}
 _UPERNET = {"hidden_size": 8, "pool_scales": [1, 2], "auxiliary_channels": 8}
 _TOWERS = {"text_config": {**_TEXT, "projection_dim": 8}, "vision_config": _IMAGE, "projection_dim": 8}
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
