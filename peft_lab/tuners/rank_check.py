@@ -75,9 +75,9 @@ def tell_rank(model: Any, config: Any, info: MethodInfo) -> None:
     )
 
 
-def _sizes(model: Any) -> dict[str, tuple[tuple[int, int], BaseTunerLayer]]:
+def _sizes(model: Any) -> dict[str, tuple[tuple[int, int], nn.Module]]:
     """Shape of each adapted weight as a matrix, and its layer, by path."""
-    found: dict[str, tuple[tuple[int, int], BaseTunerLayer]] = {}
+    found: dict[str, tuple[tuple[int, int], nn.Module]] = {}
     for path, layer in model.named_modules():
         shape = _matrix(layer) if isinstance(layer, BaseTunerLayer) else None
         if shape is not None:
@@ -85,7 +85,7 @@ def _sizes(model: Any) -> dict[str, tuple[tuple[int, int], BaseTunerLayer]]:
     return found
 
 
-def _above(sizes: Mapping[str, tuple[tuple[int, int], BaseTunerLayer]], rank: Any) -> dict[str, tuple[int, int]]:
+def _above(sizes: Mapping[str, tuple[tuple[int, int], nn.Module]], rank: Any) -> dict[str, tuple[int, int]]:
     """Shapes of the matrices whose rank is smaller; none where the number is no rank."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         return {}
