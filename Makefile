@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Its builds for Linux on x86 bring CUDA along; `make test-newest NEWEST_TORCH=torch==2.13.0` keeps the pinned one.
 NEWEST_TORCH ?= torch<=2.14.1
 
-.PHONY: browser demo test test-full test-integrations test-peft test-floors test-newest docs lint types clean
+.PHONY: browser demo test test-full test-matrix test-integrations test-peft test-floors test-newest docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m peft_lab demo --output_dir runs/demo
@@ -18,9 +18,13 @@ test: $(VENV)/.test
 	$(MAKE) --jobs 2 lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal -rs -m "not full"
 
-# The whole matrix of methods and families, killed and resumed runs, clusters and fuzz, and all of `make test` but lint.
+# A wide cover of methods and families, killed and resumed runs, clusters and fuzz, and all of `make test` but lint.
 test-full: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -rs
+
+# The cases that a cover of the matrix of methods and families leaves out: hours, before a release.
+test-matrix: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -rs --matrix -m matrix
 
 # What the tests of the report's page need; without it they are skipped, so this fails at nothing.
 browser: $(VENV)/.test
