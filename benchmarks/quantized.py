@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from peft_lab import registry
-from peft_lab.adapters.weight.svfit import svd
 from peft_lab.backbones.quantized_weight import dense_weight, stored_parts
 from peft_lab.data.splits import load_splits, subset
 from peft_lab.data.task_registry import kind, load_task
 from peft_lab.loading.load_run import load_base
 from peft_lab.tuners.registration import make_config
+from peft_lab.tuners.spectral import svd
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA r=8 (peft)": ("lora", {"r": 8}),

@@ -44,7 +44,7 @@ GET_PEFT_MODEL = (
     Step(
         "wrap each module",
         "SVFitLayer(base) computes U, s, Vh and holds delta = 0.",
-        ("peft_lab/tuners/layer.py", "adapters/weight/svfit/svd.py"),
+        ("peft_lab/tuners/layer.py", "peft_lab/tuners/spectral/svd.py"),
     ),
     Step(
         "record the base",
@@ -54,7 +54,7 @@ GET_PEFT_MODEL = (
     Step(
         "model(**batch)",
         "base(x) + U diag(delta) Vh x: at first the base, bit for bit.",
-        ("peft_lab/tuners/layer.py", "adapters/weight/svfit/kernels.py"),
+        ("peft_lab/tuners/layer.py", "peft_lab/tuners/spectral/kernels.py"),
     ),
 )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_lab.adapters.feature.ssf import kernels
 from peft_lab.adapters.feature.ssf.kernels import recomputed, scale_shift, scale_shift_
-from peft_lab.adapters.weight.svfit.kernels import spectral_linear
+from peft_lab.tuners.spectral.kernels import spectral_linear
 
 SHAPES = {  # name: (shape of y, channel_dim)
     "tokens": ((3, 4, 5), -1),

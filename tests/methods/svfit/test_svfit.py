@@ -205,7 +205,7 @@ def test_selections_share_bases_and_a_batch(toy):
     _move(model)
     layer = model.base_model.model.linear
     assert {layer.bases(n).u.untyped_storage().data_ptr() for n in ("default", "minor", "relative")} == {
-        layer._shared.u.untyped_storage().data_ptr()
+        layer.shared_bases.u.untyped_storage().data_ptr()
     }
     mixed = model(ids, adapter_names=names)
     for row, name in enumerate(names):
@@ -244,7 +244,7 @@ def test_bases_follow_the_model_but_stay_float32(toy):
 
 
 def test_second_load_reads_the_cache(tmp_path, monkeypatch):
-    from peft_lab.adapters.weight.svfit import svd
+    from peft_lab.tuners.spectral import svd
 
     monkeypatch.setenv("PEFT_LAB_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)

@@ -319,7 +319,7 @@ def test_copies_of_embeddings_must_be_those_of_the_base(tmp_path):
 def test_bases_are_shared_and_computed_once(tmp_path, monkeypatch):
     base = TINY["bert"]()
     folders = {str(i): save(adapt("svfit", base), tmp_path / str(i), i) for i in range(3)}
-    from peft_lab.adapters.weight.svfit import svd
+    from peft_lab.tuners.spectral import svd
 
     calls, original = [], svd.bases
     monkeypatch.setattr(svd, "bases", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))

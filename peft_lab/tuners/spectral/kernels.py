@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from peft_lab.tuners import WIDE_DTYPES, sum_dtype
+from peft_lab.tuners.dtypes import WIDE_DTYPES, sum_dtype
 
 Plan = Literal["factored", "projected", "materialised"]
 

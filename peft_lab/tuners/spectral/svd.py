@@ -1,8 +1,9 @@
-"""Singular bases of frozen weights, cached on disk.
+"""Singular bases of frozen weights, shared in memory and cached on disk.
 
 They come from an exact or a converged randomized SVD, with a rank by number or by energy. Used by every method that
-works in the singular bases of a weight. The factors are always float32, since LAPACK has neither bfloat16 nor float16,
-and signs are made canonical (the largest entry of each right vector is positive).
+works in the singular bases of a weight: bases are found again by the hash of the weight, whichever method made them.
+The factors are always float32, since LAPACK has neither bfloat16 nor float16, and signs are made canonical (the largest
+entry of each right vector is positive).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +38,8 @@ _DEGENERATE_GAP = 1e-6
 #: Below this many entries an SVD is faster than reading a file.
 _CACHE_MIN_ENTRIES = 128 * 128
 _CACHE_VERSION = 1
+#: Factors that a layer holds now, by hash of the weight, rank, device and name.
+_IN_USE: WeakValueDictionary[tuple[str, str, str, str], Tensor] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -102,16 +106,46 @@ def bases(matrix: Tensor, rank: int | str, key: str | None = None) -> Bases:
     Args:
         matrix: the frozen weight as (out, in), or a stack of them, of any float dtype.
         rank: see `parse_rank`; an int is capped at min(out, in). A stack has one rank: the largest that a matrix needs.
-        key: hash of the weight; with it the result is kept on disk and found again by the next load.
+        key: hash of the weight; with it the result is kept on disk and found again by the next load, and layers on the
+            same weight hold the same tensors, which nothing may change in place.
     """
     wanted = parse_rank(rank)
-    path = _cache_path(matrix, rank, key)
-    found = _read(path, matrix) if path else None
+    if key is None:
+        return _decompose(matrix.detach().float(), wanted)
+    name = f"{key}-{_describe(matrix)}"
+    found = _in_use(name, str(rank), matrix.device) or _cached(matrix, rank, key)
     if found is None:
         found = _decompose(matrix.detach().float(), wanted)
+        path = _cache_path(matrix, rank, key)
         if path:
             _write(path, found)
+    # Tensors of inference mode could not be trained with by another layer.
+    if not found.u.is_inference():
+        for part, value in vars(found).items():
+            _IN_USE[name, str(rank), str(matrix.device), part] = value
     return found
+
+
+def _in_use(name: str, rank: str, device: torch.device) -> Bases | None:
+    """Bases that a layer on the same weight holds."""
+    parts = [_IN_USE.get((name, rank, str(device), part)) for part in ("u", "s", "vh")]
+    u, s, vh = parts
+    return None if u is None or s is None or vh is None else Bases(u, s, vh)
+
+
+def _cached(matrix: Tensor, rank: int | str, key: str) -> Bases | None:
+    """Bases from the disk: of this rank, or the leading ones of the full ones where the same SVD would give them."""
+    path = _cache_path(matrix, rank, key)
+    found = _read(path, matrix) if path else None
+    if found is not None or rank == "full":
+        return found
+    wanted, side = parse_rank(rank), min(matrix.shape[-2:])
+    path = None if _is_randomized(side, wanted) else _cache_path(matrix, "full", key)
+    full = _read(path, matrix) if path else None
+    if full is None:
+        return None
+    kept = energy_rank(full.s, wanted) if isinstance(wanted, float) else min(wanted or side, side)
+    return _leading(full.u, full.s, full.vh, kept)
 
 
 def degenerate(s: Tensor, largest: Tensor | None = None) -> int:
@@ -121,10 +155,9 @@ def degenerate(s: Tensor, largest: Tensor | None = None) -> int:
 
 
 def _decompose(matrix: Tensor, wanted: int | float | None) -> Bases:
-    # A randomized SVD pays only for a small part of a large matrix, and the energy is known of the whole alone.
     side = min(matrix.shape[-2:])
     rank = side if wanted is None or isinstance(wanted, float) else min(wanted, side)
-    if side > EXACT_SIDE and rank < _RANDOMIZED_SHARE * side:
+    if _is_randomized(side, wanted):
         found = _randomized(matrix, rank)
         if found is not None:
             return found
@@ -133,6 +166,19 @@ def _decompose(matrix: Tensor, wanted: int | float | None) -> Bases:
     if isinstance(wanted, float):
         rank = energy_rank(s, wanted)
     return _canonical(u[..., :rank], s[..., :rank], vh[..., :rank, :])
+
+
+def _is_randomized(side: int, wanted: int | float | None) -> bool:
+    """Test whether a rank is computed by a randomized SVD.
+
+    That pays only for a small part of a large matrix, and the energy is known of the whole alone.
+    """
+    return isinstance(wanted, int) and side > EXACT_SIDE and wanted < _RANDOMIZED_SHARE * side
+
+
+def _leading(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Bases:
+    """Copies of the leading triplets, so that the others are not kept in memory with them."""
+    return Bases(u[..., :rank].clone(), s[..., :rank].clone(), vh[..., :rank, :].clone())
 
 
 def energy_rank(s: Tensor, share: float) -> int:
@@ -183,8 +229,17 @@ def _randomized(matrix: Tensor, rank: int) -> Bases | None:
 def _cache_path(matrix: Tensor, rank: int | str, key: str | None) -> Path | None:
     if key is None or matrix.numel() < _CACHE_MIN_ENTRIES:
         return None
-    shape, dtype = "x".join(map(str, matrix.shape)), str(matrix.dtype).removeprefix("torch.")
-    return cache_dir("bases") / f"v{_CACHE_VERSION}-{key}-{dtype}-{shape}-{str(rank).replace(':', '-')}.safetensors"
+    name = f"v{_CACHE_VERSION}-{key}-{_describe(matrix)}-{str(rank).replace(':', '-')}.safetensors"
+    return cache_dir("bases") / name
+
+
+def _describe(matrix: Tensor) -> str:
+    """Dtype, shape and order of a matrix, as parts of a file's name.
+
+    The same bytes are another matrix where the weight is seen transposed.
+    """
+    order = "" if matrix.is_contiguous() else "-transposed"
+    return f"{str(matrix.dtype).removeprefix('torch.')}-{'x'.join(map(str, matrix.shape))}{order}"
 
 
 def _read(path: Path, matrix: Tensor) -> Bases | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_lab.adapters.weight.svfit import svd
 from peft_lab.errors import ConfigError
+from peft_lab.tuners.spectral import svd
 
 
 @pytest.fixture(autouse=True)
@@ -101,17 +101,45 @@ def test_degenerate_counts_equal_neighbours():
 
 def test_second_time_comes_from_the_cache(cache, monkeypatch):
     matrix = torch.randn(160, 120, generator=torch.Generator().manual_seed(0))
-    first = svd.bases(matrix, 8, key="abc")
+    first = _copies(svd.bases(matrix, 8, key="abc"))
     assert len(list(cache.iterdir())) == 1
     monkeypatch.setattr(svd, "_decompose", lambda *_: pytest.fail("computed again"))
+    assert ("abc-float32-160x120", "8", "cpu", "u") not in svd._IN_USE
     second = svd.bases(matrix, 8, key="abc")
     assert all(torch.equal(getattr(first, p), getattr(second, p)) for p in ("u", "s", "vh"))
+
+
+def _copies(bases):
+    return svd.Bases(bases.u.clone(), bases.s.clone(), bases.vh.clone())
+
+
+def test_bases_in_use_are_held_once():
+    matrix = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    first = svd.bases(matrix, 8, key="abc")
+    assert svd.bases(matrix, 8, key="abc").u is first.u
+    assert svd.bases(matrix, 8, key="other").u is not first.u
+    assert svd.bases(matrix.bfloat16(), 8, key="abc").u is not first.u
+    transposed = svd.bases(torch.randn(12, 20).T, 8, key="abc")
+    assert transposed.u is not first.u
+    del first
+    assert ("abc-float32-20x12", "8", "cpu", "u") not in svd._IN_USE
+
+
+@pytest.mark.parametrize("rank", [8, "energy:0.5"])
+def test_full_bases_on_disk_serve_smaller_ranks(monkeypatch, rank):
+    matrix = torch.randn(160, 120, generator=torch.Generator().manual_seed(0))
+    expected = svd.bases(matrix, rank)
+    svd.bases(matrix, "full", key="abc")
+    monkeypatch.setattr(svd, "_decompose", lambda *_: pytest.fail("computed again"))
+    found = svd.bases(matrix, rank, key="abc")
+    assert all(torch.equal(getattr(found, p), getattr(expected, p)) for p in ("u", "s", "vh"))
+    assert found.u.untyped_storage().nbytes() == found.u.nbytes
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])
 def test_damaged_cache_is_computed_again(cache, damage):
     matrix = torch.randn(160, 120, generator=torch.Generator().manual_seed(0))
-    first = svd.bases(matrix, 8, key="abc")
+    first = _copies(svd.bases(matrix, 8, key="abc"))
     path = next(cache.iterdir())
     path.write_bytes(path.read_bytes()[:-50] if damage is None else damage)
     again = svd.bases(matrix, 8, key="abc")

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from peft_lab.adapters.weight.svfit import kernels
-from peft_lab.adapters.weight.svfit.kernels import (
+from peft_lab.training.step_cost import count_flops
+from peft_lab.tuners.spectral import kernels
+from peft_lab.tuners.spectral.kernels import (
     spectral_conv2d,
     spectral_delta,
     spectral_flops,
     spectral_linear,
     spectral_plan,
 )
-from peft_lab.training.step_cost import count_flops
 
 
 @pytest.fixture(autouse=True)
