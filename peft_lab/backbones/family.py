@@ -138,6 +138,8 @@ class Family:
         position_biases: arguments of a block that hold a bias for each pair of positions, added to attention scores.
         prefix_tokens: parameters of the embedding with tokens that stand before the patches.
         patch_heads: classes whose head reads the patches alone although there is a class token.
+        final_norm_of_pooled: True if `norm.final` reads the pooled token alone, so that the last hidden states of a
+            transformer come without it.
         bias_flags: config flags, False by default in some checkpoint, that give linear layers or norms a bias.
         windows: names in a block that attends within windows; None if attention sees all tokens.
         library: package beside transformers that holds the models; "" for none.
@@ -155,6 +157,7 @@ class Family:
     position_biases: tuple[str, ...] = ()
     prefix_tokens: tuple[str, ...] = ()
     patch_heads: tuple[str, ...] = ()
+    final_norm_of_pooled: bool = False
     bias_flags: tuple[str, ...] = ()
     windows: WindowNames | None = None
     library: str = ""

@@ -52,7 +52,7 @@ def head_paths(model: nn.Module) -> list[str]:
 
     They lie in no pretrained part.
     """
-    taken = [f"{part}." for part in _pretrained_parts(model, "")]
+    taken = [f"{part}." for part in pretrained_parts(model, "")]
     found: list[str] = []
     # Without a pretrained part to leave out, the whole model would pass as a head.
     if not taken:
@@ -88,11 +88,12 @@ def _classifiers(model: Any) -> list[nn.Module]:
     return [module for module in found if next(module.parameters(), None) is not None]
 
 
-def _pretrained_parts(model: nn.Module, path: str) -> Iterator[str]:
+def pretrained_parts(model: nn.Module, path: str) -> Iterator[str]:
+    """Yield the paths of the pretrained models inside a model at `path`, without those inside of them."""
     for name, child in model.named_children():
         here = join(path, name)
         # A backbone that is no transformers model itself is recognised by the prefix of the model around it.
         if model_type(child) or (not path and name == getattr(model, "base_model_prefix", None)):
             yield here
         else:
-            yield from _pretrained_parts(child, here)
+            yield from pretrained_parts(child, here)

@@ -193,6 +193,7 @@ VISION |= families(
     residual=_CLIP_RESIDUAL,
     prefix_tokens=("class_embedding",),
     patch_heads=("CLIPForImageClassification",),
+    final_norm_of_pooled=True,
 )
 # SigLIP has neither a class token nor the norm of the stem, whose path then matches nothing.
 VISION |= families(

@@ -9,6 +9,7 @@ from peft_lab.registry import MethodInfo
 from peft_lab.tuners.config import AdapterConfig, shorten
 from peft_lab.tuners.dtypes import WIDE_DTYPES, sum_dtype
 from peft_lab.tuners.forward_context import ForwardContext, RowInput, before_forward
+from peft_lab.tuners.head_layer import HeadConfig, HeadInput, HeadLayer, HeadTuner, register_head
 from peft_lab.tuners.layer import AdapterLayer, FeatureLayer, WeightLayer
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters
 from peft_lab.tuners.operations import (
@@ -33,6 +34,10 @@ __all__ = [
     "AdapterTuner",
     "FeatureLayer",
     "ForwardContext",
+    "HeadConfig",
+    "HeadInput",
+    "HeadLayer",
+    "HeadTuner",
     "MethodInfo",
     "Operation",
     "ResidualBranches",
@@ -50,6 +55,7 @@ __all__ = [
     "operation",
     "parameter_names",
     "register",
+    "register_head",
     "register_residual",
     "shorten",
     "split",

@@ -87,6 +87,8 @@ class AdapterConfig(PeftConfig):
     uses_source_head: ClassVar[bool] = False
     #: True if it gives the logits of an image classifier in place of the head.
     produces_logits: ClassVar[bool] = False
+    #: True if it gives the logits of any classifier of whole rows, whose head is neither used nor trained.
+    replaces_head: ClassVar[bool] = False
     #: True if its values come from the training data, and no gradient changes them.
     values_from_data: ClassVar[bool] = False
     #: True if it is only valid on base weights of the dtype that it was trained on.

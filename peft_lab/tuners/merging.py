@@ -45,6 +45,7 @@ def no_merge(info: MethodInfo) -> str:
     """Error message for a method without the capability `merge`."""
     reasons = {
         "sequence": "its prompts are tokens of the sequence, and no weight of the base stands for them",
+        "head": "it gives the logits in place of the head, and no weight of the base stands for that",
         "input": "it changes what goes into the base, and no weight of the base stands for that",
     }
     reason = reasons.get(info.place, f"it does not declare that it {CAPABILITIES['merge']}")

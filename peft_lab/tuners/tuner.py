@@ -29,12 +29,12 @@ from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.active_adapters import KeepsTrainability
 from peft_lab.tuners.adapter_names import check_adapter_name, check_base_names
 from peft_lab.tuners.backbone_mode import set_backbone_mode
+from peft_lab.tuners.base_record import find_fingerprint, layer_fingerprints
 from peft_lab.tuners.expert_layer import ExpertsLayer, add_to_experts, tell_left_out
 from peft_lab.tuners.forward_context import WrappedForward, before_forward, unwrap_forwards, wrap_forward, wrap_model
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.merging import MergingTuner
 from peft_lab.tuners.mixed_batch import BASE, batch_sizes, check_count, mixed_batch
-from peft_lab.tuners.operations import ExpertWeight
 from peft_lab.tuners.rank_check import tell_rank
 from peft_lab.tuners.saved_module import adopt_saved_modules, check_trainable
 from peft_lab.tuners.trained_tokens import (
@@ -102,13 +102,11 @@ class AdapterTuner(MergingTuner):
         tell_rank(model, config, self.info)
         if self.info.place in ("weight", "feature"):
             tell_left_out(model, self.info, adapter_name)
-        locations = roles.module_locations(model)
-        recorded = {}
-        for name, layer in model.named_modules():
-            adapted = isinstance(layer, AdapterLayer) and adapter_name in layer.configs
-            if adapted and not layer.base_weight.is_meta:
-                recorded[name] = {**layer.fingerprint(), **locations.get(name, {})}
-        config.recorded_fingerprints = recorded
+        config.recorded_fingerprints = self.record_base(model, adapter_name)
+
+    def record_base(self, model: nn.Module, adapter_name: str) -> dict[str, dict[str, Any]]:
+        """Fingerprints of the base modules that an adapter belongs to, by path: those that carry it."""
+        return layer_fingerprints(model, adapter_name)
 
     def _forget(self, adapter_name: str) -> None:
         """Remove the config of a refused adapter."""
@@ -168,7 +166,7 @@ class AdapterTuner(MergingTuner):
         peft_config.check_sizes(largest)
         recorded = peft_config.fingerprints
         # Weights on the meta device have no values to compare.
-        found = {name: _find_fingerprint(model, name) for name in recorded}
+        found = {name: find_fingerprint(model, name) for name in recorded}
         offloaded = {name for name, entry in found.items() if entry == {}}
         bound = peft_config.dtype_bound and not getattr(peft_config, "save_bases", False)
         base_fingerprint.check({k: v for k, v in recorded.items() if k not in offloaded}, found, dtype_bound=bound)
@@ -355,26 +353,6 @@ def _heads(model: nn.Module, task_type: str | None) -> list[str]:
         around = [name for name in wrapped if f"{head}.".startswith(f"{name}.")]
         heads.append(around[0] if around else head)
     return heads
-
-
-def _find_fingerprint(model: nn.Module, name: str) -> dict[str, Any] | None:
-    """Fingerprint of a module's base weight, or of a stacked weight of experts, by its name.
-
-    None if there is no such module or it has no weight, {} if the weight is on the meta device.
-    """
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        found = expert_parameter(model, name)
-        if found is None:
-            return None
-        module = ExpertWeight(found[0], name.rpartition(".")[2])
-    if isinstance(module, AdapterLayer):
-        return module.fingerprint()
-    weight = base_fingerprint.reference_weight(module)
-    if weight is None:
-        return None
-    return {} if weight.is_meta else base_fingerprint.module_fingerprint(module, weight)
 
 
 def _locate(key: str, prefix: str) -> tuple[str, str] | None:

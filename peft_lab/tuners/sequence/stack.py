@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from peft_lab.backbones import module_roles
 from peft_lab.backbones.family_table import FAMILIES
+from peft_lab.backbones.prefix_tokens import prefix_tokens
 from peft_lab.backbones.prompt_support import PREFERRED_STACKS, PROMPT_SUPPORT
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.sequence import window_attention
 from peft_lab.tuners.sequence.prompt_state import can_continue
 
-#: Names of the tokens before the patches, and of the biases for pairs of positions, in any family.
-_PREFIX_TOKENS = sorted(set().union(*(family.prefix_tokens for family in FAMILIES.values())))
+#: Names of the biases for pairs of positions in any family.
 _POSITION_BIASES = sorted(set().union(*(family.position_biases for family in FAMILIES.values())))
 
 
@@ -141,23 +141,6 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
             if word in path.lower():
                 return path, stacks[path]
     return next(iter(stacks.items()))
-
-
-def prefix_tokens(model: nn.Module, path: str) -> int:
-    """Number of tokens before a vision stack's patches; 0 for text."""
-    stack: Any = model.get_submodule(path)
-    if getattr(stack.config, "patch_size", None) is None:
-        return 0
-    # The embedding is in the stack or in a module around it: outwards until one has patches.
-    parts = path.split(".") if path else []
-    for depth in range(len(parts), -1, -1):
-        around = model.get_submodule(".".join(parts[:depth]))
-        if any("patch" in name for name, _ in around.named_modules()):
-            found = {n.rpartition(".")[2]: p for n, p in around.named_parameters() if "embed" in n}
-            family = FAMILIES.get(stack.config.model_type)
-            names = _PREFIX_TOKENS if family is None else family.prefix_tokens
-            return sum(found[name].numel() // found[name].shape[-1] for name in names if name in found)
-    return 0
 
 
 def _is_transformer(stack: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_lab.backbones import module_roles
 from peft_lab.backbones.family_table import FAMILIES
+from peft_lab.backbones.prefix_tokens import prefix_tokens
 from peft_lab.backbones.prompt_support import PROMPT_SUPPORT
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
@@ -25,7 +26,7 @@ from peft_lab.tuners.sequence.generation import unwrap_generate, wrap_generate
 from peft_lab.tuners.sequence.layer import SequenceLayer
 from peft_lab.tuners.sequence.prompt_state import read_out, replace_logits, run_with_prompts
 from peft_lab.tuners.sequence.relative_bias import unwrap_biases
-from peft_lab.tuners.sequence.stack import StackInfo, chosen_stack, norms_around, prefix_tokens, stack_info, stacks_of
+from peft_lab.tuners.sequence.stack import StackInfo, chosen_stack, norms_around, stack_info, stacks_of
 from peft_lab.tuners.sequence.supported_models import check_supported
 from peft_lab.tuners.tuner import BlockTuner
 
