@@ -6,6 +6,7 @@ Method authors import from here.
 from __future__ import annotations
 
 from peft_lab.registry import MethodInfo
+from peft_lab.tuners.bottleneck import ACTIVATIONS, bias_start, bottleneck_output, linear_start, quick_gelu
 from peft_lab.tuners.config import AdapterConfig, shorten
 from peft_lab.tuners.dtypes import WIDE_DTYPES, sum_dtype
 from peft_lab.tuners.forward_context import ForwardContext, RowInput, before_forward
@@ -22,16 +23,18 @@ from peft_lab.tuners.operations import (
     operation,
 )
 from peft_lab.tuners.registration import register
-from peft_lab.tuners.residual_layer import ResidualBranches, ResidualLayer, register_residual
+from peft_lab.tuners.residual_layer import BranchSource, ResidualBranches, ResidualLayer, register_residual
 from peft_lab.tuners.tokens import insert, parameter_names, split
 from peft_lab.tuners.tuner import AdapterTuner
 
 __all__ = [
+    "ACTIVATIONS",
     "BASE",
     "WIDE_DTYPES",
     "AdapterConfig",
     "AdapterLayer",
     "AdapterTuner",
+    "BranchSource",
     "FeatureLayer",
     "ForwardContext",
     "HeadConfig",
@@ -47,13 +50,17 @@ __all__ = [
     "WeightLayer",
     "apply_matrix",
     "before_forward",
+    "bias_start",
+    "bottleneck_output",
     "conv2d_rows",
     "embed_scale",
     "insert",
+    "linear_start",
     "matrix_shape",
     "norm_offset",
     "operation",
     "parameter_names",
+    "quick_gelu",
     "register",
     "register_head",
     "register_residual",

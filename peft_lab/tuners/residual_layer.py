@@ -1,15 +1,16 @@
-"""Branches on the residual stream of transformer blocks.
+"""Branches on the residual stream of transformer blocks, parallel or serial.
 
-A branch reads the stream before a sub-layer (attention or MLP) and is added behind it. In a pre-norm block, x +
-mlp(norm(x)) becomes x + mlp(norm(x)) + branch(x); in a post-norm block, norm(x + mlp(x)) becomes norm(x + mlp(x) +
-branch(x)). Both points lie inside the block's own forward, so hooks on its modules read and write them;
-`Family.residual` says which modules these are. The stream of a call is kept in its `ForwardContext`, never on a module.
+A parallel branch reads the stream before a sub-layer (attention or MLP) and is added behind it. In a pre-norm block, x
++ mlp(norm(x)) becomes x + mlp(norm(x)) + branch(x); in a post-norm block, norm(x + mlp(x)) becomes norm(x + mlp(x) +
+branch(x)). A serial branch reads the output z of the sub-layer, z + branch(z), before the addition to the stream. All
+these points lie inside the block's own forward, so hooks on its modules read and write them; `Family.residual` says
+which modules these are. The stream of a call is kept in its `ForwardContext`, never on a module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,26 +26,35 @@ from peft_lab.tuners.mixed_batch import BASE, current_row_adapters
 from peft_lab.tuners.registration import register
 from peft_lab.tuners.tuner import BlockTuner
 
+#: What a branch reads: the stream before the sub-layer (parallel), its output (serial), or "" for no branch there.
+BranchSource = Literal["stream", "output", ""]
+
 
 class ResidualBranches(AdapterLayer):
-    """Block with branches beside some of its sub-layers.
+    """Block with branches beside or behind some of its sub-layers.
 
-    A method supplies `branch`.
+    A method supplies `branch`, and `branch_source` if its branches are not all parallel ones.
 
     Attributes:
         summand_scale: number by which the block multiplies every summand before the addition, mostly 1.
+        hooked: those of `sub_layers` that this block has, in the order in which they run.
     """
 
     #: Sub-layers that get a branch: "attention", "cross_attention", "mlp". A block lacks those that its family lacks.
     sub_layers: ClassVar[tuple[str, ...]] = ("mlp",)
     summand_scale: float = 1.0
+    hooked: tuple[str, ...] = ()
 
-    def branch(self, adapter: str, sub_layer: str, stream: Tensor) -> Tensor:
+    def branch(self, adapter: str, sub_layer: str, x: Tensor) -> Tensor:
         """Summand (rows, tokens, width) of an adapter behind a sub-layer.
 
-        `stream` has the same shape.
+        `x` has the same shape: the stream before the sub-layer, or its output, as `branch_source` says.
         """
         raise NotImplementedError
+
+    def branch_source(self, adapter: str, sub_layer: str) -> BranchSource:
+        """Source of an adapter's branch at a sub-layer; "" where it has none."""
+        return "stream"
 
     def hook_sub_layers(self, model: nn.Module, path: str) -> None:
         """Register the hooks in the block at a path of the model.
@@ -57,6 +67,7 @@ class ResidualBranches(AdapterLayer):
             name = connection.sub_layer
             if name not in self.sub_layers or not _has_norm(connection):
                 continue
+            self.hooked = (*self.hooked, name)
             # Pre-norm: the stream is the input of the norm before the sub-layer.
             if connection.norm_before:
                 block.get_submodule(connection.norm_before).register_forward_pre_hook(
@@ -92,31 +103,43 @@ class ResidualBranches(AdapterLayer):
         if context is None:
             return
         context.shared[self, sub_layer] = stream
-        # A block that is recomputed has the adapters of its first run, whichever are active by then.
-        if (self, "adapters") not in context.shared:
-            context.shared[self, "adapters"] = list(self.adapters_with_rows(stream.shape[0], stream.device))
+        # A block that is recomputed has the adapters of its first run, whichever are active by then. OPT's MLP sees
+        # the tokens of all rows in one dimension, so the rows of an adapter are found for each size anew.
+        key = (self, "adapters", stream.shape[0])
+        if key not in context.shared:
+            context.shared[key] = list(self.adapters_with_rows(stream.shape[0], stream.device))
 
     def add_branch(self, sub_layer: str, output: Tensor) -> Tensor:
-        """Add the branches of the acting adapters to a sub-layer's output."""
+        """Add the branches of the acting adapters to a sub-layer's output.
+
+        Serial branches of several adapters read the sub-layer's own output, so their order is of no account.
+        """
         context = ForwardContext.current()
         # The same dropout may stand behind another sub-layer too: there is no stream to read there.
         stream = None if context is None else context.shared.pop((self, sub_layer), None)
         if context is None or stream is None:
             return output
-        for name, rows in context.shared[self, "adapters"]:
-            # The block multiplies the sum by `summand_scale`, which the branch must not get: divided out here.
+        total = output
+        for name, rows in context.shared[self, "adapters", stream.shape[0]]:
+            source = self.branch_source(name, sub_layer)
+            if not source:
+                continue
+            serial = source == "output"
+            x = output.reshape(stream.shape) if serial else stream
+            # The block multiplies the sum by `summand_scale`, which a parallel branch must not get: divided out here.
+            factor = 1.0 if serial else self.summand_scale
             if rows is None:
-                added = self.branch(name, sub_layer, stream)
-                output = output + (added / self.summand_scale).to(output.dtype).reshape(output.shape)
+                added = self.branch(name, sub_layer, x)
+                total = total + (added / factor).to(output.dtype).reshape(output.shape)
             else:
                 with on_rows(stream.shape[0], rows):
-                    added = self.branch(name, sub_layer, stream[rows])
-                output = output.index_add(0, rows, (added / self.summand_scale).to(output.dtype))
-        return output
+                    added = self.branch(name, sub_layer, x[rows])
+                total = total.index_add(0, rows, (added / factor).to(output.dtype))
+        return total
 
 
 class ResidualLayer(ResidualBranches):
-    """Base of methods with branches beside sub-layers, such as parallel adapters.
+    """Base of methods with branches beside or behind sub-layers, such as bottleneck adapters.
 
     A method supplies `initial_values` and `branch`.
 
@@ -234,7 +257,8 @@ def _connections_of(model: nn.Module, path: str, layer: ResidualBranches) -> tup
         )
     multiplier = FAMILIES[config.model_type].residual_multiplier
     layer.summand_scale = getattr(config, multiplier) if multiplier else 1.0
-    norm = layer.base_layer.get_submodule(wanted[0].norm_before or wanted[0].norm_after)
     if isinstance(layer, ResidualLayer):
-        layer.width = norm.weight.numel()
+        norms = [layer.base_layer.get_submodule(c.norm_before or c.norm_after) for c in wanted]
+        # The first block of ModernBERT has an identity in the place of its first norm.
+        layer.width = next(norm.weight.numel() for norm in norms if hasattr(norm, "weight"))
     return found

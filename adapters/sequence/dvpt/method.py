@@ -21,7 +21,18 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from peft_lab.errors import ConfigError
-from peft_lab.tuners import ForwardContext, MethodInfo, ResidualBranches, RowAdapters, insert, split
+from peft_lab.tuners import (
+    ForwardContext,
+    MethodInfo,
+    ResidualBranches,
+    RowAdapters,
+    bias_start,
+    bottleneck_output,
+    insert,
+    linear_start,
+    quick_gelu,
+    split,
+)
 from peft_lab.tuners.sequence import PromptState, StaticConfig, StoredPrompts, register_static
 
 METHOD = MethodInfo(
@@ -117,12 +128,11 @@ class DVPTLayer(ResidualBranches, StoredPrompts):
     def shared_values(self, adapter: str, config: DVPTConfig) -> dict[str, Tensor]:
         if self.share_key(config) is None:
             return {}
-        inner, outer = 1 / math.sqrt(self.width), 1 / math.sqrt(config.bottleneck)  # as nn.Linear starts
         return {
-            "dvpt_down": torch.empty(config.bottleneck, self.width).uniform_(-inner, inner),
-            "dvpt_down_bias": torch.empty(config.bottleneck).uniform_(-inner, inner),
-            "dvpt_up": torch.empty(self.width, config.bottleneck).uniform_(-outer, outer),
-            "dvpt_up_bias": torch.empty(self.width).uniform_(-outer, outer),
+            "dvpt_down": linear_start(config.bottleneck, self.width),
+            "dvpt_down_bias": bias_start(config.bottleneck, self.width),
+            "dvpt_up": linear_start(self.width, config.bottleneck),
+            "dvpt_up_bias": bias_start(self.width, config.bottleneck),
             "dvpt_gate": torch.zeros(1),
         }
 
@@ -163,21 +173,14 @@ class DVPTLayer(ResidualBranches, StoredPrompts):
         down, down_bias, up, up_bias, gate = (
             cast(Tensor, self.parameter(adapter, name)) for name in self.adapter_layer_names[2:]
         )
-        x = x.to(down.dtype)
         if self.configs[adapter].variant == "author_code":
-            z = _quick_gelu(linear(x, down, down_bias))
-        else:
-            # Cross-attention at the width of the bottleneck: prompts are queries, patches are keys and values.
-            tokens, prompts = split(linear(_quick_gelu(x), down, down_bias), places.count, places.at)
-            patches = tokens[:, self.stack.prefix_tokens :]
-            prompts = (prompts @ patches.mT / math.sqrt(self.width)).softmax(-1) @ patches
-            z = insert(tokens, prompts, places.at)
-        return gate * linear(z, up, up_bias)
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    """GELU approximated by x sigmoid(1.702 x)."""
-    return x * torch.sigmoid(1.702 * x)
+            return gate * bottleneck_output(x, down, down_bias, up, up_bias, quick_gelu)
+        # Cross-attention at the width of the bottleneck: prompts are queries, patches are keys and values.
+        x = x.to(down.dtype)
+        tokens, prompts = split(linear(quick_gelu(x), down, down_bias), places.count, places.at)
+        patches = tokens[:, self.stack.prefix_tokens :]
+        prompts = (prompts @ patches.mT / math.sqrt(self.width)).softmax(-1) @ patches
+        return gate * linear(insert(tokens, prompts, places.at), up, up_bias)
 
 
 register_static(METHOD, DVPTConfig, DVPTLayer)
