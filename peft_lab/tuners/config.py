@@ -96,6 +96,9 @@ class AdapterConfig(PeftConfig):
     #: True if it converts exactly to LoRA.
     exports_lora: ClassVar[bool] = False
 
+    #: Fields by which an adapter of a method without the capability `merge` can be merged all the same.
+    merge_fields: ClassVar[tuple[str, ...]] = ()
+
     #: Folder without weights that the config was read from; "" for none.
     read_alone: ClassVar[str] = ""
     #: The method's own choice of `backbone_eval`, that of the authors' code.
@@ -218,6 +221,11 @@ class AdapterConfig(PeftConfig):
         They are arguments of the model's forward with one value per row of the batch.
         """
         return ()
+
+    @property
+    def merges(self) -> bool:
+        """True if an adapter of this config can be merged; by default what the method's card declares."""
+        return self.info.can("merge")
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the config to plain values.

@@ -23,33 +23,18 @@ from peft_lab.backbones.family_table import declared_names
 from peft_lab.backbones.quantized_weight import dense_weight, quantization
 from peft_lab.backbones.sharded_weights import holds_shards, is_sharded, whole_weight
 from peft_lab.errors import ConfigError
-from peft_lab.registry import CAPABILITIES, MethodInfo
+from peft_lab.registry import MethodInfo
 from peft_lab.tuners.expert_layer import ExpertsLayer
+from peft_lab.tuners.merge_refusals import SHARDED_MERGE, check_mergeable
 from peft_lab.tuners.operations import StandIn
 from peft_lab.tuners.trained_tokens import TokenLayer
 
 #: A flag of a model's config, to be set when the merged model stands alone.
 Flag = tuple[Any, str]
-#: Error message for a base whose weights are sharded.
-SHARDED_MERGE = (
-    "The base is sharded over processes, and a merged weight would be lost when it is gathered; save the adapter, and "
-    "merge it in one process (`peft-lab merge`)."
-)
 #: Entry of a layer's metadata in a state dict: the adapters that are merged into its weight.
 _MERGED = "merged_adapters"
 #: What peft's wrappers of whole trained modules put into a path.
 _WRAPPERS = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
-
-
-def no_merge(info: MethodInfo) -> str:
-    """Error message for a method without the capability `merge`."""
-    reasons = {
-        "sequence": "its prompts are tokens of the sequence, and no weight of the base stands for them",
-        "head": "it gives the logits in place of the head, and no weight of the base stands for that",
-        "input": "it changes what goes into the base, and no weight of the base stands for that",
-    }
-    reason = reasons.get(info.place, f"it does not declare that it {CAPABILITIES['merge']}")
-    return f'Method "{info.name}" cannot be merged, because {reason}.'
 
 
 class MergeableLayer(StandIn, BaseTunerLayer):
@@ -158,9 +143,9 @@ class MergeableLayer(StandIn, BaseTunerLayer):
             ConfigError: an adapter is not active, comes after one that stays unmerged, or the merged weight is not
                 finite.
         """
-        if not self.info.can("merge"):
-            raise NotImplementedError(no_merge(self.info))
-        names = self.in_order([name for name in check_adapters_to_merge(self, adapter_names) if name in self.configs])
+        wanted = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.configs]
+        check_mergeable(self.info, [self.configs[name] for name in wanted])
+        names = self.in_order(wanted)
         if names == self.merged_adapters:
             return
         weight, bias = self.merged_values(names)
@@ -277,8 +262,7 @@ class MergingTuner(BaseTuner):
         return model
 
     def _check_merge_allowed(self) -> None:
-        if not self.info.can("merge"):
-            raise NotImplementedError(no_merge(self.info))
+        check_mergeable(self.info, [self.peft_config[name] for name in self.active_adapters])
         super()._check_merge_allowed()
 
     def _check_merge(self, adapter_names: list[str] | None, unload: bool = False) -> list[Flag]:
@@ -293,13 +277,12 @@ class MergingTuner(BaseTuner):
             NotImplementedError: the method cannot be merged.
             ConfigError: naming the adapter or the module that cannot.
         """
-        if not self.info.can("merge"):
-            raise NotImplementedError(no_merge(self.info))
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         names = self.active_adapters if adapter_names is None else adapter_names
         if unknown := [name for name in names if name not in self.peft_config]:
             raise ConfigError(f'There is no adapter "{unknown[0]}" to merge; there are: {", ".join(self.peft_config)}.')
+        check_mergeable(self.info, [self.peft_config[name] for name in names])
         if holds_shards(self.model):
             raise ConfigError(SHARDED_MERGE)
         created, merged = [], []

@@ -20,7 +20,7 @@ from support.properties import EVERY_OWN, KEEPS_HEAD, UNTRAINED
 from support.sharded_runs import TENSOR_PARALLEL, two
 from support.tiny_runs import environment, make_backbone, make_decoder, make_task, options, same_weights, weights
 
-from peft_lab.tuners.merging import SHARDED_MERGE
+from peft_lab.tuners.merge_refusals import SHARDED_MERGE
 
 METHODS = ["lora", *EVERY_OWN, *KEEPS_HEAD]
 #: Largest difference of a loss or a trained value from those of one process.
