@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft_lab.backbones.family_table import FAMILIES
 from peft_lab.backbones.heads import pretrained_parts
 from peft_lab.backbones.module_roles import class_heads, head_modules, modules_by_role
 from peft_lab.backbones.prefix_tokens import prefix_tokens
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
