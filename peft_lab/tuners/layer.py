@@ -8,7 +8,8 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -94,6 +95,14 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
         """
         return None
 
+    def shared_groups(self, adapter: str, config: Any) -> Mapping[Hashable, Callable[[], dict[str, Tensor]]]:
+        """Groups of shared parameters: key of the layers that share them -> function that makes their start values.
+
+        There is one, `shared_values` under `share_key`, unless a method shares some more widely than others: then they
+        are nested and stand from the narrowest to the widest, whose first layer may store them all.
+        """
+        return {self.share_key(config): partial(self.shared_values, adapter, config)}
+
     def adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """Base module's output with the named adapters on it."""
         raise NotImplementedError
@@ -147,8 +156,9 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
         device = self.base_weight.device
         values = self.initial_values(adapter, config)
         # The first layer of a share key stores the shared parameters, so that they are saved and trained once.
-        if self.owners.setdefault((adapter, self.share_key(config)), self) is self:
-            values = {**values, **self.shared_values(adapter, config)}
+        for key, make in self.shared_groups(adapter, config).items():
+            if self.owners.setdefault((adapter, key), self) is self:
+                values = {**values, **make()}
         for name, value in values.items():
             getattr(self, name)[adapter] = nn.Parameter(value.to(device=device, dtype=torch.float32))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -161,9 +171,11 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
         own: nn.ParameterDict = getattr(self, name)
         if adapter in own:
             return own[adapter]
-        owner = self.owners.get((adapter, self.share_key(self.configs[adapter])))
-        stored: nn.ParameterDict = getattr(owner, name, own)
-        return stored.get(adapter)
+        for key in self.shared_groups(adapter, self.configs[adapter]):
+            stored: nn.ParameterDict = getattr(self.owners.get((adapter, key)), name, own)
+            if adapter in stored:
+                return stored[adapter]
+        return None
 
     def row_input(self, name: str, x: Tensor) -> Tensor | None:
         """Value of a declared row input for each row of `x`.
@@ -208,18 +220,23 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
         return module_fingerprint(self.base_layer, self.base_weight)
 
     def derived_buffers(self) -> list[str]:
-        """Names of the buffers outside of the state dict, without those of the base module."""
-        found = []
+        """Names of the buffers that adapters fill once: outside of the state dict, or their frozen values.
+
+        Those of the base module are left out.
+        """
+        frozen = tuple(f"{name}." for name in self.other_param_names)
+        found = [name for name, _ in self.named_buffers() if name.startswith(frozen)]
         for path, module in self.named_modules():
             if not path.startswith("base_layer"):
                 found += [f"{path}.{name}".lstrip(".") for name in module._non_persistent_buffers_set]
-        return found
+        return sorted({*found})
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
         config = self.configs.get(adapter_name)
         if config is not None:
-            self.owners.pop((adapter_name, self.share_key(config)), None)
+            for key in self.shared_groups(adapter_name, config):
+                self.owners.pop((adapter_name, key), None)
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -53,13 +53,15 @@ def test_file_holds_exactly_the_adapter_and_the_head(base, method, family, tmp_p
     model = adapt(method, base)
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
-    prefix = model.base_model.prefix
+    prefix, buffers = model.base_model.prefix, dict(model.named_buffers())
     heads = tuple(f"base_model.model.{h}." for h in module_roles.head_modules(base))
-    assert len([k for k in state if f".{prefix}" in k]) == len(adapter_parameters(model))
+    # What is frozen in an adapter and cannot be made again from the base is saved too.
+    frozen = [value for name, value in model.state_dict().items() if f".{prefix}" in name and name in buffers]
+    assert len([k for k in state if f".{prefix}" in k]) == len(adapter_parameters(model)) + len(frozen)
     assert all(f".{prefix}" in k or k.startswith(heads) for k in state)
     own_names = set(adapter_parameters(model))
     saved = [p for n, p in model.named_parameters() if p.requires_grad or n in own_names]
-    assert sum(v.numel() for v in state.values()) == sum(p.numel() for p in saved)
+    assert sum(v.numel() for v in state.values()) == sum(p.numel() for p in [*saved, *frozen])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "README.md",
         "adapter_config.json",
