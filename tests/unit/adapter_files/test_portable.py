@@ -75,10 +75,11 @@ def _in_old_names(folder: Path, old: Callable[[str], str]) -> None:
     values = json.loads(path.read_text())
     if values.get("fingerprints"):
         values["fingerprints"] = {old(k): v for k, v in values["fingerprints"].items()}
-    if values["peft_type"].lower() in ON_BLOCKS:
-        values["target_modules"] = [old(name) for name in values["target_modules"]]
-    else:
+    targets = values["target_modules"]
+    if values["peft_type"].lower() not in ON_BLOCKS:
         values["target_modules"] = ["query", "value"]
+    elif isinstance(targets, list):  # a regex has the names of both versions
+        values["target_modules"] = [old(name) for name in targets]
     values["feedforward_modules"] = [] if "feedforward_modules" in values else None
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     path = folder / "base_fingerprint.json"
