@@ -82,7 +82,8 @@ class HeadConfig(AdapterConfig):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        values["modules_to_save"] = [name for name in values["modules_to_save"] or () if name != _NO_MODULE]
+        if values["modules_to_save"] == [_NO_MODULE]:
+            values["modules_to_save"] = []
         return values
 
     def no_choice(self, name: str) -> str:

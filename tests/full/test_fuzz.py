@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load, load_file
 from support.backbones import TINY, tiny_inputs
-from support.properties import EVERY, KEEPS_HEAD, ON_BLOCKS, adapt, config, move, output, text_or_image
+from support.properties import EVERY, KEEPS_HEAD, ON_FIXED, adapt, config, move, output, text_or_image
 from torch import nn
 
 from peft_lab.errors import PeftLabError
@@ -103,7 +103,7 @@ class _Net(nn.Module):
 def _adapted(method: str) -> tuple[nn.Module, dict[str, torch.Tensor], Any]:
     """A base as small as the method allows, what it is asked, and the method's adapter on a copy of it."""
     torch.manual_seed(0)
-    if method in (*ON_BLOCKS, *KEEPS_HEAD):
+    if method in (*ON_FIXED, *KEEPS_HEAD):
         base = TINY["resnet" if method in KEEPS_HEAD else text_or_image(method)]()
         return base, tiny_inputs(base), move(adapt(method, base))
     base = _Net()

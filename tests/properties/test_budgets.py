@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.properties import IMAGES, KEEPS_HEAD, METHODS, adapt
+from support.properties import HEADS, IMAGES, KEEPS_HEAD, METHODS, adapt
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -60,7 +60,7 @@ def _floor_flops(model: nn.Module, shape: tuple[int, ...]) -> int:
         return _flops(model, shape)
 
 
-@pytest.mark.parametrize("method", [*METHODS, *IMAGES, *KEEPS_HEAD])
+@pytest.mark.parametrize("method", [*METHODS, *IMAGES, *KEEPS_HEAD, *HEADS])
 def test_default_configuration_stays_within_its_budget(method, small, floor):
     model = adapt(method, small).train()
     flops, saved = registry.method(method).budget

@@ -11,6 +11,7 @@ from support.backbones import TINY, tiny_inputs
 from support.cover import MAIN, cover
 from support.properties import (
     EVERY_OWN,
+    HEADS,
     IMAGE_LOGITS,
     KEEPS_HEAD,
     METHODS,
@@ -124,7 +125,8 @@ def test_no_layers_at_all_are_refused(method):
 
 @own
 def test_regex_and_layers_do_not_contradict_in_silence(method):
-    with pytest.raises(ConfigError, match="takes no target_modules" if method in ON_STACKS else "regex"):
+    refused = {**dict.fromkeys(ON_STACKS, "takes no target_modules"), **dict.fromkeys(HEADS, "takes no layers_to")}
+    with pytest.raises(ConfigError, match=refused.get(method, "regex")):
         adapt(method, TINY["vit"](), layers_to_transform=[1], target_modules=r".*q_proj")
 
 
@@ -143,7 +145,7 @@ def test_exclude_modules_leaves_out(base, method, family):
 def test_modules_to_save_can_be_set_empty_or_otherwise(method, tmp_path):
     base = TINY["vit"]()
     assert adapt(method, base, modules_to_save=[]).peft_config["default"].modules_to_save == []
-    heads = [] if method in IMAGE_LOGITS else ["classifier"]
+    heads = [] if method in (*IMAGE_LOGITS, *HEADS) else ["classifier"]
     model = adapt(method, base, modules_to_save=[*heads, "layernorm"])
     assert any("layernorm.modules_to_save" in n for n, p in model.named_parameters() if p.requires_grad)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from support.backbones import tiny_inputs
 from support.cover import MAIN, each_place
-from support.properties import KEEPS_HEAD, METHODS, adapt, main_tensor, move, pairs
+from support.properties import HEADS, KEEPS_HEAD, METHODS, adapt, main_tensor, move, pairs
 
 from peft_lab.errors import ConfigError
 from peft_lab.serve.tenants import load_many
 
 
-@pairs([*METHODS, *KEEPS_HEAD], MAIN, each_place)
+@pairs([*METHODS, *KEEPS_HEAD, *HEADS], MAIN, each_place)
 def test_a_call_of_forward_is_a_call_of_the_module(method: str, family: str, base: Any) -> None:
     model = move(adapt(method, base)).eval()
     inputs = tiny_inputs(base)

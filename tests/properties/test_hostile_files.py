@@ -17,7 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from support.backbones import TINY
 from support.cover import cover, each_place
-from support.properties import EVERY, EVERY_OWN, ON_BLOCKS, config, equal_weights, move
+from support.properties import EVERY, EVERY_OWN, ON_FIXED, config, equal_weights, move
 from torch import nn
 
 from peft_lab.errors import PeftLabError
@@ -27,14 +27,14 @@ from peft_lab.loading.load_adapter import load_adapter
 
 def _model(method: str = "") -> nn.Module:
     """The base of a method: two linear layers, or a stack of blocks for prompts."""
-    if method in ON_BLOCKS:
+    if method in ON_FIXED:
         return TINY["vit"]()
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
 def _adapted(method: str) -> nn.Module:
-    fields = {} if method in ON_BLOCKS else {"target_modules": ["0", "2"]}
+    fields = {} if method in ON_FIXED else {"target_modules": ["0", "2"]}
     torch.manual_seed(0)
     return move(get_peft_model(_model(method), config(method, **fields)))
 
@@ -83,7 +83,7 @@ def _edit_weights(folder, change):
 
 def _first(state) -> str:
     """An entry of the adapter itself, not of a head."""
-    return next(key for key in sorted(state) if re.search(r"\.\d+\.", key))
+    return next(key for key in sorted(state) if re.search(r"\.\d+\.", key) or not key.endswith((".weight", ".bias")))
 
 
 def test_untouched_folder_loads(folder):
@@ -121,7 +121,7 @@ def test_missing_entry_is_refused(folder):
 def test_unknown_entry_is_refused(folder):
     def change(state):
         key = _first(state)
-        state[key.replace(".0.", ".7.", 1)] = state[key].clone()
+        state[re.sub(r"\.(0|classifier)\.", ".7.", key, count=1)] = state[key].clone()
 
     _edit_weights(folder, change)
     with pytest.raises(PeftLabError, match="unknown entr"):

@@ -21,10 +21,11 @@ from support.backbones import TINY, tiny_inputs, unknown
 from support.cover import MAIN, cover, each_place
 from support.properties import (
     EVERY_OWN,
+    HEADS,
     IMAGES,
     KEEPS_HEAD,
     METHODS,
-    ON_BLOCKS,
+    ON_FIXED,
     ON_OPS,
     OWN,
     adapt,
@@ -69,7 +70,7 @@ def test_file_holds_exactly_the_adapter_and_the_head(base, method, family, tmp_p
     ]
 
 
-@pairs([*OWN, *KEEPS_HEAD], MAIN)
+@pairs([*OWN, *KEEPS_HEAD, *HEADS], MAIN)
 def test_every_way_to_load_gives_the_same(base, method, family, tmp_path):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))
@@ -127,7 +128,7 @@ def test_auto_peft_model_for_images(method, tmp_path):
 def test_adapters_named_in_the_old_way_load(method, tmp_path):
     """Module names of transformers 4 in the config, the fingerprints and the file."""
     base = TINY["vit"]()
-    targets = {} if method in ON_BLOCKS else {"target_modules": ["q_proj", "v_proj"]}
+    targets = {} if method in ON_FIXED else {"target_modules": ["q_proj", "v_proj"]}
     model = move(adapt(method, base, **targets))
     expected = output(model, tiny_inputs(base))
     model.save_pretrained(tmp_path)
@@ -190,7 +191,7 @@ def test_empty_fields_of_a_newer_peft_are_read_and_others_refused(method, tmp_pa
 @pytest.mark.parametrize("method", cover(EVERY_OWN, each_place))
 def test_a_config_alone_is_read_and_loads_nothing(method, tmp_path):
     base = TINY[text_or_image(method)]()
-    fields = {} if method in ON_BLOCKS else {"target_modules": r".*(query|key)"}
+    fields = {} if method in ON_FIXED else {"target_modules": r".*(query|key)"}
     saved = config(method, **fields)
     saved.save_pretrained(tmp_path)
     for enter in READERS.values():
@@ -204,7 +205,7 @@ def test_a_config_alone_is_read_and_loads_nothing(method, tmp_path):
     assert PeftConfig.from_pretrained(tmp_path).inference_mode
 
 
-@pytest.mark.parametrize("method", [m for m in EVERY_OWN if m not in ON_BLOCKS])
+@pytest.mark.parametrize("method", [m for m in EVERY_OWN if m not in ON_FIXED])
 def test_a_slow_regex_of_a_config_alone_is_refused(method, tmp_path):
     config(method, target_modules=r"(a+)+b").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="for ever"):

@@ -8,6 +8,7 @@ from support.backbones import TINY, tiny_inputs
 from support.cover import MAIN
 from support.properties import (
     EVERY_OWN,
+    HEADS,
     ON_OPS,
     OWN,
     adapt,
@@ -26,7 +27,7 @@ from peft_lab import registry
 from peft_lab.errors import ConfigError
 
 
-@pairs(OWN, MAIN)
+@pairs([*OWN, *HEADS], MAIN)
 def test_mixed_batch_equals_each_row_alone(base, method, family):
     names = ["second", "__base__", "default", "second"]
     inputs = tiny_inputs(base, batch=4)
@@ -46,7 +47,7 @@ def test_mixed_batch_equals_each_row_alone(base, method, family):
         model.train()(**inputs, adapter_names=names)
 
 
-@pairs(OWN, ["bert", "llama", "vit"])
+@pairs([*OWN, *HEADS], ["bert", "llama", "vit"])
 def test_there_is_one_name_for_each_row(base, method, family):
     if not registry.method(method).can("mixed_batch"):
         pytest.skip("serves no mixed batches")

@@ -11,6 +11,7 @@ from support.backbones import TINY, tiny_inputs
 from support.cover import MAIN, cover
 from support.properties import (
     CONV_NETS,
+    HEADS,
     IMAGE_LOGITS,
     IMAGES,
     KEEPS_HEAD,
@@ -19,6 +20,7 @@ from support.properties import (
     OWN,
     SEQUENCE,
     TRAINED,
+    TRAINED_HEADS,
     UNTRAINED,
     adapt,
     adapter_parameters,
@@ -33,12 +35,12 @@ from support.properties import (
 from peft_lab.backbones import module_roles
 
 
-@pairs([*METHODS, *KEEPS_HEAD], TINY)
+@pairs([*METHODS, *KEEPS_HEAD, *HEADS], TINY)
 def test_only_what_is_declared_trains(base, method, family):
     if (method, family) == ("lora", "mobilenet_v2"):
         pytest.skip("peft's LoRA layer hides the stride that MobileNetV2 reads to pad")
     model = adapt(method, base).train()
-    heads = [] if method in (*IMAGE_LOGITS, *KEEPS_HEAD) else module_roles.head_modules(base)
+    heads = [] if method in (*IMAGE_LOGITS, *KEEPS_HEAD, *HEADS) else module_roles.head_modules(base)
     assert set(model.peft_config["default"].modules_to_save or ()) == set(heads)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -60,7 +62,7 @@ def test_only_what_is_declared_trains(base, method, family):
     assert len(changed & own_names) >= 0.6 * len(own_names & trainable)
 
 
-@pairs([*OWN, *KEEPS_HEAD], CONV_NETS)
+@pairs([*OWN, *KEEPS_HEAD, *HEADS], CONV_NETS)
 def test_training_leaves_running_statistics_to_the_base(base, method, family, tmp_path):
     """A loop of anybody's: `model.train()` and steps. What the norms of a conv net gather is in no adapter file."""
     inputs, other = tiny_inputs(base), tiny_inputs(base, batch=4)
@@ -101,7 +103,7 @@ def test_a_norm_that_is_trained_on_purpose_gathers_statistics(base, method, fami
     assert torch.equal(output(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), inputs), trained)
 
 
-@pairs([*TRAINED, *KEEPS_HEAD], MAIN)
+@pairs([*TRAINED, *KEEPS_HEAD, *TRAINED_HEADS], MAIN)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentrant):
     if not base.supports_gradient_checkpointing:
@@ -128,7 +130,7 @@ def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentr
     assert compared or reentrant
 
 
-@pairs([*TRAINED, *KEEPS_HEAD], MAIN)
+@pairs([*TRAINED, *KEEPS_HEAD, *TRAINED_HEADS], MAIN)
 def test_bfloat16_base_with_float32_adapter(base, method, family):
     model = adapt(method, copy.deepcopy(base).to(torch.bfloat16))
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
@@ -140,7 +142,7 @@ def test_bfloat16_base_with_float32_adapter(base, method, family):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
 
 
-@pairs([*TRAINED, *KEEPS_HEAD], MAIN)
+@pairs([*TRAINED, *KEEPS_HEAD, *TRAINED_HEADS], MAIN)
 def test_autocast_keeps_gradients_finite(base, method, family):
     model = adapt(method, base).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -151,7 +153,7 @@ def test_autocast_keeps_gradients_finite(base, method, family):
 
 #: What is compiled: one family of each sort is enough where the layers are those of the sequence.
 COMPILED = [(m, f) for m in ON_OPS for f in ("bert", "vit", "llama")]
-COMPILED += [(m, "llama") for m in SEQUENCE] + [(m, "vit") for m in (*IMAGES, *KEEPS_HEAD)]
+COMPILED += [(m, "llama") for m in SEQUENCE] + [(m, "vit") for m in (*IMAGES, *KEEPS_HEAD, *HEADS)]
 
 
 @pytest.mark.parametrize(("method", "family"), cover(COMPILED, lambda case: set() if case[0] in SEQUENCE else {"ops"}))

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from support.properties import IMAGE_LOGITS, IMAGES, KEEPS_HEAD, SEQUENCE
+from support.properties import HEADS, IMAGE_LOGITS, IMAGES, KEEPS_HEAD, SEQUENCE
 from support.tiny_runs import (
     FILLERS,
     WORDS,
@@ -27,7 +27,9 @@ from support.tiny_runs import (
 Row = dict[str, Any]
 
 #: Methods that models without a task head refuse; `bayes_prompt` trains a head alone.
-WITHOUT_HEAD = (*IMAGES, *KEEPS_HEAD, "head", "bayes_prompt")
+WITHOUT_HEAD = (*IMAGES, *KEEPS_HEAD, *HEADS, "head", "bayes_prompt")
+#: Methods that a head over the tokens of a text, the choices of a question or sounds refuses.
+OF_OTHER_PARTS = (*IMAGES, *KEEPS_HEAD, *HEADS)
 
 #: Rows of each split.
 SPLITS = {"train": 16, "validation": 8, "test": 12}
@@ -363,17 +365,17 @@ KINDS = {
     "audio_classification": KindRows(
         {"columns": {"audio": "audio", "label": "pitch"}},
         *(audio_classification, "pitch", ("audio",), make_audio_backbone, audio_features),
-        refuses=(*IMAGES, *KEEPS_HEAD, *SEQUENCE),
+        refuses=(*OF_OTHER_PARTS, *SEQUENCE),
     ),
     "image_segmentation": KindRows(
         _SEGMENTATION,
         *(image_segmentation, "classes", ("photo",), make_segmenter, segmentation_features),
-        refuses=(*IMAGES, *KEEPS_HEAD, *SEQUENCE),
+        refuses=(*OF_OTHER_PARTS, *SEQUENCE),
     ),
     "image_segmentation of patches": KindRows(
         _SEGMENTATION,
         *(image_segmentation, "classes", ("photo",), make_image_backbone, segmentation_features),
-        refuses=(*IMAGE_LOGITS, *KEEPS_HEAD),
+        refuses=(*IMAGE_LOGITS, *KEEPS_HEAD, *HEADS),
     ),
     "causal_lm": KindRows(
         {"template": {"prompt": "{prompt}", "answer": "{answer}"}, "max_new_tokens": 4},
@@ -423,10 +425,12 @@ KINDS = {
     "multiple_choice": KindRows(
         {"columns": {"question": "question", "choices": "endings", "answer": "right"}},
         *(multiple_choice, "right", ("question", "endings"), make_backbone),
+        refuses=OF_OTHER_PARTS,
     ),
     "multiple_choice of columns": KindRows(
         {"columns": {"context": "story", "question": "question", "choices": ["a", "b", "c"], "answer": "right"}},
         *(choices_in_columns, "right", ("story", "question", "a", "b", "c"), make_backbone),
+        refuses=OF_OTHER_PARTS,
     ),
     "regression": KindRows(
         {"columns": {"text": "sentence", "label": "score"}},
@@ -440,10 +444,12 @@ KINDS = {
     "token_classification": KindRows(
         {"columns": {"tokens": "words", "tags": "ner_tags"}},
         *(token_classification, "ner_tags", ("words",), make_backbone),
+        refuses=OF_OTHER_PARTS,
     ),
     "token_classification of spans": KindRows(
         {"columns": {"text": "sentence", "spans": "entities"}},
         *(spans, "entities", ("sentence",), make_backbone),
+        refuses=OF_OTHER_PARTS,
     ),
     "question_answering": KindRows(
         {
@@ -451,6 +457,7 @@ KINDS = {
             **{"max_length": 16, "doc_stride": 4},
         },
         *(question_answering, "answers", ("question", "context"), make_backbone),
+        refuses=OF_OTHER_PARTS,
         reads_padding=True,
     ),
     "question_answering of plain answers": KindRows(
@@ -459,6 +466,7 @@ KINDS = {
             **{"max_length": 16, "doc_stride": 4},
         },
         *(plain_answers, "answer", ("question", "context"), make_backbone),
+        refuses=OF_OTHER_PARTS,
         reads_padding=True,
     ),
 }

@@ -26,8 +26,10 @@ KEEPS_HEAD = [name for name in _ALL if has_trait(registry.method(name), "uses_so
 IMAGES = [name for name in _ALL if registry.method(name).can("images") and name not in KEEPS_HEAD]
 #: Those that leave the head of an image classifier untrained.
 IMAGE_LOGITS = [name for name in IMAGES if has_trait(registry.method(name), "produces_logits")]
+#: Those that replace the head of a classifier of whole rows: in `EVERY`, and in none of the next lists.
+HEADS = [name for name in _ALL if has_trait(registry.method(name), "replaces_head")]
 #: Every other registered method with an adapter of its own; LoRA stands among them as the yardstick.
-METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD)]
+METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD, *HEADS)]
 #: Those built on peft-lab's shared layers.
 OWN = [name for name in METHODS if not registry.method(name).module.startswith("peft.")]
 #: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
@@ -38,13 +40,16 @@ ON_OPS = [name for name in OWN if name not in (*SEQUENCE, *RESIDUAL)]
 #: Those that act on one stack, and those that are put on whole blocks.
 ON_STACKS = [*SEQUENCE, *IMAGES]
 ON_BLOCKS = [*ON_STACKS, *RESIDUAL]
+#: Those that choose their modules themselves.
+ON_FIXED = [*ON_BLOCKS, *HEADS]
 #: Those that leave out convolutions, and so conv nets.
 NO_CONVOLUTION = [name for name in ON_OPS if not registry.method(name).can("conv2d")]
 #: All of them, and those of peft-lab; `text_or_image` names a family of `backbones.TINY` that goes with each.
-EVERY, EVERY_OWN = [*METHODS, *IMAGES], [*OWN, *IMAGES]
+EVERY, EVERY_OWN = [*METHODS, *IMAGES, *HEADS], [*OWN, *IMAGES, *HEADS]
 #: Those whose values come from the training data: in a test, from `fill`.
-UNTRAINED = [name for name in OWN if has_trait(registry.method(name), "values_from_data")]
+UNTRAINED = [name for name in [*OWN, *HEADS] if has_trait(registry.method(name), "values_from_data")]
 TRAINED = [name for name in OWN if name not in UNTRAINED]
+TRAINED_HEADS = [name for name in HEADS if name not in UNTRAINED]
 #: Families of `backbones.TINY` whose blocks have no linear layer.
 CONVOLUTIONAL = ("resnet", "efficientnet", "mobilenet_v2")
 CONV_NETS = ("convnext", *CONVOLUTIONAL)
@@ -54,6 +59,11 @@ NO_SEQUENCE = (*CONV_NETS, "segformer", "wav2vec2")
 IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
 #: Those that classify images.
 CLASSIFIERS = (*IMAGE_CLASSIFIERS, "swin", *CONV_NETS)
+#: Those that classify texts.
+TEXT_CLASSIFIERS = (
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "deberta-v2", "modernbert", "mpnet"),
+    *("albert", "gpt2_classifier", "llama_classifier", "t5_classifier"),
+)
 #: Those with a place for a branch between attention and MLP.
 PRE_NORM = (*IMAGE_CLASSIFIERS, "dinov3_vit", "clip", "siglip")
 
@@ -74,6 +84,7 @@ def pairs(methods: Iterable[str], families: Iterable[str], needs: Needs = each_f
     found = [(m, f) for f in families for m in methods if not (m in (*SEQUENCE, *RESIDUAL) and f in NO_SEQUENCE)]
     found = [(m, f) for m, f in found if not (m in NO_CONVOLUTION and f in CONVOLUTIONAL)]
     found = [(m, f) for m, f in found if m not in KEEPS_HEAD or f in CLASSIFIERS]
+    found = [(m, f) for m, f in found if m not in HEADS or f in (*CLASSIFIERS, *TEXT_CLASSIFIERS)]
     found += [(m, f) for f in families for m in IMAGES if f in (IMAGE_CLASSIFIERS if m in IMAGE_LOGITS else PRE_NORM)]
     return pytest.mark.parametrize(("method", "family"), cover(found, needs))
 

@@ -22,6 +22,7 @@ from support.cover import cover, each_place
 from support.properties import (
     EVERY,
     EVERY_OWN,
+    HEADS,
     IMAGE_LOGITS,
     IMAGES,
     METHODS,
@@ -44,7 +45,8 @@ from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.foreign_adapters import adapt_folder, write_record
 from peft_lab.loading.load_adapter import load_adapter
 
-ALL = [*EVERY, "ia3"]
+#: Heads that stand in place of the base's belong to no module that is renamed, cut or joined.
+ALL = [*(method for method in EVERY if method not in HEADS), "ia3"]
 ON_PROJECTIONS = [name for name in ALL if name not in ON_BLOCKS]
 
 
