@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(file for folder in ("peft_lab", "adapters", "tasks") for file in (ROOT / folder).rglob("*.py"))
 #: Packages that may be absent, as they are imported; the tests of their users see to the sentence that asks for one.
 OPTIONAL = (
-    *("matplotlib", "ray", "rouge_score", "seqeval", "sacrebleu", "soundfile"),
+    *("matplotlib", "ray", "rouge_score", "seqeval", "sacrebleu", "soundfile", "ot"),
     *("onnx", "onnxruntime", "bitsandbytes", "torchao", "deepspeed"),
 )
 

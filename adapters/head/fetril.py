@@ -1,0 +1,72 @@
+"""FeTrIL: features of past classes are made from those of new ones, moved by the difference of the class means.
+
+Source: Petit et al. 2023, FeTrIL: Feature Translation for Exemplar-Free Class-Incremental Learning, arXiv:2211.13131.
+Written from the equations; in the authors' code the first 512 rows are not normalised, here all are.
+
+Outside of a protocol that brings classes one after the other there are no past classes, and FeTrIL is a linear support
+vector machine on unit features.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.metrics import pairwise_distances_argmin
+from sklearn.svm import LinearSVC
+
+from peft_lab.tuners.estimators import Array, ClassSums, LinearClassifier, unit_rows
+
+
+class FeTrIL(LinearClassifier):
+    """Linear support vector machine with translated features of past classes.
+
+    A past class p has the pseudo-features x - mean_n + mean_p, with the rows x of the new class n whose mean is nearest
+    to its own. All rows are then divided by their norms.
+
+    Args:
+        C: inverse weight of the regulariser.
+        tol: tolerance of the solver.
+        max_iter: most iterations of the solver.
+    """
+
+    unit_norm = True
+
+    def __init__(self, C: float = 1.0, tol: float = 1e-4, max_iter: int = 1000) -> None:
+        self.C = C
+        self.tol = tol
+        self.max_iter = max_iter
+
+    def fit(self, X: Array, y: Array) -> FeTrIL:
+        """Fit to features (rows, width) of the first classes."""
+        X, y = self._labelled(X, y)
+        self.sums_ = ClassSums(X.shape[1])
+        return self._add(X, y)
+
+    def partial_fit(self, X: Array, y: Array, classes: Array | None = None) -> FeTrIL:
+        """Add the rows of further classes; classes without rows in this call are past ones."""
+        if not hasattr(self, "sums_"):
+            return self.fit(X, y)
+        return self._add(*self._labelled(X, y, reset=False))
+
+    def _add(self, X: Array, y: Array) -> FeTrIL:
+        self.sums_.add(X, y)
+        self.classes_ = self.sums_.classes
+        rows, labels = self.pseudo_features(X, y)
+        solver = LinearSVC(C=self.C, tol=self.tol, dual=False, max_iter=self.max_iter)
+        solver.fit(unit_rows(rows), labels)
+        self.n_iter_ = solver.n_iter_
+        self._set_linear(solver.coef_, solver.intercept_)
+        return self
+
+    def pseudo_features(self, X: Array, y: Array) -> tuple[Array, Array]:
+        """Rows of the new classes, and translated ones of the past classes, with their labels."""
+        is_new = np.isin(self.classes_, y)
+        new, past = np.flatnonzero(is_new), np.flatnonzero(~is_new)
+        rows, labels = [X], [y]
+        if len(past):
+            means = self.sums_.means
+            nearest = new[pairwise_distances_argmin(means[past], means[new])]
+            for index, source in zip(past, nearest, strict=True):
+                own = X[y == self.classes_[source]]
+                rows.append(own - means[source] + means[index])
+                labels.append(np.full(len(own), self.classes_[index]))
+        return np.concatenate(rows), np.concatenate(labels)

@@ -1,0 +1,63 @@
+"""Nearest class mean: a row belongs to the class whose mean feature is nearest.
+
+Source: Mensink et al. 2013, Distance-Based Image Classification; as a baseline of continual learning, Janson et al.
+2022, arXiv:2210.04428.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from peft_lab.tuners.estimators import Array, ClassSums, LinearClassifier, unit_rows
+
+
+class NearestMean(LinearClassifier):
+    """Nearest class mean, with running means.
+
+    Args:
+        metric: "euclidean", whose scores are -|x - mean|² / 2, or "cosine", whose scores are `temperature` times the
+            cosine of row and mean.
+        temperature: factor of the cosines; no effect on the class that is predicted.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+
+    def __init__(self, metric: str = "euclidean", temperature: float = 16.0) -> None:
+        self.metric = metric
+        self.temperature = temperature
+
+    @property
+    def unit_norm(self) -> bool:
+        return self.metric == "cosine"
+
+    @property
+    def squared_distance(self) -> bool:
+        return self.metric == "euclidean"
+
+    def fit(self, X: Array, y: Array) -> NearestMean:
+        """Average the features (rows, width) of each class."""
+        X, y = self._labelled(X, y)
+        self.sums_ = ClassSums(X.shape[1])
+        return self._add(X, y)
+
+    def partial_fit(self, X: Array, y: Array, classes: Array | None = None) -> NearestMean:
+        """Add rows, of known classes or new ones, which need not be announced in `classes`."""
+        if not hasattr(self, "sums_"):
+            return self.fit(X, y)
+        return self._add(*self._labelled(X, y, reset=False))
+
+    def _add(self, X: Array, y: Array) -> NearestMean:
+        if self.metric not in ("euclidean", "cosine"):
+            raise ValueError(f'metric="{self.metric}" must be euclidean or cosine.')
+        self.sums_.add(X, y)
+        self.classes_, self.counts_ = self.sums_.classes, self.sums_.counts
+        means = self.sums_.means
+        if self.metric == "cosine":
+            self._set_linear(self.temperature * unit_rows(means), np.zeros(len(means)))
+            return self
+        # Around their centre the means are small, so that float32 holds their distances.
+        center = means.mean(0)
+        coef = means - center
+        self._set_linear(coef, -(coef**2).sum(1) / 2, center)
+        return self

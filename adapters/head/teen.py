@@ -1,0 +1,61 @@
+"""TEEN: prototypes of new classes, moved towards those of similar base classes.
+
+Source: Wang et al. 2023, Few-Shot Class-Incremental Learning via Training-Free Prototype Calibration,
+arXiv:2312.05229. Written from the equations.
+
+Outside of a protocol that brings classes one after the other there are no new classes, and TEEN is the nearest mean by
+cosine.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import softmax
+
+from peft_lab.tuners.estimators import Array, ClassSums, LinearClassifier, unit_rows
+
+
+class TEEN(LinearClassifier):
+    """Cosine classifier with calibrated prototypes of new classes.
+
+    The classes of the first call are the base classes, those that come later are new. With unit vectors c of the class
+    means, a new prototype is (1 - alpha) c_new + alpha norm(sum_b softmax_b(temperature cos(c_new, c_b)) c_b).
+
+    Args:
+        alpha: share of the base classes in a new prototype, 0 to 1.
+        temperature: factor of the cosines, of the calibration and of the scores.
+        base_classes: the first of the sorted classes that are base classes; None for those of the first call.
+    """
+
+    unit_norm = True
+
+    def __init__(self, alpha: float = 0.5, temperature: float = 16.0, base_classes: int | None = None) -> None:
+        self.alpha = alpha
+        self.temperature = temperature
+        self.base_classes = base_classes
+
+    def fit(self, X: Array, y: Array) -> TEEN:
+        """Average the features (rows, width) of the base classes."""
+        X, y = self._labelled(X, y)
+        self.sums_ = ClassSums(X.shape[1])
+        self.base_ = np.unique(y)[: self.base_classes]
+        return self._add(X, y)
+
+    def partial_fit(self, X: Array, y: Array, classes: Array | None = None) -> TEEN:
+        """Add rows; classes that the first call did not have are new ones, and are calibrated."""
+        if not hasattr(self, "sums_"):
+            return self.fit(X, y)
+        return self._add(*self._labelled(X, y, reset=False))
+
+    def _add(self, X: Array, y: Array) -> TEEN:
+        self.sums_.add(X, y)
+        self.classes_ = self.sums_.classes
+        prototypes = unit_rows(self.sums_.means)
+        is_base = np.isin(self.classes_, self.base_)
+        base, new = prototypes[is_base], prototypes[~is_base]
+        similar = unit_rows(softmax(self.temperature * new @ base.T, axis=1) @ base)
+        prototypes[~is_base] = (1 - self.alpha) * new + self.alpha * similar
+        # A cosine classifier divides each prototype by its norm.
+        coef = self.temperature * unit_rows(prototypes)
+        self._set_linear(coef, np.zeros(len(coef)))
+        return self
