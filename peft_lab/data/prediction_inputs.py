@@ -50,8 +50,10 @@ def read_inputs(inputs: Sequence[Any], endings: Sequence[str] = ()) -> list[Any]
     expanded: list[Any] = []
     for value in inputs:
         expanded += _expanded(value, endings) if isinstance(value, str | Path) else [value]
+    # a file may be an input itself, whatever its ending means for other kinds
+    others = [value for value in expanded if not str(value).lower().endswith(tuple(endings))] if endings else expanded
     # a text may end like the name of a file of rows, so among several inputs only those that are there count
-    rows = [value for value in expanded if _row_ending(value) and (len(expanded) == 1 or os.path.isfile(_path(value)))]
+    rows = [value for value in others if _row_ending(value) and (len(expanded) == 1 or os.path.isfile(_path(value)))]
     if not rows:
         _check_files(expanded, endings)
         return expanded
@@ -202,7 +204,9 @@ def _row_ending(value: Any) -> str:
 def _check_files(values: Sequence[Any], endings: Sequence[str]) -> None:
     """Check that inputs which must be files are there, before a model is loaded for them."""
     for value in values if endings else ():
-        if isinstance(value, str | Path) and not os.path.isfile(_path(value)):
+        # a text of several lines, such as a point cloud, is the input itself
+        named = isinstance(value, str | Path) and "\n" not in str(value)
+        if named and not os.path.isfile(_path(value)):
             folder = Path(_path(value)).parent
             near = did_you_mean(Path(value).name, [path.name for path in folder.iterdir()]) if folder.is_dir() else ""
             raise ConfigError(f'There is no file "{value}" to predict for.{near}')

@@ -345,6 +345,29 @@ def make_segmenter(folder: Path) -> Path:
     return folder
 
 
+def cloud(draw: random.Random, name: str) -> list[list[float]]:
+    """Points of a noisy ball, bar or plate, 60 to 90 of them."""
+    import numpy as np
+
+    noise = np.random.default_rng(draw.randrange(2**32))
+    points = (
+        noise.normal(size=(draw.randint(60, 90), 3)) * {"ball": (1, 1, 1), "bar": (9, 1, 1), "plate": (9, 1, 9)}[name]
+    )
+    return points.astype(np.float32).tolist()
+
+
+def point_clouds(count: int, seed: int) -> list[Row]:
+    draw, names = random.Random(seed), ("ball", "bar", "plate")
+    return [{"points": cloud(draw, names[i % 3]), "shape": names[i % 3]} for i in range(count)]
+
+
+def inline_clouds(count: int, seed: int) -> list[Row]:
+    found = []
+    for row in point_clouds(count, seed):
+        found.append({**row, "points": "\n".join(" ".join(map(repr, point)) for point in row["points"])})
+    return found
+
+
 _SEGMENTATION = {"columns": {"image": "photo", "mask": "classes"}, "labels": ["ground", "bright", "dark"]}
 
 #: A kind that is registered and stands not here fails the tests. Words behind its name tell several entries apart.
@@ -366,6 +389,16 @@ KINDS = {
         {"columns": {"audio": "audio", "label": "pitch"}},
         *(audio_classification, "pitch", ("audio",), make_audio_backbone, audio_features),
         refuses=(*OF_OTHER_PARTS, *SEQUENCE),
+    ),
+    "point_cloud_classification": KindRows(
+        {"columns": {"points": "points", "label": "shape"}, "num_points": 48},
+        *(point_clouds, "shape", ("points",), make_image_backbone),
+        refuses=tuple(KEEPS_HEAD),
+    ),
+    "point_cloud_classification of lines": KindRows(
+        {"columns": {"points": "points", "label": "shape"}, "num_points": 48, "random_rotation": 90.0},
+        *(inline_clouds, "shape", ("points",), make_image_backbone),
+        refuses=tuple(KEEPS_HEAD),
     ),
     "image_segmentation": KindRows(
         _SEGMENTATION,
