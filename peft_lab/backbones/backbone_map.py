@@ -135,6 +135,47 @@ class BackboneMap:
                     return known.index(numbers)
         return None
 
+    def depth(self, path: str) -> tuple[int, int] | None:
+        """Return the depth of a path in its stack, and the number of blocks of the stack.
+
+        Blocks count from 1 in the order of all stages; the modules in front of the first block have the depth 0. None
+        behind the blocks, in the head, and for modules that hold the stack.
+        """
+        path = WRAPPED.sub("", path)
+        for index, tower in enumerate(self.towers):
+            for block in tower.family.blocks:
+                known, numbers = self.block_numbers(index, block), tower.block_numbers(block, path)
+                if numbers in known:
+                    return known.index(numbers) + 1, len(known)
+        owners = [name for name in self._before_blocks if path.startswith(f"{name}.")]
+        return (0, self._before_blocks[owners[-1]]) if owners else None
+
+    @cached_property
+    def _before_blocks(self) -> dict[str, int]:
+        """Modules in front of the first block of a tower -> number of blocks of its stack."""
+        found: dict[str, int] = {}
+        for index, tower in enumerate(self.towers):
+            for block in tower.family.blocks:
+                inside = self._inside(index, block)
+                first = next((name for name in self.names if name in inside), None)
+                if first is None:
+                    continue
+                root = f"{tower.path}." if tower.path else ""
+                count = len(self.block_numbers(index, block))
+                for name in self.names[: self.names.index(first)]:
+                    if name.startswith(root) and not first.startswith(f"{name}.") and name not in self._headed:
+                        found.setdefault(name, count)
+        return found
+
+    @cached_property
+    def _headed(self) -> set[str]:
+        """Names of the modules in a block or in the task head."""
+        found = {name for name in self.names if name.startswith(tuple(f"{head}." for head in self.heads))}
+        for index, tower in enumerate(self.towers):
+            for block in tower.family.blocks:
+                found.update(self._inside(index, block))
+        return found | set(self.heads)
+
     def _inside(self, index: int, block: str) -> dict[str, tuple[int, ...]]:
         """Return the indices of its block for each name in one."""
         if (index, block) not in self._blocks:

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.runs.data_flags import data_flags
+from peft_lab.runs.optimization import NAMES
 from peft_lab.runs.run_config import FALSE, REFUSED, TRUE, RunConfig, training_argument_fields
 
 #: Flags that start several processes, which are no options of the run, with their help.
@@ -52,9 +53,12 @@ def argument_parser() -> argparse.ArgumentParser:
         "run_file", nargs="?", default=None, metavar="RUN.yaml", help="A file with any of these options."
     )
     own = parser.add_argument_group("the run")
+    optimization = parser.add_argument_group("the optimization")
     for spec in fields(RunConfig):
         if spec.name != "training_arguments":
-            _add(own, spec.name, str(spec.type), spec.metadata["help"], several=spec.name == "method_args")
+            several = str(spec.type).startswith(("dict", "list"))
+            group = optimization if spec.name in NAMES else own
+            _add(group, spec.name, str(spec.type), spec.metadata["help"], several)
     data = parser.add_argument_group("your own data, for which a task file is written")
     for name, text in data_flags().items():
         _add(data, name, "", text, several=False)

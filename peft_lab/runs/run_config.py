@@ -21,6 +21,7 @@ from peft_lab import registry
 from peft_lab.backbones.quantized_loading import FORMS, check_form, spell_out
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.runs.data_flags import with_task
+from peft_lab.runs.optimization import OptimizationOptions, check_optimization
 from peft_lab.utils import source_reader
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -34,7 +35,7 @@ REFUSED = {
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(OptimizationOptions):
     """One training run: task + backbone + method + training arguments.
 
     Values are read as the types of their fields when it is made, so `"1e-3"` and `1e-3` are the same learning rate.
@@ -80,23 +81,6 @@ class RunConfig:
         default=None,
         metadata={"help": "Stop after this many evaluations without a better one, and keep the best (off by default)."},
     )
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the task head, if it differs from --learning_rate."}
-    )
-    alternating_every: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train the method's learned activation in turn, once after this many steps, on training rows that "
-            "are held out for it alone: bi-level training, as of IAPT. Without it, it trains as everything else does."
-        },
-    )
-    alternating_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of these steps (1e-6 by default)."}
-    )
-    alternating_fraction: float | None = field(
-        default=None,
-        metadata={"help": "Share of the training rows that is held out, drawn by the run's seed (0.1 by default)."},
-    )
     packing: bool = field(
         default=False,
         metadata={"help": "Join the training rows of a decoder to sequences of max_length tokens without padding."},
@@ -122,9 +106,9 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        read: dict[str, Any] = {"method_args": method_args(self.method_args)}
+        read: dict[str, Any] = {name: read_pairs(name, getattr(self, name)) for name in PAIRS}
         for spec in fields(self):
-            if spec.name not in ("method_args", "training_arguments"):
+            if spec.name not in (*PAIRS, "training_arguments"):
                 read[spec.name] = convert(spec.name, str(spec.type), getattr(self, spec.name))
         known = training_argument_fields()
         check_keys(self.training_arguments, known, "training_arguments")
@@ -186,12 +170,10 @@ class RunConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}; leave it out for no limit.")
         self._check_time()
-        self._check_alternating(info)
+        check_optimization(self, self.training_arguments, info, vars(self))
         self._check_chunks()
         if self.examples_per_class is not None and self.max_train_samples is not None:
             raise ConfigError("examples_per_class and max_train_samples both choose the examples; give one of them.")
-        if self.head_learning_rate is not None and self.head_learning_rate <= 0:
-            raise ConfigError(f"head_learning_rate must be positive, got {self.head_learning_rate}.")
         for name, mend in REFUSED.items():
             if self.training_arguments.get(name) not in (None, True):
                 raise ConfigError(f"{name}={self.training_arguments[name]} has no meaning here: {mend}.")
@@ -228,25 +210,6 @@ class RunConfig:
             if self.training_arguments.get(name):
                 raise ConfigError(f"loss_chunk_size has no place for {name}; leave one of them out.")
 
-    def _check_alternating(self, info: registry.MethodInfo) -> None:
-        every, rate, fraction = (getattr(self, name) for name in ALTERNATING)
-        if every is None:
-            given = next((name for name in ALTERNATING if getattr(self, name) is not None), None)
-            if given is not None:
-                raise ConfigError(f"{given}={getattr(self, given)} has no effect without alternating_every; give both.")
-            return
-        if not registry.learns_activation(info):
-            raise ConfigError(
-                f'alternating_every={every} is for methods that learn an activation, and "{info.name}" has none; '
-                "leave it out."
-            )
-        if every < 1:
-            raise ConfigError(f"alternating_every must be at least 1, got {every}.")
-        if rate is not None and rate <= 0:
-            raise ConfigError(f"alternating_learning_rate must be positive, got {rate}.")
-        if fraction is not None and not 0 < fraction <= 0.5:
-            raise ConfigError(f"alternating_fraction must be over 0 and at most 0.5, got {fraction}.")
-
     def to_dict(self) -> dict[str, Any]:
         """Flat plain values that `from_mapping` reads back; unset options are left out."""
         values = asdict(self)
@@ -266,8 +229,8 @@ class RunConfig:
         }
 
 
-#: Options of bi-level training.
-ALTERNATING = ("alternating_every", "alternating_learning_rate", "alternating_fraction")
+#: Options that are mappings, given as `key=value` on the command line -> an example.
+PAIRS = {"method_args": "rank=8", "learning_rates": "attn.q=1e-3"}
 
 _COUNTS = (
     *("max_train_samples", "max_eval_samples", "max_test_samples", "examples_per_class"),
@@ -309,8 +272,9 @@ def load_run(
         where = f'"{file}"'
     overrides = dict(overrides or {})
     # a flag `--method_args rank=8` changes that argument and leaves the others of the file
-    if "method_args" in overrides:
-        overrides["method_args"] = {**method_args(values.get("method_args")), **method_args(overrides["method_args"])}
+    for name in PAIRS:
+        if name in overrides:
+            overrides[name] = {**read_pairs(name, values.get(name)), **read_pairs(name, overrides[name])}
     nested = values.pop("training_arguments", None) or {}
     # flattened first, so that a flag also wins over one that the file nests
     return RunConfig.from_mapping(with_task({**values, **nested, **overrides}), where)
@@ -336,7 +300,12 @@ def read_run_file(path: str | Path) -> dict[str, Any]:
 
 
 def method_args(value: Any) -> dict[str, Any]:
-    """Read `method_args`: a mapping, or `key=value` texts.
+    """Read `method_args`, as `read_pairs` does."""
+    return read_pairs("method_args", value)
+
+
+def read_pairs(name: str, value: Any) -> dict[str, Any]:
+    """Read an option that is a mapping, or `key=value` texts.
 
     Raises:
         ConfigError: a text without "=".
@@ -350,7 +319,7 @@ def method_args(value: Any) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = str(pair).partition("=")
         if not equals or not key:
-            raise ConfigError(f'method_args takes key=value, got "{pair}"; for example rank=8.')
+            raise ConfigError(f'{name} takes key=value, got "{pair}"; for example {PAIRS[name]}.')
         found[key.strip()] = _plain(text.strip())
     return found
 

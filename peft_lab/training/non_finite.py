@@ -124,6 +124,6 @@ def _cause(trainer: Any) -> str:
     if trainer.state.global_step == 0:
         return "no weight has been updated yet, so look for numbers in the data or in the base that are not finite"
     rate = f"the learning rate {args.learning_rate:g}"
-    if trainer.head_learning_rate is not None:
-        rate += f" or that of the head, {trainer.head_learning_rate:g},"
+    if trainer.optimization.head_learning_rate is not None:
+        rate += f" or that of the head, {trainer.optimization.head_learning_rate:g},"
     return f"most likely {rate} is too high, so pass a lower one with --overwrite_output_dir"

@@ -28,7 +28,7 @@ from peft_lab.data.row_maps import map_options, recorded_reads
 from peft_lab.data.splits import Splits, load_splits
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task
-from peft_lab.errors import ConfigError, WriteError
+from peft_lab.errors import WriteError
 from peft_lab.hub.model_card import write_card
 from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_run import adapt, load_base, method_config
@@ -38,18 +38,20 @@ from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import own_tasks, run_folder
 from peft_lab.runs.run_config import RunConfig
-from peft_lab.training.arguments import as_run_config, build_or_refuse, check_best_metric, training_arguments
+from peft_lab.training.arguments import as_run_config, check_best_metric, training_arguments
 from peft_lab.training.baseline_scores import of_untouched_base, split_of_base, without_input
-from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
 from peft_lab.training.chunked_loss import chunked_loss
 from peft_lab.training.drawn_rows import DrawnRows, draws_few, known_rows
-from peft_lab.training.model_rows import HELD_OUT, check_options, chosen_rows, hold_out, model_rows
-from peft_lab.training.packing import packed_collator, packed_length
+from peft_lab.training.learning_rates import rate_record
+from peft_lab.training.model_rows import check_options, chosen_rows, hold_out, model_rows
+from peft_lab.training.packing import packed_length
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.run_inputs import base_hash, check_finished, check_inputs, inputs_of, load_finished
 from peft_lab.training.run_metrics import class_name, data_record, parameter_counts
+from peft_lab.training.run_trainer import build_trainer
 from peft_lab.training.trainer import LabTrainer, scores
+from peft_lab.training.weighted_loss import read_row_weights, weights_digest
 from peft_lab.tuners.registration import has_trait
 from peft_lab.utils import strict_json
 from peft_lab.utils.atomic_files import write_errors, write_text
@@ -57,7 +59,7 @@ from peft_lab.utils.interruption import going_on
 from peft_lab.utils.versions import device_name, versions
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
+    from transformers import EvalPrediction, PreTrainedModel
 
     from peft_lab.data.task_schema import Task
 
@@ -159,6 +161,8 @@ class _Run:
         #: Split that is evaluated, and predictions for its rows; test comes last, if there is one.
         self.scored = "validation"
         self.items: Predictions | None = None
+        #: Weights of the training rows; None without any.
+        self.row_weights: list[float] | None = None
         #: Options of the task that were chosen on the validation rows.
         self.tuned: dict[str, Any] = {}
 
@@ -175,6 +179,8 @@ class _Run:
         self._load()
         if self.keeps_record:
             self.inputs = inputs_of(self.config, self.rows, self.base, self.splits, self.raw["train"], self.reads)
+            if self.row_weights is not None:
+                self.inputs["data"]["row_weights"] = weights_digest(self.row_weights)
         if checkpoint is not None:
             check_inputs(checkpoint, self.inputs, own=Path(checkpoint).parent.resolve() == self.folder.resolve())
         self._build_trainer()
@@ -255,6 +261,8 @@ class _Run:
         self.raw = chosen_rows(self.config, self.splits, seed)
         if self.config.alternating_every is not None:
             self.raw |= hold_out(self.config, self.task, self.model, self.raw["train"], seed)
+        if self.config.row_weight_column is not None:
+            self.row_weights = read_row_weights(self.task, self.config.row_weight_column, self.raw["train"])
         drops, packed = bool(self.arguments.remove_unused_columns), None
         if self.config.packing:
             packed = packed_length(self.info, self.kind, self.processor, self.task, self.model)
@@ -273,39 +281,19 @@ class _Run:
         overwrite = self.config.overwrite_cache and self.process.is_main_process
         return map_options(self.config.preprocessing_num_workers, overwrite)
 
-    def _callbacks(self) -> list[TrainerCallback]:
-        config = self.config
-        found: list[TrainerCallback] = []
-        if config.early_stopping_patience is not None:
-            found.append(EarlyStoppingCallback(config.early_stopping_patience))
-        if config.alternating_every is not None:
-            rate = config.alternating_learning_rate or LEARNING_RATE
-            found.append(AlternatingActivation(self.rows[HELD_OUT], config.alternating_every, rate))
-        return found
-
     def _build_trainer(self) -> None:
-        chunked = self.config.loss_chunk_size is not None
-        if chunked and not self.kind.scores_tokens:
-            raise ConfigError(f'loss_chunk_size is for decoders that write; kind "{self.kind.name}" has no such loss.')
-        collator = self.kind.data_collator(self.processor, self.task, self.model)
-        if self.config.packing:
-            collator = packed_collator(collator, self.processor, self.model, self.rows["train"])
-        self.trainer = build_or_refuse(
-            LabTrainer,
-            model=self.model,
-            args=self.arguments,
-            train_dataset=self.rows["train"],
-            eval_dataset=self.rows["validation"],
-            processing_class=self.processor,
-            data_collator=collator,
+        self.trainer = build_trainer(
+            self.config,
+            self.arguments,
+            self.kind,
+            self.task,
+            self.labels,
+            self.processor,
+            self.model,
+            self.rows,
+            self.row_weights,
             compute_metrics=self._scores_of_rows,
-            # a loss in chunks makes no logits
-            preprocess_logits_for_metrics=None if chunked else self.kind.preprocess_logits_for_metrics,
-            keeps_labels=self.kind.keeps_labels,
-            callbacks=self._callbacks(),
-            head_learning_rate=self.config.head_learning_rate,
             head_modules=self.head_modules,
-            max_seconds=self.config.max_seconds,
             inputs=self.inputs,
         )
         if isinstance(self.rows["train"], DrawnRows):
@@ -389,6 +377,7 @@ class _Run:
             "main_metric": self.task.main_metric,
             **comparison(scores, baselines, self.task.main_metric),
             "learning_rate": self.arguments.learning_rate,
+            "learning_rates": rate_record(self.trainer.optimizer),
             "seed": self.arguments.seed,
             "global_step": self.trainer.state.global_step,
             # of a stream, Trainer gives the share of max_steps

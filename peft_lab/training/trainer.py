@@ -17,14 +17,18 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from peft_lab.backbones.frozen_norms import set_frozen_norms
 from peft_lab.data.row_stream import RowStream
 from peft_lab.hub.push import create_repository, push
+from peft_lab.runs.optimization import OptimizationOptions, read_phases
 from peft_lab.training.callbacks.notebook import name_splits
 from peft_lab.training.checkpoint_manifest import WriteManifest
 from peft_lab.training.checkpoints import order_times
+from peft_lab.training.learning_rates import phase_schedule, rates_of_parameters, split_groups
 from peft_lab.training.model_rows import plain_errors_of_workers
 from peft_lab.training.non_finite import NonFiniteGuard, check_evaluation, check_weights
 from peft_lab.training.read_training_data import ReadTrainingData
 from peft_lab.training.sharding import gather_adapter, prepare_sharding
+from peft_lab.training.sharpness import SharpnessAware, check_sharpness
 from peft_lab.training.step_timer import StepTimer, factor
+from peft_lab.training.weighted_loss import WeightedLoss
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.operations import ExpertWeight
 from peft_lab.utils import strict_json, verbosity
@@ -51,7 +55,8 @@ class LabTrainer(Trainer):
     - No pickle is written beside the weights. A push uploads what `peft-lab push` does, when the run is over.
 
     Args:
-        head_learning_rate: learning rate of the parameters below `head_modules`, if it is to differ.
+        optimization: options of the run for its learning rates, schedule, sharpness and weights.
+        weighted_loss: loss in place of the model's own, for rows or tokens with weights.
         head_modules: module paths of the task head, as they were before the adapter was put on.
         max_seconds: end training after this time of steps; the learning rate then falls to 0 over time, not steps.
         inputs: what is trained on, for the manifest of each checkpoint (`run_inputs.inputs_of`).
@@ -65,7 +70,8 @@ class LabTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        head_learning_rate: float | None = None,
+        optimization: OptimizationOptions | None = None,
+        weighted_loss: WeightedLoss | None = None,
         head_modules: Sequence[str] = (),
         max_seconds: float | None = None,
         inputs: Mapping[str, Any] | None = None,
@@ -87,7 +93,12 @@ class LabTrainer(Trainer):
         self.add_callback(_HandOnEpoch(self.data_collator))
         self._reader = ReadTrainingData()
         self.add_callback(self._reader)
-        self.head_learning_rate = head_learning_rate
+        self.optimization = optimization or OptimizationOptions()
+        self._weighted_loss = weighted_loss
+        self._sharpness: SharpnessAware | None = None
+        if self.optimization.sam_rho is not None:
+            check_sharpness(self)
+            self._sharpness = SharpnessAware(self.optimization.sam_rho)
         self.head_modules = tuple(head_modules)
         self._loss_divides: bool | None = None
         self._guard = NonFiniteGuard()
@@ -116,23 +127,16 @@ class LabTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer, with groups of their own for the head's parameters.
-
-        They differ only where `head_learning_rate` is set.
-        """
+        """Create the optimizer, with groups of their own for parameters that have another learning rate."""
         # Trainer calls this again at resume, when the groups are there already
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
-        if not fresh or self.head_learning_rate is None:
-            return optimizer
-        head_parameters = self.head_parameters(self.model if model is None else model)
-        head = {id(parameter) for parameter in head_parameters}
-        for group in list(optimizer.param_groups):
-            of_head = [p for p in group["params"] if id(p) in head]
-            if of_head:
-                group["params"] = [p for p in group["params"] if id(p) not in head]
-                # a copy of the group, because the head keeps its weight decay and differs only in the rate
-                optimizer.add_param_group({**group, "params": of_head, "lr": self.head_learning_rate})
+        if fresh:
+            trained = self.model if model is None else model
+            rates = rates_of_parameters(
+                trained, self.optimization, self.args.learning_rate, self.head_parameters(trained)
+            )
+            split_groups(optimizer, rates)
         return optimizer
 
     def head_parameters(self, model: nn.Module) -> list[nn.Parameter]:
@@ -187,6 +191,15 @@ class LabTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Create the learning rate schedule, over time where time ends the training."""
+        if self.lr_scheduler is None and self.optimization.lr_phases is not None:
+            phases = read_phases(self.optimization.lr_phases)
+            self.lr_scheduler = phase_schedule(optimizer or self.optimizer, phases, num_training_steps)
+            return self.lr_scheduler
+        if self.args.lr_scheduler_type == "warmup_stable_decay":
+            # transformers has no default, and a tenth is that of its paper (MiniCPM, arXiv 2404.06395)
+            known = dict(self.args.lr_scheduler_kwargs or {})
+            known.setdefault("num_decay_steps", max(1, round(0.1 * num_training_steps)))
+            self.args.lr_scheduler_kwargs = known
         if self.lr_scheduler is None and self.timer.max_seconds and self.args.lr_scheduler_type == "linear":
             warm_up = self.args.warmup_steps  # a part of the whole, as `training.training_arguments` has made sure
             optimized: Any = optimizer or self.optimizer
@@ -204,15 +217,30 @@ class LabTrainer(Trainer):
         Trainer has just called `model.train()`, which switches them on.
         """
         set_frozen_norms(self.model)  # of baselines and peft's own tuners; ours see to it themselves
+        if self._weighted_loss is not None and model.training:
+            return self._compute_weighted_loss(model, inputs, return_outputs, num_items_in_batch)
         # an evaluation does not pass through `get_batch_samples`, so the divisor is mended here as well
         items = self._divisor(num_items_in_batch, inputs)
         return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
+
+    def _compute_weighted_loss(self, model: nn.Module, inputs: Any, return_outputs: bool, items: Any) -> Any:
+        assert self._weighted_loss is not None, "asked before"
+        # without a count of items the loss is a mean, which Trainer divides by the number of accumulation steps
+        self.loss_is_scaled_for_ga = items is not None
+        loss, outputs = self._weighted_loss(model, inputs, items)
+        if items is not None and self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Batches of one step, and the divisor of their loss."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         # with None from here, Trainer's step itself divides the loss by the number of accumulation steps
-        return batches, self._divisor(items, batches[0]) if batches else items
+        if batches and self._weighted_loss is None:
+            items = self._divisor(items, batches[0])
+        if self._sharpness is not None:
+            self._sharpness.begin(batches, items)
+        return batches, items
 
     def _divisor(self, items: Any, batch: dict[str, Any]) -> Any:
         """Divisor of the loss: `items`, or None where the model ignores it.
@@ -244,10 +272,15 @@ class LabTrainer(Trainer):
         once, halved = (loss.mean().item() for loss in losses)
         return None if once == 0 or not math.isfinite(once) else math.isclose(once, 2 * halved, rel_tol=0.1)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on one batch, and keep its loss for the check of the step."""
-        loss = super().training_step(*args, **kwargs)
+        loss = super().training_step(model, *args, **kwargs)
         self._guard.add_loss(loss)
+        sharpness = self._sharpness
+        if sharpness is not None and sharpness.completes_step():
+            with sharpness.ascent(model) as moved:
+                for batch in sharpness.batches if moved else ():
+                    self._guard.add_loss(super().training_step(model, batch, sharpness.items))
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from peft_lab.backbones.frozen_norms import frozen_norms
+from peft_lab.runs.optimization import OptimizationOptions
 from peft_lab.training.checkpoints import last_whole_checkpoint
 from peft_lab.training.peak_memory import PeakMemory
 from peft_lab.training.trainer import LabTrainer
@@ -49,11 +50,12 @@ def images(count: int = 8) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def trainer(model: nn.Module, folder, rows=None, head=None, **flags) -> LabTrainer:
+def trainer(model: nn.Module, folder, rows=None, optimization=None, **flags) -> LabTrainer:
     values = {"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": 0.1, **flags}
     arguments = TrainingArguments(output_dir=str(folder), per_device_train_batch_size=4, save_strategy="no", **values)
+    options = OptimizationOptions(**(optimization or {}))
     return LabTrainer(
-        model=model, args=arguments, train_dataset=rows, head_learning_rate=head, head_modules=["classifier"]
+        model=model, args=arguments, train_dataset=rows, optimization=options, head_modules=["classifier"]
     )
 
 
@@ -103,7 +105,9 @@ def test_the_head_has_its_own_learning_rate_and_it_acts(tmp_path):
             tiny_bert(), LoraConfig(target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
         )
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        run = trainer(model, tmp_path, rows, head=head, max_steps=1, lr_scheduler_type="constant", optim="sgd")
+        run = trainer(
+            model, tmp_path, rows, {"head_learning_rate": head}, max_steps=1, lr_scheduler_type="constant", optim="sgd"
+        )
         run.train()
         moved = {n: (p.detach() - before[n]).abs().max().item() for n, p in model.named_parameters() if p.requires_grad}
         return moved

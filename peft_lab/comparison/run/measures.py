@@ -36,7 +36,7 @@ from peft_lab.metrics import greater_is_better
 from peft_lab.metrics.calibration import BINS, expected_calibration_error
 from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
-from peft_lab.runs.run_config import ALTERNATING
+from peft_lab.runs.optimization import ALTERNATING
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -274,7 +274,9 @@ def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
     from peft_lab.training.run import prepare
     from peft_lab.training.step_cost import count_flops, kept_activations, training_step
 
-    few = {name: value for name, value in options.items() if name not in ALTERNATING}  # no rows to hold out of so few
+    # no rows to hold out of so few, and weights change no size
+    left_out = (*ALTERNATING, "row_weight_column", "reference_model", "reference_share")
+    few = {name: value for name, value in options.items() if name not in left_out}
     few |= {"max_eval_samples": 1, "do_predict": False}
     streaming = load_task(options["task"]).streaming
     if options.get("examples_per_class") is None and not streaming:  # nothing but the one batch is looked at
@@ -291,7 +293,8 @@ def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
         with autocast():
             if chunk is not None:
                 loss = model(**inputs).loss  # the first call with chunks is checked, which is no part of a step
-            flops = count_flops(training_step(model, inputs))
+            # SAM passes each batch twice
+            flops = count_flops(training_step(model, inputs)) * (1 if options.get("sam_rho") is None else 2)
             with kept_activations(model, inputs) as kept:
                 # the activations are kept only as long as the loss is alive
                 loss = model(**inputs).loss

@@ -37,7 +37,8 @@ from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import load_task, validate_task
 from peft_lab.data.task_schema import Task, check_classes
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
-from peft_lab.runs.run_config import ALTERNATING, RunConfig, method_args, read_run_file
+from peft_lab.runs.optimization import ALTERNATING
+from peft_lab.runs.run_config import RunConfig, method_args, read_run_file
 from peft_lab.training.launch import find_config
 from peft_lab.utils.schema import S, Schema, check
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from peft_lab import registry
+from peft_lab.runs.optimization import RATES
 from peft_lab.utils.schema import Number, Schema
 
 #: Options of a run unless the study says otherwise.
@@ -148,7 +149,7 @@ class Study:
         # the narrower setting goes last: limits hold for all tasks, a task's options for it alone
         found = {**DEFAULTS, **self.training, **limits, **cell.options}
         if arm.method == "head":  # the rate of all that it trains is the one that is searched
-            found.pop("head_learning_rate", None)
+            found = {name: value for name, value in found.items() if name not in RATES}
         # a part of the steps, unless their number is unknown beforehand
         found.setdefault("logging_steps", 10 if "max_seconds" in found else 0.05)
         # checkpoints are not needed where the last state is the result

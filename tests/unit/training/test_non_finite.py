@@ -22,7 +22,7 @@ def trainer(tmp_path, step=1, scale=None, dtype=torch.float32, fp16=False, head=
         state=SimpleNamespace(global_step=step),
         args=SimpleNamespace(output_dir=str(tmp_path), world_size=1, fp16=fp16, learning_rate=0.5),
         model=nn.Linear(2, 2).to(dtype),
-        head_learning_rate=head,
+        optimization=SimpleNamespace(head_learning_rate=head),
     )
 
 
