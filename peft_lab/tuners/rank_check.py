@@ -14,6 +14,7 @@ from torch import nn
 
 from peft_lab.errors import ConfigError
 from peft_lab.registry import MethodInfo
+from peft_lab.tuners.operations import ExpertWeight
 
 logger = logging.getLogger("peft_lab")
 
@@ -103,6 +104,9 @@ def _matrix(layer: BaseTunerLayer) -> tuple[int, int] | None:
     weight = getattr(base, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim < 2:
         return None
+    # each expert of a stacked weight has a matrix of its own
+    if isinstance(base, ExpertWeight):
+        return weight.shape[1], weight.shape[2]
     return weight.shape[0], weight[0].numel()
 
 

@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from support.backbones import TINY, tiny_inputs
 from support.cover import MAIN, cover, places_and_families
 from support.properties import (
+    CONVOLUTIONAL,
     EVERY_OWN,
     HEADS,
     KEEPS_HEAD,
@@ -66,6 +67,11 @@ def test_life_of_an_adapter(base, method, family, tmp_path):
         assert type(unloaded) is type(base)
         assert torch.equal(output(unloaded, inputs), plain)
         return
+    if family in CONVOLUTIONAL:  # their tiny models amplify the rounding of float32 to a thousandth of the output
+        model, inputs = model.double(), {name: value.double() for name, value in inputs.items()}
+        moved = output(model, inputs)
+        with model.disable_adapter():
+            plain = output(model, inputs)
     try:
         model.merge_adapter()
     except ConfigError as error:  # the family has no place for a bias; test_merging.py has all of this

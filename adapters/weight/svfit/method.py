@@ -125,18 +125,9 @@ class SVFitLayer(SpectralLayer):
     def rows_output(
         self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        delta, base = values["svfit_delta"], self.base_layer
-        bases, weight = self.shared_bases.select(delta.shape[1], "principal"), self.base_weight
-        linear = self.op.op_type in ("linear", "conv1d") and not self.op.quantization
-        if out is None and linear and bases.rank == min(weight.shape) and x.dtype == weight.dtype == torch.float32:
-            # The bases span the whole weight, so its own product is not needed beside theirs.
-            out = self.project(x, bases, delta + bases.s)
-            return out if base.bias is None else out + base.bias
-        return super().rows_output(x, values, out, *args, **kwargs)
-
-    def rows_delta(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         delta = values["svfit_delta"]
-        return self.project(x, self.shared_bases.select(delta.shape[1], "principal"), delta)
+        bases = self.shared_bases.select(delta.shape[1], "principal")
+        return self.rows_diagonal(x, bases, delta, out, *args, **kwargs)
 
 
 register(METHOD, SVFitConfig, SVFitLayer)

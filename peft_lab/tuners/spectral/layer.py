@@ -40,8 +40,8 @@ class SpectralLayer(WeightLayer):
     other layers and methods too, and only with `save_bases` they are part of the state dict. For the stacked weights of
     experts all of these have the experts as their first axis.
 
-    A method names the buffers of saved bases in `other_param_names`, in the order u, s, vh, and calls `hold_bases` from
-    `initial_values`.
+    A method names the buffers of saved bases in `other_param_names`, first u, s, vh in this order, and calls
+    `hold_bases` from `initial_values`.
     """
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
@@ -64,11 +64,11 @@ class SpectralLayer(WeightLayer):
             RuntimeError: the base weights are not there yet.
         """
         # Only an adapter that saves its bases has some of its own; the others share those of the largest rank.
-        found = chosen = self._bases_of_weight(rank if selection == "principal" else "full")
+        found = chosen = self.bases_of_weight(rank if selection == "principal" else "full")
         if selection != "principal":
             chosen = found.select(min(int(rank), found.rank), selection)
         if config.save_bases:
-            for name, value in zip(self.other_param_names, (chosen.u, chosen.s, chosen.vh), strict=True):
+            for name, value in zip(self.other_param_names[:3], (chosen.u, chosen.s, chosen.vh), strict=True):
                 # Loading an adapter writes into these, so they are no views of what others hold.
                 getattr(self, name)[adapter] = value.clone(memory_format=torch.contiguous_format)
         elif self.shared_bases is None or found.rank > self.shared_bases.rank:
@@ -88,7 +88,7 @@ class SpectralLayer(WeightLayer):
 
     def bases(self, adapter: str) -> Bases:
         """Frozen singular bases of an adapter."""
-        saved = [getattr(self, name) for name in self.other_param_names]
+        saved = [getattr(self, name) for name in self.other_param_names[:3]]
         if saved and adapter in saved[0]:
             return Bases(*(part[adapter] for part in saved))
         if self.shared_bases.s.is_meta and not self.base_weight.is_meta:
@@ -109,6 +109,22 @@ class SpectralLayer(WeightLayer):
         if delta.dim() == 2:
             delta = delta.reshape(delta.shape[0], *(1,) * (hidden.dim() - 2), -1)
         return self.up(hidden * delta, bases)
+
+    def project_core(self, x: Tensor, bases: Bases, core: Tensor) -> Tensor:
+        """Compute U core Vh x for this kind of op.
+
+        `core` is (r, r), or (batch, r, r) with one matrix per row of x.
+        """
+        if self.is_grouped:
+            return self.convolve(x, bases.u.to(core.dtype) @ core @ bases.vh.to(core.dtype))
+        hidden = self.down(x, bases, core.dtype)
+        # The coordinates of tokens are those of the other side.
+        core = core if self.op.op_type == "embedding" else core.mT
+        if core.dim() == 3:
+            mixed = (hidden.reshape(len(core), -1, hidden.shape[-1]) @ core).reshape(hidden.shape)
+        else:
+            mixed = hidden @ core
+        return self.up(mixed, bases)
 
     @property
     def is_grouped(self) -> bool:
@@ -178,6 +194,19 @@ class SpectralLayer(WeightLayer):
             )
         return super().row_shapes(config)
 
+    def rows_diagonal(
+        self, x: Tensor, bases: Bases, delta: Tensor, out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Output for rows with U diag(delta) Vh of their own, `delta` (batch, r); see `rows_output`."""
+        weight = self.base_weight
+        linear = self.op.op_type in ("linear", "conv1d") and not self.op.quantization
+        if out is None and linear and bases.rank == min(weight.shape) and x.dtype == weight.dtype == torch.float32:
+            # The bases span the whole weight, so its own product is not needed beside theirs.
+            bias, whole = self.base_layer.bias, self.project(x, bases, delta + bases.s)
+            return whole if bias is None else whole + bias
+        out = self.base_layer(x, *args, **kwargs) if out is None else out
+        return self._add(out, self.project(self._whole(x), bases, delta))
+
     def _values_by_row(self, x: Tensor, rows: RowAdapters) -> dict[str, Tensor] | None:
         """Row fields of the rows (batch, *shape), with the number that changes nothing where there is no adapter.
 
@@ -199,7 +228,7 @@ class SpectralLayer(WeightLayer):
 
     # Bases of the weight ------------------------------------------------------------------------------------------
 
-    def _bases_of_weight(self, rank: int | str) -> Bases:
+    def bases_of_weight(self, rank: int | str) -> Bases:
         """Singular bases of the unmerged base weight, up to a rank."""
         wanted, shape = svd.parse_rank(rank), matrix_shape(self.base_layer, self.op)
         if self.base_weight.is_meta:
