@@ -50,10 +50,14 @@ CASES = {
         "--output",
         "{new}.yaml",
     ],
+    "intrinsic-dimension": [
+        *("--task", "{task}", "--model_name_or_path", "{backbone}", "--output_dir", "{new}", "--max_steps", "2"),
+        *("--d", "4", "--learning_rates", "0.01", "--full_learning_rates", "0.001"),
+    ],
     "demo": ["--task", "snips", "--method", "lora", "--output_dir", "{new}"],
 }
 #: Commands that trace a graph, draw, or train in processes.
-SLOW = ("export", "report", "compare", "recommend")
+SLOW = ("export", "intrinsic-dimension", "report", "compare", "recommend")
 
 
 def has_json(command) -> bool:
