@@ -60,7 +60,8 @@ class MethodInfo:
         config: name of the config class in the method's file ("" for baselines, which take no arguments).
         roles: the module roles it adapts by default (`peft_lab.backbones.module_roles`).
         capabilities: names from `CAPABILITIES` that hold for it.
-        learning_rate: default learning rate with AdamW; measured for short runs, see `benchmarks/defaults.md`.
+        learning_rate: default learning rate with AdamW; measured for short runs, see `benchmarks/defaults.md`. 0 for a
+            method that takes no gradient steps, but is fitted to features that are read once.
         budget: most that a training step with the default config may cost, as (FLOPs, saved activations) relative to
             the frozen floor of a 384 wide ViT at 520 tokens; tested for every method.
         presets: values of config fields by the name of a relative of the method: `preset=NAME` among its arguments
@@ -95,6 +96,11 @@ class MethodInfo:
             if capability not in CAPABILITIES:
                 hint = did_you_mean(capability, CAPABILITIES)
                 raise ConfigError(f'Method "{self.name}" declares an unknown capability "{capability}".{hint}')
+
+    @property
+    def takes_steps(self) -> bool:
+        """True unless it is fitted to features, without gradient steps."""
+        return self.learning_rate > 0
 
     def can(self, capability: str) -> bool:
         """Test whether the method declares a capability."""

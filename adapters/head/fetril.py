@@ -9,11 +9,38 @@ vector machine on unit features.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 from sklearn.metrics import pairwise_distances_argmin
 from sklearn.svm import LinearSVC
 
-from peft_lab.tuners.estimators import Array, ClassSums, LinearClassifier, unit_rows
+from peft_lab.tuners import MethodInfo
+from peft_lab.tuners.estimators import (
+    Array,
+    ClassSums,
+    EstimatorConfig,
+    LinearClassifier,
+    LinearEstimatorHead,
+    linear_arrays,
+    register_head,
+    unit_rows,
+)
+
+logger = logging.getLogger("peft_lab")
+
+METHOD = MethodInfo(
+    name="fetril",
+    title="FeTrIL",
+    paper="2211.13131",
+    place="head",
+    config="FeTrILConfig",
+    roles=("head",),
+    capabilities=("mixed_batch",),
+    learning_rate=0.0,
+)
 
 
 class FeTrIL(LinearClassifier):
@@ -70,3 +97,33 @@ class FeTrIL(LinearClassifier):
                 rows.append(own - means[source] + means[index])
                 labels.append(np.full(len(own), self.classes_[index]))
         return np.concatenate(rows), np.concatenate(labels)
+
+
+@dataclass
+class FeTrILConfig(EstimatorConfig):
+    """Configuration of FeTrIL. No gradient steps; saved: K (d + 2) + 2 d numbers.
+
+    All classes of a task are first classes, so it is a linear support vector machine on unit features.
+    """
+
+    C: float = field(
+        default=1.0, metadata={"range": (1e-12, 1e12), "help": "Inverse weight of the regulariser.", "other": 0.01}
+    )
+
+    estimator_class = FeTrIL
+
+
+class FeTrILLayer(LinearEstimatorHead):
+    """Head with the arrays of `FeTrIL`."""
+
+    other_param_names = linear_arrays("fetril")
+
+    def fit(self, config: Any, rows: Any, labels: Any, unlabelled: Any) -> Any:
+        logger.warning(
+            "All classes of this task come at once, so FeTrIL equals a linear support vector machine on unit features "
+            "here; it differs where classes come one after the other."
+        )
+        return super().fit(config, rows, labels, unlabelled)
+
+
+register_head(METHOD, FeTrILConfig, FeTrILLayer)

@@ -10,13 +10,31 @@ distances of held-out normal rows, because features are not Gaussian.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
+import torch
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.covariance import LedoitWolf
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
 
-from peft_lab.tuners.estimators import Array
+from peft_lab.errors import ConfigError
+from peft_lab.tuners import MethodInfo
+from peft_lab.tuners.estimators import Array, EstimatorConfig, EstimatorHead, register_head
+
+METHOD = MethodInfo(
+    name="gaussian_anomaly",
+    title="Gaussian anomaly detection",
+    paper="2005.14140",
+    place="head",
+    config="GaussianAnomalyConfig",
+    roles=("head",),
+    capabilities=("mixed_batch",),
+    learning_rate=0.0,
+)
 
 
 class GaussianAnomaly(OutlierMixin, BaseEstimator):
@@ -61,7 +79,7 @@ class GaussianAnomaly(OutlierMixin, BaseEstimator):
         fitted, judged = X[order[held_out:]], X[order[:held_out] if held_out else order]
         gaussian = LedoitWolf().fit(fitted)
         variances, axes = np.linalg.eigh(gaussian.covariance_)
-        kept = max(round(self.components * len(variances)), 1)
+        kept = kept_components(self.components, len(variances))
         # Shrinkage keeps variances off zero unless all rows are the same.
         deviations = np.sqrt(np.maximum(variances[:kept], np.finfo(float).eps * max(variances[-1], 1.0)))
         self.location_ = gaussian.location_
@@ -85,3 +103,94 @@ class GaussianAnomaly(OutlierMixin, BaseEstimator):
     def predict(self, X: Array) -> Array:
         """1 for normal rows, -1 for anomalies."""
         return np.where(self.decision_function(X) < 0, -1, 1)
+
+
+def kept_components(share: float, width: int) -> int:
+    """Number of principal components that are kept of `width`."""
+    return max(round(share * width), 1)
+
+
+@dataclass
+class GaussianAnomalyConfig(EstimatorConfig):
+    """Configuration of Gaussian anomaly detection. No gradient steps; saved: d components + d + K + 1 numbers.
+
+    It is fitted to the training rows of one class, the normal one. The model's logits are half the threshold less the
+    distance for that class, and the opposite for every other: more than one other class cannot be told apart.
+    """
+
+    components: float = field(
+        default=0.5,
+        metadata={
+            "range": (1e-6, 1),
+            "help": "Share of the principal components that is kept, those of least variance.",
+            "other": 1.0,
+        },
+    )
+    false_positive_rate: float = field(
+        default=0.05,
+        metadata={"range": (1e-6, 0.999), "help": "Share of normal rows that may be called anomalous.", "other": 0.5},
+    )
+    holdout: float = field(
+        default=0.25,
+        metadata={
+            "range": (0, 0.999),
+            "help": "Share of the normal rows that gives the threshold alone; 0 takes all rows for both.",
+            "other": 0.0,
+        },
+    )
+    random_state: int = field(
+        default=0, metadata={"range": (0, 2**32 - 1), "help": "Seed of the choice of these rows.", "other": 1}
+    )
+    normal_class: int = field(
+        default=0, metadata={"range": (0, 1e6), "help": "Index of the class of normal rows.", "other": 1}
+    )
+
+    estimator_class = GaussianAnomaly
+
+
+class GaussianAnomalyLayer(EstimatorHead):
+    """Head with the mean (width,), whitening (components, width) and threshold (1,) of normal rows."""
+
+    other_param_names = tuple(f"gaussian_anomaly_{name}" for name in ("location", "whitening", "threshold", "counts"))
+
+    def shapes(self, config: GaussianAnomalyConfig) -> dict[str, tuple[int, ...]]:
+        if config.normal_class >= self.facts.classes:
+            raise ConfigError(
+                f"normal_class={config.normal_class} must be below the number of classes, {self.facts.classes}."
+            )
+        width = self.feature_width(config)
+        return {
+            "location": (width,),
+            "whitening": (kept_components(config.components, width), width),
+            "threshold": (1,),
+        }
+
+    def fit(self, config: GaussianAnomalyConfig, rows: Any, labels: Any, unlabelled: Any) -> GaussianAnomaly:
+        normal = rows[labels == config.normal_class]
+        if len(normal) < 2:
+            raise ConfigError(
+                f"{len(normal)} training rows are of class {config.normal_class}, which normal_class names; at least 2 "
+                "are needed."
+            )
+        return config.estimator().fit(normal)
+
+    def arrays(self, estimator: GaussianAnomaly, config: GaussianAnomalyConfig) -> dict[str, Any]:
+        return {
+            "location": estimator.location_,
+            "whitening": estimator.whitening_,
+            "threshold": np.array([estimator.threshold_]),
+        }
+
+    def known_classes(self, adapter: str) -> Tensor:
+        # Classes that gave no row to the fit are the anomalies.
+        return torch.ones_like(self.value(adapter, "counts"), dtype=torch.bool)
+
+    def scores(self, adapter: str, features: Tensor) -> Tensor:
+        whitened = (features - self.value(adapter, "location")) @ self.value(adapter, "whitening").T
+        margin = (self.value(adapter, "threshold") - whitened.norm(dim=-1, keepdim=True)) / 2
+        signs = -torch.ones(self.facts.classes).to(features)
+        signs[self.configs[adapter].normal_class] = 1
+        return margin * signs
+
+
+register_head(METHOD, GaussianAnomalyConfig, GaussianAnomalyLayer)

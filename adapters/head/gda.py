@@ -12,10 +12,33 @@ step divides by that factor.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Literal
+
 import numpy as np
 from scipy.special import softmax
 
-from peft_lab.tuners.estimators import Array, LinearClassifier, unit_rows
+from peft_lab.tuners import MethodInfo
+from peft_lab.tuners.estimators import (
+    Array,
+    EstimatorConfig,
+    LinearClassifier,
+    LinearEstimatorHead,
+    linear_arrays,
+    register_head,
+    unit_rows,
+)
+
+METHOD = MethodInfo(
+    name="gda",
+    title="GDA",
+    paper="2402.04087",
+    place="head",
+    config="GDAConfig",
+    roles=("head",),
+    capabilities=("mixed_batch",),
+    learning_rate=0.0,
+)
 
 #: CLIP's factor of the cosines of images and texts.
 _TEXT_SCALE = 100.0
@@ -124,3 +147,43 @@ class GDA(LinearClassifier):
         if trace <= 0:
             return np.eye(width)
         return width * np.linalg.pinv((len(rows) - 1) * covariance + trace * np.eye(width), hermitian=True)
+
+
+@dataclass
+class GDAConfig(EstimatorConfig):
+    """Configuration of GDA. No gradient steps; saved: K (d + 2) + 2 d numbers.
+
+    Training rows with a negative label are rows without a label. Text weights are for the array estimator alone.
+    """
+
+    covariance: Literal["pooled", "class_mean"] = field(
+        default="pooled",
+        metadata={
+            "help": "`pooled`, or `class_mean`, in which a small class weighs as much as a large one.",
+            "other": "class_mean",
+        },
+    )
+    priors: Literal["uniform", "empirical"] = field(
+        default="uniform",
+        metadata={"help": "`uniform`, or `empirical`, the shares of the training rows.", "other": "empirical"},
+    )
+    em_steps: int = field(
+        default=10,
+        metadata={
+            "range": (0, 1e4),
+            "help": "Steps of expectation maximisation over rows without labels.",
+            "untried": True,
+        },
+    )
+
+    estimator_class = GDA
+    unlabelled_rows = "X_unlabelled"
+
+
+class GDALayer(LinearEstimatorHead):
+    """Head with the arrays of `GDA`."""
+
+    other_param_names = linear_arrays("gda")
+
+
+register_head(METHOD, GDAConfig, GDALayer)

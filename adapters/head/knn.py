@@ -6,11 +6,36 @@ The adapter holds features of training rows, so they are capped, counted and war
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
 
-from peft_lab.tuners.estimators import Array, ArrayClassifier, unit_rows
+from peft_lab.errors import ConfigError
+from peft_lab.tuners import MethodInfo
+from peft_lab.tuners.estimators import (
+    Array,
+    ArrayClassifier,
+    EstimatorConfig,
+    EstimatorHead,
+    register_head,
+    unit_rows,
+)
+
+METHOD = MethodInfo(
+    name="knn",
+    title="k nearest neighbours",
+    paper="",
+    place="head",
+    config="KNNConfig",
+    roles=("head",),
+    capabilities=("mixed_batch",),
+    learning_rate=0.0,
+)
 
 logger = logging.getLogger("peft_lab")
 
@@ -89,3 +114,83 @@ class KNN(ArrayClassifier):
         """Shares of the neighbours (rows, classes)."""
         X = self._rows(X)
         return self.votes_.predict_proba(unit_rows(X) if self.metric == "cosine" else X)
+
+
+@dataclass
+class KNNConfig(EstimatorConfig):
+    """Configuration of k nearest neighbours. No gradient steps; saved: a feature and a label of each stored row.
+
+    Who has the adapter has the features of its training rows, from which much of a row may be recovered.
+    """
+
+    n_neighbors: int = field(default=5, metadata={"range": (1, 1e6), "help": "Neighbours that vote.", "other": 1})
+    metric: Literal["cosine", "euclidean"] = field(
+        default="cosine", metadata={"help": "`cosine` or `euclidean`.", "other": "euclidean"}
+    )
+    max_rows: int = field(
+        default=10_000,
+        metadata={
+            "range": (1, 1e7),
+            "most": 10_000_000,
+            "help": "Most rows that are stored, as many of each class as there is room for.",
+            "other": 4,
+        },
+    )
+    random_state: int = field(
+        default=0, metadata={"range": (0, 2**32 - 1), "help": "Seed of the draw.", "other": 1, "with": {"max_rows": 5}}
+    )
+    stored_rows: int = field(
+        default=0,
+        metadata={
+            "range": (0, 1e7),
+            "most": 10_000_000,
+            "help": "Filled in: rows whose features the adapter holds.",
+            "untried": True,
+        },
+    )
+
+    estimator_class = KNN
+    holds_training_rows = True
+
+
+class KNNLayer(EstimatorHead):
+    """Head with the stored rows (rows, width), scaled as the metric wants, and their classes, int64 (rows,)."""
+
+    other_param_names = ("knn_rows", "knn_labels", "knn_counts")
+
+    def initial_buffers(self, adapter: str, config: KNNConfig) -> dict[str, Tensor]:
+        found = super().initial_buffers(adapter, config)
+        found["knn_labels"] = found["knn_labels"].long()
+        return found
+
+    def shapes(self, config: KNNConfig) -> dict[str, tuple[int, ...]]:
+        return {"rows": (config.stored_rows, self.feature_width(config)), "labels": (config.stored_rows,)}
+
+    def arrays(self, estimator: KNN, config: KNNConfig) -> dict[str, Any]:
+        config.stored_rows = len(estimator.rows_)
+        return {"rows": estimator.rows_, "labels": estimator.labels_}
+
+    def check_values(self, adapter: str, values: Mapping[str, Tensor]) -> None:
+        labels = values.get("knn_labels")
+        if (
+            labels is not None
+            and labels.numel()
+            and not 0 <= int(labels.min()) <= int(labels.max()) < self.facts.classes
+        ):
+            raise ConfigError(
+                f'The labels of adapter "{adapter}" must be from 0 to {self.facts.classes - 1}; its file is damaged or '
+                "belongs to another task."
+            )
+
+    def scores(self, adapter: str, features: Tensor) -> Tensor:
+        config = self.configs[adapter]
+        rows, labels = self.value(adapter, "rows"), self.value(adapter, "labels")
+        if config.metric == "cosine":
+            features = torch.nn.functional.normalize(features, dim=-1)
+        distances = (rows**2).sum(-1) - 2 * features @ rows.T
+        nearest = distances.topk(min(config.n_neighbors, len(rows)), largest=False).indices
+        votes = torch.nn.functional.one_hot(labels[nearest], self.facts.classes).to(features).mean(1)
+        return votes.clamp(min=NO_VOTES).log()
+
+
+register_head(METHOD, KNNConfig, KNNLayer)

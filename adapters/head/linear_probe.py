@@ -5,10 +5,31 @@ The baseline "head" trains the same head by gradient steps.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from peft_lab.tuners.estimators import Array, LinearClassifier
+from peft_lab.tuners import MethodInfo
+from peft_lab.tuners.estimators import (
+    Array,
+    EstimatorConfig,
+    LinearClassifier,
+    LinearEstimatorHead,
+    linear_arrays,
+    register_head,
+)
+
+METHOD = MethodInfo(
+    name="linear_probe",
+    title="Linear probe, solved",
+    paper="",
+    place="head",
+    config="LinearProbeConfig",
+    roles=("head",),
+    capabilities=("mixed_batch",),
+    learning_rate=0.0,
+)
 
 
 class LinearProbe(LinearClassifier):
@@ -33,3 +54,23 @@ class LinearProbe(LinearClassifier):
         self.classes_, self.n_iter_ = solver.classes_, solver.n_iter_
         self._set_linear(solver.coef_, solver.intercept_, scaler.mean_, 1 / scaler.scale_)
         return self
+
+
+@dataclass
+class LinearProbeConfig(EstimatorConfig):
+    """Configuration of the solved linear probe. No gradient steps; saved: K (d + 2) + 2 d numbers."""
+
+    C: float = field(
+        default=0.1, metadata={"range": (1e-12, 1e12), "help": "Inverse weight of the regulariser.", "other": 10.0}
+    )
+
+    estimator_class = LinearProbe
+
+
+class LinearProbeLayer(LinearEstimatorHead):
+    """Head with the arrays of `LinearProbe`."""
+
+    other_param_names = linear_arrays("linear_probe")
+
+
+register_head(METHOD, LinearProbeConfig, LinearProbeLayer)

@@ -6,9 +6,31 @@ discriminant analysis). scikit-learn's GaussianNB has a variance for each class.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 
-from peft_lab.tuners.estimators import Array, ClassSums, LinearClassifier
+from peft_lab.tuners import MethodInfo
+from peft_lab.tuners.estimators import (
+    Array,
+    ClassSums,
+    EstimatorConfig,
+    LinearClassifier,
+    LinearEstimatorHead,
+    linear_arrays,
+    register_head,
+)
+
+METHOD = MethodInfo(
+    name="naive_bayes",
+    title="Naive Bayes with a shared variance",
+    paper="",
+    place="head",
+    config="NaiveBayesConfig",
+    roles=("head",),
+    capabilities=("mixed_batch",),
+    learning_rate=0.0,
+)
 
 
 class NaiveBayes(LinearClassifier):
@@ -50,3 +72,24 @@ class NaiveBayes(LinearClassifier):
         coef = (sums.means - center) * scale
         self._set_linear(coef, np.log(sums.counts / sums.counts.sum()) - (coef**2).sum(1) / 2, center, scale)
         return self
+
+
+@dataclass
+class NaiveBayesConfig(EstimatorConfig):
+    """Configuration of naive Bayes. No gradient steps; saved: K (d + 2) + 2 d numbers."""
+
+    var_smoothing: float = field(
+        default=1e-9,
+        metadata={"range": (0, 1e6), "help": "Share of the largest variance that is added to all.", "other": 0.5},
+    )
+
+    estimator_class = NaiveBayes
+
+
+class NaiveBayesLayer(LinearEstimatorHead):
+    """Head with the arrays of `NaiveBayes`."""
+
+    other_param_names = linear_arrays("naive_bayes")
+
+
+register_head(METHOD, NaiveBayesConfig, NaiveBayesLayer)

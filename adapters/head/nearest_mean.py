@@ -6,9 +6,33 @@ Source: Mensink et al. 2013, Distance-Based Image Classification; as a baseline 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Literal
+
 import numpy as np
 
-from peft_lab.tuners.estimators import Array, ClassSums, LinearClassifier, unit_rows
+from peft_lab.tuners import MethodInfo
+from peft_lab.tuners.estimators import (
+    Array,
+    ClassSums,
+    EstimatorConfig,
+    LinearClassifier,
+    LinearEstimatorHead,
+    linear_arrays,
+    register_head,
+    unit_rows,
+)
+
+METHOD = MethodInfo(
+    name="nearest_mean",
+    title="Nearest class mean",
+    paper="2210.04428",
+    place="head",
+    config="NearestMeanConfig",
+    roles=("head",),
+    capabilities=("mixed_batch",),
+    learning_rate=0.0,
+)
 
 
 class NearestMean(LinearClassifier):
@@ -61,3 +85,32 @@ class NearestMean(LinearClassifier):
         coef = means - center
         self._set_linear(coef, -(coef**2).sum(1) / 2, center)
         return self
+
+
+@dataclass
+class NearestMeanConfig(EstimatorConfig):
+    """Configuration of the nearest class mean. No gradient steps; saved: K (d + 2) + 2 d numbers."""
+
+    metric: Literal["euclidean", "cosine"] = field(
+        default="euclidean", metadata={"help": "`euclidean` or `cosine`.", "other": "cosine"}
+    )
+    temperature: float = field(
+        default=16.0,
+        metadata={
+            "range": (0, 1e4),
+            "help": "Factor of the cosines; the class that is predicted does not depend on it.",
+            "other": 8.0,
+            "with": {"metric": "cosine"},
+        },
+    )
+
+    estimator_class = NearestMean
+
+
+class NearestMeanLayer(LinearEstimatorHead):
+    """Head with the arrays of `NearestMean`."""
+
+    other_param_names = linear_arrays("nearest_mean")
+
+
+register_head(METHOD, NearestMeanConfig, NearestMeanLayer)

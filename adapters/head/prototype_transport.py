@@ -10,11 +10,34 @@ queries, and their labels are not looked at in the transport.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 from sklearn.metrics import pairwise_distances
 
 from peft_lab.errors import ConfigError
-from peft_lab.tuners.estimators import Array, ClassSums, LinearClassifier, unit_rows
+from peft_lab.tuners import MethodInfo
+from peft_lab.tuners.estimators import (
+    Array,
+    ClassSums,
+    EstimatorConfig,
+    LinearClassifier,
+    LinearEstimatorHead,
+    linear_arrays,
+    register_head,
+    unit_rows,
+)
+
+METHOD = MethodInfo(
+    name="prototype_transport",
+    title="Prototype transport",
+    paper="2006.03806",
+    place="head",
+    config="PrototypeTransportConfig",
+    roles=("head",),
+    capabilities=("mixed_batch",),
+    learning_rate=0.0,
+)
 
 
 class PrototypeTransport(LinearClassifier):
@@ -71,3 +94,47 @@ class PrototypeTransport(LinearClassifier):
         plan, log = sinkhorn_log(*masses, cost, self.reg, numItermax=self.max_iter, warn=False, log=True)
         self.n_iter_ = log["niter"] + 1
         return plan
+
+
+@dataclass
+class PrototypeTransportConfig(EstimatorConfig):
+    """Configuration of prototype transport. No gradient steps; saved: K (d + 2) + 2 d numbers.
+
+    Training rows with a negative label are the query rows; without any, the training rows themselves are.
+    """
+
+    reg: float = field(
+        default=0.02,
+        metadata={"range": (1e-4, 1e4), "help": "Weight of the entropy, relative to the largest cost.", "other": 0.5},
+    )
+    step: float = field(
+        default=0.5,
+        metadata={
+            "range": (0, 1),
+            "help": "How far a prototype moves, from 0 (class mean) to 1 (barycentre of its rows).",
+            "other": 1.0,
+        },
+    )
+    max_iter: int = field(
+        default=1000, metadata={"range": (1, 1e6), "help": "Most iterations of the solver.", "other": 1}
+    )
+    temperature: float = field(
+        default=16.0,
+        metadata={
+            "range": (0, 1e4),
+            "help": "Factor of the cosines; the class that is predicted does not depend on it.",
+            "other": 8.0,
+        },
+    )
+
+    estimator_class = PrototypeTransport
+    unlabelled_rows = "X_query"
+
+
+class PrototypeTransportLayer(LinearEstimatorHead):
+    """Head with the arrays of `PrototypeTransport`."""
+
+    other_param_names = linear_arrays("prototype_transport")
+
+
+register_head(METHOD, PrototypeTransportConfig, PrototypeTransportLayer)

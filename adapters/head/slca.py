@@ -10,6 +10,8 @@ forget the result before the next one; here every task is aligned, and the next 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -17,7 +19,26 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from peft_lab.tuners.estimators import Array, LinearClassifier
+from peft_lab.tuners import MethodInfo
+from peft_lab.tuners.estimators import (
+    Array,
+    EstimatorConfig,
+    LinearClassifier,
+    LinearEstimatorHead,
+    linear_arrays,
+    register_head,
+)
+
+METHOD = MethodInfo(
+    name="slca",
+    title="SLCA",
+    paper="2303.05118",
+    place="head",
+    config="SLCAConfig",
+    roles=("head",),
+    capabilities=("mixed_batch",),
+    learning_rate=0.0,
+)
 
 #: Added to the diagonal of each class's covariance.
 _RIDGE = 1e-4
@@ -33,7 +54,7 @@ class SLCA(LinearClassifier):
     Args:
         samples_per_class: rows that are drawn for each class and epoch.
         epochs: passes over the drawn rows.
-        learning_rate: rate of SGD with momentum 0.9 and weight decay 5e-4, with a cosine schedule.
+        alignment_rate: rate of SGD with momentum 0.9 and weight decay 5e-4, with a cosine schedule.
         batch_size: drawn rows in a step.
         temperature: of the loss; the authors take 0.05 for Cars.
         random_state: seed of the draws.
@@ -43,14 +64,14 @@ class SLCA(LinearClassifier):
         self,
         samples_per_class: int = 256,
         epochs: int = 5,
-        learning_rate: float = 0.01,
+        alignment_rate: float = 0.01,
         batch_size: int = 128,
         temperature: float = 0.1,
         random_state: int = 0,
     ) -> None:
         self.samples_per_class = samples_per_class
         self.epochs = epochs
-        self.learning_rate = learning_rate
+        self.alignment_rate = alignment_rate
         self.batch_size = batch_size
         self.temperature = temperature
         self.random_state = random_state
@@ -92,7 +113,7 @@ class SLCA(LinearClassifier):
     def _align(self, coef: Tensor, intercept: Tensor) -> list[Tensor]:
         """Train the head on drawn rows."""
         parameters = [coef.clone().requires_grad_(), intercept.clone().requires_grad_()]
-        optimizer = torch.optim.SGD(parameters, self.learning_rate, momentum=0.9, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(parameters, self.alignment_rate, momentum=0.9, weight_decay=5e-4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.epochs, 1))
         random = np.random.default_rng(self.random_state)
         with torch.enable_grad():
@@ -142,3 +163,35 @@ def _covariance(rows: Array) -> Array:
     width = rows.shape[1]
     spread = np.cov(rows, rowvar=False).reshape(width, width) if len(rows) > 1 else np.zeros((width, width))
     return spread + _RIDGE * np.eye(width)
+
+
+@dataclass
+class SLCAConfig(EstimatorConfig):
+    """Configuration of SLCA's classifier alignment. No gradient passes the backbone; saved: K (d + 2) + 2 d numbers."""
+
+    samples_per_class: int = field(
+        default=256, metadata={"range": (1, 1e6), "help": "Rows that are drawn for each class and epoch.", "other": 16}
+    )
+    epochs: int = field(default=5, metadata={"range": (0, 1e4), "help": "Passes over the drawn rows.", "other": 1})
+    alignment_rate: float = field(
+        default=0.01,
+        metadata={"range": (0, 1e3), "help": "Rate of the alignment's own SGD, on drawn features.", "other": 0.1},
+    )
+    batch_size: int = field(
+        default=128, metadata={"range": (1, 1e6), "help": "Drawn rows in a step of the alignment.", "other": 16}
+    )
+    temperature: float = field(
+        default=0.1, metadata={"range": (1e-6, 1e4), "help": "Of the loss of the alignment.", "other": 1.0}
+    )
+    random_state: int = field(default=0, metadata={"range": (0, 2**32 - 1), "help": "Seed of the draws.", "other": 1})
+
+    estimator_class = SLCA
+
+
+class SLCALayer(LinearEstimatorHead):
+    """Head with the arrays of `SLCA`."""
+
+    other_param_names = linear_arrays("slca")
+
+
+register_head(METHOD, SLCAConfig, SLCALayer)

@@ -9,10 +9,37 @@ cosine.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 from scipy.special import softmax
 
-from peft_lab.tuners.estimators import Array, ClassSums, LinearClassifier, unit_rows
+from peft_lab.tuners import MethodInfo
+from peft_lab.tuners.estimators import (
+    Array,
+    ClassSums,
+    EstimatorConfig,
+    LinearClassifier,
+    LinearEstimatorHead,
+    linear_arrays,
+    register_head,
+    unit_rows,
+)
+
+logger = logging.getLogger("peft_lab")
+
+METHOD = MethodInfo(
+    name="teen",
+    title="TEEN",
+    paper="2312.05229",
+    place="head",
+    config="TEENConfig",
+    roles=("head",),
+    capabilities=("mixed_batch",),
+    learning_rate=0.0,
+)
 
 
 class TEEN(LinearClassifier):
@@ -59,3 +86,51 @@ class TEEN(LinearClassifier):
         coef = self.temperature * unit_rows(prototypes)
         self._set_linear(coef, np.zeros(len(coef)))
         return self
+
+
+@dataclass
+class TEENConfig(EstimatorConfig):
+    """Configuration of TEEN. No gradient steps; saved: K (d + 2) + 2 d numbers.
+
+    Without `base_classes` all classes of a task are base classes, and TEEN is the nearest mean by cosine.
+    """
+
+    alpha: float = field(
+        default=0.5,
+        metadata={
+            "range": (0, 1),
+            "help": "Share of similar base classes in the prototype of a new class.",
+            "other": 0.1,
+            "with": {"base_classes": 1},
+        },
+    )
+    temperature: float = field(
+        default=16.0, metadata={"range": (0, 1e4), "help": "Factor of the cosines.", "other": 8.0}
+    )
+    base_classes: int | None = field(
+        default=None,
+        metadata={
+            "range": (1, 1e6),
+            "help": "Number of the first classes that are base classes; nothing means all.",
+            "other": 1,
+        },
+    )
+
+    estimator_class = TEEN
+
+
+class TEENLayer(LinearEstimatorHead):
+    """Head with the arrays of `TEEN`."""
+
+    other_param_names = linear_arrays("teen")
+
+    def fit(self, config: Any, rows: Any, labels: Any, unlabelled: Any) -> Any:
+        if config.base_classes is None or config.base_classes >= len(np.unique(labels)):
+            logger.warning(
+                "All classes of this task come at once, so TEEN equals the nearest mean by cosine here; it differs "
+                "where classes come one after the other."
+            )
+        return super().fit(config, rows, labels, unlabelled)
+
+
+register_head(METHOD, TEENConfig, TEENLayer)

@@ -149,7 +149,13 @@ def adapt(
             raise ConfigError(
                 f'Method "{info.name}" with {dict(args)} does not fit this model: {" ".join(str(error).split())}'
             ) from error
-        if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        trains = any(parameter.requires_grad for parameter in adapted.parameters())
+        if not info.takes_steps and trains:
+            raise ConfigError(
+                f'Method "{info.name}" is fitted without gradient steps, so that nothing of modules_to_save or '
+                "trainable_token_indices would be trained; leave them out."
+            )
+        if info.takes_steps and not trains:
             raise ConfigError(
                 f'Method "{info.name}" with {dict(args)} leaves nothing to train in {type(model).__name__}; name what '
                 "to train in modules_to_save."

@@ -62,6 +62,8 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
     """
     # a copy, because the run's own options are recorded later without these defaults
     flags = dict(config.training_arguments)
+    if not info.takes_steps:
+        _leave_out_steps(flags, config, info)
     flags.setdefault("learning_rate", info.learning_rate)
     flags.setdefault("report_to", "none")
     flags.setdefault("restore_callback_states_from_checkpoint", True)  # else early stopping forgets its count at resume
@@ -95,6 +97,25 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
         # a flag that is to go is the user's own
         warnings.simplefilter("default", FutureWarning)
         return build_or_refuse(TrainingArguments, output_dir=config.output_dir, **flags)
+
+
+def _leave_out_steps(flags: dict[str, Any], config: RunConfig, info: MethodInfo) -> None:
+    """Set the flags of a run without gradient steps: it saves no checkpoints, and its learning rate is 0.
+
+    Raises:
+        ConfigError: an option asks for evaluations between steps, or a part of them.
+    """
+    for name in ("early_stopping_patience", "alternating_every", "head_learning_rate", "max_seconds"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f'Method "{info.name}" is fitted without gradient steps and takes no {name}; leave it out.'
+            )
+    if flags.get("learning_rate"):
+        logger.warning(
+            'Method "%s" is fitted without gradient steps: learning_rate %g has no effect.',
+            *(info.name, flags["learning_rate"]),
+        )
+    flags |= {"learning_rate": 0.0, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
 
 
 def shows_bars() -> bool:

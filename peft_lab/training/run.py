@@ -192,7 +192,10 @@ class _Run:
             self._score_untouched_base()
             with PeakMemory(self.arguments.device) as memory:
                 started = time.perf_counter()
-                self.trainer.train(checkpoint)
+                if self.info.takes_steps:
+                    self.trainer.train(checkpoint)
+                else:
+                    self.trainer.fit_features()
                 seconds = time.perf_counter() - started
             scores = self._evaluate()
         # without `_internal_call` Trainer would push now, before the metrics and the card are written

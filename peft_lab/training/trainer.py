@@ -311,6 +311,11 @@ class LabTrainer(Trainer):
         check_weights(self)
         return found
 
+    def fit_features(self) -> None:
+        """Fit the model to features of the training rows, read once in order, without gradient steps."""
+        self._reader.before_sharding(self.model, self.get_train_dataloader(), self.args.eval_batch_size)
+        check_weights(self)
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository before training, so that a refusal comes early."""
         if not self.is_world_process_zero():

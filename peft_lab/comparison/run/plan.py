@@ -65,9 +65,11 @@ def rate_grid(center: float, count: int) -> tuple[float, ...]:
 def candidates(study: Study, arm: Arm, cell: Cell) -> list[Candidate]:
     """Trials of an arm's search, equally many for every arm.
 
-    The default values are always among them.
+    The default values are always among them. A method without gradient steps has no learning rate to try.
     """
     center, given = registry.method(arm.method).learning_rate, study.learning_rates(cell, arm)
+    if center == 0:
+        given = (0.0,)
     # without a search the first given rate is taken, else the method's default
     if study.search.strategy == "none":
         return [Candidate(next(iter(given), center))]
@@ -75,7 +77,8 @@ def candidates(study: Study, arm: Arm, cell: Cell) -> list[Candidate]:
     tuned = [dict(zip(arm.tune, values, strict=True)) for values in itertools.product(*arm.tune.values())]
     every = [Candidate(rate, values) for rate, values in itertools.product(rates, tuned)]
     # rates differ by factors, so the one nearest to the method's own is found by logarithms
-    default = Candidate(min(rates, key=lambda rate: abs(math.log(rate / center))), tuned[0])
+    nearest = min(rates, key=lambda rate: abs(math.log(rate / center))) if center else 0.0
+    default = Candidate(nearest, tuned[0])
     if len(every) <= study.search.trials:
         return every
     # drawn by names, so that the same study always tries the same candidates
@@ -100,12 +103,14 @@ def count_runs(study: Study) -> int:
     It is the number if no run fails.
     """
     search = sum(count for count, _ in rounds(study.search)) * study.search.seeds if study.search.trials > 1 else 0
-    return len(study.cells) * len(study.arms) * (search + len(study.seeds))
+    searched = [arm for arm in study.arms if arm.tune or registry.method(arm.method).takes_steps]
+    return len(study.cells) * (len(searched) * search + len(study.arms) * len(study.seeds))
 
 
 def count_beyond(study: Study) -> int:
     """Count the runs that searches may add beyond an edge."""
-    return len(study.cells) * len(study.arms) * study.search.extend * study.search.seeds
+    rated = [arm for arm in study.arms if registry.method(arm.method).takes_steps]
+    return len(study.cells) * len(rated) * study.search.extend * study.search.seeds
 
 
 def arm_runs(

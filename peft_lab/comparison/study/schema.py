@@ -376,8 +376,12 @@ def _check(study: Study) -> None:
 
 
 def _check_trials(study: Study, arm: Arm, learning_rates: Sequence[float], what: str) -> None:
-    """Check that an arm has exactly the trials of the search."""
+    """Check that an arm has exactly the trials of the search; one without gradient steps has no rates to try."""
     trials = study.search.trials
+    if not registry.method(arm.method).takes_steps:
+        if learning_rates:
+            raise ConfigError(f"{what} takes no gradient steps, and so no learning_rates; leave them out.")
+        return
     if study.search.strategy == "none":
         if arm.tune or len(learning_rates) > 1:
             raise ConfigError(f"{what} has several values to try, but the search strategy is none.")
