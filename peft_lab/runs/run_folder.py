@@ -46,7 +46,7 @@ HISTORY = "trainer_state.json"
 #: What `remove_run` removes: a run that follows may write a different set of files.
 _OF_A_RUN = (
     *(RUN, METRICS, LABELS, TASK, CARD, PREDICTIONS, HISTORY),
-    *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_CONFIG, "model*.safetensors*"),
+    *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_CONFIG, "model*.safetensors*", "ood_scores.safetensors"),
 )
 
 

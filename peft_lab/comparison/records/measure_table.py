@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peft_lab.comparison.records.run import Record
+from peft_lab.metrics.out_of_distribution import SCORES
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ class Measure:
         return f"{shown:.2g}" if vanishes else f"{shown:,.{self.decimals}f}"
 
 
+def _out_of_distribution() -> dict[str, Measure]:
+    """Measures of each score for out-of-distribution rows; they have a table of their own."""
+    found: dict[str, Measure] = {}
+    for name, title in SCORES.items():
+        found[f"ood_{name}_auroc"] = Measure(f"AUROC of out-of-distribution rows by {title}", decimals=3)
+        found[f"ood_{name}_fpr95"] = Measure(
+            f"out-of-distribution rows taken for the task's by {title}, where 95 % of the task's are", decimals=3
+        )
+    return found
+
+
 #: Every name that `Record.measures` may have. A record has those that could be measured.
 MEASURES: dict[str, Measure] = {
     "trainable_parameters": Measure("trainable parameters", "trainable parameters"),
@@ -54,6 +66,7 @@ MEASURES: dict[str, Measure] = {
     "control_before": Measure("control task, base model"),
     "control_after": Measure("control task, adapted model"),
     "forgetting": Measure("forgetting on the control task", "forgetting", decimals=3),
+    **_out_of_distribution(),
 }
 
 

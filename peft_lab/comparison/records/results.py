@@ -10,6 +10,7 @@ import os
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
@@ -180,6 +181,38 @@ def read_predictions(folder: str | Path, record: Record) -> Predictions:
         ConfigError: the run was not scored on the test rows, or its folder is gone.
     """
     path = Path(folder) / record.folder / row_predictions.PREDICTIONS
-    if not path.resolve().is_relative_to(Path(folder).resolve()):
-        raise ConfigError(f'"{path}" leads out of the comparison by a link; replace it by the file itself.')
+    _check_inside(path, Path(folder))
     return row_predictions.read_predictions(path)
+
+
+#: File of a run's folder with the out-of-distribution scores of each row, `NAME.own` and `NAME.other`, float64 (n,).
+OOD_SCORES = "ood_scores.safetensors"
+
+
+def read_ood_scores(folder: str | Path, record: Record) -> dict[str, Any] | None:
+    """Read the out-of-distribution scores of the rows of a record.
+
+    Returns:
+        None if the run has left none, or its folder is gone.
+
+    Raises:
+        ConfigError: the file is not one of scores.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = Path(folder) / record.folder / OOD_SCORES
+    if not path.is_file():
+        return None
+    _check_inside(path, Path(folder))
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ConfigError(
+            f'"{path}" is not a file of scores: {error}; remove it, or run the comparison again.'
+        ) from error
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f'"{path}" leads out of the comparison by a link; replace it by the file itself.')

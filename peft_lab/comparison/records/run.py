@@ -68,12 +68,14 @@ class Run(RunInfo):
     Attributes:
         shifted: task whose test rows are scored besides, "" for none.
         control: task on which forgetting is measured, "" for none.
+        ood: task whose rows are to be told from those of the run, "" for none.
         cost: True if the FLOPs and kept activations of a training step are counted along with this run.
         launcher: flags of `accelerate launch` if that starts the run, else empty.
     """
 
     shifted: str = ""
     control: str = ""
+    ood: str = ""
     cost: bool = False
     launcher: Mapping[str, Any] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from peft_lab.comparison.records.run import Record
 from peft_lab.comparison.report import answers, figures, tables
 from peft_lab.comparison.report.contents import Section
 from peft_lab.comparison.report.further_metrics import further_metrics_table
+from peft_lab.comparison.report.ood_table import ood_table
 from peft_lab.comparison.report.row_texts import RowTexts, row_texts
 from peft_lab.comparison.report.sentences import describe, join, metric_title
 from peft_lab.comparison.stats.pareto import front_of_all
@@ -66,7 +67,12 @@ def cell_section(
     def texts(rows: list[int]) -> RowTexts:
         return row_texts(source, cell.arms[0].records[0], rows) if place == source else NOT_SHARED
 
-    parts = (answers.class_table(found), answers.agreement_table(found), answers.wrong_rows(found, texts))
+    parts = (
+        ood_table(cell, source),
+        answers.class_table(found),
+        answers.agreement_table(found),
+        answers.wrong_rows(found, texts),
+    )
     section.parts += [part for part in parts if part is not None]
     if order is not None:
         mine = [record for record in records if (record.task, record.backbone) == (cell.task, cell.backbone)]

@@ -24,14 +24,13 @@ Of a final run, all outside the timed part:
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.comparison.records.run import Run
-from peft_lab.data import prompt_column
+from peft_lab.comparison.run.out_of_distribution import ood_measures
 from peft_lab.metrics import greater_is_better
 from peft_lab.metrics.calibration import BINS, expected_calibration_error
 from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
@@ -40,7 +39,6 @@ from peft_lab.runs.optimization import ALTERNATING
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
 
     from peft_lab.data.task_registry import Task
     from peft_lab.loading.load_run import Loaded
@@ -68,6 +66,8 @@ def measure(run: Run, place: Path, metrics: Mapping[str, Any]) -> dict[str, floa
         found |= _shifted(place, run.shifted, metrics, batch_size)
     if run.control:
         found |= _control(place, run.control, batch_size)
+    if run.ood:
+        found |= ood_measures(run, place, batch_size)
     if run.cost and not run.launcher:
         found |= cost_of_step(run.options)
     return found
@@ -174,31 +174,15 @@ def _base_of(loaded: Loaded) -> Iterator[Any]:
     yield model.eval()
 
 
-def _batches(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -> Iterator[dict[str, Any]]:
-    from torch.utils.data import DataLoader
-
-    device = _device()
-    model.to(device)
-    rows = prompt_column.for_model(rows, model, task)
-    prepared: Any = loaded.kind.preprocess(rows, loaded.processor, task, model)
-    prepared = loaded.kind.evaluation_rows(prepared, loaded.processor, task)
-    for batch in DataLoader(prepared, size, collate_fn=loaded.kind.data_collator(loaded.processor, task, model)):
-        yield {name: value.to(device) for name, value in batch.items()}
-
-
-def _device() -> Any:
-    from accelerate import PartialState
-
-    return PartialState().device
-
-
 def _loss_per_token(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -> float:
     import torch
+
+    from peft_lab.training.head_outputs import batches
 
     reduce: Any = loaded.kind.preprocess_logits_for_metrics
     total = tokens = 0.0
     with torch.no_grad():
-        for batch in _batches(loaded, model, task, rows, size):
+        for batch in batches(loaded, model, task, rows, size):
             labels = batch.pop("labels")
             _, log_probabilities = reduce(model(**batch).logits, labels)
             # a decoder predicts each token from those before it, so the first one has no prediction
@@ -211,59 +195,16 @@ def _loss_per_token(loaded: Loaded, model: Any, task: Task, rows: Dataset, size:
 def _centroid_accuracy(loaded: Loaded, model: Any, task: Task, train: Dataset, scored: Dataset, size: int) -> float:
     import torch
 
+    from peft_lab.training.head_outputs import head_outputs
+
     # not the task head, which knows the classes of its own task only
-    features, labels = _features(loaded, model, task, train, size)
+    known = head_outputs(loaded, model, task, train, size)
+    features, labels = torch.from_numpy(known.features), torch.from_numpy(known.labels)
     classes = labels.unique()
     centroids = torch.stack([features[labels == c].mean(0) for c in classes])
-    features, labels = _features(loaded, model, task, scored, size)
-    nearest = classes[torch.cdist(features, centroids).argmin(-1)]
-    return float((nearest == labels).float().mean())
-
-
-def _features(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: int) -> tuple[Tensor, Tensor]:
-    """Inputs of the task head, (n, features), and classes, (n,); n is that of tokens where each has a class."""
-    import torch
-
-    from peft_lab.backbones import module_roles
-
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # peft keeps the head it trains beside the original, below a wrapper in the head's place
-    path = re.split(r"\.(?:original_module|modules_to_save)\b", module_roles.head_modules(unwrapped)[0])[0]
-    head = unwrapped.get_submodule(path)
-    seen: list[Any] = []
-    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    features, labels = [], []
-    try:
-        with torch.no_grad():
-            for batch in _batches(loaded, model, task, rows, size):
-                classes = batch.pop("labels").cpu()
-                # a backbone may call its head more than once; the first call counts
-                seen.clear()
-                model(**batch)
-                found = seen[0].float().cpu()
-                if classes.ndim == 2 and found.ndim == 3:
-                    # a class for each token, or -100 for none
-                    kept = classes >= 0
-                    features.append(found[kept])
-                    labels.append(classes[kept])
-                else:
-                    mask = batch.get("attention_mask")
-                    features.append(_pooled(found, None if mask is None else mask.cpu()))
-                    labels.append(classes)
-    finally:
-        handle.remove()
-    return torch.cat(features), torch.cat(labels)
-
-
-def _pooled(features: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of features over positions without padding, (n, features)."""
-    if features.ndim == 3 and mask is not None and mask.shape == features.shape[:2]:
-        weights = mask.unsqueeze(-1).to(features.dtype)
-        return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
-    if features.ndim == 3:
-        return features.mean(1)
-    # feature maps of images have their channels before height and width
-    return features.flatten(2).mean(-1) if features.ndim > 3 else features
+    found = head_outputs(loaded, model, task, scored, size)
+    nearest = classes[torch.cdist(torch.from_numpy(found.features), centroids).argmin(-1)]
+    return float((nearest == torch.from_numpy(found.labels)).float().mean())
 
 
 def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from peft_lab import registry
 from peft_lab.comparison.records.run import Record, Run
-from peft_lab.comparison.study.study import Arm, Cell, Search, Study
+from peft_lab.comparison.study.study import FURTHER, Arm, Cell, Search, Study
 from peft_lab.data.task_registry import load_task
 from peft_lab.errors import ConfigError
 from peft_lab.runs.run_config import RunConfig
@@ -172,7 +172,7 @@ class _Settings:
 
     def final_run(self, trial: Candidate, seed: int, cost: bool) -> Run:
         """Build a run that is scored on the test rows."""
-        tasks = {"shifted": self.cell.shifted, "control": self.cell.control}
+        tasks = {name: getattr(self.cell, name) for name in FURTHER}
         return self._run("final", trial, self._options(trial, seed), cost=cost, **tasks)
 
     def size_run(self, trial: Candidate) -> Run:
@@ -187,7 +187,7 @@ class _Settings:
 
     def _run(self, stage: str, trial: Candidate, options: Mapping[str, Any], **further: Any) -> Run:
         # a record without these measures cannot stand for a run that asks for them
-        measured_on = {name: further[name] for name in ("shifted", "control") if name in further}
+        measured_on = {name: further[name] for name in FURTHER if name in further}
         return Run(
             id=run_id(options, stage, self.study.launcher, **measured_on),
             study=self.study.name,
@@ -358,7 +358,7 @@ def run_id(options: Mapping[str, Any], stage: str, launcher: Mapping[str, Any], 
         options: options of the run.
         stage: its stage.
         launcher: flags of `accelerate launch`.
-        further: further tasks that are measured, by "shifted" and "control".
+        further: further tasks that are measured, by the names of `FURTHER`.
     """
     identity = RunConfig.from_mapping({**options, "output_dir": "-"}).identity()
     named = {key: _task_content(name) for key, name in further.items() if name}

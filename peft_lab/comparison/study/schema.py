@@ -31,11 +31,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from peft_lab import registry
+from peft_lab.comparison.study.further_tasks import check_further
 from peft_lab.comparison.study.parameter_budget import size_field
-from peft_lab.comparison.study.study import Arm, Cell, Limits, Search, Study, is_grid
-from peft_lab.data.task_registry import kind as task_kind
+from peft_lab.comparison.study.study import FURTHER, Arm, Cell, Limits, Search, Study, is_grid
 from peft_lab.data.task_registry import load_task, validate_task
-from peft_lab.data.task_schema import Task, check_classes
+from peft_lab.data.task_schema import check_classes
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.runs.optimization import ALTERNATING
 from peft_lab.runs.run_config import RunConfig, method_args, read_run_file
@@ -164,6 +164,7 @@ class _StudyFile(Schema):
     limits: _Options
     training: _Options
     measures: _Options
+    ood: str | None = None
     launcher: Any = None
 
 
@@ -172,6 +173,7 @@ class _Measures(Schema):
 
     shifted: str | None = None
     control: str | None = None
+    ood: str | None = None
 
 
 class _ArmEntry(Schema):
@@ -193,6 +195,10 @@ def from_mapping(values: Mapping[str, Any], where: str, folder: Path) -> Study:
     """
     given = _checked(_StudyFile, values, where)
     measures = _checked(_Measures, given.measures, '"measures"').model_dump(exclude_none=True)
+    if given.ood is not None:
+        if "ood" in measures:
+            raise ConfigError('"ood" stands in the study and in its "measures"; give it once.')
+        measures["ood"] = given.ood
     cells: list[Cell] = []
     for entry in given.tasks:
         cells += _cells(entry, given.model_name_or_path, measures, folder)
@@ -239,13 +245,13 @@ def _cells(entry: Any, backbones: list[Any], measures: Mapping[str, Any], folder
     if not models:
         raise ConfigError(f'Task "{label}" names no backbone: give it, or the study, a "model_name_or_path".')
     further = {}
-    for key in ("shifted", "control"):
+    for key in FURTHER:
         own, beside = values.pop(key, measures.get(key, "")), folder
         # a task file names other tasks relative to its own folder, a study relative to the study's
-        if not own and getattr(task, key):
+        if not own and getattr(task, key, None):
             own, beside = getattr(task, key), task.folder
         further[key] = _task_source(str(own), beside) if own else ""
-    _check_further(label, task, **further)
+    check_further(label, task, **further)
     given = _mapping(values.pop("learning_rates", None), f'"learning_rates" of task "{label}"')
     rates = {str(arm): _rates(value, f'task "{label}" for arm "{arm}"') for arm, value in given.items()}
     options = _run_options(values, f'task "{label}"')
@@ -259,34 +265,6 @@ def _task_source(name: str, folder: Path) -> str:
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return str((folder / Path(name).expanduser()).absolute())
     return name
-
-
-def _check_further(label: str, task: Task, shifted: str, control: str) -> None:
-    """Check that the further tasks exist and suit the measures.
-
-    They must be of the same kind and have the labels or rows that are needed.
-    """
-    for key, source in (("shifted", shifted), ("control", control)):
-        if not source:
-            continue
-        other = validate_task(source)
-        if other.kind != task.kind:
-            raise ConfigError(
-                f'The {key} task "{other.name}" of task "{label}" is of kind {other.kind}, not {task.kind}.'
-            )
-        if key == "control" and not (task.has_classes or task_kind(task.kind).predicts_tokens):
-            what = "a regression" if task.problem_type == "regression" else f"of kind {task.kind}"
-            raise ConfigError(
-                f'Task "{label}" is {what}; a control task needs one class for each row, or tokens that are predicted.'
-            )
-        if key == "control" and other.streaming:
-            raise ConfigError(f'The control task "{other.name}" is streamed, and draws of its rows need all of them.')
-        if key == "shifted" and task.labels and other.labels and other.labels != task.labels:
-            raise ConfigError(
-                f'The shifted task "{other.name}" must have the labels of task "{label}", in their order.'
-            )
-        if key == "shifted" and not other.has_test:
-            raise ConfigError(f'The shifted task "{other.name}" of task "{label}" has no test rows to be scored.')
 
 
 def _arms(entry: Any) -> list[Arm]:

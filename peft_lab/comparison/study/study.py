@@ -25,6 +25,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+#: Further tasks of a cell, on which final runs are measured.
+FURTHER = ("shifted", "control", "ood")
+
+
 @dataclass(frozen=True)
 class Arm:
     """Arm of a comparison: a method with its arguments.
@@ -56,7 +60,7 @@ class Cell:
         source: name or absolute path of the task.
         backbone: its backbone.
         options: run options of this task alone.
-        shifted, control: tasks of further measures ("" for none), see `peft_lab.comparison.run.measures`.
+        shifted, control, ood: tasks of further measures ("" for none), see `peft_lab.comparison.run.measures`.
         learning_rates: by the label of an arm those that it tries here, in place of its own: backbones differ in the
             rates that they want.
     """
@@ -67,6 +71,7 @@ class Cell:
     options: Mapping[str, Any] = field(default_factory=dict)
     shifted: str = ""
     control: str = ""
+    ood: str = ""
     learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -230,7 +235,8 @@ def _filled(**values: Any) -> dict[str, Any]:
 def _cell_values(cell: Cell) -> dict[str, Any]:
     rates = {arm: list(values) for arm, values in cell.learning_rates.items()}
     named = {"task": cell.source, "name": cell.task, "model_name_or_path": cell.backbone}
-    return {**named, **cell.options, **_filled(shifted=cell.shifted, control=cell.control, learning_rates=rates)}
+    further = {name: getattr(cell, name) for name in FURTHER}
+    return {**named, **cell.options, **_filled(**further, learning_rates=rates)}
 
 
 def _arm_values(arm: Arm) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def test_measures_of_a_classifier(place: Path, tmp_path: Path) -> None:
     task = str(place / "task" / "topics.yaml")
     run = final_run(place, "lora", measures={"shifted": task, "control": task}, limits={"max_steps": 30})
     metrics, found = measured(run, tmp_path)
-    assert found.keys() == MEASURES.keys()
+    assert set(found) == {name for name in MEASURES if not name.startswith("ood_")}
     assert found["shifted_score"] == metrics["metrics"]["test"]["accuracy"]
     assert found["shifted_drop"] == 0
     assert found["trainable_parameters"] - found["adapter_parameters"] == 33 * 3
