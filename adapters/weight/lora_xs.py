@@ -81,9 +81,6 @@ class LoraXSLayer(SpectralLayer):
         shape = self.hold_bases(adapter, config, config.r).s.shape
         return {"lora_xs_core": config.init_std * torch.randn(*shape, shape[-1])}
 
-    def chosen(self, adapter: str) -> tuple[int, str]:
-        return self.lora_xs_core[adapter].shape[-1], "principal"
-
     def core(self, adapter: str) -> Tensor:
         """Matrix (r, r) between U and Vh: (alpha / r) R Sigma."""
         return self._scaled(self.lora_xs_core[adapter], self.bases(adapter).s, self.configs[adapter])

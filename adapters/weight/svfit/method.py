@@ -86,7 +86,7 @@ class SVFitLayer(SpectralLayer):
         return {"svfit_delta": torch.zeros(bases.s.shape)}
 
     def chosen(self, adapter: str) -> tuple[int, str]:
-        return self.svfit_delta[adapter].shape[-1], self.configs[adapter].selection
+        return self.ranks[adapter], self.configs[adapter].selection
 
     def delta(self, adapter: str) -> Tensor:
         """Change of the singular values (r,)."""

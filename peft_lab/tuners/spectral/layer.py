@@ -49,6 +49,8 @@ class SpectralLayer(WeightLayer):
         for part in self.other_param_names:
             setattr(self, part, BufferDict({}, persistent=True))
         self.common_bases = BufferDict(persistent=False)
+        #: Adapter -> number of its triplets, which a share of energy gives only with the weight.
+        self.ranks: dict[str, int] = {}
 
     @property
     def shared_bases(self) -> Any:
@@ -73,6 +75,7 @@ class SpectralLayer(WeightLayer):
                 getattr(self, name)[adapter] = value.clone(memory_format=torch.contiguous_format)
         elif self.shared_bases is None or found.rank > self.shared_bases.rank:
             self.common_bases.update(vars(found))
+        self.ranks[adapter] = chosen.rank
         close = 0 if found.s.is_meta else svd.degenerate(chosen.s, found.s[..., :1])
         if close:
             warnings.warn(
@@ -84,7 +87,7 @@ class SpectralLayer(WeightLayer):
 
     def chosen(self, adapter: str) -> tuple[int, str]:
         """Rank and selection of an adapter that saves no bases."""
-        return self.shared_bases.rank, "principal"
+        return self.ranks[adapter], "principal"
 
     def bases(self, adapter: str) -> Bases:
         """Frozen singular bases of an adapter."""
@@ -94,6 +97,10 @@ class SpectralLayer(WeightLayer):
         if self.shared_bases.s.is_meta and not self.base_weight.is_meta:
             raise RuntimeError(self._no_weights)
         return self.shared_bases.select(*self.chosen(adapter))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.ranks.pop(adapter_name, None)
 
     # Output of a delta --------------------------------------------------------------------------------------------
 
