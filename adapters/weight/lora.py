@@ -8,17 +8,25 @@ different adapters, without a loop over the adapters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
-from peft_lab.tuners import MethodInfo, conv2d_rows, embed_scale, matrix_shape, operation
+from peft_lab.tuners import (
+    MethodInfo,
+    changed_base,
+    conv2d_rows,
+    embed_scale,
+    lora_rank,
+    lora_scaling,
+    lora_variant,
+    matrix_shape,
+    operation,
+)
 
 METHOD = MethodInfo(
     name="lora",
@@ -31,14 +39,6 @@ METHOD = MethodInfo(
     learning_rate=3e-3,
     budget=(1.0, 1.12),
 )
-
-#: Settings of peft's LoRA that change more than y = W x + scaling * B A x.
-_VARIANTS = (
-    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config", "velora_config"),
-    *("monteclora_config", "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config"),
-)
-#: Starts that leave the base weight as it is; the others put a part of it into the adapter.
-_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class LoraRows:
@@ -68,16 +68,14 @@ class LoraRows:
         Raises:
             ConfigError: a variant of LoRA, a bias, or a start that changes the base weights.
         """
-        for setting in _VARIANTS:
-            if getattr(config, setting, None):
-                raise ConfigError(f"A LoRA adapter with {setting} cannot differ by row; load it with PeftModel.")
-        if config.init_lora_weights not in _STARTS or config.bias != "none":
-            setting = "bias" if config.bias != "none" else "init_lora_weights"
+        if setting := lora_variant(config):
+            raise ConfigError(f"A LoRA adapter with {setting} cannot differ by row; load it with PeftModel.")
+        if setting := changed_base(config):
             raise ConfigError(
                 f"A LoRA adapter with {setting}={getattr(config, setting)!r} changes the base weights or biases, "
                 "which all rows share; load it with PeftModel."
             )
-        rank, shape = self._rank(config), matrix_shape(self.base_layer, self.op)
+        rank, shape = lora_rank(config, self.name), matrix_shape(self.base_layer, self.op)
         down, up = self._files
         if self.op.op_type == "embedding":
             return {down: (rank, shape[0]), up: (shape[1], rank)}
@@ -87,10 +85,7 @@ class LoraRows:
 
     def row_values(self, values: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
         """Convert the file's A and B to `row_fields`, B scaled and flat."""
-        # Patterns set the rank and alpha of single modules; peft scales by alpha / r, rsLoRA by alpha / sqrt(r).
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, self.name), config.lora_alpha)
-        rank = self._rank(config)
-        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        scaling = lora_scaling(config, self.name)
         down, up = (values[name] for name in self._files)
         # Scaled in float32, so that a power of two stays exact and anything else rounds once.
         return {"A": down, "B": (up.float() * scaling).to(up.dtype).flatten(1)}
@@ -112,9 +107,6 @@ class LoraRows:
         else:
             hidden = x.reshape(x.shape[0], -1, x.shape[-1]).to(down.dtype) @ down.transpose(1, 2)
         return out + (hidden @ up.transpose(1, 2)).reshape(out.shape).to(out.dtype)
-
-    def _rank(self, config: Any) -> int:
-        return config.rank_pattern.get(get_pattern_key(config.rank_pattern, self.name), config.r)
 
 
 ROWS = LoraRows

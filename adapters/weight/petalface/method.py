@@ -36,7 +36,7 @@ METHOD = MethodInfo(
     roles=("attn.q", "attn.k", "attn.v"),
     capabilities=("linear", "conv1d", "mixed_batch", "identity_start"),
     learning_rate=3e-3,
-    budget=(1.2, 1.3),
+    budget=(1.03, 1.13),
 )
 
 #: Row input that a column of the task gives.
