@@ -25,6 +25,8 @@ from peft_lab.tuners.operations import (
 )
 from peft_lab.tuners.registration import register
 from peft_lab.tuners.residual_layer import BranchSource, ResidualBranches, ResidualLayer, register_residual
+from peft_lab.tuners.residual_layer import ResidualBranches, ResidualLayer, register_residual
+from peft_lab.tuners.seeds import module_seed
 from peft_lab.tuners.tokens import insert, parameter_names, split
 from peft_lab.tuners.tuner import AdapterTuner
 
@@ -62,6 +64,7 @@ __all__ = [
     "lora_scaling",
     "lora_variant",
     "matrix_shape",
+    "module_seed",
     "norm_offset",
     "operation",
     "parameter_names",

@@ -107,7 +107,7 @@ class Dimension:
             f"Settings: {given}.\n",
             "![Score over d](intrinsic_dimension.png)\n",
             "## Published d90\n",
-            "From the paper's table (arXiv 2012.13255), of other models and tasks; there the head is projected too, "
+            "From the paper's table (arXiv 2012.13255), of other models and tasks; there the head is projected too,",
             "and runs are longer. Not measured here.\n",
             "| model | SAID, MRPC | SAID, QQP | DID, MRPC | DID, QQP |",
             "| - | -: | -: | -: | -: |",

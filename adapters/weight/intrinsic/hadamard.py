@@ -77,16 +77,19 @@ class Fastfood:
     def forward(self, x: Tensor, size: int) -> Tensor:
         """First `size` values of P x for a vector x (d,), in the dtype of x."""
         short = fwht(_extended(x * self.signs, padded(len(x))))
-        spread = short.repeat(len(self.permutation) // len(short))[self.permutation]
+        spread = short.index_select(0, self._places(len(short)))
         return fwht(spread * self.gaussian(x.dtype))[:size]
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Transposed P on a vector y of `size` values: (d,), in the dtype of y."""
-        d, length = len(self.signs), len(self.permutation)
-        spread = torch.empty(length, dtype=y.dtype, device=y.device)
-        spread[self.permutation] = fwht(_extended(y, length)) * self.gaussian(y.dtype)
-        # Each number of the short transform went to as many places as there were repeats of it.
-        return fwht(spread.view(-1, padded(d)).sum(0))[:d] * self.signs
+        d = len(self.signs)
+        spread = fwht(_extended(y, len(self.permutation))) * self.gaussian(y.dtype)
+        short = y.new_zeros(padded(d))
+        return fwht(short.index_add_(0, self._places(len(short)), spread))[:d] * self.signs
+
+    def _places(self, length: int) -> Tensor:
+        """Places in the first transform of this length, which repeats itself, in the order of the permutation."""
+        return self.permutation & (length - 1)
 
 
 def _extended(x: Tensor, length: int) -> Tensor:

@@ -21,7 +21,6 @@ and the size of the file, not time. The projections take 8 bytes for each entry 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from peft_lab.adapters.weight.intrinsic.hadamard import Fastfood, project
 from peft_lab.errors import ConfigError
-from peft_lab.tuners import WIDE_DTYPES, AdapterConfig, MethodInfo, WeightLayer, matrix_shape, register
+from peft_lab.tuners import WIDE_DTYPES, AdapterConfig, MethodInfo, WeightLayer, matrix_shape, module_seed, register
 
 METHOD = MethodInfo(
     name="intrinsic",
@@ -102,9 +101,8 @@ class IntrinsicLayer(WeightLayer):
         return groups
 
     def update_layer(self, adapter: str, config: IntrinsicConfig) -> None:
-        digest = hashlib.sha256(f"{config.projection_seed}/{self.path}".encode()).digest()
-        seed = torch.tensor(int.from_bytes(digest[:7], "big"), dtype=torch.int64, device=self.base_weight.device)
-        self.intrinsic_seed[adapter] = seed
+        seed = module_seed(config.projection_seed, self.path)
+        self.intrinsic_seed[adapter] = torch.tensor(seed, dtype=torch.int64, device=self.base_weight.device)
         self._forget_projection(adapter)
         super().update_layer(adapter, config)
 
