@@ -1,7 +1,8 @@
 """Bottleneck adapters: a small perceptron behind or beside the sub-layers of each block.
 
 Sources: Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751; Pfeiffer et al. 2020,
-AdapterFusion, arXiv:2005.00247; Chen et al. 2022, AdaptFormer, arXiv:2205.13535. Written from the equations.
+AdapterFusion, arXiv:2005.00247; Chen et al. 2022, AdaptFormer, arXiv:2205.13535; Lu et al. 2023, UniAdapter,
+arXiv:2302.06605. Written from the equations.
 
 A(x) = s up(f(down(x))), by `placement`:
 
@@ -13,18 +14,26 @@ A(x) = s up(f(down(x))), by `placement`:
 - "parallel": MLP(norm(h)) + A(h), where h is the residual stream that the MLP's norm reads. The equation of AdaptFormer
   has A read the normed stream, its released settings the stream itself, which is built; `norm="before"` is the other.
 
+`share_down` is UniAdapter's: the blocks of one number in all stacks of the model have one down projection (and norm and
+learned scale), stored once, and an up projection each. It goes with one adapter a block. Stacks of different widths
+cannot share, so there each width has its own. Where text attends to images in blocks that read text alone too (BLIP),
+each such block has a second up projection for the fused tokens, and their sum acts on them. UniAdapter puts a norm
+behind that sum; at a zero start its gradient has no bound, so it is left out here. The visual up projection starts at
+zero too, which in the authors' code only that of the text does.
+
 The up projection starts at zero, where Houlsby's code starts both near zero: the first output is that of the base.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from peft_lab.errors import ConfigError
@@ -53,21 +62,32 @@ METHOD = MethodInfo(
         "houlsby": {"placement": "houlsby", "activation": "gelu"},
         "pfeiffer": {"placement": "pfeiffer", "activation": "relu"},
         "parallel": {"placement": "parallel", "activation": "relu", "scale": 0.1},
+        "uniadapter": {
+            "placement": "parallel",
+            "activation": "relu",
+            "norm": "before",
+            "scale": 0.1,
+            "share_down": True,
+        },
     },
 )
 
 _SUB_LAYERS = ("attention", "cross_attention", "mlp")
-_PARTS = ("norm", "norm_bias", "down", "down_bias", "up", "up_bias", "scale")
+#: Parts that stacks may share, and those that each block has of its own.
+_SHARED = ("norm", "norm_bias", "down", "down_bias", "scale")
+_OWN = ("up", "up_bias", "up_fused", "up_fused_bias")
 
 
 @dataclass
 class BottleneckConfig(AdapterConfig):
     """Configuration of bottleneck adapters.
 
-    Trainable for each adapter of width w on a stream of width d: d w + w + w d + d, and 2 d with a norm.
+    Trainable for each adapter of width w on a stream of width d: d w + w + w d + d, and 2 d with a norm; shared down
+    projections count once.
 
     Raises:
-        ConfigError: both `width` and `reduction_factor`; a size, scale or dropout out of range.
+        ConfigError: both `width` and `reduction_factor`; a size, scale or dropout out of range; shared projections
+            with several adapters a block.
     """
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = field(
@@ -97,6 +117,15 @@ class BottleneckConfig(AdapterConfig):
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout of the activated units.", "other": 0.5})
     use_bias: bool = field(default=True, metadata={"help": "Biases of both projections.", "other": False})
+    share_down: bool = field(
+        default=False,
+        metadata={
+            "help": "One down projection for the blocks of one number in all stacks, such as CLIP's towers.",
+            "other": True,
+            "family": "clip",
+            "with": {"placement": "parallel"},
+        },
+    )
 
     def check(self) -> None:
         if self.width is not None and self.reduction_factor is not None:
@@ -115,6 +144,8 @@ class BottleneckConfig(AdapterConfig):
             raise ConfigError('scale=0 would leave the adapter without effect; give another number or "learned".')
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout} must be at least 0 and below 1.")
+        if self.share_down and self.placement == "houlsby":
+            raise ConfigError('share_down needs one adapter a block; give placement="parallel" or "pfeiffer" with it.')
 
     def width_for(self, stream: int) -> int:
         """Width of the bottleneck on a stream of a width, at least 1."""
@@ -131,15 +162,34 @@ class BottleneckLayer(ResidualLayer):
     """Block with bottleneck adapters at its sub-layers, all parameters float32.
 
     For each sub-layer: down (w, d), up (d, w), biases (w,) and (d,), norm weight and bias (d,), scale (1,).
+
+    Attributes:
+        fuses: True if its cross-attention reads images.
     """
 
-    adapter_layer_names = tuple(f"bottleneck_{name}_{part}" for name, part in product(_SUB_LAYERS, _PARTS))
+    adapter_layer_names = tuple(f"bottleneck_{name}_{part}" for name, part in product(_SUB_LAYERS, (*_SHARED, *_OWN)))
     sub_layers = _SUB_LAYERS
+    fuses: bool = False
+
+    def hook_sub_layers(self, model: nn.Module, path: str) -> None:
+        super().hook_sub_layers(model, path)
+        if "cross_attention" in self.hooked:
+            self.fuses = any(getattr(part, "main_input_name", "") == "pixel_values" for part in model.modules())
 
     def branch_source(self, adapter: str, sub_layer: str) -> BranchSource:
         return self.configs[adapter].source(sub_layer)
 
+    def share_key(self, config: BottleneckConfig) -> Hashable:
+        return (self.block_numbers, self.width) if config.share_down else None
+
     def initial_values(self, adapter: str, config: BottleneckConfig) -> dict[str, Tensor]:
+        return self._values(config, _OWN if config.share_down else (*_SHARED, *_OWN))
+
+    def shared_values(self, adapter: str, config: BottleneckConfig) -> dict[str, Tensor]:
+        return self._values(config, _SHARED) if config.share_down else {}
+
+    def _values(self, config: BottleneckConfig, parts: tuple[str, ...]) -> dict[str, Tensor]:
+        """Start values of the named parts at all sub-layers that have an adapter."""
         width, stream = config.width_for(self.width), self.width
         found: dict[str, Tensor] = {}
         for sub_layer in self.hooked:
@@ -152,17 +202,26 @@ class BottleneckLayer(ResidualLayer):
                 values |= {"norm": torch.ones(stream), "norm_bias": torch.zeros(stream)}
             if config.scale == "learned":
                 values["scale"] = torch.ones(1)
-            found |= {f"bottleneck_{sub_layer}_{part}": value for part, value in values.items()}
+            if config.share_down and self.fuses:
+                values["up_fused"] = torch.zeros(stream, width)
+                if config.use_bias:
+                    values["up_fused_bias"] = torch.zeros(stream)
+            found |= {f"bottleneck_{sub_layer}_{part}": values[part] for part in parts if part in values}
         return found
 
     def branch(self, adapter: str, sub_layer: str, x: Tensor) -> Tensor:
         config: BottleneckConfig = self.configs[adapter]
         part = partial(self._part, adapter, sub_layer)
-        down, up = cast(Tensor, part("down")), cast(Tensor, part("up"))
+        down, up, up_bias = cast(Tensor, part("down")), cast(Tensor, part("up")), part("up_bias")
+        # Tokens that have seen the image take both projections, whose sum is one.
+        fused = part("up_fused") if self.has_run("cross_attention") else None
+        if fused is not None:
+            up = up + fused
+            up_bias = None if up_bias is None else up_bias + cast(Tensor, part("up_fused_bias"))
         if config.norm == "before":
             x = layer_norm(x.to(down.dtype), (self.width,), part("norm"), part("norm_bias"))
         drop = config.dropout if self.training else 0.0
-        out = bottleneck_output(x, down, part("down_bias"), up, part("up_bias"), ACTIVATIONS[config.activation], drop)
+        out = bottleneck_output(x, down, part("down_bias"), up, up_bias, ACTIVATIONS[config.activation], drop)
         if config.scale == "learned":
             return cast(Tensor, part("scale")) * out
         return out if config.scale == 1 else config.scale * out

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from peft_lab.backbones.audio_families import AUDIO
 from peft_lab.backbones.family import Family
+from peft_lab.backbones.multimodal_families import MULTIMODAL
 from peft_lab.backbones.text_families import TEXT
 from peft_lab.backbones.vision_families import VISION
 
-FAMILIES: dict[str, Family] = {**VISION, **TEXT, **AUDIO}
+FAMILIES: dict[str, Family] = {**VISION, **TEXT, **AUDIO, **MULTIMODAL}
 
 
 def family(model_type: str) -> Family | None:

@@ -38,12 +38,14 @@ class ResidualBranches(AdapterLayer):
     Attributes:
         summand_scale: number by which the block multiplies every summand before the addition, mostly 1.
         hooked: those of `sub_layers` that this block has, in the order in which they run.
+        block_numbers: number of the block in its stack; with stages, that of the stage before it.
     """
 
     #: Sub-layers that get a branch: "attention", "cross_attention", "mlp". A block lacks those that its family lacks.
     sub_layers: ClassVar[tuple[str, ...]] = ("mlp",)
     summand_scale: float = 1.0
     hooked: tuple[str, ...] = ()
+    block_numbers: tuple[int, ...] = ()
 
     def branch(self, adapter: str, sub_layer: str, x: Tensor) -> Tensor:
         """Summand (rows, tokens, width) of an adapter behind a sub-layer.
@@ -78,9 +80,10 @@ class ResidualBranches(AdapterLayer):
                 first = block.get_submodule(connection.output.partition(".")[0])
                 first.register_forward_pre_hook(_ReadInput(self, name), with_kwargs=True)
             else:
-                # Post-norm: the stream is the output of the norm behind the sub-layer before.
-                before = block.get_submodule(connections[index - 1].norm_after)
-                before.register_forward_hook(_ReadOutput(self, name))
+                # Post-norm: the stream is the output of the norm behind the sub-layer before. Cross-attention may be
+                # left out in a call, so the norm before it is read too, and the last one that runs counts.
+                for before in _norms_before(connections[:index]):
+                    block.get_submodule(before).register_forward_hook(_ReadOutput(self, name))
             block.get_submodule(connection.output).register_forward_hook(_AddBranch(self, name))
 
     def adapters_with_rows(self, size: int, device: torch.device) -> Iterator[tuple[str, Tensor | None]]:
@@ -103,6 +106,8 @@ class ResidualBranches(AdapterLayer):
         if context is None:
             return
         context.shared[self, sub_layer] = stream
+        if sub_layer == self.hooked[0]:
+            context.shared[self, "ran"] = set()
         # A block that is recomputed has the adapters of its first run, whichever are active by then. OPT's MLP sees
         # the tokens of all rows in one dimension, so the rows of an adapter are found for each size anew.
         key = (self, "adapters", stream.shape[0])
@@ -119,6 +124,7 @@ class ResidualBranches(AdapterLayer):
         stream = None if context is None else context.shared.pop((self, sub_layer), None)
         if context is None or stream is None:
             return output
+        context.shared[self, "ran"].add(sub_layer)
         total = output
         for name, rows in context.shared[self, "adapters", stream.shape[0]]:
             source = self.branch_source(name, sub_layer)
@@ -136,6 +142,14 @@ class ResidualBranches(AdapterLayer):
                     added = self.branch(name, sub_layer, x[rows])
                 total = total.index_add(0, rows, (added / factor).to(output.dtype))
         return total
+
+    def has_run(self, sub_layer: str) -> bool:
+        """Test whether a hooked sub-layer has run in this call of the block.
+
+        Cross-attention may be left out.
+        """
+        context = ForwardContext.current()
+        return context is not None and sub_layer in context.shared.get((self, "ran"), ())
 
 
 class ResidualLayer(ResidualBranches):
@@ -225,6 +239,16 @@ def remove_stream_hooks(model: nn.Module) -> None:
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
+def _norms_before(connections: tuple[ResidualConnection, ...]) -> list[str]:
+    """Return the norms whose output may be the stream behind some post-norm sub-layers."""
+    found = []
+    for connection in reversed(connections):
+        found.append(connection.norm_after)
+        if connection.sub_layer != "cross_attention":
+            break
+    return found
+
+
 def _has_norm(connection: ResidualConnection) -> bool:
     """Test whether a norm reads or writes the stream.
 
@@ -243,9 +267,13 @@ def _connections_of(model: nn.Module, path: str, layer: ResidualBranches) -> tup
     """
     # The config that describes the block is that of the innermost model around it whose family is known.
     steps = path.split(".")
-    around = [model.get_submodule(".".join(steps[:end])) for end in range(len(steps) - 1, -1, -1)]
-    configs: list[Any] = [module.config for module in around if hasattr(module, "config")]
-    config = next((c for c in configs if getattr(c, "model_type", None) in FAMILIES), None)
+    config: Any = None
+    for end in range(len(steps) - 1, -1, -1):
+        config = getattr(model.get_submodule(".".join(steps[:end])), "config", None)
+        if getattr(config, "model_type", None) in FAMILIES:
+            layer.block_numbers = tuple(int(step) for step in steps[end:] if step.isdigit())
+            break
+        config = None
     found: tuple[ResidualConnection, ...] = ()
     if config is not None:
         found = residual_connections(FAMILIES[config.model_type], layer.base_layer, config)

@@ -187,6 +187,12 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "clip_classifier": _model("CLIPForImageClassification", **_TOWERS),
     "siglip_vision": _model("SiglipVisionModel", **_IMAGE),
     "siglip_classifier": _model("SiglipForImageClassification", **_TOWERS),
+    "blip": _model(
+        "BlipForImageTextRetrieval",
+        text_config={**_TEXT, "encoder_hidden_size": 16},
+        vision_config=_IMAGE,
+        image_text_hidden_size=8,
+    ),
     "convnextv2": _model("ConvNextV2ForImageClassification", **{**_CONVNEXT, "layer_scale_init_value": 0.0}),
     "resnet_basic": _model(
         "ResNetForImageClassification", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic"
@@ -279,7 +285,7 @@ def tiny_inputs(model: PreTrainedModel, batch: int = 2, labels: bool = False) ->
     config, random = model.config, torch.Generator().manual_seed(1)
     vision = getattr(config, "vision_config", config)
     # A classifier made of CLIP or SigLIP keeps the vision tower alone.
-    two_towers = hasattr(config, "text_config") and hasattr(model, "text_model")
+    two_towers = hasattr(config, "text_config") and (hasattr(model, "text_model") or hasattr(model, "text_encoder"))
     inputs: dict[str, Tensor] = {}
     if model.main_input_name == "input_ids" or two_towers:
         ids = torch.randint(5, VOCABULARY, (batch, 7), generator=random)

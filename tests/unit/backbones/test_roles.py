@@ -31,7 +31,12 @@ OUTSIDE = {
 }
 
 #: Parts of composites that the Auto classes do not know.
-NO_AUTO_CLASS = {"siglip_text_model": hf.SiglipTextModel, "siglip2_text_model": hf.Siglip2TextModel}
+NO_AUTO_CLASS = {
+    "siglip_text_model": hf.SiglipTextModel,
+    "siglip2_text_model": hf.Siglip2TextModel,
+    "blip_text_model": hf.BlipTextModel,
+    "blip_vision_model": hf.BlipVisionModel,
+}
 
 
 def config_of(model_type: str, **settings: object) -> PretrainedConfig:
@@ -149,7 +154,7 @@ def test_one_attention_projection_per_layer(name: str) -> None:
     # The backbone of a segmenter may be a family of its own.
     config = getattr(model.config, "backbone_config", None) or model.config
     towers = [getattr(config, t) for t in ("text_config", "vision_config") if hasattr(config, t)] or [config]
-    if len(towers) == 2 and not hasattr(model, "text_model"):
+    if len(towers) == 2 and not (hasattr(model, "text_model") or hasattr(model, "text_encoder")):
         towers = towers[1:]
     for part in towers:
         if part.is_encoder_decoder:
@@ -157,14 +162,17 @@ def test_one_attention_projection_per_layer(name: str) -> None:
             expected += layers if name == "whisper_classifier" else 3 * layers
         elif hasattr(part, "depths"):
             expected += sum(part.depths)
+        elif part.model_type == "blip_text_model":
+            expected += 2 * part.num_hidden_layers  # attention to the text, and to the image
         else:
             expected += 1 if name == "albert" else part.num_hidden_layers
     queries = found(model, target_regex(model, ["attn.q"]))
     assert len(queries) == expected
     assert len(queries) == blocks + len(modules_by_role(model, "cross.q"))
+    apart = expected - len(modules_by_role(model, "attn.qkv"))
     for role in ("attn.q", "attn.k", "attn.v", "attn.out"):
         alone = modules_by_role(model, role)
-        assert len(alone) in ((expected,) if role == "attn.out" else (0, expected))
+        assert len(alone) in ((expected,) if role == "attn.out" else (0, apart))
 
 
 def test_projections_that_are_read_without_a_call_have_no_role() -> None:
