@@ -5,6 +5,7 @@ Method authors import from here.
 
 from __future__ import annotations
 
+from peft_lab.backbones.module_roles import modules_by_role
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.bottleneck import ACTIVATIONS, bias_start, bottleneck_output, linear_start, quick_gelu
 from peft_lab.tuners.config import AdapterConfig, shorten
@@ -24,8 +25,13 @@ from peft_lab.tuners.operations import (
     operation,
 )
 from peft_lab.tuners.registration import register
-from peft_lab.tuners.residual_layer import BranchSource, ResidualBranches, ResidualLayer, register_residual
-from peft_lab.tuners.residual_layer import ResidualBranches, ResidualLayer, register_residual
+from peft_lab.tuners.residual_layer import (
+    BranchSource,
+    ResidualBranches,
+    ResidualLayer,
+    ResidualTuner,
+    register_residual,
+)
 from peft_lab.tuners.seeds import module_seed
 from peft_lab.tuners.tokens import insert, parameter_names, split
 from peft_lab.tuners.tuner import AdapterTuner
@@ -48,6 +54,7 @@ __all__ = [
     "Operation",
     "ResidualBranches",
     "ResidualLayer",
+    "ResidualTuner",
     "RowAdapters",
     "RowInput",
     "WeightLayer",
@@ -65,6 +72,7 @@ __all__ = [
     "lora_variant",
     "matrix_shape",
     "module_seed",
+    "modules_by_role",
     "norm_offset",
     "operation",
     "parameter_names",

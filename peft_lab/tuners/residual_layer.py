@@ -58,6 +58,10 @@ class ResidualBranches(AdapterLayer):
         """Source of an adapter's branch at a sub-layer; "" where it has none."""
         return "stream"
 
+    def branch_beside(self, adapter: str, sub_layer: str, stream: Tensor, output: Tensor) -> Tensor:
+        """Summand of an adapter that also reads the sub-layer's own, `output`, of the same shape."""
+        return self.branch(adapter, sub_layer, stream)
+
     def hook_sub_layers(self, model: nn.Module, path: str) -> None:
         """Register the hooks in the block at a path of the model.
 
@@ -125,7 +129,7 @@ class ResidualBranches(AdapterLayer):
         if context is None or stream is None:
             return output
         context.shared[self, "ran"].add(sub_layer)
-        total = output
+        total, beside = output, self._scaled(output, stream)
         for name, rows in context.shared[self, "adapters", stream.shape[0]]:
             source = self.branch_source(name, sub_layer)
             if not source:
@@ -135,11 +139,11 @@ class ResidualBranches(AdapterLayer):
             # The block multiplies the sum by `summand_scale`, which a parallel branch must not get: divided out here.
             factor = 1.0 if serial else self.summand_scale
             if rows is None:
-                added = self.branch(name, sub_layer, x)
+                added = self.branch_beside(name, sub_layer, x, beside)
                 total = total + (added / factor).to(output.dtype).reshape(output.shape)
             else:
                 with on_rows(stream.shape[0], rows):
-                    added = self.branch(name, sub_layer, x[rows])
+                    added = self.branch_beside(name, sub_layer, x[rows], beside[rows])
                 total = total.index_add(0, rows, (added / factor).to(output.dtype))
         return total
 
@@ -150,6 +154,10 @@ class ResidualBranches(AdapterLayer):
         """
         context = ForwardContext.current()
         return context is not None and sub_layer in context.shared.get((self, "ran"), ())
+
+    def _scaled(self, output: Tensor, stream: Tensor) -> Tensor:
+        """Sub-layer's output as it is added to the stream, in its shape."""
+        return (output if self.summand_scale == 1 else output * self.summand_scale).reshape(stream.shape)
 
 
 class ResidualLayer(ResidualBranches):
@@ -182,8 +190,8 @@ class ResidualTuner(BlockTuner):
 
     def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
         layer = super().new_layer(target, path)
-        assert isinstance(layer, ResidualLayer)
-        layer.hook_sub_layers(self.model, path)
+        if isinstance(layer, ResidualBranches):
+            layer.hook_sub_layers(self.model, path)
         return layer
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:

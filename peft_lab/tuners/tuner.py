@@ -207,9 +207,13 @@ class AdapterTuner(MergingTuner):
 
     def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
         """Make the layer that replaces a base module."""
-        layer = self.tuner_layer_cls(target, path)
+        layer = self.layer_class(path)(target, path)
         layer.owners = self._owners()
         return layer
+
+    def layer_class(self, path: str) -> type[AdapterLayer]:
+        """Class of the layer around the module at a path, for methods whose layers are of several sorts."""
+        return self.tuner_layer_cls
 
     @staticmethod
     def _keep_out_of_broadcasts(model: Any) -> None:

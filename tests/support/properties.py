@@ -28,6 +28,8 @@ IMAGES = [name for name in _ALL if registry.method(name).can("images") and name 
 IMAGE_LOGITS = [name for name in IMAGES if has_trait(registry.method(name), "produces_logits")]
 #: Those that replace the head of a classifier of whole rows: in `EVERY`, and in none of the next lists.
 HEADS = [name for name in _ALL if has_trait(registry.method(name), "replaces_head")]
+#: Those that also act in each block.
+HEADS_AND_BLOCKS = [name for name in HEADS if "block" in registry.method(name).roles]
 #: Every other registered method with an adapter of its own; LoRA stands among them as the yardstick.
 METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD, *HEADS)]
 #: Those built on peft-lab's shared layers.
@@ -85,6 +87,7 @@ def pairs(methods: Iterable[str], families: Iterable[str], needs: Needs = each_f
     found = [(m, f) for m, f in found if not (m in NO_CONVOLUTION and f in CONVOLUTIONAL)]
     found = [(m, f) for m, f in found if m not in KEEPS_HEAD or f in CLASSIFIERS]
     found = [(m, f) for m, f in found if m not in HEADS or f in (*CLASSIFIERS, *TEXT_CLASSIFIERS)]
+    found = [(m, f) for m, f in found if m not in HEADS_AND_BLOCKS or f not in NO_SEQUENCE]
     found += [(m, f) for f in families for m in IMAGES if f in (IMAGE_CLASSIFIERS if m in IMAGE_LOGITS else PRE_NORM)]
     return pytest.mark.parametrize(("method", "family"), cover(found, needs))
 

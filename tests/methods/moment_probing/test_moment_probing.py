@@ -1,4 +1,4 @@
-"""Moment probing: the formula by hand on images and texts, the published count, and the cost of a step."""
+"""Moment probing and MP+: the formula by hand on images and texts, the published count, and the cost of a step."""
 
 from __future__ import annotations
 
@@ -101,3 +101,38 @@ def test_a_backbone_without_tokens_is_refused() -> None:
     layer = next(m for m in adapt("moment_probing", MODELS["vit"]()).modules() if hasattr(m, "second_moments"))
     with pytest.raises(ConfigError, match="gives its head none"):
         layer.logits("default", HeadInput(torch.zeros(1, 16)))
+
+
+@torch.no_grad()
+def test_formula_of_the_recalibration() -> None:
+    """ViT: x + b + (1 + w) mlp(norm(x)) with w and b from x behind attention, then the head of moments."""
+    base = MODELS["vit"]().eval()
+    model = move(adapt("mp_plus", base, bottleneck_dim=3), scale=1.0)
+    named = {name.removesuffix(".default"): p for name, p in adapter_parameters(model).items()}
+    inputs = tiny_inputs(base)
+    x = base.vit.embeddings(inputs["pixel_values"])
+    for index, block in enumerate(base.vit.layers):
+        down, weight, bias = (
+            next(p for n, p in named.items() if n.endswith(f"layers.{index}.mp_plus_{part}"))
+            for part in ("down", "up_weight", "up_bias")
+        )
+        x = x + block.attention(block.layernorm_before(x))[0]
+        hidden = torch.relu(x @ down.T)
+        x = x + hidden @ bias.T + (1 + hidden @ weight.T) * block.mlp(block.layernorm_after(x))
+    hidden = base.vit.layernorm(x)
+    by_hand = reference(model, "mp_plus", 4)
+    assert_close(output(model, inputs), torch.stack([by_hand(row[0], row[1:]) for row in hidden]))
+
+
+def test_published_count_of_the_recalibration() -> None:
+    with torch.device("meta"):
+        base = ViTForImageClassification(ViTConfig(num_labels=1000))
+    model = get_peft_model(base, config("mp_plus", base))
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(count for name, count in trained.items() if ".layers." in name) == 442_368
+    assert sum(trained.values()) == 442_368 + 4_047_146
+
+
+def test_blocks_without_a_norm_before_the_mlp_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no place"):
+        get_peft_model(MODELS["convnext"](), config("mp_plus"))
