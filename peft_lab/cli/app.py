@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from peft_lab import __version__, registry
-from peft_lab.cli import chat, compare, data, demo, doctor, info, lookup, predict, runs, share
+from peft_lab.cli import chat, compare, data, demo, doctor, incremental, info, lookup, predict, runs, share
 from peft_lab.cli.options import Quiet, Verbose, chosen_level, with_level
 from peft_lab.errors import PeftLabError, WriteError
 from peft_lab.utils.atomic_files import write_errors
@@ -60,7 +60,7 @@ def before_command(
         context.with_resource(set_variables({VARIABLE: chosen}))
 
 
-for group in (lookup, data, runs, predict, info, chat, demo, share, compare, doctor):
+for group in (lookup, data, runs, predict, info, chat, demo, share, compare, incremental, doctor):
     group.register(app)
 # the commands that methods bring along
 for module in registry.command_modules():

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset as TorchDataset
 
-from peft_lab.data.row_checks import numbered, source_rows
-from peft_lab.data.row_preparation import check_columns
+from peft_lab.data.further_columns import column_values
+from peft_lab.data.row_checks import numbered
 from peft_lab.data.row_stream import RowStream
-from peft_lab.data.sources import read
 from peft_lab.errors import ConfigError, TaskError
 
 if TYPE_CHECKING:
@@ -48,13 +47,8 @@ def read_row_weights(task: Task, column: str, train: Dataset) -> list[float]:
     """
     if isinstance(train, RowStream):
         raise ConfigError(f'Task "{task.name}" is streamed, and row_weight_column needs all weights; leave it out.')
-    # readers of files keep the columns of the task alone
-    wider = task.model_copy(update={"columns": {**task.columns, ROW_WEIGHT: column}})
-    source = read(wider, "train")
-    check_columns(wider, "train", source.column_names)
-    rows = source_rows(train, range(len(train)))
-    cells = source.select_columns([column])[:][column]
-    weights = np.asarray([_number(cells[row]) for row in rows], dtype=np.float64)
+    cells, rows = column_values(task, "train", column, ROW_WEIGHT, train)
+    weights = np.asarray([_number(cell) for cell in cells], dtype=np.float64)
     wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
     if len(wrong):
         raise TaskError(

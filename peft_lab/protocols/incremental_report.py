@@ -1,0 +1,152 @@
+"""Report of an incremental protocol: CSV, JSON, Markdown and the curve of accuracies."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_lab.protocols.incremental_metrics import SUMMARIES, over_orders
+from peft_lab.utils import strict_json
+from peft_lab.utils.atomic_files import new_file, write_text
+from peft_lab.utils.text import markdown_text
+
+RESULTS, CSV, MARKDOWN, JSON, CURVE = "results.jsonl", "results.csv", "report.md", "report.json", "curve.png"
+
+#: Values of a step in results.csv.
+_OF_STEP = ("accuracy", "base", "new", "harmonic")
+
+
+def write_report(
+    folder: Path, records: Sequence[Mapping[str, Any]], options: Mapping[str, Any], facts: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Write all files of a report, and return the rows of its table.
+
+    Args:
+        folder: where to.
+        records: one for each method and order.
+        options: of the protocol.
+        facts: on data and machine.
+    """
+    rows = summary_rows(records)
+    write_text(folder / CSV, _csv(records))
+    whole = {"options": dict(options), **facts, "summary": rows, "curves": curves(records)}
+    write_text(folder / JSON, strict_json.dumps(whole, indent=2) + "\n")
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn and records:
+        _draw(folder / CURVE, curves(records), len(facts["groups"]))
+    write_text(folder / MARKDOWN, _markdown(records, rows, options, drawn))
+    return rows
+
+
+def summary_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over orders with their 95 % intervals, a row for each method, the best average first."""
+    rows = []
+    for method in dict.fromkeys(record["method"] for record in records):
+        own = [record for record in records if record["method"] == method]
+        row: dict[str, Any] = {"method": method, "orders": len(own)}
+        for name in SUMMARIES:
+            value, low, high = over_orders([record[name] for record in own])
+            row[name] = {"value": value, "low": low, "high": high}
+        row["seconds"] = sum(record["seconds"] for record in own) / len(own)
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["average"]["value"])
+
+
+def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Accuracy after each session by method, with its mean and interval over orders."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for method in dict.fromkeys(record["method"] for record in records):
+        own = [record for record in records if record["method"] == method]
+        points = []
+        for number in range(len(own[0]["steps"])):
+            value, low, high = over_orders([record["steps"][number]["accuracy"] for record in own])
+            # orders may differ in the classes of a session, never in their number
+            seen = sum(len(part) for part in own[0]["sessions"][: number + 1])
+            points.append({"session": number + 1, "seen": seen, "value": value, "low": low, "high": high})
+        found[method] = points
+    return found
+
+
+def _csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each method, order and session."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "order", "session", "seen", *_OF_STEP])
+    for record in records:
+        seen = 0
+        for number, step in enumerate(record["steps"]):
+            seen += len(record["sessions"][number])
+            values = ["" if step[name] is None else f"{step[name]:.6g}" for name in _OF_STEP]
+            writer.writerow([record["method"], record["order"], number + 1, seen, *values])
+    return text.getvalue()
+
+
+def interval(value: Mapping[str, float | None]) -> str:
+    """Format a mean with its interval: `0.812 [0.790, 0.834]`; without one for one order."""
+    if value["low"] is None:
+        return f"{value['value']:.3f}"
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _markdown(
+    records: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any], drawn: bool
+) -> str:
+    what, several = ("Domain", "domains") if options.get("domain_column") else ("Class", "classes")
+    source = "the frozen backbone"
+    if options.get("adapter"):
+        when = "first session" if options["adapt"] == "first" else "session that comes"
+        source = f"the backbone with {options['adapter']}, trained on the {when}"
+    lines = [
+        f"# {what}-incremental: {Path(str(options['task'])).stem}",
+        "",
+        f"{options['steps']} sessions on {Path(str(options['model_name_or_path'])).name}; estimators read the features "
+        f"of {source}. No row of an earlier session is kept. Means over orders of the {several}, with 95 % intervals "
+        "by Student's t.",
+    ]
+    head = ["method", *SUMMARIES.values(), "orders", "seconds an order"]
+    lines += ["", _line(head), _line(["-", *["-:"] * (len(head) - 1)])]
+    for row in rows:
+        cells = [interval(row[name]) for name in SUMMARIES]
+        lines.append(_line([row["method"], *cells, str(row["orders"]), f"{row['seconds']:.1f}"]))
+    found = curves(records)
+    if found:
+        points = next(iter(found.values()))
+        lines += ["", "## Accuracy over all that has been seen", ""]
+        lines += [_line(["method", *[str(point["seen"]) for point in points]]), _line(["-", *["-:"] * len(points)])]
+        for row in rows:
+            lines.append(_line([row["method"], *[f"{point['value']:.3f}" for point in found[row["method"]]]]))
+    if drawn:
+        lines += ["", f"![Accuracy after each session]({CURVE})"]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell if set(cell) <= set("-:") else markdown_text(cell) for cell in cells) + " |"
+
+
+def _draw(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]], total: int) -> None:
+    """Draw the accuracies after each session, with bands over orders."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.0, 3.0), layout="constrained")
+    axes = figure.subplots()
+    markers = "os^DvPX<>p"
+    for number, (method, points) in enumerate(found.items()):
+        seen = [point["seen"] for point in points]
+        values = [point["value"] for point in points]
+        (line,) = axes.plot(seen, values, marker=markers[number % len(markers)], markersize=4, label=method)
+        if points[0]["low"] is not None:
+            low, high = ([max(0.0, min(1.0, point[end])) for point in points] for end in ("low", "high"))
+            axes.fill_between(seen, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel(f"seen of {total}", fontsize=9)
+    axes.set_ylabel("accuracy over all seen", fontsize=9)
+    axes.set_ylim(0, 1)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=170, format="png")
