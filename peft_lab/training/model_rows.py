@@ -151,9 +151,21 @@ def _prepared(
         name_rows(numbered, source_rows(rows, range(len(rows))))
     found = kind.preprocess(numbered, processor, task, model)
     prompt_column.check_kept(found, numbered, kind.name, drops)
+    _check_image_source(found, kind, model)
     if not trains:
         found = kind.evaluation_rows(found, processor, task)
     return numbered, found if packed is None else pack(found, packed)
+
+
+def _check_image_source(rows: Dataset, kind: Kind, model: Any) -> None:
+    """Raise `ConfigError` if the method makes the images of something that the rows do not have."""
+    config = getattr(model, "active_peft_config", None)
+    source = getattr(config, "image_source", "")
+    if config is not None and source and source not in rows.column_names:
+        raise ConfigError(
+            f'Method "{config.info.name}" makes its images of {source}, and kind "{kind.name}" gives none; take a task '
+            "whose kind does."
+        )
 
 
 class _Second:

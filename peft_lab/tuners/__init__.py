@@ -12,6 +12,7 @@ from peft_lab.tuners.config import AdapterConfig, shorten
 from peft_lab.tuners.dtypes import WIDE_DTYPES, sum_dtype
 from peft_lab.tuners.forward_context import ForwardContext, RowInput, before_forward, wrap_forward
 from peft_lab.tuners.head_layer import HeadConfig, HeadInput, HeadLayer, HeadTuner, register_head
+from peft_lab.tuners.forward_context import ForwardContext, before_forward, wrap_forward
 from peft_lab.tuners.layer import AdapterLayer, FeatureLayer, WeightLayer
 from peft_lab.tuners.lora_settings import changed_base, lora_rank, lora_scaling, lora_variant
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters
@@ -33,6 +34,8 @@ from peft_lab.tuners.residual_layer import (
     register_residual,
 )
 from peft_lab.tuners.seeds import module_seed
+from peft_lab.tuners.residual_layer import ResidualBranches, ResidualLayer, register_residual
+from peft_lab.tuners.row_input import RowInput
 from peft_lab.tuners.tokens import insert, parameter_names, split
 from peft_lab.tuners.tuner import AdapterTuner
 

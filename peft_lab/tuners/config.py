@@ -21,7 +21,7 @@ from peft_lab.adapter_files.name_patterns import check_key_pattern, check_patter
 from peft_lab.adapter_files.names import ADAPTER_WEIGHTS
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
 from peft_lab.registry import MethodInfo, with_preset
-from peft_lab.tuners.forward_context import RowInput
+from peft_lab.tuners.row_input import RowInput
 from peft_lab.tuners.trained_tokens import check_indices
 
 #: Sizes of an adapter (rank, tokens, ...) may always go up to this, whatever the dimensions of the base.
@@ -85,6 +85,8 @@ class AdapterConfig(PeftConfig):
 
     #: True if the method keeps the head that an image classifier was trained with, instead of a new one.
     uses_source_head: ClassVar[bool] = False
+    #: Row input of which it makes the images that the backbone reads, such as point clouds; "" for most methods.
+    image_source: ClassVar[str] = ""
     #: True if it gives the logits of an image classifier in place of the head.
     produces_logits: ClassVar[bool] = False
     #: True if it gives the logits of any classifier of whole rows, whose head is neither used nor trained.

@@ -23,54 +23,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.tuners.row_input import RowInput
 from peft_lab.tuners.tokens import parameter_names
 
 #: Key in `ForwardContext.shared`: True if the frozen backbone is in evaluation mode during this call.
 EVALUATED = "evaluated"
 #: Arguments by which the number of rows of a call is known, the first that is there.
 _BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "hidden_states")
-
-
-@dataclass(frozen=True)
-class RowInput:
-    """Declaration of a forward argument with one value per row.
-
-    Attributes:
-        name: keyword of the forward.
-        dtype: "int64", "bool", "float32" or "" for any; other numbers of the same sort are cast.
-        per_token: shape (batch, tokens) instead of (batch,).
-        column: the data set's column that it is bound to; its absence is then an error that names the column.
-        compute: function of the model's arguments that gives the value where the call does not; None for no value.
-    """
-
-    name: str
-    dtype: str = ""
-    per_token: bool = False
-    column: str | None = None
-    compute: Callable[[Mapping[str, Any]], Tensor] | None = None
-
-    def check(self, value: Any, rows: int | None = None) -> Tensor:
-        """Check a given value and cast it to the declared dtype.
-
-        Args:
-            value: the value.
-            rows: number of rows of the batch; None if it is not known.
-
-        Raises:
-            ConfigError: the value is no tensor of the declared sort, with one entry for each row.
-        """
-        if not isinstance(value, Tensor):
-            raise ConfigError(f"{self.name} must be a tensor, got {type(value).__name__}.")
-        # Only numbers of the same sort are cast, so a float is never rounded to an id.
-        wanted = getattr(torch, self.dtype) if self.dtype else value.dtype
-        fits = value.ndim == (2 if self.per_token else 1) and value.is_floating_point() == wanted.is_floating_point
-        if not fits or rows not in (None, len(value)):
-            one = "row of tokens" if self.per_token else "number" if wanted.is_floating_point else "integer"
-            raise ConfigError(
-                f"{self.name} has shape {list(value.shape)} and dtype {value.dtype}, expected one {one} for each of "
-                f"{'the' if rows is None else rows} rows."
-            )
-        return value.to(wanted)
 
 
 @dataclass

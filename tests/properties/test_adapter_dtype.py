@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from support.backbones import TINY, tiny_inputs
 from support.cover import cover, each_place
-from support.properties import EVERY_OWN, adapt, adapter_parameters, config, main_tensor, move, text_or_image
+from support.properties import EVERY_OWN, adapt, adapter_parameters, as_read, config, main_tensor, move, text_or_image
 
 from peft_lab import registry
 
@@ -46,7 +46,7 @@ def test_adapters_in_half_precision_run_and_train(method):
     model.base_model._cast_adapter_dtype("default", autocast_adapter_dtype=False)
     move(model)
     inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in tiny_inputs(base).items()}
-    out = main_tensor(model(**inputs))
+    out = main_tensor(model(**as_read(model, inputs)))
     assert out.dtype == torch.bfloat16
     out.float().square().mean().backward()
     trained = [parameter for parameter in adapter_parameters(model).values() if parameter.requires_grad]

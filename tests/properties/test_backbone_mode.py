@@ -15,6 +15,7 @@ from peft import PeftModel
 from support.backbones import TINY, tiny_inputs
 from support.cover import cover, each_place
 from support.properties import (
+    DRAWS,
     EVERY_OWN,
     IMAGES,
     KEEPS_HEAD,
@@ -23,10 +24,12 @@ from support.properties import (
     UNTRAINED,
     adapt,
     adapter_parameters,
+    as_read,
     assert_close,
     config,
     main_tensor,
     move,
+    text_or_image,
 )
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -38,7 +41,11 @@ from peft_lab.tuners.registration import config_class
 IN_EVALUATION = {"vpt", "prompt_cam", "pixel_prompt"}
 ALL = [*EVERY_OWN, *KEEPS_HEAD]
 #: BERT drops hidden states, Swin whole branches, and a method for images alone is on a ViT.
-CASES = [*((m, "bert") for m in OWN), *((m, "swin") for m in (*OWN, *KEEPS_HEAD)), *((m, "vit") for m in IMAGES)]
+CASES = [
+    *((m, "bert") for m in OWN),
+    *((m, "swin") for m in (*OWN, *KEEPS_HEAD)),
+    *((m, "vit") for m in (*IMAGES, *DRAWS)),
+]
 
 
 def _dropping(method: str, family: str, **fields: Any) -> Any:
@@ -49,16 +56,21 @@ def _dropping(method: str, family: str, **fields: Any) -> Any:
             module.p = 0.3
         if type(module).__name__.endswith("DropPath"):
             module.drop_prob = 0.5
+    return move(adapt(method, base, **fields, **_own_draws(method)))
+
+
+def _own_draws(method: str) -> dict[str, Any]:
+    """Fields by which an adapter draws nothing of its own in training, but for the prompts that it is made of."""
     if method in UNTRAINED:  # a prompt that is the mean of all its particles is sampled from nothing
-        fields |= {"domain_draws": 2, "domain_particles": 2}
-    return move(adapt(method, base, **fields))
+        return {"domain_draws": 2, "domain_particles": 2}
+    return {"azimuth": [9.0, 9.0], "elevation": [45.0, 45.0]} if method in DRAWS else {}
 
 
 def _hidden(model: Any, batch: int = 4) -> Tensor:
     """What the backbone makes in a training-mode forward, which is all but the head with its dropout."""
     base, seen = model.get_base_model(), []
     handle = base.base_model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
-    out = model(**tiny_inputs(base, batch))
+    out = model(**as_read(model, tiny_inputs(base, batch)))
     handle.remove()
     return seen[0] if seen else main_tensor(out)
 
@@ -87,17 +99,20 @@ def test_two_forwards_in_training_mode_are_equal_exactly_in_evaluation_mode(meth
 
 @pytest.mark.parametrize("method", cover(EVERY_OWN, each_place))
 def test_the_active_adapter_decides(method):
-    family = "vit" if method in IMAGES else "bert"
+    family = text_or_image(method)
     model = _dropping(method, family, backbone_eval=True)
-    drawn = {"domain_draws": 2, "domain_particles": 2} if method in UNTRAINED else {}
-    model.add_adapter("other", config(method, backbone_eval=False, **drawn))
+    model.add_adapter("other", config(method, backbone_eval=False, **_own_draws(method)))
     move(model, "other")
     for name in ("other", "default", "other"):
         model.set_adapter(name)
         assert _twice_equal(model.train()) == (name == "default")
 
 
-CHECKPOINTED = [*((m, "bert") for m in TRAINED), *((m, "vit") for m in IMAGES), *((m, "opt") for m in TRAINED)]
+CHECKPOINTED = [
+    *((m, "bert") for m in TRAINED),
+    *((m, "vit") for m in (*IMAGES, *DRAWS)),
+    *((m, "opt") for m in TRAINED),
+]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +176,7 @@ def test_trainer_and_accelerate(door, method, evaluated, tmp_path):
 
 @pytest.mark.parametrize("method", ALL)
 def test_the_choice_is_saved_and_a_file_without_it_trains_on_as_before(method, tmp_path):
-    family = "vit" if method in (*IMAGES, *KEEPS_HEAD) else "bert"
+    family = "vit" if method in KEEPS_HEAD else text_or_image(method)
     base = TINY[family]()
     model = adapt(method, base)
     model.save_pretrained(tmp_path)

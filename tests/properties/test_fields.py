@@ -20,6 +20,7 @@ from support.properties import (
     RESIDUAL,
     adapt,
     adapter_parameters,
+    as_read,
     config,
     main_tensor,
     move,
@@ -59,7 +60,7 @@ def test_every_field_has_an_effect(method, field, tmp_path):
         count = sum(p.numel() for p in adapter_parameters(model).values())
         moved = output(move(model), tiny_inputs(base))
         torch.manual_seed(2)
-        trained = main_tensor(model.train()(**tiny_inputs(base)))  # where dropout shows
+        trained = main_tensor(model.train()(**as_read(model, tiny_inputs(base))))  # where dropout shows
         size = sum(v.numel() for v in get_peft_model_state_dict(model).values())
         seen.append((count, size, start.tolist(), moved.tolist(), trained.tolist()))
     assert seen[0] != seen[1]

@@ -8,22 +8,24 @@ import pytest
 import torch
 from support.backbones import tiny_inputs
 from support.cover import MAIN, each_place
-from support.properties import HEADS, KEEPS_HEAD, METHODS, adapt, main_tensor, move, pairs
+from support.properties import DRAWS, HEADS, KEEPS_HEAD, METHODS, adapt, as_read, main_tensor, move, pairs
 
 from peft_lab.errors import ConfigError
 from peft_lab.serve.tenants import load_many
 
 
-@pairs([*METHODS, *KEEPS_HEAD, *HEADS], MAIN, each_place)
+@pairs([*METHODS, *KEEPS_HEAD, *DRAWS, *HEADS], MAIN, each_place)
 def test_a_call_of_forward_is_a_call_of_the_module(method: str, family: str, base: Any) -> None:
     model = move(adapt(method, base)).eval()
-    inputs = tiny_inputs(base)
+    inputs = as_read(model, tiny_inputs(base))
     for module in (model, model.base_model, model.base_model.model):
         with torch.no_grad():
             called, direct = main_tensor(module(**inputs)), main_tensor(module.forward(**inputs))
         assert torch.equal(called, direct), type(module).__name__
     with torch.no_grad(), model.disable_adapter():
-        assert not torch.equal(called, main_tensor(model.base_model.model.forward(**inputs))), "no adapter was in use"
+        assert not torch.equal(called, main_tensor(model.base_model.model.forward(**tiny_inputs(base)))), (
+            "no adapter was in use"
+        )
 
 
 @pytest.mark.parametrize("family", ["resnet"])

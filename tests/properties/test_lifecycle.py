@@ -13,6 +13,7 @@ from support.backbones import TINY, tiny_inputs
 from support.cover import MAIN, cover, places_and_families
 from support.properties import (
     CONVOLUTIONAL,
+    DRAWS,
     EVERY_OWN,
     HEADS,
     KEEPS_HEAD,
@@ -38,7 +39,7 @@ from peft_lab.errors import ConfigError
 own = pytest.mark.parametrize("method", EVERY_OWN)
 
 
-@pairs([*OWN, *KEEPS_HEAD, *HEADS], TINY, places_and_families)
+@pairs([*OWN, *KEEPS_HEAD, *DRAWS, *HEADS], TINY, places_and_families)
 @torch.no_grad()
 def test_life_of_an_adapter(base, method, family, tmp_path):
     """Start, effect, disabling, saving, loading, merging and unmerging on one model."""
@@ -95,7 +96,7 @@ def test_families_without_a_place_for_prompts_are_refused(base, method, family):
         adapt(method, base)
 
 
-@pairs([*OWN, *KEEPS_HEAD, *HEADS], MAIN)
+@pairs([*OWN, *KEEPS_HEAD, *DRAWS, *HEADS], MAIN)
 def test_several_adapters_on_one_model(base, method, family):
     inputs = tiny_inputs(base)
     model = adapt(method, base)
@@ -116,7 +117,7 @@ def test_several_adapters_on_one_model(base, method, family):
 
 
 @needs_add_adapter
-@pytest.mark.parametrize("method", [*OWN, *KEEPS_HEAD, *HEADS])
+@pytest.mark.parametrize("method", [*OWN, *KEEPS_HEAD, *DRAWS, *HEADS])
 def test_transformers_own_adapter_methods(method, tmp_path):
     base = TINY["vit"]()
     inputs = tiny_inputs(base)
@@ -140,7 +141,7 @@ def test_transformers_own_adapter_methods(method, tmp_path):
     assert torch.equal(output(again, inputs), first)
 
 
-@pairs([*OWN, *KEEPS_HEAD, *HEADS], ["bert", "vit"])
+@pairs([*OWN, *KEEPS_HEAD, *DRAWS, *HEADS], ["bert", "vit"])
 def test_a_pickled_model_is_the_same(base, method, family):
     model = move(adapt(method, base))
     expected = output(model, tiny_inputs(base))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from support.backbones import TINY, tiny_inputs, unknown
 from support.cover import MAIN, cover, each_place
 from support.properties import (
+    DRAWS,
     EVERY_OWN,
     HEADS,
     IMAGES,
@@ -49,7 +50,7 @@ from peft_lab.tuners import AdapterLayer
 own = pytest.mark.parametrize("method", EVERY_OWN)
 
 
-@pairs(METHODS, MAIN)
+@pairs([*METHODS, *DRAWS], MAIN)
 def test_file_holds_exactly_the_adapter_and_the_head(base, method, family, tmp_path):
     model = adapt(method, base)
     model.save_pretrained(tmp_path)
@@ -70,7 +71,7 @@ def test_file_holds_exactly_the_adapter_and_the_head(base, method, family, tmp_p
     ]
 
 
-@pairs([*OWN, *KEEPS_HEAD, *HEADS], MAIN)
+@pairs([*OWN, *KEEPS_HEAD, *DRAWS, *HEADS], MAIN)
 def test_every_way_to_load_gives_the_same(base, method, family, tmp_path):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))
@@ -113,7 +114,7 @@ def test_auto_peft_model(method, tmp_path):
     assert torch.equal(output(loaded, tiny_inputs(base)), expected)
 
 
-@pytest.mark.parametrize("method", IMAGES)
+@pytest.mark.parametrize("method", [*IMAGES, *DRAWS])
 def test_auto_peft_model_for_images(method, tmp_path):
     TINY["vit"]().save_pretrained(tmp_path / "base")
     base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")

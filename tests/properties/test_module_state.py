@@ -21,6 +21,7 @@ from support.properties import (
     UNTRAINED,
     adapt,
     adapter_parameters,
+    as_read,
     assert_close,
     config,
     equal_weights,
@@ -84,7 +85,7 @@ def reach(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def train_step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    loss = main_tensor(model.train()(**inputs)).square().mean()
+    loss = main_tensor(model.train()(**as_read(model, inputs))).square().mean()
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():

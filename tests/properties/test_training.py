@@ -11,6 +11,7 @@ from support.backbones import TINY, tiny_inputs
 from support.cover import MAIN, cover
 from support.properties import (
     CONV_NETS,
+    DRAWS,
     HEADS,
     IMAGE_LOGITS,
     IMAGES,
@@ -24,6 +25,7 @@ from support.properties import (
     UNTRAINED,
     adapt,
     adapter_parameters,
+    as_read,
     assert_close,
     equal_states,
     main_tensor,
@@ -35,7 +37,7 @@ from support.properties import (
 from peft_lab.backbones import module_roles
 
 
-@pairs([*METHODS, *KEEPS_HEAD, *HEADS], TINY)
+@pairs([*METHODS, *KEEPS_HEAD, *DRAWS, *HEADS], TINY)
 def test_only_what_is_declared_trains(base, method, family):
     if (method, family) == ("lora", "mobilenet_v2"):
         pytest.skip("peft's LoRA layer hides the stride that MobileNetV2 reads to pad")
@@ -54,7 +56,7 @@ def test_only_what_is_declared_trains(base, method, family):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):  # LoRA's A has no gradient before B has moved
         optimizer.zero_grad()
-        main_tensor(model(**tiny_inputs(base))).square().mean().backward()
+        main_tensor(model(**as_read(model, tiny_inputs(base)))).square().mean().backward()
         optimizer.step()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed <= trainable
@@ -62,7 +64,7 @@ def test_only_what_is_declared_trains(base, method, family):
     assert len(changed & own_names) >= 0.6 * len(own_names & trainable)
 
 
-@pairs([*OWN, *KEEPS_HEAD, *HEADS], CONV_NETS)
+@pairs([*OWN, *KEEPS_HEAD, *DRAWS, *HEADS], CONV_NETS)
 def test_training_leaves_running_statistics_to_the_base(base, method, family, tmp_path):
     """A loop of anybody's: `model.train()` and steps. What the norms of a conv net gather is in no adapter file."""
     inputs, other = tiny_inputs(base), tiny_inputs(base, batch=4)
@@ -73,7 +75,8 @@ def test_training_leaves_running_statistics_to_the_base(base, method, family, tm
     for _ in range(2):
         model.train()
         optimizer.zero_grad()
-        main_tensor(model(pixel_values=2 * other["pixel_values"] + 1)).square().mean().backward()
+        images = {"pixel_values": 2 * other["pixel_values"] + 1}
+        main_tensor(model(**as_read(model, images))).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     assert model.training
@@ -103,7 +106,7 @@ def test_a_norm_that_is_trained_on_purpose_gathers_statistics(base, method, fami
     assert torch.equal(output(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), inputs), trained)
 
 
-@pairs([*TRAINED, *KEEPS_HEAD, *TRAINED_HEADS], MAIN)
+@pairs([*TRAINED, *KEEPS_HEAD, *DRAWS, *TRAINED_HEADS], MAIN)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentrant):
     if not base.supports_gradient_checkpointing:
@@ -116,7 +119,7 @@ def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentr
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             if reentrant and "input_ids" in inputs:
                 model.enable_input_require_grads()
-        main_tensor(model(**inputs)).square().mean().backward()
+        main_tensor(model(**as_read(model, inputs))).square().mean().backward()
         grads.append({n: p.grad for n, p in adapter_parameters(model).items()})
     compared = 0
     for name, grad in grads[0].items():
@@ -130,30 +133,30 @@ def test_gradient_checkpointing_changes_no_gradient(base, method, family, reentr
     assert compared or reentrant
 
 
-@pairs([*TRAINED, *KEEPS_HEAD, *TRAINED_HEADS], MAIN)
+@pairs([*TRAINED, *KEEPS_HEAD, *DRAWS, *TRAINED_HEADS], MAIN)
 def test_bfloat16_base_with_float32_adapter(base, method, family):
     model = adapt(method, copy.deepcopy(base).to(torch.bfloat16))
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
     inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tiny_inputs(base).items()}
-    out = main_tensor(model.train()(**inputs))
+    out = main_tensor(model.train()(**as_read(model, inputs)))
     assert out.dtype == torch.bfloat16
     out.float().square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in adapter_parameters(model).values())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
 
 
-@pairs([*TRAINED, *KEEPS_HEAD, *TRAINED_HEADS], MAIN)
+@pairs([*TRAINED, *KEEPS_HEAD, *DRAWS, *TRAINED_HEADS], MAIN)
 def test_autocast_keeps_gradients_finite(base, method, family):
     model = adapt(method, base).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = main_tensor(model(**tiny_inputs(base))).float().square().mean()
+        loss = main_tensor(model(**as_read(model, tiny_inputs(base)))).float().square().mean()
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
 
 
 #: What is compiled: one family of each sort is enough where the layers are those of the sequence.
 COMPILED = [(m, f) for m in ON_OPS for f in ("bert", "vit", "llama")]
-COMPILED += [(m, "llama") for m in SEQUENCE] + [(m, "vit") for m in (*IMAGES, *KEEPS_HEAD, *HEADS)]
+COMPILED += [(m, "llama") for m in SEQUENCE] + [(m, "vit") for m in (*IMAGES, *KEEPS_HEAD, *DRAWS, *HEADS)]
 
 
 @pytest.mark.parametrize(("method", "family"), cover(COMPILED, lambda case: set() if case[0] in SEQUENCE else {"ops"}))

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from support.properties import HEADS, IMAGE_LOGITS, IMAGES, KEEPS_HEAD, SEQUENCE
+from support.properties import DRAWS, HEADS, IMAGE_LOGITS, IMAGES, KEEPS_HEAD, SEQUENCE
 from support.tiny_runs import (
     FILLERS,
     WORDS,
@@ -27,9 +27,9 @@ from support.tiny_runs import (
 Row = dict[str, Any]
 
 #: Methods that models without a task head refuse; `bayes_prompt` trains a head alone.
-WITHOUT_HEAD = (*IMAGES, *KEEPS_HEAD, *HEADS, "head", "bayes_prompt")
+WITHOUT_HEAD = (*IMAGES, *KEEPS_HEAD, *DRAWS, *HEADS, "head", "bayes_prompt")
 #: Methods that a head over the tokens of a text, the choices of a question or sounds refuses.
-OF_OTHER_PARTS = (*IMAGES, *KEEPS_HEAD, *HEADS)
+OF_OTHER_PARTS = (*IMAGES, *KEEPS_HEAD, *DRAWS, *HEADS)
 
 #: Rows of each split.
 SPLITS = {"train": 16, "validation": 8, "test": 12}
@@ -58,7 +58,7 @@ class KindRows:
     inputs: tuple[str, ...]
     backbone: Callable[[Path], Path]
     features: Callable[[], Any] | None = None
-    refuses: tuple[str, ...] = field(default=(*IMAGES, *KEEPS_HEAD))
+    refuses: tuple[str, ...] = field(default=(*IMAGES, *KEEPS_HEAD, *DRAWS))
     metrics: tuple[str, ...] | None = None
     reads_padding: bool = False
     refuses_batches: tuple[str, ...] = ()
@@ -383,7 +383,7 @@ KINDS = {
     "image_classification": KindRows(
         {"columns": {"image": "image", "label": "shade"}},
         *(image_classification, "shade", ("image",), make_image_backbone, image_features),
-        refuses=tuple(KEEPS_HEAD),
+        refuses=(*KEEPS_HEAD, *DRAWS),
     ),
     "audio_classification": KindRows(
         {"columns": {"audio": "audio", "label": "pitch"}},
@@ -408,7 +408,7 @@ KINDS = {
     "image_segmentation of patches": KindRows(
         _SEGMENTATION,
         *(image_segmentation, "classes", ("photo",), make_image_backbone, segmentation_features),
-        refuses=(*IMAGE_LOGITS, *KEEPS_HEAD, *HEADS),
+        refuses=(*IMAGE_LOGITS, *KEEPS_HEAD, *DRAWS, *HEADS),
     ),
     "causal_lm": KindRows(
         {"template": {"prompt": "{prompt}", "answer": "{answer}"}, "max_new_tokens": 4},
@@ -453,7 +453,7 @@ KINDS = {
     "multi_label of images": KindRows(
         {"columns": {"image": "image", "labels": "traits"}, "thresholds": {"bright": 0.4}, "label_separator": ","},
         *(image_multi_label, "traits", ("image",), make_image_backbone, image_multi_label_features),
-        refuses=tuple(KEEPS_HEAD),
+        refuses=(*KEEPS_HEAD, *DRAWS),
     ),
     "multiple_choice": KindRows(
         {"columns": {"question": "question", "choices": "endings", "answer": "right"}},
@@ -472,7 +472,7 @@ KINDS = {
     "regression of images": KindRows(
         {"columns": {"image": "image", "label": "brightness"}},
         *(image_regression, "brightness", ("image",), make_image_backbone, image_regression_features),
-        refuses=tuple(KEEPS_HEAD),
+        refuses=(*KEEPS_HEAD, *DRAWS),
     ),
     "token_classification": KindRows(
         {"columns": {"tokens": "words", "tags": "ner_tags"}},

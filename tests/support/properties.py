@@ -12,6 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_lab import registry
+from peft_lab.tuners import AdapterLayer
 from peft_lab.tuners.registration import has_trait, make_config, newer_peft_needed
 from support.backbones import tiny_inputs
 from support.cover import Needs, cover, each_family
@@ -22,8 +23,10 @@ needs_add_adapter = pytest.mark.skipif(bool(newer_peft_needed()), reason="transf
 _ALL = [name for name, info in registry.list_methods().items() if info.place not in ("peft", "baseline")]
 #: Those that keep the head of an image classifier: in none of the next lists.
 KEEPS_HEAD = [name for name in _ALL if has_trait(registry.method(name), "uses_source_head")]
+#: Those that make the images themselves, of another input, which `as_read` gives them: in `ON_BLOCKS` and `EVERY`.
+DRAWS = [name for name in _ALL if has_trait(registry.method(name), "image_source")]
 #: Those that are for images alone: in `pairs`, `ON_BLOCKS` and `EVERY`, and in none of the other lists.
-IMAGES = [name for name in _ALL if registry.method(name).can("images") and name not in KEEPS_HEAD]
+IMAGES = [name for name in _ALL if registry.method(name).can("images") and name not in (*KEEPS_HEAD, *DRAWS)]
 #: Those that leave the head of an image classifier untrained.
 IMAGE_LOGITS = [name for name in IMAGES if has_trait(registry.method(name), "produces_logits")]
 #: Those that replace the head of a classifier of whole rows: in `EVERY`, and in none of the next lists.
@@ -31,7 +34,7 @@ HEADS = [name for name in _ALL if has_trait(registry.method(name), "replaces_hea
 #: Those that also act in each block.
 HEADS_AND_BLOCKS = [name for name in HEADS if "block" in registry.method(name).roles]
 #: Every other registered method with an adapter of its own; LoRA stands among them as the yardstick.
-METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD, *HEADS)]
+METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD, *DRAWS, *HEADS)]
 #: Those built on peft-lab's shared layers.
 OWN = [name for name in METHODS if not registry.method(name).module.startswith("peft.")]
 #: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
@@ -39,15 +42,15 @@ SEQUENCE = [name for name in OWN if registry.method(name).place == "sequence"]
 #: Those that put branches beside the sub-layers of a block.
 RESIDUAL = [name for name in OWN if "block" in registry.method(name).roles and name not in SEQUENCE]
 ON_OPS = [name for name in OWN if name not in (*SEQUENCE, *RESIDUAL)]
-#: Those that act on one stack, and those that are put on whole blocks.
-ON_STACKS = [*SEQUENCE, *IMAGES]
+#: Those that act on one stack or on the whole model, and those that are put on whole blocks.
+ON_STACKS = [*SEQUENCE, *IMAGES, *DRAWS]
 ON_BLOCKS = [*ON_STACKS, *RESIDUAL]
 #: Those that choose their modules themselves.
 ON_FIXED = [*ON_BLOCKS, *HEADS]
 #: Those that leave out convolutions, and so conv nets.
 NO_CONVOLUTION = [name for name in ON_OPS if not registry.method(name).can("conv2d")]
 #: All of them, and those of peft-lab; `text_or_image` names a family of `backbones.TINY` that goes with each.
-EVERY, EVERY_OWN = [*METHODS, *IMAGES, *HEADS], [*OWN, *IMAGES, *HEADS]
+EVERY, EVERY_OWN = [*METHODS, *IMAGES, *DRAWS, *HEADS], [*OWN, *IMAGES, *DRAWS, *HEADS]
 #: Those whose values come from the training data: in a test, from `fill`.
 UNTRAINED = [name for name in [*OWN, *HEADS] if has_trait(registry.method(name), "values_from_data")]
 TRAINED = [name for name in OWN if name not in UNTRAINED]
@@ -77,7 +80,7 @@ def config(method: str, model: nn.Module | None = None, **fields: Any) -> Any:
 
 def text_or_image(method: str) -> str:
     """A family with a head that the method goes with: a text encoder, or for images alone a vision transformer."""
-    return "vit" if method in IMAGES else "bert"
+    return "vit" if method in (*IMAGES, *DRAWS) else "bert"
 
 
 def pairs(methods: Iterable[str], families: Iterable[str], needs: Needs = each_family) -> pytest.MarkDecorator:
@@ -85,7 +88,7 @@ def pairs(methods: Iterable[str], families: Iterable[str], needs: Needs = each_f
     families = list(families)
     found = [(m, f) for f in families for m in methods if not (m in (*SEQUENCE, *RESIDUAL) and f in NO_SEQUENCE)]
     found = [(m, f) for m, f in found if not (m in NO_CONVOLUTION and f in CONVOLUTIONAL)]
-    found = [(m, f) for m, f in found if m not in KEEPS_HEAD or f in CLASSIFIERS]
+    found = [(m, f) for m, f in found if m not in (*KEEPS_HEAD, *DRAWS) or f in CLASSIFIERS]
     found = [(m, f) for m, f in found if m not in HEADS or f in (*CLASSIFIERS, *TEXT_CLASSIFIERS)]
     found = [(m, f) for m, f in found if m not in HEADS_AND_BLOCKS or f not in NO_SEQUENCE]
     found += [(m, f) for f in families for m in IMAGES if f in (IMAGE_CLASSIFIERS if m in IMAGE_LOGITS else PRE_NORM)]
@@ -133,7 +136,18 @@ def move(model: nn.Module, adapter: str = "default", scale: float = 0.3, seed: i
 def output(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
     """The model's main output tensor for given inputs, in evaluation mode, without gradients."""
     model.eval()
-    return main_tensor(model(**inputs, **kwargs))
+    return main_tensor(model(**as_read(model, inputs), **kwargs))
+
+
+def as_read(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs as a model reads them: for an adapter that draws its images, the pixels as points of three coordinates."""
+    sources = {getattr(given, "image_source", "") for given in (getattr(model, "peft_config", None) or {}).values()}
+    off = any(module.disable_adapters for module in model.modules() if isinstance(module, AdapterLayer))
+    if not any(sources) or off or "pixel_values" not in inputs:
+        return dict(inputs)
+    others = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    points = inputs["pixel_values"].float().movedim(1, -1).flatten(1, 2)[:, ::16]
+    return {**others, sources.pop(): points}
 
 
 def main_tensor(result: Any) -> Tensor:

@@ -20,7 +20,8 @@ from transformers import AutoModel, Trainer, TrainingArguments
 
 import peft_lab
 from peft_lab.errors import ConfigError
-from peft_lab.tuners.forward_context import ForwardContext, RowInput, WrappedForward, expand_rows
+from peft_lab.tuners.forward_context import ForwardContext, WrappedForward, expand_rows
+from peft_lab.tuners.row_input import RowInput
 
 TwinLoraConfig = load("twin_lora").TwinLoraConfig
 WEIGHTS = torch.tensor([0.0, 1.0, 0.3])
