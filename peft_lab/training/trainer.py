@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_lab.backbones.frozen_norms import set_frozen_norms
 from peft_lab.data.row_stream import RowStream
+from peft_lab.errors import ConfigError
 from peft_lab.hub.push import create_repository, push
 from peft_lab.runs.optimization import OptimizationOptions, read_phases
 from peft_lab.training.callbacks.notebook import name_splits
@@ -79,6 +80,7 @@ class LabTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._check_own_loss()
         # Trainer would call it behind `prediction_step`, and keep all labels
         self._reduce = None if keeps_labels else self.preprocess_logits_for_metrics
         if self._reduce is not None:
@@ -102,6 +104,15 @@ class LabTrainer(Trainer):
         self.head_modules = tuple(head_modules)
         self._loss_divides: bool | None = None
         self._guard = NonFiniteGuard()
+
+    def _check_own_loss(self) -> None:
+        """Refuse a loss computed outside of the model for adapters that add terms to the model's own."""
+        adding = [m for m in self.model.modules() if isinstance(m, AdapterLayer) and m.adds_loss]
+        if adding and (self.label_smoother is not None or self.compute_loss_func is not None):
+            raise ConfigError(
+                f'Method "{adding[0].info.name}" adds terms to the loss of the model, and label_smoothing_factor or '
+                "compute_loss_func takes another loss in its place; leave that out."
+            )
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Loss, logits and labels of a batch; without its labels if they are not to be kept."""

@@ -12,9 +12,9 @@ from peft_lab.tuners.config import AdapterConfig, shorten
 from peft_lab.tuners.dtypes import WIDE_DTYPES, sum_dtype
 from peft_lab.tuners.forward_context import ForwardContext, RowInput, before_forward, wrap_forward
 from peft_lab.tuners.head_layer import HeadConfig, HeadInput, HeadLayer, HeadTuner, register_head
-from peft_lab.tuners.forward_context import ForwardContext, before_forward, wrap_forward
 from peft_lab.tuners.layer import AdapterLayer, FeatureLayer, WeightLayer
 from peft_lab.tuners.lora_settings import changed_base, lora_rank, lora_scaling, lora_variant
+from peft_lab.tuners.loss_terms import LossTerm
 from peft_lab.tuners.mixed_batch import BASE, RowAdapters
 from peft_lab.tuners.operations import (
     Operation,
@@ -33,9 +33,8 @@ from peft_lab.tuners.residual_layer import (
     ResidualTuner,
     register_residual,
 )
-from peft_lab.tuners.seeds import module_seed
-from peft_lab.tuners.residual_layer import ResidualBranches, ResidualLayer, register_residual
 from peft_lab.tuners.row_input import RowInput
+from peft_lab.tuners.seeds import module_seed
 from peft_lab.tuners.tokens import insert, parameter_names, split
 from peft_lab.tuners.tuner import AdapterTuner
 
@@ -53,6 +52,7 @@ __all__ = [
     "HeadInput",
     "HeadLayer",
     "HeadTuner",
+    "LossTerm",
     "MethodInfo",
     "Operation",
     "ResidualBranches",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.tuners.loss_terms import LossTerm, with_loss_terms
 from peft_lab.tuners.row_input import RowInput
 from peft_lab.tuners.tokens import parameter_names
 
@@ -42,6 +43,7 @@ class ForwardContext:
         inputs: declared row inputs by name, as the call gave them.
         declared: every row input that an adapter on the model declares, by name.
         shared: values that one layer hands on to another in this call, by a key of the method's choice.
+        loss_terms: terms that adapters add to the loss of this call.
         chosen: number of rows of the batch, and numbers of those that a layer runs on just now, int64; None for all.
     """
 
@@ -50,6 +52,7 @@ class ForwardContext:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     declared: Mapping[str, RowInput] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
+    loss_terms: list[LossTerm] = field(default_factory=list)
     chosen: tuple[int, Tensor] | None = None
 
     @staticmethod
@@ -252,7 +255,7 @@ class WrappedForward:
         try:
             if self.prepare is not None:
                 self.prepare(context)
-            return self._run(args, kwargs)
+            return with_loss_terms(self._run(args, kwargs), context.loss_terms, arguments)
         finally:
             _CURRENT.reset(token)
             if self.module.training != training:

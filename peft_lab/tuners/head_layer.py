@@ -220,6 +220,19 @@ class HeadLayer(AdapterLayer):
             pooled = pooled[torch.arange(len(x), device=x.device), self._last_tokens(context, x)]
         return HeadInput(pooled, *self._tokens(context))
 
+    @torch.no_grad()
+    def other_view(self, **changes: Any) -> HeadInput:
+        """Features of a second run of the backbone on the running call's arguments, some of them changed.
+
+        Dropout draws anew. No gradient passes through the backbone.
+        """
+        arguments = {**self._context().arguments, **changes}
+        for name in ("labels", "num_items_in_batch"):
+            arguments.pop(name, None)
+        with _reading() as found:
+            self.whole[0](**arguments)
+        return found[0]
+
     def _context(self) -> ForwardContext:
         context = ForwardContext.current()
         if context is None:

@@ -48,6 +48,8 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
     #: Parameters of one dimension that weight decay takes back to the base, because that is their value zero. Other
     #: vectors (scales, whose neutral value is one, and biases) get none.
     decayed_vectors: ClassVar[tuple[str, ...]] = ()
+    #: True if it adds terms to the loss of a training step (`peft_lab.tuners.loss_terms`).
+    adds_loss: ClassVar[bool] = False
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:

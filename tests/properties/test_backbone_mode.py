@@ -37,8 +37,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from peft_lab.tuners import AdapterLayer
 from peft_lab.tuners.registration import config_class
 
-#: As the authors' code trains: VPT and Prompt-CAM put the backbone into evaluation mode, ILM-VP the whole classifier.
-IN_EVALUATION = {"vpt", "prompt_cam", "pixel_prompt"}
+#: As the authors' code trains: VPT, Prompt-CAM and NMTune put the backbone into evaluation mode, ILM-VP the classifier.
+IN_EVALUATION = {"vpt", "prompt_cam", "pixel_prompt", "nmtune"}
 ALL = [*EVERY_OWN, *KEEPS_HEAD]
 #: BERT drops hidden states, Swin whole branches, and a method for images alone is on a ViT.
 CASES = [

@@ -51,7 +51,7 @@ def test_every_own_field_names_a_value_to_try():
 @pytest.mark.parametrize(("method", "field"), FIELDS, ids=lambda value: getattr(value, "name", value))
 @torch.no_grad()
 def test_every_field_has_an_effect(method, field, tmp_path):
-    """On the trainable count, on the output of start or moved adapter, or on what the file holds."""
+    """On the trainable count, on output or loss of start or moved adapter, or on what the file holds."""
     base = TINY[field.metadata.get("family", "vit")]()
     seen = []
     for fields in ({}, {field.name: field.metadata["other"]}):
@@ -60,9 +60,12 @@ def test_every_field_has_an_effect(method, field, tmp_path):
         count = sum(p.numel() for p in adapter_parameters(model).values())
         moved = output(move(model), tiny_inputs(base))
         torch.manual_seed(2)
-        trained = main_tensor(model.train()(**as_read(model, tiny_inputs(base))))  # where dropout shows
+        result = model.train()(
+            **as_read(model, tiny_inputs(base, labels=True))
+        )  # where dropout and terms of the loss show
+        trained = main_tensor(result), torch.as_tensor(getattr(result, "loss", None) or 0.0)
         size = sum(v.numel() for v in get_peft_model_state_dict(model).values())
-        seen.append((count, size, start.tolist(), moved.tolist(), trained.tolist()))
+        seen.append((count, size, start.tolist(), moved.tolist(), *(value.tolist() for value in trained)))
     assert seen[0] != seen[1]
 
 
