@@ -66,6 +66,7 @@ class MethodInfo:
             the frozen floor of a 384 wide ViT at 520 tokens; tested for every method.
         presets: values of config fields by the name of a relative of the method: `preset=NAME` among its arguments
             stands for them. A field whose value is `...` must be given beside it.
+        row_columns: names of the columns, with a number for each row, that an adapter can read beside the inputs.
         module: dotted module that defines it, filled in by the registry; for a tuner of peft, peft's.
         path: its source file, filled in by the registry.
         card_module: dotted module that holds the card, filled in by the registry.
@@ -82,6 +83,7 @@ class MethodInfo:
     budget: tuple[float, float] = (1.1, 1.2)
     # A frozen dataclass hashes its fields, and a mapping has no hash.
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    row_columns: tuple[str, ...] = ()
     module: str = ""
     path: Path | None = None
     card_module: str = ""

@@ -103,16 +103,23 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Folder for the merged model.", show_default=False)],
     model_name_or_path: Base = None,
     allow_other_base: OtherBase = False,
+    method_args: Annotated[
+        list[str] | None,
+        typer.Option("--method_args", help="NAME=VALUE: a field that chooses what the merge stands for."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base: the result loads with transformers alone."""
     from peft_lab.runs.run_folder import find_adapter, refuse_filled
+    from peft_lab.utils import plain_yaml
 
     folder = find_adapter(adapter)
     refuse_filled(out)
     from peft_lab.export.merge import merge as run_merge
 
-    run_merge(folder, out, model_name_or_path, allow_other_base=allow_other_base)
+    pairs = [given.partition("=") for given in method_args or ()]
+    fields = {name: plain_yaml.read(value) for name, _, value in pairs}
+    run_merge(folder, out, model_name_or_path, allow_other_base=allow_other_base, method_args=fields)
     if as_json:
         print_json({"output_dir": str(out)})
     else:

@@ -12,8 +12,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft_lab.data import number_columns
 from peft_lab.data.row_checks import keep_source_rows, numbered, source_rows
-from peft_lab.data.task_schema import PROMPT_IDS, Task
+from peft_lab.data.task_schema import PROMPT_IDS, Task, row_columns
 from peft_lab.errors import ConfigError, TaskError, did_you_mean
 
 if TYPE_CHECKING:
@@ -94,11 +95,15 @@ def settings(values: Sequence[str] | None) -> dict[str, Any]:
 def for_model(dataset: Dataset, model: Any, task: Task) -> Dataset:
     """Data set with `prompt_ids` as numbers, as the adapter maps them.
 
-    The column is left out if the adapter chooses no prompts by row.
+    The column is left out if the adapter chooses no prompts by row, and so is each column of numbers that it does not
+    read.
 
     Raises:
-        ConfigError: a value that the adapter does not know, and it has no default.
+        ConfigError: a value that the adapter does not know, and it has no default, or a column of numbers that it
+            reads is not there.
     """
+    left_out = number_columns.unread(dataset, model, task)
+    dataset = dataset.remove_columns(left_out) if left_out else dataset
     ids_of = _mapping(model)
     if PROMPT_IDS not in dataset.column_names:
         if ids_of is not None:
@@ -113,15 +118,14 @@ def for_model(dataset: Dataset, model: Any, task: Task) -> Dataset:
 
 
 def check_kept(dataset: Dataset, raw_dataset: Dataset, kind: str, drops: bool = False) -> None:
-    """Raise `ConfigError` if `prompt_ids` does not reach the model.
+    """Raise `ConfigError` if `prompt_ids`, or a column of numbers that the adapter reads, does not reach the model.
 
     All rows would have the same prompts. `drops` says that Trainer removes columns.
     """
-    if PROMPT_IDS not in raw_dataset.column_names:
-        return
-    if PROMPT_IDS not in dataset.column_names:
-        raise ConfigError(f'The kind "{kind}" does not hand the column "{PROMPT_IDS}" on to the model.')
-    if drops:
+    for name in sorted({PROMPT_IDS, *row_columns()} & {*raw_dataset.column_names}):
+        if name not in dataset.column_names:
+            raise ConfigError(f'The kind "{kind}" does not hand the column "{name}" on to the model.')
+    if drops and PROMPT_IDS in raw_dataset.column_names:
         raise ConfigError(f"remove_unused_columns=True would remove {PROMPT_IDS}, which the method reads.")
 
 

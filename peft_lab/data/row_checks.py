@@ -56,7 +56,7 @@ def column_faults(dataset: Dataset, task: Task, texts: Iterable[str]) -> list[Ro
     # the stored values, so that no image is decoded
     table = dataset.with_format("arrow")
     found = []
-    for name in [name for name in dataset.column_names if name not in ("label", PROMPT_IDS)]:
+    for name in [name for name in dataset.column_names if name not in ("label", PROMPT_IDS, *task.number_columns)]:
         column, source = table.select_columns([name])[:][name], task.columns.get(name, name)
         found.append(RowFault(f'have no value in column "{source}"', _positions(pc.is_null(column))))
         if name in texts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peft_lab.data import labels as label_column
-from peft_lab.data import prompt_column
+from peft_lab.data import number_columns, prompt_column
 from peft_lab.data.row_checks import rows_to_drop
 from peft_lab.data.task_registry import kind
 from peft_lab.data.task_schema import PROMPT_IDS, Task
@@ -25,12 +25,15 @@ def canonical(task: Task, split: str, dataset: Dataset) -> Dataset:
     if len(dataset) == 0:
         raise TaskError(f'Task "{task.name}": the {split} data has no rows.')
     texts = prompt_column.texts(task, split, dataset) if PROMPT_IDS in task.columns else None
+    numbers = {name: number_columns.numbers(task, name, split, dataset) for name in task.number_columns}
     # one source column may serve as an input and choose the prompts, so it is copied and not renamed
-    columns = {name: source for name, source in task.columns.items() if name != PROMPT_IDS}
+    columns = {name: source for name, source in task.columns.items() if name not in (PROMPT_IDS, *numbers)}
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({source: name for name, source in columns.items() if source != name})
     if texts is not None:
         dataset = dataset.add_column(PROMPT_IDS, texts)
+    for name, values in numbers.items():
+        dataset = dataset.add_column(name, values)
     return kind(task.kind).cast(dataset, task)
 
 

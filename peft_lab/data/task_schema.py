@@ -15,7 +15,7 @@ from peft_lab.data.data_source import FOLDER_BUILDERS, DataSource, as_list, data
 from peft_lab.data.prompt_template import Template
 from peft_lab.errors import TaskError
 from peft_lab.metrics import METRICS, metric_path
-from peft_lab.registry import KindInfo, kind_info, list_kinds
+from peft_lab.registry import KindInfo, kind_info, list_kinds, list_methods
 from peft_lab.utils.data_root import DATA_VARIABLE
 from peft_lab.utils.schema import Schema, check, describe, unknown_key
 
@@ -117,7 +117,8 @@ class Task(Schema):
         splits: our split names -> the source's; what is missing is carved from train by `load_splits`.
         columns: canonical column names of the kind (`text`, `label`, `image`, ...) -> the source's. With any kind,
             `prompt_ids` names a column of texts or whole numbers whose value chooses the prompts of a row (its domain,
-            its source, ...); methods without such a choice do not see it.
+            its source, ...); methods without such a choice do not see it. Names that a method's card lists as
+            `row_columns` (`quality`, ...) likewise name columns of numbers.
         labels: label names in the order of the model's outputs; empty if they are read from the data.
         prompt_values: values of `prompt_ids` in the order of the sets of prompts; empty for the sorted values of train.
         metrics: names or paths, the first one chooses the best checkpoint.
@@ -211,8 +212,15 @@ class Task(Schema):
     def inputs(self) -> tuple[str, ...]:
         """Canonical columns that a model may look at: neither answer nor `prompt_ids`."""
         known = self.template.inputs() if self.template else tuple(self.columns)
-        hidden = (PROMPT_IDS, *kind_info(self.kind).answers)
+        hidden = (PROMPT_IDS, *self.number_columns, *kind_info(self.kind).answers)
         return tuple(name for name in known if name not in hidden)
+
+    @property
+    def number_columns(self) -> tuple[str, ...]:
+        """Columns with a number for each row that methods read, and no model sees."""
+        of_kind = self.template.columns() if self.template else kind_info(self.kind).columns
+        known = (PROMPT_IDS, *of_kind)
+        return tuple(name for name in self.columns if name.partition("[")[0] not in known)
 
     @property
     def has_classes(self) -> bool:
@@ -278,6 +286,7 @@ def build(mapping: Mapping[str, Any], origin: Path | None) -> Task:
     _check_fractions(task)
     _check_streaming(task)
     _check_prompt_column(task)
+    _check_number_columns(task)
     return task
 
 
@@ -349,20 +358,22 @@ def _columns(task: Task, rule: KindInfo) -> dict[str, str]:
     if wrong is not None:
         raise TaskError(f'the kind "{rule.name}" reads one column for "{wrong}", not a list of them.')
     given = {listed.get(name, name) for name in task.columns}
-    unknown = next((name for name in sorted(given) if name not in (*known, PROMPT_IDS)), None)
+    further = given.difference(known)
+    allowed = (PROMPT_IDS, *(sorted(row_columns()) if further - {PROMPT_IDS} else ()))
+    unknown = next((name for name in sorted(further) if name not in allowed), None)
     if unknown is not None:
-        raise TaskError(unknown_key(unknown, (*known, PROMPT_IDS), "the columns"))
+        raise TaskError(unknown_key(unknown, (*known, *allowed), "the columns"))
     for name, required in known.items():
         if required and name not in given:
             raise TaskError(f'the kind "{rule.name}" needs "columns" to name the column of "{name}".')
     if rule.one_of and len([name for name in rule.one_of if name in task.columns]) != 1:
         choices = " or ".join(f'"{name}"' for name in rule.one_of)
         raise TaskError(f'the kind "{rule.name}" needs "columns" to name the column of either {choices}.')
-    chosen = {name: source for name, source in task.columns.items() if name == PROMPT_IDS}
-    columns = {name: source for name, source in task.columns.items() if name != PROMPT_IDS}
+    chosen = {name: source for name, source in task.columns.items() if name in further}
+    columns = {name: source for name, source in task.columns.items() if name not in further}
     if task.template is not None:
         columns = {name: columns.get(name, name) for name in known}
-    # a source column is renamed to its purpose, so it can have one only; the one of prompt_ids is copied
+    # a source column is renamed to its purpose, so it can have one only; those for methods are copied
     double = _double(columns.values())
     if double is not None:
         raise TaskError(f'the column "{double}" is named for two purposes.')
@@ -413,6 +424,26 @@ def _check_prompt_column(task: Task) -> None:
         if task.prompt_values:
             raise TaskError(f'"prompt_values" needs "columns" to name the column of "{PROMPT_IDS}".')
         return
-    answers = {name for name in task.columns if name not in task.inputs and name != PROMPT_IDS}
-    if source in [task.columns[name] for name in answers]:
+    if source in _answer_columns(task):
         raise TaskError(f'the column "{source}" holds the answer, so it cannot choose the prompts; name another one.')
+
+
+def _check_number_columns(task: Task) -> None:
+    """Raise `TaskError` if the answer would be given to the method."""
+    for name in task.number_columns:
+        if task.columns[name] in _answer_columns(task):
+            raise TaskError(
+                f'the column "{task.columns[name]}" holds the answer, so it cannot be the {name}; name another one.'
+            )
+
+
+def _answer_columns(task: Task) -> set[str]:
+    """Columns of the source that hold the answer."""
+    shown = (*task.inputs, *task.number_columns, PROMPT_IDS)
+    return {source for name, source in task.columns.items() if name not in shown}
+
+
+@lru_cache(maxsize=1)
+def row_columns() -> frozenset[str]:
+    """Names of the columns of numbers that methods can read."""
+    return frozenset().union(*(info.row_columns for info in list_methods().values()))

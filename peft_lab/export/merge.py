@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,27 @@ from peft_lab.utils.atomic_files import new_folder
 
 
 def merge(
-    adapter: str | Path, out: str | Path, model_name_or_path: str | None = None, *, allow_other_base: bool = False
+    adapter: str | Path,
+    out: str | Path,
+    model_name_or_path: str | None = None,
+    *,
+    allow_other_base: bool = False,
+    method_args: Mapping[str, Any] | None = None,
 ) -> Path:
     """Merge an adapter into its base and save the result.
 
     It loads with transformers alone. A quantised base is merged by its values, and the result is not quantised.
 
+    Args:
+        adapter: folder of a run or adapter, or a Hub id.
+        out: a folder that is not there yet or empty.
+        model_name_or_path: the base to load instead of the one that the adapter names.
+        allow_other_base: warn of a base with other weights instead of refusing it.
+        method_args: config fields that choose what a merge stands for, where the method has some.
+
     Raises:
-        ConfigError: the method cannot be merged, there is no adapter, the merged model would lose weights when loaded
-            again, or `out` already holds something.
+        ConfigError: the method cannot be merged, or has no such field, there is no adapter, the merged model would lose
+            weights when loaded again, or `out` already holds something.
         WriteError: `out` cannot be written; then nothing of it is left.
     """
     out = Path(out).expanduser()
@@ -30,6 +43,11 @@ def merge(
     adapted: Any = loaded.model
     if not (loaded.folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(f'"{adapter}" is a whole model: there is no adapter to merge.')
+    if method_args:
+        config = adapted.active_peft_config
+        if not hasattr(config, "set_merge_fields"):
+            raise ConfigError(f"A merge of a tuner of peft takes no method_args; leave out {', '.join(method_args)}.")
+        config.set_merge_fields(method_args)
     try:
         # With safe_merge, tuners of peft refuse a merge that gives NaN too.
         merged = adapted.merge_and_unload(safe_merge=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
-from peft_lab.data import prompt_column
+from peft_lab.data import number_columns, prompt_column
 from peft_lab.data.prediction_inputs import INPUT_FILES, check_top_k, input_columns, read_inputs
 from peft_lab.data.splits import load_splits, subset
 from peft_lab.data.task_registry import check_split
@@ -156,9 +156,18 @@ def predict_rows(
     # the column that chooses prompts is read now, because `input_columns` keeps only those of the task
     ids = prompt_column.ids_of_inputs(rows, loaded.model, loaded.task)
     values = [input_columns(row, loaded.task, number) for number, row in enumerate(rows, start=1)]
+    numbers = number_columns.numbers_of_inputs(rows, loaded.model, loaded.task)
     # kinds that rank no labels know no such argument
     options = {} if top_k is None else {"top_k": top_k}
+    # numbers are given around a call for the rows of one batch, all others for the rows of all batches
+    size, found = batch_size if numbers else max(len(values), 1), []
     with progress_bar(f"predicting with {Path(adapter).name}", len(values)):
-        return loaded.kind.predict_with_prompts(
-            loaded.model, loaded.processor, values, loaded.task, batch_size, ids, **options
-        )
+        for start in range(0, max(len(values), 1), size):
+            part = slice(start, start + size)
+            with number_columns.given({name: column[part] for name, column in numbers.items()}):
+                found += loaded.kind.predict_with_prompts(
+                    *(loaded.model, loaded.processor, values[part], loaded.task, batch_size),
+                    None if ids is None else ids[part],
+                    **options,
+                )
+    return found

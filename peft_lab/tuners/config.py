@@ -6,7 +6,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
@@ -228,6 +228,18 @@ class AdapterConfig(PeftConfig):
     def merges(self) -> bool:
         """True if an adapter of this config can be merged; by default what the method's card declares."""
         return self.info.can("merge")
+
+    def set_merge_fields(self, values: Mapping[str, Any]) -> None:
+        """Set fields of `merge_fields`, which choose what a merge stands for.
+
+        Raises:
+            ConfigError: another field, or a value that it does not take.
+        """
+        check_keys(values, self.merge_fields, f'a merge of method "{self.info.name}"')
+        for name, value in values.items():
+            setattr(self, name, value)
+        self._check_types()
+        self.check()
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the config to plain values.

@@ -52,6 +52,7 @@ METHOD = MethodInfo(
     capabilities=("linear", "conv1d", "conv2d", "embedding", "merge", "mixed_batch", "identity_start"),
     learning_rate=1e-1,
     budget=(1.02, 1.04),
+    row_columns=("control",),
 )
 
 #: Vectors, and rank of each, where no folders are given.

@@ -37,6 +37,7 @@ METHOD = MethodInfo(
     capabilities=("linear", "conv1d", "mixed_batch", "identity_start"),
     learning_rate=3e-3,
     budget=(1.03, 1.13),
+    row_columns=("quality",),
 )
 
 #: Row input that a column of the task gives.

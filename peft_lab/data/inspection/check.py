@@ -186,7 +186,7 @@ class _Keys:
 
     def __init__(self, task: Task, part: Dataset) -> None:
         stored = _undecoded(part).with_format(None)
-        names = [name for name in stored.column_names if name != PROMPT_IDS]
+        names = [name for name in stored.column_names if name not in (PROMPT_IDS, *task.number_columns)]
         of_inputs = [name for name in names if name in task.inputs]
         self.inputs: list[str] = []
         self.whole: list[str] = []

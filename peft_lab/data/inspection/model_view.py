@@ -50,7 +50,7 @@ class ModelView:
 
     def preprocessed(self, rows: Dataset) -> Dataset:
         """Rows as the model takes them."""
-        if PROMPT_IDS in rows.column_names:
+        if {PROMPT_IDS, *self.task.number_columns} & {*rows.column_names}:
             rows = prompt_column.for_model(rows, self.model, self.task)
         return self.kind.preprocess(rows, self.processor, self.task, self.model)
 

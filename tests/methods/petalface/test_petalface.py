@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -11,13 +12,16 @@ import transformers as hf
 from peft import PeftModel, get_peft_model
 from support.backbones import TINY, tiny_inputs
 from support.properties import adapt, assert_close, move, output
+from support.tiny_runs import make_image_backbone, make_image_task, options
 from torch import Tensor, nn
 
 import peft_lab
 from peft_lab.adapters import PETALfaceConfig
 from peft_lab.adapters.weight.petalface import register_quality
 from peft_lab.adapters.weight.petalface.quality import sharpness
+from peft_lab.cli import main
 from peft_lab.errors import ConfigError
+from peft_lab.training.run import train
 from peft_lab.tuners import AdapterLayer
 
 
@@ -189,3 +193,21 @@ def test_scores_are_checked():
     model = adapt("petalface", TINY["vit"](), quality="scalar")
     with pytest.raises(ConfigError, match="for 2 images, expected one number each"):
         model(**tiny_inputs(TINY["vit"]()))
+
+
+def test_the_command_merges_for_good_images(tmp_path, monkeypatch):
+    task, backbone = make_image_task(tmp_path / "data"), make_image_backbone(tmp_path / "vit")
+    done = train(options(task, backbone, tmp_path / "run", method="petalface", max_steps=2))
+    with pytest.raises(ConfigError, match="merge_weight in its config"):
+        peft_lab.merge(done.output_dir, tmp_path / "merged")
+    with pytest.raises(ConfigError, match='Unknown key "scale" for a merge of method "petalface"'):
+        peft_lab.merge(done.output_dir, tmp_path / "merged", method_args={"scale": 2.0})
+    arguments = ["merge", str(done.output_dir), str(tmp_path / "merged"), "--method_args", "merge_weight=1"]
+    monkeypatch.setattr(sys, "argv", ["peft-lab", *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    assert not leaving.value.code
+    merged = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+    pixels = torch.randn(2, 3, *[merged.config.image_size] * 2)
+    expected = output(done.model, {"pixel_values": pixels}, quality_sharpness=torch.ones(2))
+    assert_close(output(merged, {"pixel_values": pixels}), expected)
