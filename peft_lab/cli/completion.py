@@ -54,12 +54,27 @@ OF_TRAIN: dict[str, Callable[[str], Names]] = {
 class TrainCommand(TyperCommand):
     """Command whose flags another parser reads, so that typer knows none of them."""
 
+    def flags(self, incomplete: str) -> Names:
+        """Flags that begin so."""
+        return complete_flag(incomplete)
+
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """Complete a flag, or the value of the flag before it."""
         if incomplete.startswith("-"):
-            return _items(complete_flag(incomplete))
+            return _items(self.flags(incomplete))
         complete = OF_TRAIN.get(ctx.args[-1].replace("-", "_").replace("__", "--", 1) if ctx.args else "")
         return _items(complete(incomplete)) if complete else []
+
+
+class IncrementalCommand(TrainCommand):
+    """Command `incremental`, with the flags of `train` and its own."""
+
+    def flags(self, incomplete: str) -> Names:
+        """Flags that begin so."""
+        from peft_lab.protocols.incremental_options import HELP
+
+        own = _beginning(incomplete, ((f"--{name}", text) for name, text in HELP.items()))
+        return own + [pair for pair in super().flags(incomplete) if pair[0].removeprefix("--") not in HELP]
 
 
 def _beginning(incomplete: str, names: Iterable[tuple[str, str]]) -> Names:

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from peft_lab.cli.completion import TrainCommand
+from peft_lab.cli.completion import IncrementalCommand
 from peft_lab.cli.options import Json
 from peft_lab.cli.output import new_table, print_json, print_out
 from peft_lab.errors import ConfigError
@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
     # the flags of `train` hold for adapters, so its parser reads all but the protocol's own
     settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    app.command(cls=TrainCommand, context_settings=settings, add_help_option=False)(incremental)
+    app.command(cls=IncrementalCommand, context_settings=settings, add_help_option=False)(incremental)
 
 
 def incremental(context: typer.Context, as_json: Json = False) -> None:

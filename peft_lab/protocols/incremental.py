@@ -202,10 +202,12 @@ class _Protocol:
         what = "domains" if own.domain_column else "classes"
         sessions = sessions_of(order_of(len(self.names), order), own.steps, own.base_classes, what)
         started = time.perf_counter()
-        steps = run_sessions(self.learner(method), self.train, self.test, sessions, own.shots, _seed(order))
+        learner = self.learner(method)
+        steps = run_sessions(learner, self.train, self.test, sessions, own.shots, _seed(order))
         seconds = time.perf_counter() - started
         groups = [list(session.groups) for session in sessions]
-        named: dict[str, Any] = {"method": method, "order": order, "sessions": groups}
+        kept = isinstance(learner, EstimatorLearner) and learner.keeps_features
+        named: dict[str, Any] = {"method": method, "order": order, "sessions": groups, "keeps_features": kept}
         return named | summary(steps) | {"steps": steps, "seconds": seconds}
 
 

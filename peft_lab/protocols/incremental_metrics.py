@@ -63,8 +63,14 @@ def summary(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def over_orders(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean over orders with its 95 % interval by Student's t; no interval of one order."""
+#: Ranges of the metrics, at which their intervals are cut.
+BOUNDS = {"average": (0.0, 1.0), "last": (0.0, 1.0), "forgetting": (-1.0, 1.0), "drop": (-1.0, 1.0)}
+
+
+def over_orders(
+    values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float | None, float | None]:
+    """Mean over orders with its 95 % interval by Student's t, cut at the bounds; no interval of one order."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, None, None
@@ -72,4 +78,4 @@ def over_orders(values: Sequence[float]) -> tuple[float, float | None, float | N
     if spread == 0:
         return mean, mean, mean
     low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=spread)
-    return mean, float(low), float(high)
+    return mean, max(float(low), bounds[0]), min(float(high), bounds[1])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_lab.protocols.incremental_metrics import SUMMARIES, over_orders
+from peft_lab.protocols.incremental_metrics import BOUNDS, SUMMARIES, over_orders
 from peft_lab.utils import strict_json
 from peft_lab.utils.atomic_files import new_file, write_text
 from peft_lab.utils.text import markdown_text
@@ -47,9 +47,10 @@ def summary_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for method in dict.fromkeys(record["method"] for record in records):
         own = [record for record in records if record["method"] == method]
-        row: dict[str, Any] = {"method": method, "orders": len(own)}
+        kept = any(record.get("keeps_features") for record in own)
+        row: dict[str, Any] = {"method": method, "orders": len(own), "keeps_features": kept}
         for name in SUMMARIES:
-            value, low, high = over_orders([record[name] for record in own])
+            value, low, high = over_orders([record[name] for record in own], BOUNDS[name])
             row[name] = {"value": value, "low": low, "high": high}
         row["seconds"] = sum(record["seconds"] for record in own) / len(own)
         rows.append(row)
@@ -107,6 +108,9 @@ def _markdown(
         f"of {source}. No row of an earlier session is kept. Means over orders of the {several}, with 95 % intervals "
         "by Student's t.",
     ]
+    keeping = [row["method"] for row in rows if row["keeps_features"]]
+    if keeping:
+        lines[-1] += f" Fitted anew to the kept features of all sessions: {', '.join(keeping)}."
     head = ["method", *SUMMARIES.values(), "orders", "seconds an order"]
     lines += ["", _line(head), _line(["-", *["-:"] * (len(head) - 1)])]
     for row in rows:
@@ -140,7 +144,7 @@ def _draw(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]], total: i
         values = [point["value"] for point in points]
         (line,) = axes.plot(seen, values, marker=markers[number % len(markers)], markersize=4, label=method)
         if points[0]["low"] is not None:
-            low, high = ([max(0.0, min(1.0, point[end])) for point in points] for end in ("low", "high"))
+            low, high = ([point[end] for point in points] for end in ("low", "high"))
             axes.fill_between(seen, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel(f"seen of {total}", fontsize=9)
     axes.set_ylabel("accuracy over all seen", fontsize=9)

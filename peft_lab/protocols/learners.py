@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from sklearn.base import is_classifier
 from torch.nn import functional
 from transformers import PrinterCallback, set_seed
 
@@ -151,15 +152,18 @@ def _loss_over(seen: Sequence[int]) -> Callable[..., torch.Tensor]:
 class EstimatorLearner:
     """Estimator in scikit-learn's manner on features of a backbone, frozen or adapted.
 
+    One with `partial_fit(X, y, classes=)` is given the rows of one session after the other. One that has `fit` alone is
+    fitted anew to the features of all sessions so far, which are kept for it (`keeps_features`).
+
     Args:
-        estimator: object with `partial_fit(X, y, classes=)` and `predict(X)`; labels are numbers of classes.
+        estimator: the estimator; labels are numbers of classes.
         reader: features of the frozen backbone; None with an adapter.
         adapter: adapter whose features are read; trained on the first session, or on each.
-        each: train the adapter on each session. The estimator keeps what it knows of earlier sessions from the features
-            that the backbone had then, because their rows are gone.
+        each: train the adapter on each session. What the estimator knows of earlier sessions stays as it is in the
+            features that the backbone had then, because their rows are gone.
 
     Raises:
-        ConfigError: the estimator takes no further rows.
+        ConfigError: the estimator does not tell classes apart.
     """
 
     def __init__(
@@ -169,28 +173,52 @@ class EstimatorLearner:
         adapter: AdapterLearner | None = None,
         each: bool = False,
     ) -> None:
-        if not hasattr(estimator, "partial_fit"):
+        if not is_classifier(estimator):
             raise ConfigError(
-                f'The estimator "{type(estimator).__name__}" has no partial_fit, so it cannot learn session by '
-                "session; leave it out."
+                f'The estimator "{type(estimator).__name__}" does not tell classes apart, which sessions bring; leave '
+                "it out."
             )
         self.estimator, self.adapter, self.each, self._learned = estimator, adapter, each, False
+        self._kept: list[tuple[Array, Array]] = []
         if reader is None:
             assert adapter is not None, "features come from one of the two"
             reader = FeatureReader(adapter.loaded, adapter.batch_size, fixed=not each)
         self.reader = reader
 
+    @property
+    def keeps_features(self) -> bool:
+        """True if the features of earlier sessions are kept."""
+        return keeps_features(self.estimator)
+
     def learn(self, rows: Dataset, places: Array, seen: Sequence[int]) -> None:
-        """Train the adapter if it is its turn, then fit the estimator to the features of the session."""
+        """Train the adapter if it is its turn, then fit the estimator to the features of the session.
+
+        Raises:
+            ConfigError: the estimator refuses the rows, as some do with those of a single class.
+        """
         if self.adapter is not None and (self.each or not self._learned):
             self.adapter.learn(rows, places, seen)
-        labels = np.asarray(rows["label"][:])[places]
-        self.estimator.partial_fit(self.reader.features(rows, places), labels, classes=np.asarray(sorted(seen)))
+        features, labels = self.reader.features(rows, places), np.asarray(rows["label"][:])[places]
         self._learned = True
+        try:
+            if not self.keeps_features:
+                self.estimator.partial_fit(features, labels, classes=np.asarray(sorted(seen)))
+                return
+            self._kept.append((features, labels))
+            self.estimator.fit(*(np.concatenate(parts) for parts in zip(*self._kept, strict=True)))
+        except ValueError as error:
+            raise ConfigError(
+                f'The estimator "{type(self.estimator).__name__}" refuses the rows of a session: {error}'
+            ) from error
 
     def predict(self, rows: Dataset, places: Array, seen: Sequence[int]) -> Array:
         """Classes that the estimator predicts."""
         return np.asarray(self.estimator.predict(self.reader.features(rows, places)))
+
+
+def keeps_features(estimator: Any) -> bool:
+    """Test whether an estimator has to be fitted anew to all features."""
+    return not hasattr(estimator, "partial_fit")
 
 
 def is_estimator(name: str) -> bool:

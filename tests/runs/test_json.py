@@ -54,6 +54,19 @@ CASES = {
         *("--task", "{task}", "--model_name_or_path", "{backbone}", "--output_dir", "{new}", "--max_steps", "2"),
         *("--d", "4", "--learning_rates", "0.01", "--full_learning_rates", "0.001"),
     ],
+    "incremental": [
+        *(
+            "--task",
+            "{task}",
+            "--model_name_or_path",
+            "{backbone}",
+            "--output_dir",
+            "{new}",
+            "--method",
+            "nearest_mean",
+        ),
+        *("--steps", "3", "--orders", "natural"),
+    ],
     "demo": ["--task", "snips", "--method", "lora", "--output_dir", "{new}"],
 }
 #: Commands that trace a graph, draw, or train in processes.

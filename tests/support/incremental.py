@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.neighbors import NearestCentroid
 
 from peft_lab.protocols.incremental import Part
@@ -37,7 +38,7 @@ class FeatureLearner:
         return self.estimator.predict(rows.values[places])
 
 
-class CentroidEstimator:
+class CentroidEstimator(ClassifierMixin, BaseEstimator):
     """Nearest centroid that keeps the means of the classes it has seen."""
 
     def __init__(self) -> None:

@@ -56,6 +56,8 @@ def test_every_name_is_offered(line, names, monkeypatch, capsys):
         ("peft-lab train --method svf", ["svfit"]),
         ("peft-lab train --learning_r", ["--learning_rate"]),
         ("peft-lab train --js", ["--json"]),
+        ("peft-lab incremental --ste", ["--steps"]),
+        ("peft-lab incremental --layer_d", ["--layer_decay"]),
         ("peft-lab train --output_dir ", []),  # the shell offers files
         ("peft-lab train --task ./re", []),
         ("peft-lab demo --task s", ["snips", "sign-digits"]),

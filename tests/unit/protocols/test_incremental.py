@@ -8,7 +8,10 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.base import is_classifier
+from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
+from sklearn.svm import OneClassSVM
 from support.incremental import CentroidEstimator, FeatureLearner, blobs
 from support.tiny_runs import make_backbone, make_task
 
@@ -95,7 +98,8 @@ def test_intervals_over_orders_are_those_of_student():
     values = [0.5, 0.6, 0.9]
     mean, low, high = over_orders(values)
     half = stats.t.ppf(0.975, 2) * np.std(values, ddof=1) / np.sqrt(3)
-    assert (mean, low, high) == pytest.approx((np.mean(values), mean - half, mean + half))
+    assert (mean, low, high) == pytest.approx((np.mean(values), mean - half, min(1.0, mean + half)))
+    assert over_orders(values, (-2.0, 2.0))[2] == pytest.approx(mean + half)
     assert over_orders([0.4]) == (0.4, None, None)
     assert over_orders([0.4, 0.4]) == (0.4, 0.4, 0.4)
 
@@ -166,11 +170,27 @@ def test_domains_come_by_a_group_of_their_own():
     assert len(steps[1]["by_session"]) == 2
 
 
-def test_sessions_without_rows_and_estimators_of_one_call_are_refused():
+def test_an_estimator_of_one_call_is_fitted_to_the_features_of_all_sessions():
+    class Features:
+        def features(self, rows, places):
+            return rows.values[places]
+
+    train, test = blobs(4, 30), blobs(4, 20, 1)
+    learner = EstimatorLearner(LogisticRegression(), Features())
+    assert learner.keeps_features
+    assert not EstimatorLearner(CentroidEstimator(), Features()).keeps_features
+    steps = run_sessions(learner, train, test, sessions_of(range(4), 2, None))
+    joint = LogisticRegression().fit(train.rows.values, train.labels)
+    assert steps[-1]["accuracy"] == joint.score(test.rows.values, test.labels)
+    with pytest.raises(ConfigError, match=r"refuses the rows of a session.*class"):
+        run_sessions(EstimatorLearner(LogisticRegression(), Features()), train, test, sessions_of(range(4), 4, None))
+
+
+def test_sessions_without_rows_and_estimators_without_classes_are_refused():
     with pytest.raises(ConfigError, match="Session 2 has no training rows"):
         run_sessions(FeatureLearner(CentroidEstimator()), blobs(2, 5), blobs(3, 5), [Session((0,)), Session((2,))])
-    with pytest.raises(ConfigError, match='"object" has no partial_fit'):
-        EstimatorLearner(object(), FeatureReader(None, 1))
+    with pytest.raises(ConfigError, match='"OneClassSVM" does not tell classes apart'):
+        EstimatorLearner(OneClassSVM(), FeatureReader(None, 1))
 
 
 # Options ------------------------------------------------------------------------------------------------------------
@@ -280,6 +300,27 @@ def test_a_trained_head_forgets_and_the_adapter_of_the_first_session_stays(place
     assert record["steps"][0]["accuracy"] == 1.0  # of one class
     assert record["forgetting"] > 0.3
     assert [len(part) for part in record["sessions"]] == [1, 1, 1]
+
+
+def test_estimators_are_found_by_their_cards_and_learn_session_by_session(place, tmp_path):
+    """All that stand on the head without a training, on the frozen backbone and on one with an adapter."""
+    from peft_lab import registry
+    from peft_lab.protocols.learners import is_estimator, keeps_features, make_estimator
+
+    names = []
+    for info in registry.builtin_methods():
+        if info.place == "head" and is_estimator(info.name) and is_classifier(make_estimator(info.name, {})):
+            names.append(info.name)
+    assert {"nearest_mean", "teen", "fetril", "slca"} <= set(names)
+    changes = {"steps": 2, "base_classes": 2, "orders": ["natural"]}
+    found = incremental(values(place, tmp_path / "frozen", method=names, **changes))
+    for record in found.records:
+        assert record["keeps_features"] == keeps_features(make_estimator(record["method"], {}))
+        assert record["steps"][0]["accuracy"] >= 0.4, record["method"]
+        assert set(record["steps"][1]) >= {"accuracy", "base", "new", "harmonic"}
+    adapted = incremental(values(place, tmp_path / "adapted", method=["nearest_mean"], adapter="ssf", **changes))
+    (frozen,) = [record for record in found.records if record["method"] == "nearest_mean"]
+    assert adapted.records[0]["steps"] != frozen["steps"]
 
 
 def test_domain_sessions_of_a_column(place, tmp_path):
