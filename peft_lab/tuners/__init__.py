@@ -10,7 +10,7 @@ from peft_lab.registry import MethodInfo
 from peft_lab.tuners.bottleneck import ACTIVATIONS, bias_start, bottleneck_output, linear_start, quick_gelu
 from peft_lab.tuners.config import AdapterConfig, shorten
 from peft_lab.tuners.dtypes import WIDE_DTYPES, sum_dtype
-from peft_lab.tuners.forward_context import ForwardContext, RowInput, before_forward, wrap_forward
+from peft_lab.tuners.forward_context import ForwardContext, before_forward, wrap_forward
 from peft_lab.tuners.head_layer import HeadConfig, HeadInput, HeadLayer, HeadTuner, register_head
 from peft_lab.tuners.layer import AdapterLayer, FeatureLayer, WeightLayer
 from peft_lab.tuners.lora_settings import changed_base, lora_rank, lora_scaling, lora_variant

@@ -60,9 +60,8 @@ def test_every_field_has_an_effect(method, field, tmp_path):
         count = sum(p.numel() for p in adapter_parameters(model).values())
         moved = output(move(model), tiny_inputs(base))
         torch.manual_seed(2)
-        result = model.train()(
-            **as_read(model, tiny_inputs(base, labels=True))
-        )  # where dropout and terms of the loss show
+        # where dropout and terms of the loss show
+        result = model.train()(**as_read(model, tiny_inputs(base, labels=True)))
         trained = main_tensor(result), torch.as_tensor(getattr(result, "loss", None) or 0.0)
         size = sum(v.numel() for v in get_peft_model_state_dict(model).values())
         seen.append((count, size, start.tolist(), moved.tolist(), *(value.tolist() for value in trained)))
