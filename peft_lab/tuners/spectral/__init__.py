@@ -8,6 +8,7 @@ from __future__ import annotations
 from peft_lab.tuners.spectral.kernels import spectral_conv2d, spectral_delta, spectral_linear
 from peft_lab.tuners.spectral.layer import SpectralConfig, SpectralLayer
 from peft_lab.tuners.spectral.svd import Bases, leading, parse_rank
+from peft_lab.tuners.spectral.svd import bases as singular_bases
 
 __all__ = [
     "Bases",
@@ -15,6 +16,7 @@ __all__ = [
     "SpectralLayer",
     "leading",
     "parse_rank",
+    "singular_bases",
     "spectral_conv2d",
     "spectral_delta",
     "spectral_linear",
