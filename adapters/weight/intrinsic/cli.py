@@ -91,13 +91,7 @@ def intrinsic_dimension(
     with going_on(lambda: again), write_errors(output_dir):
         write_text(output_dir / SETTINGS, json.dumps(settings, indent=2) + "\n")
         search = _Search(settings, output_dir, metric)
-        for rate in full_rates:
-            search.run("full", None, rate)
-        for dimension in [0, *dimensions]:
-            for rate in rates:
-                search.run("intrinsic" if dimension else "head", dimension, rate)
-            if search.result().found is not None and not whole_curve:
-                break
+        search.run_all(dimensions, rates, full_rates, whole_curve)
         _write(search.result(), settings, output_dir)
     _show(search.result(), output_dir, as_json)
 
@@ -166,6 +160,16 @@ class _Search:
         self.runs: pd.DataFrame = pd.read_csv(self.file) if self.file.is_file() else empty
         if list(self.runs.columns) != list(COLUMNS):
             raise ConfigError(f'"{self.file}" has columns that no search writes; remove it, or the whole folder.')
+
+    def run_all(self, dimensions: list[int], rates: list[float], full_rates: list[float], whole_curve: bool) -> None:
+        """Make the runs of full fine-tuning, of the head alone, and of each d until one is good enough."""
+        for rate in full_rates:
+            self.run("full", None, rate)
+        for d in [0, *dimensions]:
+            for rate in rates:
+                self.run("intrinsic" if d else "head", d, rate)
+            if self.result().found is not None and not whole_curve:
+                break
 
     def run(self, method: str, d: int | None, rate: float) -> None:
         """Train and score once, unless the search has done so before."""

@@ -113,5 +113,7 @@ def entries_linear(
         values: (K,).
         indices: (K,) integers, ascending.
     """
-    made: Tensor = _EntriesLinear.apply(x, weight, bias, shape, values, indices)
+    # Autocast would compute the forward pass alone in another dtype.
+    with torch.autocast(x.device.type, enabled=False):
+        made: Tensor = _EntriesLinear.apply(x, weight, bias, shape, values, indices)
     return made

@@ -33,10 +33,10 @@ METHOD = MethodInfo(
     paper="2303.10464",
     place="weight",
     config="SparseSupportConfig",
-    roles=("linear",),
+    roles=("attn.q", "attn.v"),
     capabilities=("linear", "conv1d", "merge", "mixed_batch", "identity_start"),
     learning_rate=1e-2,
-    budget=(1.5, 1.7),
+    budget=(1.1, 1.15),
 )
 
 #: Share of the entries that is trained where none is given.
