@@ -37,6 +37,7 @@ CAPABILITIES = {
     "mixed_batch": "serves rows of one batch with different adapters",
     "identity_start": "starts bit-exactly at the base model with its default configuration",
     "images": "is made for images alone",
+    "texts": "is made for text encoders alone",
 }
 
 PLACES = ("weight", "feature", "sequence", "input", "head", "baseline", "peft")
@@ -63,7 +64,8 @@ class MethodInfo:
         learning_rate: default learning rate with AdamW; measured for short runs, see `benchmarks/defaults.md`. 0 for a
             method that takes no gradient steps, but is fitted to features that are read once.
         budget: most that a training step with the default config may cost, as (FLOPs, saved activations) relative to
-            the frozen floor of a 384 wide ViT at 520 tokens; tested for every method.
+            the frozen floor of a 384 wide ViT at 520 tokens (a BERT of that size, for texts alone); tested for every
+            method.
         presets: values of config fields by the name of a relative of the method: `preset=NAME` among its arguments
             stands for them. A field whose value is `...` must be given beside it.
         row_columns: names of the columns, with a number for each row, that an adapter can read beside the inputs.

@@ -18,10 +18,12 @@ from support.properties import (
     ON_STACKS,
     OWN,
     RESIDUAL,
+    TEXTS,
     adapt,
     adapter_parameters,
     as_read,
     config,
+    home,
     main_tensor,
     move,
     output,
@@ -32,6 +34,7 @@ from peft_lab import registry
 from peft_lab.backbones import module_roles
 from peft_lab.errors import ConfigError
 from peft_lab.tuners.registration import config_class
+from peft_lab.tuners.sequence import encoder_outputs
 from peft_lab.tuners.sequence.tuner import stacks_of
 
 own = pytest.mark.parametrize("method", EVERY_OWN)
@@ -52,7 +55,7 @@ def test_every_own_field_names_a_value_to_try():
 @torch.no_grad()
 def test_every_field_has_an_effect(method, field, tmp_path):
     """On the trainable count, on output or loss of start or moved adapter, or on what the file holds."""
-    base = TINY[field.metadata.get("family", "vit")]()
+    base = TINY[field.metadata.get("family", home(method))]()
     seen = []
     for fields in ({}, {field.name: field.metadata["other"]}):
         model = adapt(method, base, **fields | (field.metadata.get("with", {}) if fields else {}))
@@ -75,7 +78,7 @@ def test_every_field_has_an_effect(method, field, tmp_path):
 )
 def test_a_field_of_a_second_adapter_acts_as_in_the_first(method, field):
     """What the adapter that came first does not need, such as a hook, is put in for the second one."""
-    base = TINY[field.metadata.get("family", "vit")]()
+    base = TINY[field.metadata.get("family", home(method))]()
     fields = {field.name: field.metadata["other"], **field.metadata.get("with", {})}
     alone = move(adapt(method, base, **fields))
     both = adapt(method, base)
@@ -96,6 +99,10 @@ def test_declared_roles_are_the_ones_adapted(base, method, family):
     if method in ON_STACKS:  # whole blocks of one stack
         assert wanted == ("block",)
         assert model.targeted_module_names in stacks_of(base).values()
+    elif method in TEXTS:  # the norm whose output is that of the encoder
+        targeted = model.targeted_module_names
+        assert targeted == encoder_outputs(base)
+        assert {module_roles.module_locations(base)[name]["role"] for name in targeted} <= {*wanted}
     else:
         targets, expected = model.peft_config["default"].target_modules, module_roles.target_modules(base, wanted)
         assert (sorted(targets) if isinstance(targets, set) else targets) == expected
@@ -105,6 +112,10 @@ def test_declared_roles_are_the_ones_adapted(base, method, family):
 
 @pairs(OWN, ["vit", "llama", "t5"])
 def test_layers_to_transform_chooses_blocks(base, method, family):
+    if method in TEXTS:  # behind all blocks
+        with pytest.raises(ConfigError, match="takes no layers_to_transform"):
+            adapt(method, base, layers_to_transform=[1])
+        return
     model = adapt(method, base, layers_to_transform=[1])
     with_parameters = {name.partition(f".{model.base_model.prefix}")[0] for name in adapter_parameters(model)}
     assert {module_roles.layer_index(base, name.removeprefix("base_model.model.")) for name in with_parameters} == {1}
@@ -128,9 +139,12 @@ def test_no_layers_at_all_are_refused(method):
 
 @own
 def test_regex_and_layers_do_not_contradict_in_silence(method):
-    refused = {**dict.fromkeys(ON_STACKS, "takes no target_modules"), **dict.fromkeys(HEADS, "takes no layers_to")}
+    refused = {
+        **dict.fromkeys(ON_STACKS, "takes no target_modules"),
+        **dict.fromkeys((*HEADS, *TEXTS), "takes no layers_to"),
+    }
     with pytest.raises(ConfigError, match=refused.get(method, "regex")):
-        adapt(method, TINY["vit"](), layers_to_transform=[1], target_modules=r".*q_proj")
+        adapt(method, TINY[home(method)](), layers_to_transform=[1], target_modules=r".*q_proj")
 
 
 @pairs(OWN, MAIN)
@@ -140,17 +154,22 @@ def test_exclude_modules_leaves_out(base, method, family):
         with pytest.raises(ConfigError, match=r"takes no exclude_modules.*layers_to_transform"):
             adapt(method, base, exclude_modules=[full[0]])
         return
+    if len(full) == 1:
+        with pytest.raises(ValueError, match="No modules were targeted"):
+            adapt(method, base, exclude_modules=full)
+        return
     model = adapt(method, base, exclude_modules=[full[0]])
     assert sorted(model.targeted_module_names) == sorted(set(full) - {full[0]})
 
 
 @own
 def test_modules_to_save_can_be_set_empty_or_otherwise(method, tmp_path):
-    base = TINY["vit"]()
+    base = TINY[home(method)]()
+    norm = "embeddings.LayerNorm" if home(method) == "bert" else "layernorm"
     assert adapt(method, base, modules_to_save=[]).peft_config["default"].modules_to_save == []
     heads = [] if method in (*IMAGE_LOGITS, *HEADS) else ["classifier"]
-    model = adapt(method, base, modules_to_save=[*heads, "layernorm"])
-    assert any("layernorm.modules_to_save" in n for n, p in model.named_parameters() if p.requires_grad)
+    model = adapt(method, base, modules_to_save=[*heads, norm])
+    assert any(f"{norm}.modules_to_save" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
 PEFT = ["ia3", "ln_tuning", "vera", "oft", "loha", "hra"]

@@ -17,7 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from support.backbones import TINY
 from support.cover import cover, each_place
-from support.properties import EVERY, EVERY_OWN, ON_FIXED, config, equal_weights, move
+from support.properties import EVERY, EVERY_OWN, ON_FIXED, config, equal_weights, home, move
 from torch import nn
 
 from peft_lab.errors import PeftLabError
@@ -26,9 +26,9 @@ from peft_lab.loading.load_adapter import load_adapter
 
 
 def _model(method: str = "") -> nn.Module:
-    """The base of a method: two linear layers, or a stack of blocks for prompts."""
+    """The base of a method: two linear layers, or a transformer for a method that finds its place in one."""
     if method in ON_FIXED:
-        return TINY["vit"]()
+        return TINY[home(method)]()
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 
@@ -121,7 +121,7 @@ def test_missing_entry_is_refused(folder):
 def test_unknown_entry_is_refused(folder):
     def change(state):
         key = _first(state)
-        state[re.sub(r"\.(0|classifier)\.", ".7.", key, count=1)] = state[key].clone()
+        state[re.sub(r"\.(\d+|classifier)\.", ".7.", key, count=1)] = state[key].clone()
 
     _edit_weights(folder, change)
     with pytest.raises(PeftLabError, match="unknown entr"):

@@ -27,6 +27,7 @@ from support.properties import (
     config,
     equal_states,
     equal_weights,
+    home,
     move,
     needs_add_adapter,
     output,
@@ -154,14 +155,14 @@ def test_a_pickled_model_is_the_same(base, method, family):
 
 @own
 def test_same_seed_same_adapter(method):
-    base = TINY["vit"]()
+    base = TINY[home(method)]()
     one, two = adapt(method, base, seed=3), adapt(method, base, seed=3)
     assert equal_weights(one, two)
 
 
 @own
 def test_nothing_is_trained_in_inference_mode(method, tmp_path):
-    base = TINY["vit"]()
+    base = TINY[home(method)]()
     adapt(method, base).save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).peft_type == method.upper()
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
@@ -174,7 +175,7 @@ def test_nothing_is_trained_in_inference_mode(method, tmp_path):
 
 @own
 def test_model_status_names_the_method(method):
-    status = adapt(method, TINY["vit"]()).get_model_status()
+    status = adapt(method, TINY[home(method)]()).get_model_status()
     assert status.peft_types == {"default": method.upper()}
     assert status.requires_grad == {"default": "irregular" if method in UNTRAINED else True}
     assert status.available_adapters == ["default"]

@@ -29,6 +29,7 @@ from support.properties import (
     ON_FIXED,
     ON_OPS,
     OWN,
+    TEXTS,
     adapt,
     adapter_parameters,
     assert_close,
@@ -125,7 +126,7 @@ def test_auto_peft_model_for_images(method, tmp_path):
     assert torch.equal(output(loaded, tiny_inputs(base)), expected)
 
 
-@own
+@pytest.mark.parametrize("method", [m for m in EVERY_OWN if m not in TEXTS])
 def test_adapters_named_in_the_old_way_load(method, tmp_path):
     """Module names of transformers 4 in the config, the fingerprints and the file."""
     base = TINY["vit"]()

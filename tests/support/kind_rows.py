@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from support.properties import DRAWS, HEADS, IMAGE_LOGITS, IMAGES, KEEPS_HEAD, SEQUENCE
+from support.properties import DRAWS, HEADS, IMAGE_LOGITS, IMAGES, KEEPS_HEAD, SEQUENCE, TEXTS
 from support.tiny_runs import (
     FILLERS,
     WORDS,
@@ -383,56 +383,56 @@ KINDS = {
     "image_classification": KindRows(
         {"columns": {"image": "image", "label": "shade"}},
         *(image_classification, "shade", ("image",), make_image_backbone, image_features),
-        refuses=(*KEEPS_HEAD, *DRAWS),
+        refuses=(*KEEPS_HEAD, *DRAWS, *TEXTS),
     ),
     "audio_classification": KindRows(
         {"columns": {"audio": "audio", "label": "pitch"}},
         *(audio_classification, "pitch", ("audio",), make_audio_backbone, audio_features),
-        refuses=(*OF_OTHER_PARTS, *SEQUENCE),
+        refuses=(*OF_OTHER_PARTS, *SEQUENCE, *TEXTS),
     ),
     "point_cloud_classification": KindRows(
         {"columns": {"points": "points", "label": "shape"}, "num_points": 48},
         *(point_clouds, "shape", ("points",), make_image_backbone),
-        refuses=tuple(KEEPS_HEAD),
+        refuses=(*KEEPS_HEAD, *TEXTS),
     ),
     "point_cloud_classification of lines": KindRows(
         {"columns": {"points": "points", "label": "shape"}, "num_points": 48, "random_rotation": 90.0},
         *(inline_clouds, "shape", ("points",), make_image_backbone),
-        refuses=tuple(KEEPS_HEAD),
+        refuses=(*KEEPS_HEAD, *TEXTS),
     ),
     "image_segmentation": KindRows(
         _SEGMENTATION,
         *(image_segmentation, "classes", ("photo",), make_segmenter, segmentation_features),
-        refuses=(*OF_OTHER_PARTS, *SEQUENCE),
+        refuses=(*OF_OTHER_PARTS, *SEQUENCE, *TEXTS),
     ),
     "image_segmentation of patches": KindRows(
         _SEGMENTATION,
         *(image_segmentation, "classes", ("photo",), make_image_backbone, segmentation_features),
-        refuses=(*IMAGE_LOGITS, *KEEPS_HEAD, *DRAWS, *HEADS),
+        refuses=(*IMAGE_LOGITS, *KEEPS_HEAD, *DRAWS, *HEADS, *TEXTS),
     ),
     "causal_lm": KindRows(
         {"template": {"prompt": "{prompt}", "answer": "{answer}"}, "max_new_tokens": 4},
         *(causal_lm, "answer", ("prompt",), make_decoder),
         metrics=("perplexity", "token_accuracy", "exact_match"),
-        refuses=WITHOUT_HEAD,
+        refuses=(*WITHOUT_HEAD, *TEXTS),
     ),
     "causal_lm of chats": KindRows(
         {"columns": {"messages": "messages"}, "chat_template": "plain", "max_new_tokens": 4},
         *(chats, "messages", ("messages",), make_decoder),
         metrics=("perplexity", "token_accuracy", "exact_match"),
-        refuses=WITHOUT_HEAD,
+        refuses=(*WITHOUT_HEAD, *TEXTS),
     ),
     "causal_lm of pairs": KindRows(
         {"columns": {"prompt": "prompt", "completion": "completion"}, "max_new_tokens": 4},
         *(pairs, "completion", ("prompt",), make_decoder),
         metrics=("perplexity", "token_accuracy", "exact_match"),
-        refuses=WITHOUT_HEAD,
+        refuses=(*WITHOUT_HEAD, *TEXTS),
     ),
     "causal_lm of texts": KindRows(
         {"columns": {"text": "sentence"}, "max_new_tokens": 4},
         *(texts, "sentence", ("sentence",), make_decoder),
         metrics=("perplexity", "token_accuracy"),
-        refuses=WITHOUT_HEAD,
+        refuses=(*WITHOUT_HEAD, *TEXTS),
         refuses_batches=("iapt",),
     ),
     "seq2seq_lm": KindRows(
@@ -453,7 +453,7 @@ KINDS = {
     "multi_label of images": KindRows(
         {"columns": {"image": "image", "labels": "traits"}, "thresholds": {"bright": 0.4}, "label_separator": ","},
         *(image_multi_label, "traits", ("image",), make_image_backbone, image_multi_label_features),
-        refuses=(*KEEPS_HEAD, *DRAWS),
+        refuses=(*KEEPS_HEAD, *DRAWS, *TEXTS),
     ),
     "multiple_choice": KindRows(
         {"columns": {"question": "question", "choices": "endings", "answer": "right"}},
@@ -472,7 +472,7 @@ KINDS = {
     "regression of images": KindRows(
         {"columns": {"image": "image", "label": "brightness"}},
         *(image_regression, "brightness", ("image",), make_image_backbone, image_regression_features),
-        refuses=(*KEEPS_HEAD, *DRAWS),
+        refuses=(*KEEPS_HEAD, *DRAWS, *TEXTS),
     ),
     "token_classification": KindRows(
         {"columns": {"tokens": "words", "tags": "ner_tags"}},

@@ -33,8 +33,10 @@ IMAGE_LOGITS = [name for name in IMAGES if has_trait(registry.method(name), "pro
 HEADS = [name for name in _ALL if has_trait(registry.method(name), "replaces_head")]
 #: Those that also act in each block.
 HEADS_AND_BLOCKS = [name for name in HEADS if "block" in registry.method(name).roles]
+#: Those that are for text encoders alone: in `pairs` and `EVERY`, and in none of the next lists.
+TEXTS = [name for name in _ALL if registry.method(name).can("texts")]
 #: Every other registered method with an adapter of its own; LoRA stands among them as the yardstick.
-METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD, *DRAWS, *HEADS)]
+METHODS = [name for name in _ALL if name not in (*IMAGES, *KEEPS_HEAD, *DRAWS, *HEADS, *TEXTS)]
 #: Those built on peft-lab's shared layers.
 OWN = [name for name in METHODS if not registry.method(name).module.startswith("peft.")]
 #: Those that put prompts into the sequence of a stack of blocks; all others are put on single ops.
@@ -46,11 +48,12 @@ ON_OPS = [name for name in OWN if name not in (*SEQUENCE, *RESIDUAL)]
 ON_STACKS = [*SEQUENCE, *IMAGES, *DRAWS]
 ON_BLOCKS = [*ON_STACKS, *RESIDUAL]
 #: Those that choose their modules themselves.
-ON_FIXED = [*ON_BLOCKS, *HEADS]
+ON_FIXED = [*ON_BLOCKS, *HEADS, *TEXTS]
 #: Those that leave out convolutions, and so conv nets.
 NO_CONVOLUTION = [name for name in ON_OPS if not registry.method(name).can("conv2d")]
 #: All of them, and those of peft-lab; `text_or_image` names a family of `backbones.TINY` that goes with each.
-EVERY, EVERY_OWN = [*METHODS, *IMAGES, *DRAWS, *HEADS], [*OWN, *IMAGES, *DRAWS, *HEADS]
+EVERY = [*METHODS, *IMAGES, *DRAWS, *HEADS, *TEXTS]
+EVERY_OWN = [*OWN, *IMAGES, *DRAWS, *HEADS, *TEXTS]
 #: Those whose values come from the training data: in a test, from `fill`.
 UNTRAINED = [name for name in [*OWN, *HEADS] if has_trait(registry.method(name), "values_from_data")]
 TRAINED = [name for name in OWN if name not in UNTRAINED]
@@ -62,6 +65,9 @@ CONV_NETS = ("convnext", *CONVOLUTIONAL)
 NO_SEQUENCE = (*CONV_NETS, "segformer", "wav2vec2")
 #: Families of `backbones.TINY` that classify images and have a place for prompts.
 IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
+#: Families of `backbones.TINY` with a text encoder whose output is that of one norm.
+TEXT_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "deberta-v2", "modernbert")
+TEXT_ENCODERS += ("mpnet", "t5", "clip", "siglip")
 #: Those that classify images.
 CLASSIFIERS = (*IMAGE_CLASSIFIERS, "swin", *CONV_NETS)
 #: Those that classify texts.
@@ -83,6 +89,11 @@ def text_or_image(method: str) -> str:
     return "vit" if method in (*IMAGES, *DRAWS) else "bert"
 
 
+def home(method: str) -> str:
+    """A family that the method goes with: a vision transformer, or for texts alone a text encoder."""
+    return "bert" if method in TEXTS else "vit"
+
+
 def pairs(methods: Iterable[str], families: Iterable[str], needs: Needs = each_family) -> pytest.MarkDecorator:
     """Parametrise a test over methods and the families that they go with, daily over a cover of `needs`."""
     families = list(families)
@@ -92,6 +103,7 @@ def pairs(methods: Iterable[str], families: Iterable[str], needs: Needs = each_f
     found = [(m, f) for m, f in found if m not in HEADS or f in (*CLASSIFIERS, *TEXT_CLASSIFIERS)]
     found = [(m, f) for m, f in found if m not in HEADS_AND_BLOCKS or f not in NO_SEQUENCE]
     found += [(m, f) for f in families for m in IMAGES if f in (IMAGE_CLASSIFIERS if m in IMAGE_LOGITS else PRE_NORM)]
+    found += [(m, f) for f in families for m in TEXTS if f in TEXT_ENCODERS]
     return pytest.mark.parametrize(("method", "family"), cover(found, needs))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from peft_lab.tuners.sequence.key_values import projections
 from peft_lab.tuners.sequence.layer import SequenceLayer
 from peft_lab.tuners.sequence.prompt_state import PromptState
-from peft_lab.tuners.sequence.stack import StackInfo, chosen_stack
+from peft_lab.tuners.sequence.stack import StackInfo, chosen_stack, encoder_outputs
 from peft_lab.tuners.sequence.stored_prompts import StaticConfig, StoredPrompts
 from peft_lab.tuners.sequence.stored_tuner import StaticTuner, register_static
 from peft_lab.tuners.sequence.tuner import SequenceConfig, SequenceTuner, register_sequence
@@ -23,6 +23,7 @@ __all__ = [
     "StaticTuner",
     "StoredPrompts",
     "chosen_stack",
+    "encoder_outputs",
     "projections",
     "register_sequence",
     "register_static",

@@ -12,6 +12,7 @@ from peft_lab.backbones import module_roles
 from peft_lab.backbones.family_table import FAMILIES
 from peft_lab.backbones.prefix_tokens import prefix_tokens
 from peft_lab.backbones.prompt_support import PREFERRED_STACKS, PROMPT_SUPPORT
+from peft_lab.backbones.residual_stream import residual_connections
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.sequence import window_attention
 from peft_lab.tuners.sequence.prompt_state import can_continue
@@ -141,6 +142,41 @@ def chosen_stack(model: nn.Module, name: str | None) -> tuple[str, list[str]]:
             if word in path.lower():
                 return path, stacks[path]
     return next(iter(stacks.items()))
+
+
+def encoder_outputs(model: nn.Module) -> list[str]:
+    """Paths of the norms whose outputs are the tokens of the model's text encoders.
+
+    One for each encoder: the norm behind its blocks, or, post-norm, the last one in its last block.
+
+    Raises:
+        ConfigError: the model has no text encoder, or none whose output is that of one norm.
+    """
+    found = []
+    for path, blocks in stacks_of(model).items():
+        stack: Any = model.get_submodule(path)
+        if stack.main_input_name == "input_ids" and not stack_info(model, path, blocks).causal:
+            found.append(_output_norm(model, path, blocks))
+    if not found or "" in found:
+        reason = "has no text encoder" if not found else "has a text encoder whose output is that of no single norm"
+        raise ConfigError(f"{type(model).__name__} {reason}: take a method that adapts its weights.")
+    return found
+
+
+def _output_norm(model: nn.Module, path: str, blocks: list[str]) -> str:
+    """Path of the norm that gives a stack's output; "" if there is none that does so alone."""
+    stack: Any = model.get_submodule(path)
+    inside = f"{path}." if path else ""
+    final = [name for name in module_roles.modules_by_role(model, "norm.final") if name.startswith(inside)]
+    if final:
+        return final[-1]
+    family = FAMILIES.get(stack.config.model_type)
+    # ALBERT runs few blocks many times, so the norm of its last block is not only the last norm.
+    if family is None or len(blocks) < getattr(stack.config, "num_hidden_layers", 0):
+        return ""
+    connections = residual_connections(family, model.get_submodule(blocks[-1]), stack.config)
+    norm = connections[-1].norm_after if connections else ""
+    return f"{blocks[-1]}.{norm}" if norm else ""
 
 
 def _is_transformer(stack: nn.Module) -> bool:

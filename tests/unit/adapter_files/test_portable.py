@@ -27,6 +27,7 @@ from support.properties import (
     IMAGES,
     METHODS,
     ON_BLOCKS,
+    TEXTS,
     assert_close,
     config,
     move,
@@ -45,14 +46,15 @@ from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.foreign_adapters import adapt_folder, write_record
 from peft_lab.loading.load_adapter import load_adapter
 
-#: Heads that stand in place of the base's belong to no module that is renamed, cut or joined.
-ALL = [*(method for method in EVERY if method not in HEADS), "ia3"]
+#: Heads that stand in place of the base's, and adapters behind a last norm, belong to no module that is renamed, cut
+#: or joined.
+ALL = [*(method for method in EVERY if method not in (*HEADS, *TEXTS)), "ia3"]
 ON_PROJECTIONS = [name for name in ALL if name not in ON_BLOCKS]
 
 
 def _adapted(method: str, model: nn.Module, **fields: Any) -> Any:
     torch.manual_seed(0)
-    if method in ON_BLOCKS:  # whole blocks, whatever others adapt
+    if method in ON_FIXED:  # whatever others adapt
         fields.pop("target_modules", None)
     if method == "ia3":
         wanted: Any = IA3Config(**fields, feedforward_modules=[], modules_to_save=head_modules(model) or None)
