@@ -27,6 +27,7 @@ from support.properties import (
     IMAGES,
     METHODS,
     ON_BLOCKS,
+    ON_FIXED,
     TEXTS,
     assert_close,
     config,
