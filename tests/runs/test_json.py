@@ -23,6 +23,7 @@ WITHOUT = {
     "attention-maps": "its result is a picture",
     "chat": "it is a conversation",
     "predict": "its answers are JSON already, one a line",
+    "point-pictures": "its results are pictures",
 }
 #: Command -> its arguments; names in braces are filled by the fixture `place`.
 CASES = {

@@ -39,7 +39,7 @@ def point_pictures(
     ] = False,
 ) -> None:
     """Draw point clouds as a trained adapter shows them to its backbone."""
-    from peft_lab.data.splits import check_split
+    from peft_lab.data.task_registry import check_split
     from peft_lab.runs.run_folder import find_adapter
 
     # All that can be refused without torch comes first, because importing it takes seconds.
@@ -56,16 +56,9 @@ def point_pictures(
 
 
 def write(loaded: Any, output: Path, split: str, count: int) -> list[Path]:
-    """Write the pictures of the first rows of a split.
+    """Write the pictures of the first `count` rows of a split of a run's task, and return their files.
 
-    Args:
-        loaded: a run, as `peft_lab.loading.load_run.load` gives it.
-        output: folder, which is made.
-        split: of the run's task.
-        count: number of rows.
-
-    Returns:
-        The files, named by number of the row, label and number of the view.
+    A file is named by the number of the row, its label and the number of the view.
     """
     import torch
     from PIL import Image

@@ -19,6 +19,7 @@ In evaluation, `pixel_values` are taken for pictures that are drawn already.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,12 +141,12 @@ class P2PConfig(AdapterConfig):
             value = getattr(self, name)
             if len(value) != 2 or not -360 <= value[0] <= value[1] <= 360:
                 raise ConfigError(f"{name}={value} must be two angles from -360 to 360 degrees, the lower one first.")
-        if self.image_std is not None and not all(value > 0 for value in self.image_std):
-            raise ConfigError(f"image_std={self.image_std} must be positive.")
-        for name in ("image_mean", "image_std"):
+        for name, least in (("image_mean", -math.inf), ("image_std", 1e-12)):
             value = getattr(self, name)
-            if value is not None and len(value) != 3:
-                raise ConfigError(f"{name}={value} must have one number for each of the three channels.")
+            if value is not None and (len(value) != 3 or min(value) < least):
+                raise ConfigError(
+                    f"{name}={value} must be a number for each of three channels, a positive one for std."
+                )
         regex = isinstance(self.target_modules, str) and not self.fingerprints
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
             if getattr(self, name) is not None and (regex or name != "target_modules"):
@@ -164,7 +165,7 @@ class P2PLayer(AdapterLayer):
 
     Attributes:
         settings: the model's config.
-        token: module with the class token, in a list so that torch takes it for no part of this one; empty without one.
+        token: module with the class token, in a list so that it is no part of this one; empty without one.
         token_width: its number of values.
     """
 
@@ -215,8 +216,7 @@ class P2PLayer(AdapterLayer):
         if self.is_encoder:
             self.sizes(config)
             for number, name in enumerate(self.other_param_names):
-                start = torch.full((2, WIDTH), float(number), device=self.base_weight.device)
-                getattr(self, name)[adapter] = start
+                getattr(self, name)[adapter] = torch.full((2, WIDTH), float(number), device=self.base_weight.device)
         super().update_layer(adapter, config)
 
     def sizes(self, config: P2PConfig) -> tuple[int, int]:
@@ -271,8 +271,8 @@ class P2PLayer(AdapterLayer):
         if isinstance(norm, nn.GroupNorm):
             return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            running = not norm.training or norm.running_mean is None
-            return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, not running, 0.0, norm.eps)
+            own = norm.training or statistics is None
+            return F.batch_norm(x, statistics, norm.running_var, weight, bias, own, 0.0, norm.eps)
         if self.op.channel_dim == 1:
             return F.layer_norm(x.movedim(1, -1), norm.normalized_shape, weight, bias, norm.eps).movedim(-1, 1)
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
@@ -288,19 +288,19 @@ class P2PLayer(AdapterLayer):
             if clouds is not None and images is None:
                 raise ConfigError("The adapter that draws point_clouds is off; give the base pixel_values.")
             return forward(**arguments)
-        if clouds is None and self.training and images is not None:
-            raise ConfigError(
-                f'Method "{self.info.name}" is trained on point_clouds, float32 (batch, points, 3), and the call gives '
-                "pixel_values; take a task of point clouds."
-            )
         if clouds is None:
+            if self.training and images is not None:
+                raise ConfigError(
+                    f'Method "{self.info.name}" is trained on point_clouds (batch, points, 3), not on pixel_values; '
+                    "take a task of point clouds."
+                )
             return forward(**arguments)
         if images is not None:
             raise ConfigError("The call gives point_clouds and pixel_values; leave one of them out.")
         colours, views = self.colours(adapter, clouds)
-        config = self.configs[adapter]
-        mean, std = (colours.new_tensor(given or [0.5] * 3) for given in (config.image_mean, config.image_std))
-        pictures = (colours - mean[:, None, None]) / std[:, None, None]
+        fields = (self.configs[adapter].image_mean, self.configs[adapter].image_std)
+        mean, std = (colours.new_tensor(given or [0.5] * 3)[:, None, None] for given in fields)
+        pictures = (colours - mean) / std
         given = {**arguments, "pixel_values": pictures.to(self.base_dtype)}
         if views > 1 and isinstance(given.get("labels"), Tensor):
             given["labels"] = given["labels"].repeat_interleave(views, 0)
@@ -374,8 +374,13 @@ class P2PTuner(AdapterTuner):
             if peft_config.target_modules is not None and {*peft_config.target_modules} != {*found}:
                 raise ConfigError(peft_config.no_choice("target_modules"))
             peft_config.target_modules = found
-            if peft_config.train_class_token:
-                _check_class_token(self.model, found[0])
+            holders, _ = _class_token(self.model, found[0]) if peft_config.train_class_token else ([], 0)
+            blocks = module_roles.modules_by_role(self.model, "block")
+            # timm's models put it in beside the blocks, and no module gives out the tokens before these
+            if holders and any(self.model.get_submodule(path) in {*holders[0].modules()} for path in blocks):
+                raise ConfigError(
+                    f"The class token of {type(self.model).__name__} cannot be trained; set train_class_token=False."
+                )
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def new_layer(self, target: nn.Module, path: str) -> AdapterLayer:
@@ -421,17 +426,6 @@ def _class_token(model: nn.Module, patches: str) -> tuple[list[nn.Module], int]:
         if around and tokens:
             return [module], tokens[0].shape[-1]
     return [], 0
-
-
-def _check_class_token(model: nn.Module, patches: str) -> None:
-    """Raise `ConfigError` if the class token is put in by a module that runs the blocks too, as in timm's models."""
-    holders, _ = _class_token(model, patches)
-    blocks = module_roles.modules_by_role(model, "block")
-    if holders and any(model.get_submodule(path) in {*holders[0].modules()} for path in blocks):
-        raise ConfigError(
-            f"The class token of {type(model).__name__} is put in beside its blocks, where it cannot be trained; set "
-            "train_class_token=False."
-        )
 
 
 register(METHOD, P2PConfig, P2PLayer, P2PTuner)

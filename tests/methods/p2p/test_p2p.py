@@ -213,7 +213,7 @@ def test_calls_that_do_not_go_together_are_refused() -> None:
         ({"up_axis": "w"}, 'up_axis="w" must be x, y or z'),
         ({"azimuth": [90.0, 0.0]}, "azimuth=.* two angles"),
         ({"image_mean": [0.5]}, "image_mean=.* three channels"),
-        ({"image_std": [0.0, 1.0, 1.0]}, "image_std=.* positive"),
+        ({"image_std": [0.0, 1.0, 1.0]}, "image_std=.* positive one"),
         ({"object_size": 4000}, "object_size=4000 must be from"),
         ({"exclude_modules": ["layernorm"]}, "takes no exclude_modules"),
     ],
