@@ -371,7 +371,8 @@ class P2PTuner(AdapterTuner):
             )
         if peft_config.fingerprints is None:
             found = _targets(self.model, peft_config.train_norms)
-            if peft_config.target_modules is not None and {*peft_config.target_modules} != {*found}:
+            given = module_roles.rename_targets(self.model, peft_config.target_modules or found)
+            if {*given} != {*found}:
                 raise ConfigError(peft_config.no_choice("target_modules"))
             peft_config.target_modules = found
             holders, _ = _class_token(self.model, found[0]) if peft_config.train_class_token else ([], 0)

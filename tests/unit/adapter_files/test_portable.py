@@ -20,6 +20,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from support.backbones import MODELS, bare, tiny, tiny_inputs
 from support.cover import cover, each_place
 from support.properties import (
+    DRAWS,
     EVERY,
     EVERY_OWN,
     HEADS,
@@ -337,20 +338,20 @@ def test_without_a_record_nothing_is_guessed(nets: dict[str, nn.Module], tmp_pat
 def test_other_base_is_refused_unless_allowed(method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = tiny(text_or_image(method))
     folder = _save(_adapted(method, base, target_modules=target_regex(base, ["attn.q"])), tmp_path)
-    other = copy.deepcopy(base)
+    other, adapted = copy.deepcopy(base), modules_by_role(base, "embed.patch" if method in DRAWS else "attn.q")[0]
     with torch.no_grad():
-        for path in modules_by_role(other, "attn.q")[:1]:
-            other.get_submodule(path).weight.mul_(1.5)
+        other.get_submodule(adapted).weight.mul_(1.5)
     with pytest.raises(AdapterMismatchError, match="allow_other_base"):
         load_adapter(copy.deepcopy(other), folder)
     with caplog.at_level(logging.WARNING):
         model = load_adapter(copy.deepcopy(other), folder, allow_other_base=True)
-    assert "in 1 of 2 adapted modules" in caplog.text
+    recorded = json.loads((folder / "adapter_config.json").read_text()).get("fingerprints") or {}
+    assert f"in 1 of {len(recorded) or 2} adapted modules" in caplog.text
     assert output(model, tiny_inputs(base)).isfinite().all()
     with pytest.raises(AdapterMismatchError):  # the word of one call does not hold for the next
         load_adapter(copy.deepcopy(other), folder)
     wider = MODELS[text_or_image(method)]()
-    wider.get_submodule(modules_by_role(wider, "attn.q")[0]).weight = nn.Parameter(torch.randn(24, 16))
+    wider.get_submodule(adapted).weight = nn.Parameter(torch.randn(24, *wider.get_submodule(adapted).weight.shape[1:]))
     with pytest.raises(AdapterMismatchError, match="shape"):
         load_adapter(wider, folder, allow_other_base=True)
 
