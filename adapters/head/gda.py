@@ -38,6 +38,7 @@ METHOD = MethodInfo(
     roles=("head",),
     capabilities=("mixed_batch",),
     learning_rate=0.0,
+    budget=(0.6, 0.1),
 )
 
 #: CLIP's factor of the cosines of images and texts.

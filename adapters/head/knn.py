@@ -35,6 +35,7 @@ METHOD = MethodInfo(
     roles=("head",),
     capabilities=("mixed_batch",),
     learning_rate=0.0,
+    budget=(0.6, 0.1),
 )
 
 logger = logging.getLogger("peft_lab")
@@ -150,7 +151,6 @@ class KNNConfig(EstimatorConfig):
     )
 
     estimator_class = KNN
-    holds_training_rows = True
 
 
 class KNNLayer(EstimatorHead):
@@ -169,6 +169,16 @@ class KNNLayer(EstimatorHead):
     def arrays(self, estimator: KNN, config: KNNConfig) -> dict[str, Any]:
         config.stored_rows = len(estimator.rows_)
         return {"rows": estimator.rows_, "labels": estimator.labels_}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # An adapter that is not fitted has no rows yet, and takes as many as there are.
+        for name, config in self.configs.items():
+            rows = state_dict.get(f"{prefix}knn_rows.{name}")
+            if name in self.knn_rows and rows is not None and len(rows) != config.stored_rows:
+                config.stored_rows = len(rows)
+                self.knn_rows[name] = self.knn_rows[name].new_zeros(rows.shape)
+                self.knn_labels[name] = self.knn_labels[name].new_zeros(len(rows))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def check_values(self, adapter: str, values: Mapping[str, Tensor]) -> None:
         labels = values.get("knn_labels")

@@ -35,6 +35,7 @@ METHOD = MethodInfo(
     roles=("head",),
     capabilities=("mixed_batch",),
     learning_rate=0.0,
+    budget=(0.6, 0.1),
 )
 
 

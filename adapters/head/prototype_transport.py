@@ -37,6 +37,7 @@ METHOD = MethodInfo(
     roles=("head",),
     capabilities=("mixed_batch",),
     learning_rate=0.0,
+    budget=(0.6, 0.1),
 )
 
 

@@ -38,6 +38,7 @@ METHOD = MethodInfo(
     roles=("head",),
     capabilities=("mixed_batch",),
     learning_rate=0.0,
+    budget=(0.6, 0.1),
 )
 
 #: Added to the diagonal of each class's covariance.
@@ -112,11 +113,12 @@ class SLCA(LinearClassifier):
 
     def _align(self, coef: Tensor, intercept: Tensor) -> list[Tensor]:
         """Train the head on drawn rows."""
-        parameters = [coef.clone().requires_grad_(), intercept.clone().requires_grad_()]
-        optimizer = torch.optim.SGD(parameters, self.alignment_rate, momentum=0.9, weight_decay=5e-4)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.epochs, 1))
         random = np.random.default_rng(self.random_state)
-        with torch.enable_grad():
+        # the caller may read its data without gradients
+        with torch.inference_mode(False), torch.enable_grad():
+            parameters = [coef.clone().requires_grad_(), intercept.clone().requires_grad_()]
+            optimizer = torch.optim.SGD(parameters, self.alignment_rate, momentum=0.9, weight_decay=5e-4)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.epochs, 1))
             for _ in range(self.epochs):
                 rows, classes = self.draw(random)
                 for part in torch.from_numpy(random.permutation(len(rows))).split(self.batch_size):

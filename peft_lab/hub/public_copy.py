@@ -6,6 +6,7 @@ It holds no path of this machine, no token and no pickle.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from peft_lab.utils.atomic_files import write_text
 from peft_lab.utils.bounded_files import read_bytes, read_json
 from peft_lab.utils.cache import cache_dir
 from peft_lab.utils.safetensors_header import read_header
+
+logger = logging.getLogger("peft_lab")
 
 #: Files of tokenizers and of image processors; nothing else of them is published.
 PROCESSOR_FILES = (
@@ -77,6 +80,8 @@ def stage(
         read_header(path)
     adapter = (folder / ADAPTER_CONFIG).is_file()
     base = find_base(folder, metrics, base_model, needed=adapter)
+    if adapter:
+        _tell_training_rows(folder)
     # only listed files are copied, because a file that is not known could hold anything
     for pattern in _AS_THEY_ARE:
         for path in folder.glob(pattern):
@@ -94,6 +99,17 @@ def stage(
         _stage_plain(folder, repo_id, out, base)
     # last, because it must see every file as it will be uploaded
     refuse_private(out, [*local_paths(folder), *secrets])
+
+
+def _tell_training_rows(folder: Path) -> None:
+    """Warn of an adapter whose file holds features of training rows."""
+    stored = read_json(folder / ADAPTER_CONFIG).get("stored_rows")
+    if isinstance(stored, int) and stored > 0:
+        logger.warning(
+            "This adapter holds the features of %d training rows, from which much of a row may be recovered; whoever "
+            "can read the repository has them.",
+            stored,
+        )
 
 
 def find_base(folder: Path, metrics: Mapping[str, Any], given: str | None = None, needed: bool = True) -> Base:

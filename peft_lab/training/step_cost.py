@@ -98,7 +98,10 @@ def training_step(
     cuda = any(parameter.is_cuda for parameter in model.parameters())
 
     def step() -> None:
-        _loss(_call(model, inputs), loss_fn).backward()
+        loss = _loss(_call(model, inputs), loss_fn)
+        # a model without anything to train has a forward alone
+        if loss.requires_grad:
+            loss.backward()
         if optimizer is not None:
             optimizer.step()
         model.zero_grad(set_to_none=True)

@@ -16,17 +16,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support import sharded_runs
-from support.properties import EVERY_OWN, KEEPS_HEAD, UNTRAINED
+from support.properties import EVERY_OWN, FITTED, KEEPS_HEAD, UNTRAINED
 from support.sharded_runs import TENSOR_PARALLEL, two
 from support.tiny_runs import environment, make_backbone, make_decoder, make_task, options, same_weights, weights
 
 from peft_lab.tuners.merge_refusals import SHARDED_MERGE
 
-METHODS = ["lora", *EVERY_OWN, *KEEPS_HEAD]
+METHODS = ["lora", *(m for m in EVERY_OWN if m not in FITTED), *KEEPS_HEAD]
 #: Largest difference of a loss or a trained value from those of one process.
 TOLERANCE = 1e-5
 #: Methods that read training data, which ZeRO-3 refuses.
-READERS = [*UNTRAINED, *KEEPS_HEAD]
+READERS = [m for m in (*UNTRAINED, *KEEPS_HEAD) if m not in FITTED]
 
 
 @pytest.fixture(scope="module")

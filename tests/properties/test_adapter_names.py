@@ -64,7 +64,13 @@ def test_a_name_that_cannot_be_is_refused_at_every_door(method, tmp_path):
     model.save_pretrained(tmp_path)
     prefix, layer = model.base_model.prefix, model.base_model.tuner_layer_cls
     before, state = [name for name, _ in base.named_modules()], model.state_dict()
-    for name in (*IMPOSSIBLE, *TAKEN, prefix[:-1], prefix[0], layer.adapter_layer_names[0]):
+    for name in (
+        *IMPOSSIBLE,
+        *TAKEN,
+        prefix[:-1],
+        prefix[0],
+        [*layer.adapter_layer_names, *layer.other_param_names][0],
+    ):
         for door, enter in SECOND.items():
             with pytest.raises(ConfigError, match=r"Adapter name .* cannot be used"):
                 pytest.fail(f"{door} takes {name!r}: {enter(method, model, tmp_path, name)}")

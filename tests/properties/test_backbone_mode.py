@@ -20,6 +20,7 @@ from support.properties import (
     IMAGES,
     KEEPS_HEAD,
     OWN,
+    SEQUENCE,
     TRAINED,
     UNTRAINED,
     adapt,
@@ -61,7 +62,9 @@ def _dropping(method: str, family: str, **fields: Any) -> Any:
 
 def _own_draws(method: str) -> dict[str, Any]:
     """Fields by which an adapter draws nothing of its own in training, but for the prompts that it is made of."""
-    if method in UNTRAINED:  # a prompt that is the mean of all its particles is sampled from nothing
+    if (
+        method in SEQUENCE and method in UNTRAINED
+    ):  # a prompt that is the mean of all its particles is sampled from nothing
         return {"domain_draws": 2, "domain_particles": 2}
     return {"azimuth": [9.0, 9.0], "elevation": [45.0, 45.0]} if method in DRAWS else {}
 

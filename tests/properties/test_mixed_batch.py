@@ -13,6 +13,7 @@ from support.properties import (
     OWN,
     adapt,
     assert_close,
+    backward,
     config,
     main_tensor,
     move,
@@ -122,7 +123,7 @@ def test_rows_of_a_mixed_batch_may_have_gradients_after_inference_mode(method):
         expected = main_tensor(model.eval()(**inputs, adapter_names=names))
     found = main_tensor(model(**inputs, adapter_names=names))
     assert torch.equal(found, expected)
-    found.square().mean().backward()
+    backward(method, found.square().mean())
 
 
 @pairs(OWN, ["llama", "t5"])

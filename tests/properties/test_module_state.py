@@ -86,7 +86,9 @@ def reach(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 def train_step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     loss = main_tensor(model.train()(**as_read(model, inputs))).square().mean()
-    loss.backward()
+    # an estimator has nothing to train
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:

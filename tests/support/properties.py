@@ -6,13 +6,15 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_lab import registry
-from peft_lab.tuners import AdapterLayer
+from peft_lab.tuners import AdapterLayer, HeadLayer
+from peft_lab.tuners.estimators import EstimatorHead
 from peft_lab.tuners.registration import has_trait, make_config, newer_peft_needed
 from support.backbones import tiny_inputs
 from support.cover import Needs, cover, each_family
@@ -58,6 +60,8 @@ EVERY_OWN = [*OWN, *IMAGES, *DRAWS, *HEADS, *TEXTS]
 UNTRAINED = [name for name in [*OWN, *HEADS] if has_trait(registry.method(name), "values_from_data")]
 TRAINED = [name for name in OWN if name not in UNTRAINED]
 TRAINED_HEADS = [name for name in HEADS if name not in UNTRAINED]
+#: Those that take no gradient steps, and have no parameters.
+FITTED = [name for name in HEADS if not registry.method(name).takes_steps]
 #: Families of `backbones.TINY` whose blocks have no linear layer.
 CONVOLUTIONAL = ("resnet", "efficientnet", "mobilenet_v2")
 CONV_NETS = ("convnext", *CONVOLUTIONAL)
@@ -124,7 +128,21 @@ def fill(model: Any) -> Any:
     if model.peft_config["default"].peft_type.lower() in UNTRAINED:
         for parameter in adapter_parameters(model).values():
             parameter.normal_()
+        fit(model)
     return model
+
+
+def fit(model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
+    """Fit estimators to random features, of which the first class has the most rows."""
+    random = np.random.default_rng(seed)
+    for module in model.modules():
+        if not isinstance(module, EstimatorHead) or adapter not in module.configs or module.first[0] is not module:
+            continue
+        width, classes = module.feature_width(module.configs[adapter]), module.facts.classes
+        labels = np.concatenate([np.arange(6 * classes) % classes, np.zeros(6, dtype=int)])
+        rows = random.standard_normal((classes, width))[labels] + random.standard_normal((len(labels), width))
+        # other names of the classes too: the features of all inputs may lie in one cluster
+        module.fit_rows(adapter, rows, (labels + seed + seed // classes) % classes)
 
 
 def adapter_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
@@ -134,8 +152,19 @@ def adapter_parameters(model: nn.Module, adapter: str = "default") -> dict[str, 
     return {n: p for n, p in named if (marks[0] in n or n.endswith(marks[1])) and "modules_to_save" not in n}
 
 
+def adapter_values(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """The adapter's own parameters and saved arrays by name, without heads in `modules_to_save`."""
+    found: dict[str, Tensor] = dict(adapter_parameters(model, adapter))
+    for path, module in model.named_modules():
+        if isinstance(module, HeadLayer):
+            names = [name for name in module.other_param_names if adapter in getattr(module, name)]
+            found |= {f"{path}.{name}.{adapter}": getattr(module, name)[adapter] for name in names}
+    return found
+
+
 def move(model: nn.Module, adapter: str = "default", scale: float = 0.3, seed: int = 1) -> nn.Module:
-    """Move an adapter's parameters off their start, so that it has an effect."""
+    """Move an adapter's parameters off their start, or fit it to other features, so that it has an effect."""
+    fit(model, adapter, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter_parameters(model, adapter).values():
@@ -160,6 +189,14 @@ def as_read(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     others = {name: value for name, value in inputs.items() if name != "pixel_values"}
     points = inputs["pixel_values"].float().movedim(1, -1).flatten(1, 2)[:, ::16]
     return {**others, sources.pop(): points}
+
+
+def backward(method: str, loss: Tensor) -> None:
+    """Backward pass of a loss, which a method without parameters has not."""
+    if method in FITTED:
+        assert not loss.requires_grad
+    else:
+        loss.backward()
 
 
 def main_tensor(result: Any) -> Tensor:

@@ -30,8 +30,6 @@ class EstimatorConfig(HeadConfig):
     values_from_data = True
     #: The array estimator's class.
     estimator_class: ClassVar[Any]
-    #: True if the adapter's file holds features of the training rows themselves.
-    holds_training_rows: ClassVar[bool] = False
     #: Argument of the estimator's `fit` for rows whose label is negative; "" if it takes none.
     unlabelled_rows: ClassVar[str] = ""
 

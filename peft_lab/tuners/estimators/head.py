@@ -78,19 +78,19 @@ class EstimatorHead(HeadLayer):
         shapes = {**self.shapes(config), "counts": (self.facts.classes,)}
         return {f"{self.info.name}_{name}": torch.zeros(shape) for name, shape in shapes.items()}
 
+    def _get_available_adapters(self) -> set[str]:
+        # peft's own goes by parameters.
+        return set(self.configs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         self.unfitted.discard(adapter_name)
         self.plain.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in self.configs:
-            counts = state_dict.get(f"{prefix}{self.info.name}_counts.{name}")
-            if counts is not None and not counts.is_meta and bool(counts.any()):
-                self.unfitted.discard(name)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def logits(self, adapter: str, features: HeadInput) -> Tensor:
+        # Loaders of several packages write the arrays in ways of their own, so they are looked at once.
+        if adapter in self.unfitted and bool(self.value(adapter, "counts").any()):
+            self.unfitted.discard(adapter)
         if adapter in self.unfitted:
             raise ConfigError(
                 f'Adapter "{adapter}" of method "{self.info.name}" is not fitted: it has no answers before it has read '
