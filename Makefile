@@ -18,9 +18,9 @@ test: $(VENV)/.test
 	$(MAKE) --jobs 2 lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal -rs -m "not full"
 
-# A wide cover of methods and families, killed and resumed runs, clusters and fuzz, and all of `make test` but lint.
+# What `make test` leaves out: a wide cover of methods and families, killed and resumed runs, clusters, fuzz.
 test-full: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -rs
+	$(BIN)/python -m pytest -n 2 --dist worksteal -rs -m full
 
 # The cases that a cover of the matrix of methods and families leaves out: hours, before a release.
 test-matrix: $(VENV)/.test

@@ -29,7 +29,7 @@ _ARCHITECTURES += ("SemanticSegmentation", "AudioClassification")
 _OF_THEIR_OWN = {"convnext": "conv net", "swin": "windows"}
 _OF_THEIR_OWN |= dict.fromkeys(("resnet", "efficientnet", "mobilenet_v2"), "conv net")
 #: Methods in a matrix from which the full run leaves cases out, and values of another parameter from which it does.
-_MANY_METHODS, _MANY_VALUES = 12, 8
+_MANY_METHODS, _MANY_VALUES = 8, 8
 #: Of many values that are no family, each method meets at least so many.
 _MET = 4
 Needs = Callable[[tuple[Any, ...]], set[Hashable]]
