@@ -100,7 +100,7 @@ class IntrinsicLayer(WeightLayer):
         groups[None] = partial(_values, "intrinsic_theta", torch.zeros, config.d)
         return groups
 
-    def update_layer(self, adapter: str, config: IntrinsicConfig) -> None:
+    def update_layer(self, adapter: str, config: Any) -> None:
         seed = module_seed(config.projection_seed, self.path)
         self.intrinsic_seed[adapter] = torch.tensor(seed, dtype=torch.int64, device=self.base_weight.device)
         self._forget_projection(adapter)
