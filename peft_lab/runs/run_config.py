@@ -92,6 +92,13 @@ class RunConfig(OptimizationOptions):
             "which take most of the memory where the vocabulary is large, are never there at once."
         },
     )
+    features: str | None = field(
+        default=None,
+        metadata={
+            "help": "`cached`: compute what the frozen backbone gives the head once, and train and evaluate on that; "
+            "for methods whose gradient ends before the backbone."
+        },
+    )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the rows before the training; one by default."}
     )

@@ -16,6 +16,7 @@ from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_schema import Task
 from peft_lab.errors import ConfigError, PeftLabError
 from peft_lab.runs.run_config import RunConfig
+from peft_lab.training.cached_features import check_value
 from peft_lab.training.callbacks.bilevel import activation_parameters
 from peft_lab.training.drawn_rows import DrawnRows
 from peft_lab.training.packing import pack
@@ -40,6 +41,7 @@ def check_options(config: RunConfig, task: Task) -> None:
         ConfigError: naming the option.
     """
     check_streaming(config, task)
+    check_value(config.features)
     flags, kind = config.training_arguments, task_kind(task.kind)
     if flags.get("do_eval") is False and kind.tunes(task):
         raise ConfigError(

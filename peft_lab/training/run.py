@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, enable_full_d
 
 from peft_lab.adapter_files.names import write_json
 from peft_lab.backbones import module_roles
+from peft_lab.backbones.head_features import head_features
 from peft_lab.backbones.pypi_weights import cached_commit
 from peft_lab.data import prompt_column
 from peft_lab.data.row_maps import map_options, recorded_reads
@@ -40,6 +41,7 @@ from peft_lab.runs import own_tasks, run_folder
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.arguments import as_run_config, check_best_metric, training_arguments
 from peft_lab.training.baseline_scores import of_untouched_base, split_of_base, without_input
+from peft_lab.training.cached_features import CachedFeatures
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
 from peft_lab.training.chunked_loss import chunked_loss
 from peft_lab.training.drawn_rows import DrawnRows, draws_few, known_rows
@@ -133,7 +135,8 @@ def prepare(options: Mapping[str, Any]) -> Iterator[LabTrainer]:
     Nothing is trained, and nothing stays on the disk.
     """
     with write_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as scratch:
-        config = as_run_config(None, {**options, "output_dir": scratch})
+        # what a step costs is asked of the whole model, whose backbone stored features would stand in for
+        config = as_run_config(None, {**options, "output_dir": scratch, "features": None})
         info, task = config.check(), load_task(config.task)
         check_options(config, task)
         run = _Run(config, info, task, training_arguments(config, info), Path(scratch))
@@ -188,7 +191,8 @@ class _Run:
         self.baselines = without_input(self.kind, self.task, self.labels, rows)
         self._claim_folder(checkpoint)
         # memory and time are those of the training steps, without loading and evaluation at the end
-        with chunked_loss(self.model, self.config.loss_chunk_size):
+        lookup = self.features.used() if self.features else nullcontext()
+        with chunked_loss(self.model, self.config.loss_chunk_size), lookup:
             self._score_untouched_base()
             with PeakMemory(self.arguments.device) as memory:
                 started = time.perf_counter()
@@ -252,12 +256,14 @@ class _Run:
         self.kind.check_processor(self.processor, self.task, base)
         # found before the adapter is on it, because peft wraps the head and its paths change
         self.head_modules = [] if keeps_head else module_roles.head_modules(base)
+        facts = head_features(base) if self.config.features else None
         if self.keeps_record:
             self.base = base_hash(base, self.head_modules)
         set_seed(seed)  # the backbone's own random draws must not shift the adapter's
         settings = self.kind.adapter_settings(self.processor, self.task, self.labels)
         settings |= prompt_column.settings(self.splits.prompt_values)
         self.model = adapt(base, self.info, self.config.method_args, self.kind.task_type(self.task), settings)
+        self.features = CachedFeatures(self.model, facts, self.info.name) if self.config.features else None
 
     def _prepare_rows(self, seed: int) -> None:
         """Limit the rows of each split, and preprocess them for the model."""
@@ -270,7 +276,8 @@ class _Run:
         if self.config.packing:
             packed = packed_length(self.info, self.kind, self.processor, self.task, self.model)
         with self.process.main_process_first(), self._maps():
-            few = draws_few(self.arguments, self.model, self.raw["train"], packed is not None)
+            whole = packed is not None or self.features is not None
+            few = draws_few(self.arguments, self.model, self.raw["train"], whole)
             with recorded_reads() as self.reads:
                 self.raw, self.rows = model_rows(
                     self.raw, self.kind, self.processor, self.task, self.model, drops, packed, few
@@ -285,6 +292,13 @@ class _Run:
         return map_options(self.config.preprocessing_num_workers, overwrite)
 
     def _build_trainer(self) -> None:
+        if self.features is not None:
+            collator = self.kind.data_collator(self.processor, self.task, self.model)
+            with self.process.main_process_first():
+                batch = self.arguments.per_device_eval_batch_size
+                if self.config.quantization is None:
+                    self.model.to(self.arguments.device)
+                self.rows = self.features.rows(self.rows, collator, self.processor, batch)
         self.trainer = build_trainer(
             self.config,
             self.arguments,

@@ -15,6 +15,7 @@ from peft_lab.loading.load_run import load, load_base
 from peft_lab.runs.optimization import ON_GRADIENTS
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.arguments import build_or_refuse
+from peft_lab.training.cached_features import CachedFeatures
 from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation
 from peft_lab.training.model_rows import HELD_OUT
 from peft_lab.training.packing import packed_collator
@@ -56,6 +57,8 @@ def build_trainer(
     if chunked and not kind.scores_tokens:
         raise ConfigError(f'loss_chunk_size is for decoders that write; kind "{kind.name}" has no such loss.')
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]] = kind.data_collator(processor, task, model)
+    if config.features is not None:
+        collator = CachedFeatures.collator
     train: Any = rows["train"]
     if config.packing:
         collator = packed_collator(collator, processor, model, train)

@@ -138,6 +138,10 @@ class HeadLayer(AdapterLayer):
         """Class logits (rows, classes) of an adapter; the features have the dtype of its values."""
         raise NotImplementedError
 
+    def runs_backbone(self, config: Any) -> bool:
+        """Test whether an adapter runs the backbone a second time, as views of a row do."""
+        return False
+
     # What is the same for all -----------------------------------------------------------------------------------
 
     def update_layer(self, adapter: str, config: Any) -> None:
@@ -302,19 +306,23 @@ class HeadTuner(BlockTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         loaded = peft_config.fingerprints is not None
-        facts = self.head_facts()
+        facts, targets = self.head_facts(), self.targets()
         if not loaded:
             given = peft_config.target_modules
-            if given is not None and [*given] != [*facts.heads]:
+            if given is not None and sorted(given) != sorted(targets):
                 raise ConfigError(peft_config.no_choice("target_modules"))
         peft_config.modules_to_save = self._without_head(peft_config, facts)
-        peft_config.target_modules = [*facts.heads]
+        peft_config.target_modules = targets
         config = super()._prepare_adapter_config(peft_config, model_config)
         # What is recorded are blocks of the backbone, which carry no adapter.
-        config.target_modules = [*facts.heads]
+        config.target_modules = targets
         if config.task_type == "SEQ_CLS" and not config.modules_to_save:
             config.modules_to_save = [_NO_MODULE]
         return config
+
+    def targets(self) -> list[str]:
+        """Paths of the modules that carry an adapter."""
+        return [*self.head_facts().heads]
 
     def head_facts(self) -> HeadFeatures:
         """Facts of the model's head, wrapped or not.

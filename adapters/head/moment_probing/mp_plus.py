@@ -110,10 +110,8 @@ class MPPlusTuner(HeadTuner, ResidualTuner):
     def layer_class(self, path: str) -> type[AdapterLayer]:
         return MPPlusHead if path in self.head_facts().heads else MPPlusBlock
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        config = super()._prepare_adapter_config(peft_config, model_config)
-        config.target_modules = [*config.target_modules, *modules_by_role(self.model, "block")]
-        return config
+    def targets(self) -> list[str]:
+        return [*super().targets(), *modules_by_role(self.model, "block")]
 
 
 register(METHOD, MPPlusConfig, MPPlusPart, MPPlusTuner)

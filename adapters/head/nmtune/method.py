@@ -137,6 +137,9 @@ class NMTuneLayer(HeadLayer):
         hidden = _EXPANSION * self.facts.width
         return {"nmtune_mean": torch.zeros(hidden), "nmtune_variance": torch.ones(hidden)}
 
+    def runs_backbone(self, config: NMTuneConfig) -> bool:
+        return config.second_view != "none"
+
     def transformed(self, adapter: str, f: Tensor) -> Tensor:
         """Features z = s * MLP(f) + f (rows, width)."""
         hidden = F.linear(f, self.nmtune_up[adapter], self.nmtune_up_bias[adapter])
