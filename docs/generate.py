@@ -99,6 +99,11 @@ def _own_methods() -> list[registry.MethodInfo]:
     return sorted(registry.builtin_methods(), key=lambda info: (order.index(info.place), info.name))
 
 
+def _rate(info: registry.MethodInfo) -> str:
+    """Default learning rate of a method; that of one without gradient steps is none."""
+    return f"{info.learning_rate:g}" if info.takes_steps else "none"
+
+
 def _by_place() -> dict[str, list[registry.MethodInfo]]:
     found: dict[str, list[registry.MethodInfo]] = {}
     for info in _own_methods():
@@ -118,7 +123,7 @@ def _index() -> str:
         rows = []
         for info in infos:
             trains = notes.get(info.name, {}).get("trains", "")
-            cells = (f"[`{info.name}`]({info.name}.md)", info.title, trains, _roles(info), f"{info.learning_rate:g}")
+            cells = (f"[`{info.name}`]({info.name}.md)", info.title, trains, _roles(info), _rate(info))
             rows.append((*cells, _marks(info), _paper(info.paper)))
         head = ("name", "title", "trains", "adapts by default", "learning rate", "can", "paper")
         parts += [f"## {PLACES[place]}", _table(head, rows)]
@@ -162,7 +167,7 @@ def _facts(info: registry.MethodInfo) -> str:
     facts = [
         f"`{info.name}`",
         f"place: {info.place}",
-        f"default learning rate {info.learning_rate:g} ([why]({_DEFAULTS}))",
+        f"default learning rate {_rate(info)} ([why]({_DEFAULTS}))" if info.takes_steps else "no gradient steps",
     ]
     if info.paper:
         facts.append(f"paper {_paper(info.paper)}")

@@ -42,9 +42,8 @@ def methods(
     for info in registry.list_methods().values():
         if info.place == "peft":  # listed by name below
             continue
-        table.add_row(
-            info.name, info.title, info.place, ", ".join(info.roles), f"{info.learning_rate:g}", _paper(info.paper)
-        )
+        rate = f"{info.learning_rate:g}" if info.takes_steps else "none"
+        table.add_row(info.name, info.title, info.place, ", ".join(info.roles), rate, _paper(info.paper))
     print_out(table)
     own = [info.name for info in registry.list_methods().values() if info.place == "peft"]
     print_out(f"Tuners of peft itself, by their own names: {', '.join(own)}.")
