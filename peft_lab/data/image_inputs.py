@@ -27,7 +27,7 @@ class ImageInputs(ModelInputs):
     """Column `image`; an image processor."""
 
     columns = ("image",)
-    files = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+    files: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
     pipeline_tag = "image-classification"
 
     def auto_class(self) -> Any:

@@ -79,8 +79,8 @@ def _holds_clouds(column: ColumnProfile) -> bool:
     """Test whether a column holds lists of x y z, texts of such lines, or names of files of clouds."""
     entries = column.entries
     if column.type == "list":
-        nested = entries is not None and entries.type == "list" and entries.mean_length == 3
-        return nested and entries.entries is not None and entries.entries.type == "number"
+        numbers = entries.entries if entries is not None and entries.mean_length == 3 else None
+        return numbers is not None and numbers.type == "number"
     return column.type == "text" and all(_is_cloud(str(value)) for value in column.examples)
 
 

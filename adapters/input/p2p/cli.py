@@ -77,7 +77,7 @@ def write(loaded: Any, output: Path, split: str, count: int) -> list[Path]:
     for number in range(len(ready)):
         row = ready[number]
         with torch.no_grad():
-            colours, _ = layer.colours(layer.current, torch.tensor(row["point_clouds"])[None])
+            colours, _ = layer.colours(loaded.model.active_adapter, torch.tensor(row["point_clouds"])[None])
         label = re.sub(r"\W+", "-", loaded.labels[row["labels"]])
         for view, image in enumerate((255 * colours).round().byte().permute(0, 2, 3, 1).cpu().numpy(), start=1):
             written.append(output / f"{number + 1:03d}-{label}-{view}.png")

@@ -20,7 +20,7 @@ In evaluation, `pixel_values` are taken for pictures that are drawn already.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,9 +141,9 @@ class P2PConfig(AdapterConfig):
             value = getattr(self, name)
             if len(value) != 2 or not -360 <= value[0] <= value[1] <= 360:
                 raise ConfigError(f"{name}={value} must be two angles from -360 to 360 degrees, the lower one first.")
-        for name, least in (("image_mean", -math.inf), ("image_std", 1e-12)):
+        for name, smallest in (("image_mean", -math.inf), ("image_std", 1e-12)):
             value = getattr(self, name)
-            if value is not None and (len(value) != 3 or min(value) < least):
+            if value is not None and (len(value) != 3 or min(value) < smallest):
                 raise ConfigError(
                     f"{name}={value} must be a number for each of three channels, a positive one for std."
                 )
@@ -341,7 +341,7 @@ class P2PLayer(AdapterLayer):
         changed = torch.cat([first, tokens[:, 1:]], 1)
         if isinstance(out, Tensor):
             return changed
-        if isinstance(out, Mapping):
+        if isinstance(out, MutableMapping):
             out[next(iter(out))] = changed
             return out
         return (changed, *out[1:])
@@ -354,7 +354,7 @@ def _mean_over_views(output: Any, rows: int, views: int) -> Any:
     if isinstance(output, Tensor):
         whole = output.ndim and len(output) == rows and output.is_floating_point()
         return output.unflatten(0, (-1, views)).mean(1) if whole else output
-    if isinstance(output, Mapping):
+    if isinstance(output, MutableMapping):
         for name, value in output.items():
             output[name] = _mean_over_views(value, rows, views)
         return output
