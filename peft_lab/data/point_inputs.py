@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from peft_lab.data.image_inputs import ImageInputs
 from peft_lab.data.row_checks import RowFault, check_inputs
 from peft_lab.data.row_maps import map_rows
 from peft_lab.errors import TaskError
+from peft_lab.utils.mappings import without
 from peft_lab.utils.point_clouds import (
     CLOUD_ENDINGS,
     depth_picture,
@@ -35,6 +37,8 @@ OPTIONS = ("num_points", "random_rotation", "up_axis")
 POINTS, PICTURES = "point_clouds", "pixel_values"
 #: Points that training draws from, by the points that a model gets: 4800 for 4096 in P2P (arXiv:2208.02812).
 _SPARE = 75 / 64
+#: Key of a row whose points are drawn when it is joined with others.
+_DRAWN = "is_drawn"
 #: Raise it when the same cloud is read otherwise, because what was found in it is kept.
 _VERSION = 1
 #: Turn and tilt of a plain picture, in radians: from the front, a little from the side and from above.
@@ -83,23 +87,23 @@ class PointInputs(ImageInputs):
             return {name: _sample(open_cloud(row["points"]), count)}
 
         found = map_rows(dataset, sample, [*reads, name], remove_columns=["points"], desc="Sampling point clouds")
-        return found.with_transform(partial(_encode_rows, processor=processor, task=task, draws=True))
+        return found.with_transform(partial(_candidates, count=None))
 
     def evaluation_rows(self, rows: Dataset, processor: Any, task: Task) -> Dataset:
         """Preprocessed rows of which an evaluation always takes the same points."""
-        return rows.with_transform(partial(_encode_rows, processor=processor, task=task, draws=False))
+        return rows.with_transform(partial(_candidates, count=task.options["num_points"]))
 
     def encoder(self, inputs: Sequence[Any], processor: Any, task: Task, model: Any) -> Callable[[Sequence[int]], Any]:
         """Check paths, open files, arrays or nested lists (points, 3), and encode them."""
         clouds = [open_cloud(value) for value in inputs]
         check_inputs(task, _faults([_traits(cloud) for cloud in clouds], task))
-        name = POINTS if reads_points(model) else PICTURES
+        name, count = POINTS if reads_points(model) else PICTURES, task.options["num_points"]
+        collate = PointCollator(processor, task)
 
         def encode(rows: Sequence[int]) -> Any:
             from transformers import BatchFeature
 
-            sampled = [_sample(clouds[row], task.options["num_points"]) for row in rows]
-            return BatchFeature(_encode_rows({name: sampled}, processor, task, False), tensor_type="pt")
+            return BatchFeature(collate([{name: _sample(clouds[row], count)[:count]} for row in rows]))
 
         return encode
 
@@ -173,37 +177,66 @@ def _sample(cloud: np.ndarray, count: int) -> np.ndarray:
     return points[farthest_points(points, round(count * _SPARE))]
 
 
-def _encode_rows(batch: dict[str, Any], processor: Any, task: Task, draws: bool) -> dict[str, Any]:
-    """Rows of sampled points as arguments of a model's forward.
-
-    Args:
-        batch: columns of rows; the points stand under the name of the argument.
-        processor: image processor.
-        task: their task.
-        draws: draw the points, and turn them, as training does.
-    """
+def _candidates(batch: dict[str, Any], count: int | None) -> dict[str, Any]:
+    """Rows with their sampled points as arrays: the first `count`, or all of them and the mark of a draw."""
     import numpy as np
 
     name = POINTS if POINTS in batch else PICTURES
     # a read of the labels alone comes through here without points
     if name not in batch:
         return batch
-    clouds = [np.asarray(points, dtype=np.float32) for points in batch[name]]
-    clouds = [_drawn(points, task) if draws else points[: task.options["num_points"]] for points in clouds]
-    if name == PICTURES:
-        return {**batch, name: processor([_picture(points, processor, task) for points in clouds])[name]}
-    return {**batch, name: clouds}
+    clouds = [np.asarray(points, dtype=np.float32)[:count] for points in batch[name]]
+    return {**batch, name: clouds} | ({_DRAWN: [True] * len(clouds)} if count is None else {})
 
 
-def _drawn(points: np.ndarray, task: Task) -> np.ndarray:
-    """Points at random, turned at random about the up axis."""
-    import torch
+class PointCollator:
+    """Join rows into a batch: draw and turn the points of training rows, and draw pictures where a model wants them.
 
-    chosen = points[torch.randperm(len(points))[: task.options["num_points"]].numpy()]
-    angle, up = task.options["random_rotation"], task.options["up_axis"]
-    if not angle:
-        return chosen
-    return _turned_back(chosen, up, math.radians(angle) * (2 * float(torch.rand(())) - 1))
+    The draws follow from the run's seed, the epoch and the points of a row, so that a resumed run draws as one that was
+    not broken off.
+
+    Attributes:
+        processor: image processor.
+        task: that of the rows.
+        seed: seed of the run, by default the one that torch was seeded with.
+    """
+
+    def __init__(self, processor: Any, task: Task, seed: int | None = None) -> None:
+        import torch
+
+        self.processor, self.task = processor, task
+        self.seed = torch.initial_seed() if seed is None else seed
+        # in shared memory, because worker processes that live on for the next epoch hold a copy of the collator
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch begins, so that its draws are others."""
+        self._epoch.fill_(epoch)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Batch with `point_clouds` (rows, points, 3) or `pixel_values`, float32, and the other columns of the rows."""
+        import numpy as np
+        import torch
+        from transformers import default_data_collator
+
+        name = POINTS if POINTS in rows[0] else PICTURES
+        others = [without(row, name, _DRAWN) for row in rows]
+        batch = default_data_collator(others) if others[0] else {}
+        clouds = [self._drawn(row[name]) if row.get(_DRAWN) else row[name] for row in rows]
+        if name == PICTURES:
+            pictures = [_picture(points, self.processor, self.task) for points in clouds]
+            return {**batch, name: self.processor(pictures, return_tensors="pt")[name]}
+        return {**batch, name: torch.from_numpy(np.stack(clouds))}
+
+    def _drawn(self, points: np.ndarray) -> np.ndarray:
+        """Points at random, turned at random about the up axis."""
+        import numpy as np
+
+        digest = hashlib.blake2b(points.tobytes(), digest_size=8).digest()
+        draw = np.random.default_rng([self.seed % 2**63, int(self._epoch), int.from_bytes(digest, "big")])
+        chosen = points[draw.permutation(len(points))[: self.task.options["num_points"]]]
+        angle = math.radians(self.task.options["random_rotation"])
+        return _turned_back(chosen, self.task.options["up_axis"], draw.uniform(-angle, angle)) if angle else chosen
 
 
 def _turned_back(points: np.ndarray, up: str, angle: float) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_lab.data.classification_kind import ClassificationKind
-from peft_lab.data.point_inputs import PointInputs, check_options
+from peft_lab.data.point_inputs import PointCollator, PointInputs, check_options
 from peft_lab.data.profile import ColumnProfile, DataProfile, Proposal, is_number
 from peft_lab.registry import KindInfo
 from peft_lab.utils.point_clouds import CLOUD_ENDINGS
@@ -49,6 +49,9 @@ class PointCloudClassification(ClassificationKind):
 
     def evaluation_rows(self, rows: Dataset, processor: Any, task: Task) -> Dataset:
         return self.inputs.evaluation_rows(rows, processor, task)
+
+    def data_collator(self, processor: Any, task: Task, model: Any) -> PointCollator:
+        return PointCollator(processor, task)
 
     def propose(self, profile: DataProfile) -> Proposal | None:
         cloud = profile.find("points", _CLOUDS, _holds_clouds)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.backbones import tiny, tiny_inputs
-from support.properties import EVERY, UNTRAINED, config, text_or_image
+from support.properties import EVERY, UNTRAINED, adapt, as_read, config, text_or_image
 from transformers import Trainer, TrainingArguments
 
 pytest.importorskip("optuna")
@@ -22,7 +22,7 @@ TRAINED = sorted({*EVERY} - {*UNTRAINED})
 def test_each_trial_trains_an_adapter_of_its_own(method: str, tmp_path: Path) -> None:
     family = text_or_image(method)
     base = tiny(family)
-    inputs = tiny_inputs(base)
+    inputs = as_read(adapt(method, base), tiny_inputs(base))
     rows = [{**{name: value[i % 2] for name, value in inputs.items()}, "labels": i % 2} for i in range(8)]
     trained = []
 

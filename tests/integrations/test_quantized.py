@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from support.backbones import tiny, tiny_inputs
 from support.method_runs import interrupt
 from support.properties import (
+    DRAWS,
     EVERY,
     IMAGES,
     KEEPS_HEAD,
@@ -65,7 +66,7 @@ def model_of(family: str) -> nn.Module:
 
 
 def family_of(method: str) -> str:
-    return "vit" if method in (*IMAGES, *KEEPS_HEAD) else "bert"
+    return "vit" if method in (*IMAGES, *KEEPS_HEAD, *DRAWS) else "bert"
 
 
 @pytest.fixture(scope="session")

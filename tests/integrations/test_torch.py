@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.backbones import tiny, tiny_inputs
-from support.properties import EVERY, FITTED, UNTRAINED, adapt, move, text_or_image
+from support.properties import EVERY, FITTED, UNTRAINED, adapt, as_read, move, text_or_image
 
 from peft_lab.errors import ConfigError
 
@@ -16,7 +16,7 @@ from peft_lab.errors import ConfigError
 @pytest.mark.parametrize("method", EVERY)
 def test_the_exported_program_answers_as_the_model(method: str, refused: Callable[[str], None]) -> None:
     model = move(adapt(method, tiny(text_or_image(method))))
-    inputs = tiny_inputs(model)
+    inputs = as_read(model, tiny_inputs(model))
     if method in UNTRAINED and method not in FITTED:
         with pytest.raises(ConfigError, match="cannot be exported"):
             torch.export.export(model, (), inputs)
@@ -35,6 +35,6 @@ def test_the_compiled_model_has_the_gradients_of_the_eager_one(method: str) -> N
     for compiled in (False, True):
         model = move(adapt(method, tiny(text_or_image(method))))
         call = torch.compile(model, backend="aot_eager") if compiled else model
-        call(**tiny_inputs(model)).logits.square().sum().backward()
+        call(**as_read(model, tiny_inputs(model))).logits.square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(gradients[1], gradients[0])

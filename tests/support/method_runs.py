@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from support.properties import EVERY, FITTED, IMAGES, KEEPS_HEAD, UNTRAINED
+from support.kind_rows import write_task
+from support.properties import DRAWS, EVERY, FITTED, IMAGES, KEEPS_HEAD, UNTRAINED
 from support.tiny_runs import make_backbone, make_image_backbone, make_image_task, make_task, options
 
 #: Every registered method and baseline that `peft-lab train` trains in steps. Those that read data come last, because
@@ -29,6 +30,11 @@ def options_for(method: str, place: Path, output_dir: Path, **changes: Any) -> d
             torch.manual_seed(0)
             config = ViTConfig.from_pretrained(backbone, num_labels=7)
             ViTForImageClassification(config).save_pretrained(backbone)
+    elif method in DRAWS:
+        backbone, task = place / "points-vit", place / "points" / "point_cloud_classification.yaml"
+        if not backbone.is_dir():
+            write_task(task.parent, "point_cloud_classification")
+            make_image_backbone(backbone)
     else:
         backbone, task = place / "bert", place / "texts" / "topics.yaml"
         if not backbone.is_dir():

@@ -201,7 +201,7 @@ def _train_method(method: str, way: str, folder: Path, dtype: torch.dtype, flags
 
     from peft_lab.training.trainer import LabTrainer
     from support.backbones import TINY, tiny_inputs
-    from support.properties import KEEPS_HEAD, config, text_or_image
+    from support.properties import KEEPS_HEAD, as_read, config, text_or_image
 
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -220,9 +220,10 @@ def _train_method(method: str, way: str, folder: Path, dtype: torch.dtype, flags
     inputs = tiny_inputs(base, batch=12, labels=True)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    rows = [{name: values[index] for name, values in inputs.items()} for index in range(12)]
     set_seed(0)
     model = get_peft_model(base, config(method, base))
+    inputs = as_read(model, inputs)
+    rows = [{name: values[index] for name, values in inputs.items()} for index in range(12)]
     trainer = LabTrainer(model=model, args=arguments, train_dataset=rows)
     trainer.train()
     trainer.save_model(str(folder / "adapter"), _internal_call=True)

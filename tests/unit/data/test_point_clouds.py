@@ -79,7 +79,7 @@ def test_every_form_gives_the_same_points(form: str, tmp_path: Path) -> None:
     assert found.dtype == np.float32
     assert (found == CLOUD).all()
     _, rows = preprocessed(task(tmp_path, [value] * 4), Reader())
-    assert np.asarray(rows[0]["point_clouds"]).shape == (32, 3)
+    assert np.asarray(rows[0]["point_clouds"]).shape == (38, 3)
 
 
 def test_names_of_files_stand_beside_the_table(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_names_of_files_stand_beside_the_table(tmp_path: Path) -> None:
         (tmp_path / name).write_text(lines(CLOUD))
     found = task(tmp_path, ["a.xyz", "b.txt"] * 2)
     _, rows = preprocessed(found, Reader())
-    assert np.asarray(rows[1]["point_clouds"]).shape == (32, 3)
+    assert np.asarray(rows[1]["point_clouds"]).shape == (38, 3)
     # a text file is a cloud here, and no file of texts
     assert read_inputs([tmp_path / "b.txt"], kind(found.kind).input_files(found)) == [tmp_path / "b.txt"]
 
@@ -153,8 +153,15 @@ def test_training_draws_points_and_evaluation_takes_the_same(tmp_path: Path) -> 
     for _ in range(2):
         np.testing.assert_allclose(fixed[0]["point_clouds"], expected, atol=1e-6)
     torch.manual_seed(0)
-    first, second = (np.asarray(rows[0]["point_clouds"]) for _ in range(2))
-    assert not np.allclose(first, second)
+    collate = rule.data_collator(None, found, None)
+    first, again = (collate([rows[0], rows[1]])["point_clouds"][0].numpy() for _ in range(2))
+    assert first.shape == (32, 3)
+    assert np.array_equal(first, again)
+    collate.set_epoch(1)
+    assert not np.allclose(first, collate([rows[0]])["point_clouds"][0])
+    batch = collate([fixed[0], fixed[1]])
+    np.testing.assert_allclose(batch["point_clouds"][0], expected, atol=1e-6)
+    assert batch["labels"].tolist() == [0, 1]
     # turned about the axis that points upwards, so heights stay
     heights = np.unique(np.round(centred[:, 1] / np.linalg.norm(centred, axis=1).max(), 5))
     assert np.isin(np.round(first[:, 1], 5), heights).mean() > 0.9
@@ -180,7 +187,8 @@ def test_a_plain_picture_shows_near_points_bright(tmp_path: Path) -> None:
     rule = kind(found.kind)
     rows = rule.preprocess(load_splits(found).train, processor, found, SimpleNamespace())
     assert "point_clouds" not in rows.column_names
-    assert np.asarray(rows[0]["pixel_values"]).shape[0] == 3
+    batch = rule.data_collator(processor, found, None)([rows[0], rows[1]])
+    assert batch["pixel_values"].shape[:2] == (2, 3)
 
 
 @pytest.mark.parametrize("changes", [{"num_points": 0}, {"random_rotation": 181.0}, {"up_axis": "w"}])
