@@ -12,7 +12,6 @@ from typing import Any
 from peft_lab.protocols.incremental_metrics import BOUNDS, SUMMARIES, over_orders
 from peft_lab.utils import strict_json
 from peft_lab.utils.atomic_files import new_file, write_text
-from peft_lab.utils.text import markdown_text
 
 RESULTS, CSV, MARKDOWN, JSON, CURVE = "results.jsonl", "results.csv", "report.md", "report.json", "curve.png"
 
@@ -81,9 +80,13 @@ def _csv(records: Sequence[Mapping[str, Any]]) -> str:
         seen = 0
         for number, step in enumerate(record["steps"]):
             seen += len(record["sessions"][number])
-            values = ["" if step[name] is None else f"{step[name]:.6g}" for name in _OF_STEP]
+            values = [_cell(step[name]) for name in _OF_STEP]
             writer.writerow([record["method"], record["order"], number + 1, seen, *values])
     return text.getvalue()
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
 
 
 def interval(value: Mapping[str, float | None]) -> str:
@@ -129,7 +132,7 @@ def _markdown(
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell if set(cell) <= set("-:") else markdown_text(cell) for cell in cells) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
 def _draw(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]], total: int) -> None:
@@ -144,7 +147,7 @@ def _draw(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]], total: i
         values = [point["value"] for point in points]
         (line,) = axes.plot(seen, values, marker=markers[number % len(markers)], markersize=4, label=method)
         if points[0]["low"] is not None:
-            low, high = ([point[end] for point in points] for end in ("low", "high"))
+            low, high = [point["low"] for point in points], [point["high"] for point in points]
             axes.fill_between(seen, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel(f"seen of {total}", fontsize=9)
     axes.set_ylabel("accuracy over all seen", fontsize=9)

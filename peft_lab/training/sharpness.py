@@ -47,18 +47,16 @@ class SharpnessAware:
             False if the gradient is zero or not finite: then parameters and gradient stay as they are.
         """
         trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(
-            [gradient for gradient in (p.grad for p in trained) if gradient is not None]
-        )
+        gradients = [gradient for parameter in trained if (gradient := parameter.grad) is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm) or norm == 0:
             yield False
             return
         # kept whole, because adding and taking away again would round
         kept: list[Tensor] = [parameter.detach().clone() for parameter in trained]
         with torch.no_grad():
-            for parameter in trained:
-                assert parameter.grad is not None, "chosen so"
-                parameter.add_((self.rho / norm).to(parameter.device) * parameter.grad)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.add_((self.rho / norm).to(parameter.device) * gradient)
                 parameter.grad = None
         try:
             yield True

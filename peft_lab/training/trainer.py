@@ -203,12 +203,14 @@ class LabTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Create the learning rate schedule, over time where time ends the training."""
         if self.lr_scheduler is None and self.optimization.lr_phases is not None:
+            stepped: Any = optimizer or self.optimizer
             phases = read_phases(self.optimization.lr_phases)
-            self.lr_scheduler = phase_schedule(optimizer or self.optimizer, phases, num_training_steps)
+            self.lr_scheduler = phase_schedule(stepped, phases, num_training_steps)
             return self.lr_scheduler
         if self.args.lr_scheduler_type == "warmup_stable_decay":
             # transformers has no default, and a tenth is that of its paper (MiniCPM, arXiv 2404.06395)
-            known = dict(self.args.lr_scheduler_kwargs or {})
+            given: Any = self.args.lr_scheduler_kwargs
+            known = dict(given or {})
             known.setdefault("num_decay_steps", max(1, round(0.1 * num_training_steps)))
             self.args.lr_scheduler_kwargs = known
         if self.lr_scheduler is None and self.timer.max_seconds and self.args.lr_scheduler_type == "linear":

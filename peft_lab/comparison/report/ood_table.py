@@ -76,7 +76,7 @@ def _text(arm: ArmResult, name: str, scores: list[dict[str, Array]] | None) -> t
         return "", None
     score, kind = name.removeprefix("ood_").rsplit("_", 1)
     if scores is not None:
-        own, other = ([each[f"{score}.{part}"] for each in scores] for part in ("own", "other"))
+        own, other = [each[f"{score}.own"] for each in scores], [each[f"{score}.other"] for each in scores]
         ends = ood_interval(own, other, _VALUES[kind])
         if ends is not None:
             return f"{number(float(np.mean(values)))} [{number(ends[0])}, {number(ends[1])}]", float(np.mean(values))
