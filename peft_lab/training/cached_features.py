@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -58,11 +59,12 @@ class CachedFeatures:
         ConfigError: the method changes or trains something in the backbone, or the model has no head over whole rows.
     """
 
+    model: Any
     #: Joins rows into batches.
     collator = DefaultDataCollator()
 
     def __init__(self, model: nn.Module, facts: HeadFeatures | None, method: str) -> None:
-        self.model: Any = unwrap(model)
+        self.adapted, self.model = model, unwrap(model)
         reason = _reason(self.model, facts)
         if reason or facts is None:
             raise ConfigError(
@@ -86,6 +88,14 @@ class CachedFeatures:
         Raises:
             ConfigError: the rows are a stream, or the model does not give its head the same from stored features.
         """
+        # The base's own head answers meanwhile, because an estimator has no answers before it has read its features.
+        alone = self.adapted.disable_adapter() if isinstance(self.adapted, PeftModel) else nullcontext()
+        with alone:
+            self._fill(rows, collator, processor, batch)
+        return self._numbered(rows)
+
+    def _fill(self, rows: Mapping[str, Dataset], collator: Callable[..., Any], processor: Any, batch: int) -> None:
+        """Store the features of each split."""
         identity = json.dumps(processor.to_dict(), default=str, sort_keys=True) if _has_pixels(self.model) else ""
         for split, part in rows.items():
             if isinstance(part, RowStream):
@@ -106,7 +116,6 @@ class CachedFeatures:
                 )
             if len(self.tables) == 1:
                 self._check(next(batches()))
-        return self._numbered(rows)
 
     def used(self) -> AbstractContextManager[None]:
         """Let the backbone answer from the stored features inside a `with` block."""

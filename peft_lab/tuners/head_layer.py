@@ -41,7 +41,7 @@ _READING: ContextVar[list[HeadInput] | None] = ContextVar("peft_lab_head_inputs"
 
 @dataclass(frozen=True)
 class HeadInput:
-    """What a head reads of a batch, in the dtype of the backbone.
+    """Features that a head reads of a batch, in the dtype of the backbone.
 
     Attributes:
         pooled: feature that the base's head reads, (rows, width).
