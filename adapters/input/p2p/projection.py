@@ -74,16 +74,9 @@ def splat(cells: Tensor, side: int) -> Tensor:
 
 
 def scattered(features: Tensor, cells: Tensor, side: int, size: int) -> Tensor:
-    """Sum features of points at the pixels that they cover.
+    """Sum features (batch, points, channels) at the pixels that the points cover: (batch, channels, size, size).
 
-    Args:
-        features: (batch, points, channels).
-        cells: as `grid_cells` gives them.
-        side: of the square that the object fills.
-        size: of the picture, whose border is zero.
-
-    Returns:
-        (batch, channels, size, size).
+    Cells are those of `grid_cells` for the square of a side; the border around it is zero.
     """
     batch, _, channels = features.shape
     index = splat(cells, side)[..., None].expand(-1, -1, channels)
