@@ -83,8 +83,8 @@ def test_intervals_hold_the_truth_and_need_two_seeds():
     truth, held = 0.5 * (1 + math.erf(1 / 2)), 0
     for number in range(60):
         draw = np.random.default_rng(number)
-        rows = [draw.normal(size=200) + 1, draw.normal(size=200)]
-        seeds = [[part + 0.3 * draw.normal(size=200) for part in rows] for _ in range(8)]
+        rows = [draw.normal(size=60) + 1, draw.normal(size=60)]
+        seeds = [[part + 0.3 * draw.normal(size=60) for part in rows] for _ in range(8)]
         low, high = ood_interval([own for own, _ in seeds], [other for _, other in seeds], weighted_auroc)
         noisy = 0.5 * (1 + math.erf(1 / math.sqrt(1.09) / 2))
         held += low <= noisy <= high

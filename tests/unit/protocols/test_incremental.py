@@ -267,8 +267,11 @@ def values(place, out, **changes):
 
 
 def test_a_protocol_that_was_stopped_goes_on(place, tmp_path, monkeypatch):
-    whole = incremental(values(place, tmp_path / "whole"))
-    assert [(record["method"], record["order"]) for record in whole.records] == [("lora", "natural"), ("lora", "7")]
+    def short(name, **changes):
+        return values(place, tmp_path / name, **{"steps": 2, "max_steps": 1, "method": ["head"], **changes})
+
+    whole = incremental(short("whole"))
+    assert [(record["method"], record["order"]) for record in whole.records] == [("head", "natural"), ("head", "7")]
     run, count = protocol._Protocol.run, [0]
 
     def once(self, method, order):
@@ -279,24 +282,24 @@ def test_a_protocol_that_was_stopped_goes_on(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(protocol._Protocol, "run", once)
     with pytest.raises(KeyboardInterrupt):
-        incremental(values(place, tmp_path / "out"))
+        incremental(short("out"))
     with (tmp_path / "out" / "results.jsonl").open("a") as file:
-        file.write('{"method": "lo')  # as a kill leaves it
+        file.write('{"method": "he')  # as a kill leaves it
     count[0] = -10
-    again = incremental(values(place, tmp_path / "out"))
+    again = incremental(short("out"))
     assert count[0] == -9
     for mine, other in zip(again.records, whole.records, strict=True):
         assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
     # a method more joins what is done, other options do not
-    more = incremental(values(place, tmp_path / "out", method=["lora", "head"]))
+    more = incremental(short("out", method=["head", "nearest_mean"]))
     assert len(more.records) == 4
     with pytest.raises(ConfigError, match=r"other options \(steps\)"):
-        incremental(values(place, tmp_path / "out", steps=2))
-    assert len(incremental(values(place, tmp_path / "out", steps=2, overwrite_output_dir=True)).records) == 2
+        incremental(short("out", steps=3))
+    assert len(incremental(short("out", steps=3, overwrite_output_dir=True)).records) == 2
 
 
 def test_a_trained_head_forgets_and_the_adapter_of_the_first_session_stays(place, tmp_path):
-    found = incremental(values(place, tmp_path / "out", max_steps=30, orders=["natural"]))
+    found = incremental(values(place, tmp_path / "out", max_steps=15, orders=["natural"]))
     (record,) = found.records
     assert record["steps"][0]["accuracy"] == 1.0  # of one class
     assert record["forgetting"] > 0.3
