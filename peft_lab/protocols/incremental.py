@@ -114,7 +114,7 @@ def _carry_out(options: IncrementalOptions, folder: Path) -> IncrementalResult:
             with (folder / RESULTS).open("a", encoding="utf-8") as file:
                 file.write(strict_json.dumps(record) + "\n")
             logger.info("%s, order %s: average %.4f, last %.4f.", method, order, record["average"], record["last"])
-            table = write_report(folder, records, options.to_dict(), protocol.facts)
+            write_report(folder, records, options.to_dict(), protocol.facts, draws=False)
     # also where there was nothing left to do, so that a report that was lost is made again
     table = write_report(folder, records, options.to_dict(), protocol.facts)
     return IncrementalResult(folder, records, table)

@@ -20,7 +20,11 @@ _OF_STEP = ("accuracy", "base", "new", "harmonic")
 
 
 def write_report(
-    folder: Path, records: Sequence[Mapping[str, Any]], options: Mapping[str, Any], facts: Mapping[str, Any]
+    folder: Path,
+    records: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    draws: bool = True,
 ) -> list[dict[str, Any]]:
     """Write all files of a report, and return the rows of its table.
 
@@ -29,15 +33,15 @@ def write_report(
         records: one for each method and order.
         options: of the protocol.
         facts: on data and machine.
+        draws: draw the curve too, if matplotlib is installed.
     """
     rows = summary_rows(records)
     write_text(folder / CSV, _csv(records))
     whole = {"options": dict(options), **facts, "summary": rows, "curves": curves(records)}
     write_text(folder / JSON, strict_json.dumps(whole, indent=2) + "\n")
-    drawn = importlib.util.find_spec("matplotlib") is not None
-    if drawn and records:
+    if draws and records and importlib.util.find_spec("matplotlib") is not None:
         _draw(folder / CURVE, curves(records), len(facts["groups"]))
-    write_text(folder / MARKDOWN, _markdown(records, rows, options, drawn))
+    write_text(folder / MARKDOWN, _markdown(records, rows, options, (folder / CURVE).is_file()))
     return rows
 
 
