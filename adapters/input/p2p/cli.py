@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from peft_lab.cli.output import print_out
 from peft_lab.errors import ConfigError
 from peft_lab.utils.atomic_files import check_can_be_made
-from peft_lab.utils.text import visible
+from peft_lab.utils.terminal import shown
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +53,7 @@ def point_pictures(
 
     loaded = load(adapter, task, model_name_or_path, allow_other_base=allow_other_base)
     names = write(loaded, output, split, rows)
-    typer.echo(visible(f"{len(names)} pictures written to {output}"))
+    print_out(shown(f"{len(names)} pictures written to {output}"))
 
 
 def write(loaded: Any, output: Path, split: str, count: int) -> list[Path]:

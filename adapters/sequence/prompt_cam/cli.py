@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from peft_lab.cli.output import print_out
 from peft_lab.errors import ConfigError
 from peft_lab.utils.atomic_files import check_can_be_made
-from peft_lab.utils.text import visible
+from peft_lab.utils.terminal import shown
 
 
 def register(app: typer.Typer) -> None:
@@ -85,7 +86,7 @@ def attention_maps(
 
 def _say(line: str) -> None:
     # The names of classes come from the adapter's folder.
-    typer.echo(visible(line))
+    print_out(shown(line))
 
 
 def _load(adapter: str, folder: Path, task: str | None, base: str | None, allow_other_base: bool) -> tuple[Any, Any]:
