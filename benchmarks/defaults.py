@@ -61,6 +61,10 @@ SEARCHES: list[tuple[str, Workload, tuple[float, ...]]] = [
         (1e-3, 3e-3, 1e-2, 3e-2),
     ),
     ("intrinsic", SNIPS, (1e-2, 3e-2, 1e-1, 3e-1)),
+    ("lora_xs", SNIPS, (1e-2, 3e-2, 1e-1)),
+    ("svft", SNIPS, (3e-2, 1e-1, 3e-1)),
+    ("svdiff", SNIPS, (1e-2, 3e-2, 1e-1, 3e-1)),
+    ("gated_spectra", SNIPS, (1e-2, 3e-2)),
     ("bayes_prompt", SNIPS, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
 ]
 #: Methods whose batch sizes and warm-ups are compared, one of each place, with their rate.

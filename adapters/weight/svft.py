@@ -33,7 +33,7 @@ METHOD = MethodInfo(
     config="SVFTConfig",
     roles=("attn.q", "attn.v"),
     capabilities=("linear", "conv1d", "conv2d", "embedding", "merge", "mixed_batch", "identity_start"),
-    learning_rate=3e-2,
+    learning_rate=1e-1,
     budget=(1.22, 1.25),
 )
 
