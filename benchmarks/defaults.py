@@ -49,17 +49,15 @@ class Workload:
 
 SNIPS = Workload("snips", "snips", "minilm")
 BANKING = Workload("banking77", "local-banking77", "minilm")
+SIGNS = Workload("sign-digits, ViT", "sign-digits", "${PEFT_LAB_DATA}/vit-mini-cifar10")
 #: Method, workload and rates of the runs made here.
 SEARCHES: list[tuple[str, Workload, tuple[float, ...]]] = [
     ("lora", SNIPS, (1e-3, 3e-3, 1e-2, 3e-2)),
     ("lora", BANKING, (1e-3, 3e-3, 1e-2, 3e-2)),
     ("lora", Workload("sst2-sentences", "local-sst2-sentences", "minilm"), (1e-3, 3e-3, 1e-2, 3e-2)),
     ("lora", Workload("sign-digits, EfficientNet", "sign-digits", "efficientnet-lite0"), (1e-3, 3e-3, 1e-2)),
-    (
-        "lora",
-        Workload("sign-digits, ViT", "sign-digits", "${PEFT_LAB_DATA}/vit-mini-cifar10"),
-        (1e-3, 3e-3, 1e-2, 3e-2),
-    ),
+    ("lora", SIGNS, (1e-3, 3e-3, 1e-2, 3e-2)),
+    ("petalface", SIGNS, (1e-3, 3e-3, 1e-2, 3e-2)),
     ("intrinsic", SNIPS, (1e-2, 3e-2, 1e-1, 3e-1)),
     ("lora_xs", SNIPS, (1e-2, 3e-2, 1e-1)),
     ("svft", SNIPS, (3e-2, 1e-1, 3e-1)),

@@ -130,9 +130,14 @@ def test_the_merged_model_answers_as_the_unmerged_one(base, method, way, family,
         for name, parameter in model.named_parameters():
             if "modules_to_save.default" in name:
                 parameter.mul_(1.5)
+    exact = output(model, inputs)
     prepare(model, method)
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    unmerged = output(model, inputs)
+    unmerged, tolerance = output(model, inputs), 1e-4
+    if way == "in_bfloat16":
+        # Merged and unmerged round apart from each other, in a deep net each by more than the usual tolerance.
+        rounding = (unmerged - exact).abs().max() / exact.abs().max()
+        tolerance = max(5e-2, 2 * rounding.item())
     try:
         merged = merge(model)
     except ConfigError as error:
@@ -140,7 +145,7 @@ def test_the_merged_model_answers_as_the_unmerged_one(base, method, way, family,
         assert torch.equal(output(model, inputs), unmerged)
         return
     assert not layers(merged)
-    assert_close(output(merged, inputs), unmerged, 5e-2 if way == "in_bfloat16" else 1e-4)
+    assert_close(output(merged, inputs), unmerged, tolerance)
     merged.save_pretrained(tmp_path)
     for cls in (type(merged), *(auto for auto in AUTO if _builds(auto, merged))):
         # transformers loads two biases of DeBERTa in float32 whatever the dtype, and such a model does not run

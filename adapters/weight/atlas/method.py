@@ -201,7 +201,8 @@ class ATLASLayer(WeightLayer):
         # as large as the base, so in its dtype
         dense = torch.zeros(ranks.count(0), rows, columns, dtype=self.base_dtype)
         if config.vectors is None:
-            up, down = torch.randn_like(up) / columns**0.5, torch.randn_like(down)
+            # all of them together are a tenth of the start of a linear layer, about as large as vectors of real tasks
+            up, down = 0.1 * torch.randn_like(up) / columns**0.5, torch.randn_like(down) / len(down) ** 0.5
         start = place = 0
         for vector in config.read or ():
             own_up, own_down = vector.factors.get(self.path, (up[:, :0], down[:0]))
