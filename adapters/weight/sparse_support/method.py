@@ -10,6 +10,8 @@ gradient of a dense weight, the gradient is made of the chosen entries alone, no
 places and values are stored as integers and floats in one file, and merging changes no other bit of the weight: a
 pruned base stays pruned elsewhere.
 
+Measured with one seed alone (snips, MiniLM, 60 steps of 16 rows): validation accuracy 0.954, the head alone 0.856.
+
 Choosing entries by trained scores (BiP, NeurIPS 2022) needs a bi-level loop of its own and is not built.
 """
 
@@ -35,7 +37,7 @@ METHOD = MethodInfo(
     config="SparseSupportConfig",
     roles=("attn.q", "attn.v"),
     capabilities=("linear", "conv1d", "merge", "mixed_batch", "identity_start"),
-    learning_rate=1e-2,
+    learning_rate=1e-1,
     budget=(1.1, 1.15),
 )
 
