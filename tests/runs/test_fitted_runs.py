@@ -76,7 +76,7 @@ def test_logits_are_the_scores_of_the_array_estimator(method, classes):
     peft_lab.read_training_data(model, [{**inputs, "labels": labels}])
     head = head_of(model)
     ((features, _),) = list(head.read_features([{**inputs, "labels": labels}]))
-    rows = features.pooled.numpy()
+    rows = head.pool("default", features).numpy()
     if method == "linear_svm":  # fitted to the mean of several views, which are drawn
         model.peft_config["default"].views = 1
         peft_lab.read_training_data(model, [{**inputs, "labels": labels}])
@@ -105,16 +105,25 @@ def test_a_class_without_training_rows_is_never_the_answer_and_others_are_in_pla
 
 
 @torch.no_grad()
-def test_the_mean_of_the_tokens_leaves_padding_out():
+def test_texts_are_read_by_the_mean_of_their_tokens_and_images_as_the_head_reads_them():
     base = TINY["bert"]()
-    model = fresh(base, "nearest_mean")
-    model.peft_config["default"].pooling = "mean"
     inputs = tiny_inputs(base, batch=4)
     inputs["attention_mask"][:, -2:] = 0
-    head = head_of(model)
+    mean = base.eval().bert(**inputs).last_hidden_state[:, :-2].mean(1)
+    assert torch.allclose(feature(base, inputs), mean, atol=1e-6)
+    base = TINY["bert"]().eval()
+    assert torch.allclose(feature(base, inputs, pooling="head"), base.bert(**inputs).pooler_output, atol=1e-6)
+    base = TINY["vit"]().eval()
+    inputs = tiny_inputs(base, batch=4)
+    hidden = base.vit(**inputs).last_hidden_state
+    assert torch.allclose(feature(base, inputs), hidden[:, 0], atol=1e-6)
+    assert torch.allclose(feature(TINY["vit"](), inputs, pooling="mean"), hidden[:, 1:].mean(1), atol=1e-6)
+
+
+def feature(base, inputs, **fields):
+    head = head_of(get_peft_model(base, config("nearest_mean", base, **fields)).eval())
     ((features, _),) = list(head.read_features([{**inputs, "labels": torch.arange(4) % 3}]))
-    hidden = base.bert(**inputs).last_hidden_state[:, :-2].mean(1)
-    assert torch.allclose(head.pool("default", features), hidden, atol=1e-6)
+    return head.pool("default", features)
 
 
 @pytest.mark.parametrize("method", ["gda", "prototype_transport", "nearest_mean"])

@@ -19,11 +19,11 @@ class EstimatorConfig(HeadConfig):
         ConfigError: an unknown pooling, or a value out of its range.
     """
 
-    pooling: Literal["head", "mean"] = field(
-        default="head",
+    pooling: Literal["auto", "head", "mean"] = field(
+        default="auto",
         metadata={
-            "help": "Feature of a row: `head` (what the model's own head reads) or `mean` (of the last hidden states, "
-            "without class tokens and padding)."
+            "help": "Feature of a row: `head` (what the model's own head reads), `mean` (of the last hidden states, "
+            "without class tokens and padding), or `auto` (`head` for images, `mean` for texts)."
         },
     )
 

@@ -65,7 +65,14 @@ class EstimatorHead(HeadLayer):
 
     def feature_width(self, config: Any) -> int:
         """Width of the features that an adapter reads."""
-        return self.facts.token_width if config.pooling == "mean" else self.facts.width
+        return self.facts.token_width if self.pooling(config) == "mean" else self.facts.width
+
+    def pooling(self, config: Any) -> str:
+        """Feature that an adapter reads, "head" or "mean"."""
+        if config.pooling != "auto":
+            return str(config.pooling)
+        # The pooler of a text encoder is made for another task, while images have a class token or a mean of their own.
+        return "head" if getattr(self.whole[0], "main_input_name", "") == "pixel_values" else "mean"
 
     def value(self, adapter: str, name: str) -> Tensor:
         """Array of an adapter by its name without prefix."""
@@ -110,7 +117,7 @@ class EstimatorHead(HeadLayer):
         Raises:
             ConfigError: the backbone gives no tokens to take the mean of.
         """
-        if self.configs[adapter].pooling == "head":
+        if self.pooling(self.configs[adapter]) == "head":
             return features.pooled
         tokens, mask = features.tokens, features.mask
         if tokens is None:
