@@ -39,12 +39,13 @@ EXCEPTIONS = {"full": 3e-4, "iapt": 3e-4, "bayes_prompt": 1e-1}
 
 @dataclass(frozen=True)
 class Workload:
-    """Task and backbone, and the validation metric that counts; greater is better."""
+    """Task and backbone, the validation metric that counts (greater is better), and a preset of the method."""
 
     name: str
     task: str
     backbone: str
     score: str = "accuracy"
+    preset: str = ""
 
 
 SNIPS = Workload("snips", "snips", "minilm")
@@ -58,6 +59,19 @@ SEARCHES: list[tuple[str, Workload, tuple[float, ...]]] = [
     ("lora", Workload("sign-digits, EfficientNet", "sign-digits", "efficientnet-lite0"), (1e-3, 3e-3, 1e-2)),
     ("lora", SIGNS, (1e-3, 3e-3, 1e-2, 3e-2)),
     ("petalface", SIGNS, (1e-3, 3e-3, 1e-2, 3e-2)),
+    (
+        "lora",
+        Workload("sign-digits, ViT", "sign-digits", "${PEFT_LAB_DATA}/vit-mini-cifar10"),
+        (1e-3, 3e-3, 1e-2, 3e-2),
+    ),
+    ("bottleneck", SNIPS, (1e-3, 3e-3, 1e-2, 3e-2)),
+    ("bottleneck", Workload("snips, parallel", "snips", "minilm", preset="parallel"), (1e-3, 3e-3, 1e-2, 3e-2)),
+    (
+        "bottleneck",
+        Workload("sign-digits, parallel", "sign-digits", "${PEFT_LAB_DATA}/vit-mini-cifar10", preset="parallel"),
+        (1e-3, 3e-3, 1e-2, 3e-2),
+    ),
+    ("wiclp", SNIPS, (3e-4, 1e-3, 3e-3, 1e-2)),
     ("intrinsic", SNIPS, (1e-2, 3e-2, 1e-1, 3e-1)),
     ("lora_xs", SNIPS, (1e-2, 3e-2, 1e-1)),
     ("svft", SNIPS, (3e-2, 1e-1, 3e-1)),
@@ -108,6 +122,7 @@ def run(method: str, workload: Workload, rate: float, batch: int = BATCH, warmup
             task=workload.task,
             model_name_or_path=workload.backbone,
             method=method,
+            method_args={"preset": workload.preset} if workload.preset else {},
             output_dir=folder,
             learning_rate=rate,
             max_steps=STEPS * BATCH // batch,
@@ -162,7 +177,8 @@ def scores() -> pd.DataFrame:
     for column, values in LEFT_OUT.items():
         studies = studies[~studies[column].isin(values)]
     own = pd.read_csv(RUNS)
-    own = own[(own["batch"] == BATCH) & (own["warmup"] == WARMUP)]
+    # Further seeds at the chosen rate are no search.
+    own = own[(own["batch"] == BATCH) & (own["warmup"] == WARMUP) & (own["seed"] == SEED)]
     own = own.rename(columns={"workload": "task"}).assign(study="defaults", arm=own["method"], steps=STEPS)
     both = pd.concat([studies, own[studies.columns]])
     exponents = both["rate"].map(lambda rate: round(2 * math.log10(rate)) / 2)
@@ -208,7 +224,7 @@ def page() -> str:
 
 
 def _batch_table(runs: pd.DataFrame) -> str:
-    rows = []
+    rows, runs = [], runs[runs["seed"] == SEED]
     for method, rate in COMPARED.items():
         own = runs[(runs["method"] == method) & (runs["workload"] == SNIPS.name) & (runs["rate"] == rate)]
         found = own.set_index(["batch", "warmup"])["score"]
