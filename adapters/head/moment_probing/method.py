@@ -16,6 +16,10 @@ Readings that were built where paper and code differ, or leave something open:
   of its patches is left out; a convolutional net gives the cells of its last feature map, which no norm follows.
 - Texts: all tokens but the padding count, the first among them, and N is their number.
 - Linear maps start at N(0, 0.02^2) with zero bias, as timm's do; convolutions at torch's own start.
+
+After 60 steps of 16 rows (one seed, validation rows) it has an accuracy of 0.93 on snips with MiniLM, where the linear
+probe has 0.86, but 0.29 on sign-digits with a small ViT, where the linear probe has 0.37: it is the probe of longer
+trainings.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ METHOD = MethodInfo(
     config="MomentProbingConfig",
     roles=("head",),
     capabilities=("mixed_batch",),
-    learning_rate=3e-3,
+    learning_rate=1e-2,
     budget=(0.54, 0.2),
 )
 
