@@ -43,10 +43,10 @@ def with_loss_terms(output: Any, terms: list[LossTerm], arguments: Mapping[str, 
     if not terms or labels is None:
         return output
     share = 1.0 if items is None else len(labels) / items
-    loss = output["loss"] if isinstance(output, Mapping) else output[0]
+    loss = output["loss"] if isinstance(output, dict) else output[0]
     for term in terms:
         loss = term.own * loss + (share * term.value).to(loss.dtype)
-    if not isinstance(output, Mapping):
+    if not isinstance(output, dict):
         return (loss, *output[1:])
     output["loss"] = loss
     return output
