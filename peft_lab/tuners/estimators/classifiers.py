@@ -78,10 +78,15 @@ class LinearClassifier(ArrayClassifier):
         intercept_: (classes,).
     """
 
-    #: True if rows are divided by their norms.
-    unit_norm = False
-    #: True if the scores are minus half the squared distances to the rows of `coef_`, up to the intercept's rest.
-    squared_distance = False
+    @property
+    def unit_norm(self) -> bool:
+        """True if rows are divided by their norms."""
+        return False
+
+    @property
+    def squared_distance(self) -> bool:
+        """True if the scores are minus half the squared distances to `coef_`, up to the intercept's rest."""
+        return False
 
     def scaled(self, X: Array) -> Array:
         """Scale rows as the scores read them."""
