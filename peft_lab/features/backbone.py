@@ -6,7 +6,7 @@ pooling makes the stored feature, so that dropout in front of the head, loss and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ class LookedUpOutput(BaseModelOutputWithPooling):
 
 
 @contextmanager
-def looked_up(model: nn.Module, facts: HeadFeatures, tables: list[Mapping[str, np.ndarray]]) -> Iterator[None]:
+def looked_up(model: nn.Module, facts: HeadFeatures, tables: Sequence[Mapping[str, np.ndarray]]) -> Iterator[None]:
     """Let the backbone of a model answer from stored features inside the block.
 
     Args:
@@ -62,7 +62,7 @@ def looked_up(model: nn.Module, facts: HeadFeatures, tables: list[Mapping[str, n
 class _Tables:
     """Rows of several tables of the same arrays, counted through."""
 
-    def __init__(self, tables: list[Mapping[str, np.ndarray]]) -> None:
+    def __init__(self, tables: Sequence[Mapping[str, np.ndarray]]) -> None:
         self.tables = tables
         self.starts = np.cumsum([0, *(len(table[POOLED]) for table in tables)])
         self.longest = max(table[TOKENS].shape[1] for table in tables) if self.has(TOKENS) else 0

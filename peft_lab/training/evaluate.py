@@ -158,7 +158,7 @@ def predict_rows(
     values = [input_columns(row, loaded.task, number) for number, row in enumerate(rows, start=1)]
     numbers = number_columns.numbers_of_inputs(rows, loaded.model, loaded.task)
     # kinds that rank no labels know no such argument
-    options = {} if top_k is None else {"top_k": top_k}
+    options: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
     # numbers are given around a call for the rows of one batch, all others for the rows of all batches
     size, found = batch_size if numbers else max(len(values), 1), []
     with progress_bar(f"predicting with {Path(adapter).name}", len(values)):

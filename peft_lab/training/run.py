@@ -297,7 +297,8 @@ class _Run:
             with self.process.main_process_first():
                 batch = self.arguments.per_device_eval_batch_size
                 if self.config.quantization is None:
-                    self.model.to(self.arguments.device)
+                    model: Any = self.model
+                    model.to(self.arguments.device)
                 self.rows = self.features.rows(self.rows, collator, self.processor, batch)
         self.trainer = build_trainer(
             self.config,

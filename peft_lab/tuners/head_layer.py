@@ -264,8 +264,10 @@ class HeadLayer(AdapterLayer):
         for norm in self.norm:
             tokens = norm(tokens)
         mask = context.arguments.get("attention_mask")
-        is_text = mask is not None and mask.ndim == 2 and mask.shape[1] == tokens.shape[1]
-        return tokens[:, self.facts.prefix_tokens :], mask.bool() if is_text else None
+        tokens, count = tokens[:, self.facts.prefix_tokens :], tokens.shape[1]
+        if mask is None or mask.ndim != 2 or mask.shape[1] != count:
+            return tokens, None
+        return tokens, mask.bool()
 
     def _like_base(self, logits: Tensor, x: Tensor) -> Tensor:
         """Logits in the shape of the base head's output, which decoders read at one token of each row."""

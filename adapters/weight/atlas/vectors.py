@@ -174,7 +174,8 @@ def _check_base(folder: Path, model: nn.Module) -> None:
         path = find(module)
         layer = None if path is None else module_matching.base_layer(model, path)
         weight = None if layer is None else base_fingerprint.reference_weight(layer)
-        found[module] = None if weight is None else base_fingerprint.module_fingerprint(layer, weight)
+        known = layer is not None and weight is not None
+        found[module] = base_fingerprint.module_fingerprint(layer, weight) if known else None
     base_fingerprint.check(recorded, found, dtype_bound=False)
 
 
