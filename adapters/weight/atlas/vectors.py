@@ -169,13 +169,15 @@ def _check_base(folder: Path, model: nn.Module) -> None:
         AdapterMismatchError: the adapter was trained on other weights.
     """
     recorded = base_fingerprint.read_record(folder)
-    find, found = module_matching.module_finder(model), {}
+    find = module_matching.module_finder(model)
+    found: dict[str, Any] = {}
     for module in recorded:
         path = find(module)
         layer = None if path is None else module_matching.base_layer(model, path)
         weight = None if layer is None else base_fingerprint.reference_weight(layer)
-        known = layer is not None and weight is not None
-        found[module] = base_fingerprint.module_fingerprint(layer, weight) if known else None
+        found[module] = None
+        if layer is not None and weight is not None:
+            found[module] = base_fingerprint.module_fingerprint(layer, weight)
     base_fingerprint.check(recorded, found, dtype_bound=False)
 
 
