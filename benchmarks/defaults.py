@@ -84,6 +84,7 @@ SEARCHES: list[tuple[str, Workload, tuple[float, ...]]] = [
         Workload("sign-digits, ViT", "sign-digits", "${PEFT_LAB_DATA}/vit-mini-cifar10"),
         (1e-3, 3e-3, 1e-2),
     ),
+    ("gated_spectra", SNIPS, (1e-2, 3e-2, 1e-1)),
     ("bayes_prompt", SNIPS, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
 ]
 #: Methods whose batch sizes and warm-ups are compared, one of each place, with their rate.
