@@ -233,7 +233,8 @@ def make_estimator(name: str, args: Any) -> Any:
         ConfigError: it reads other features than the inputs of the head, or has a value that none can have.
     """
     config = make_config(name, args)
-    if getattr(config, "pooling", "head") != "head":
+    # by default a protocol reads what the head reads, also of texts
+    if getattr(config, "pooling", "head") not in ("auto", "head"):
         raise ConfigError(
             f'pooling="{config.pooling}" of method "{name}": the protocol reads the inputs of the task head; leave '
             "pooling out."
