@@ -165,9 +165,8 @@ def predict_rows(
         for start in range(0, max(len(values), 1), size):
             part = slice(start, start + size)
             with number_columns.given({name: column[part] for name, column in numbers.items()}):
+                chosen = None if ids is None else ids[part]
                 found += loaded.kind.predict_with_prompts(
-                    *(loaded.model, loaded.processor, values[part], loaded.task, batch_size),
-                    None if ids is None else ids[part],
-                    **options,
+                    loaded.model, loaded.processor, values[part], loaded.task, batch_size, chosen, **options
                 )
     return found

@@ -173,7 +173,7 @@ def _check_base(folder: Path, model: nn.Module) -> None:
     found: dict[str, Any] = {}
     for module in recorded:
         path = find(module)
-        layer = None if path is None else module_matching.base_layer(model, path)
+        layer: Any = None if path is None else module_matching.base_layer(model, path)
         weight = None if layer is None else base_fingerprint.reference_weight(layer)
         found[module] = None
         if layer is not None and weight is not None:
