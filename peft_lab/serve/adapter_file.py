@@ -65,7 +65,8 @@ def read_adapter(adapter: str | Path, most: int = 2**36) -> AdapterFile:
     Its file may have at most `most` bytes.
 
     Raises:
-        ConfigError: there is no such adapter, or its files cannot be read or hold values that are not finite numbers.
+        ConfigError: there is no such adapter, its method serves no rows, or its files cannot be read or hold values
+            that are not finite numbers.
     """
     folder = AdapterFolder.find(adapter)
     if not folder.has_adapter:
@@ -73,6 +74,8 @@ def read_adapter(adapter: str | Path, most: int = 2**36) -> AdapterFile:
     # an untrusted file is checked by its header before anything large is read
     folder.check_weights(most)
     config: Any = folder.config
+    info = registry.method(str(config.peft_type.value).lower())
+    row_layer_class(info.name)
     if getattr(config, "trainable_token_indices", None) is not None:
         raise ConfigError(
             f'The adapter "{adapter}" trains rows of the token embeddings (trainable_token_indices), which load_many '
@@ -100,7 +103,7 @@ def read_adapter(adapter: str | Path, most: int = 2**36) -> AdapterFile:
             others[key.removeprefix(PEFT_PREFIX)] = value
     if not values:
         raise ConfigError(f'The adapter "{adapter}" holds no parameters of its method.')
-    return AdapterFile(registry.method(str(config.peft_type.value).lower()), config, values, others)
+    return AdapterFile(info, config, values, others)
 
 
 def row_layer_class(method: str) -> type[RowLayer]:

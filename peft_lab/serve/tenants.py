@@ -184,8 +184,6 @@ class Tenants:
         self._check_free(name)
         # reading is slow, so it happens before the lock is taken
         file = read_adapter(adapter, most_bytes(self.model))
-        # called only to refuse a method that cannot be served by row, before the lock is taken
-        row_layer_class(file.info.name)
         with self._lock, torch.no_grad():
             self._check_free(name)  # again, because another thread may have taken the name meanwhile
             parts = {file.info.name: self._checked_rows(file), HEADS: self._checked_heads(file)}

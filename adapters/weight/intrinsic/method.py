@@ -83,7 +83,7 @@ class IntrinsicLayer(WeightLayer):
 
     adapter_layer_names = ("intrinsic_theta", "intrinsic_lambda")
     other_param_names = ("intrinsic_seed", "intrinsic_signs", "intrinsic_permutation", "intrinsic_bits")
-    decayed_vectors = ("intrinsic_theta",)
+    decayed_vectors = ("intrinsic_theta", "intrinsic_lambda")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)

@@ -38,6 +38,7 @@ HEADS = {
     "deit_teacher": ["cls_classifier", "distillation_classifier"],
     **{n: ["projector", "classifier"] for n in ("whisper_classifier", "wav2vec2", "hubert_stable")},
     "audio-spectrogram-transformer": ["classifier.layernorm", "classifier.dense"],
+    "blip": ["vision_proj", "text_proj", "itm_head"],
 }
 GENERATIVE = {"gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3"} | {
     *("t5", "t5_gated", "whisper", "phi_qk_norm")

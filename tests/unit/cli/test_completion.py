@@ -53,8 +53,8 @@ def test_every_name_is_offered(line, names, monkeypatch, capsys):
     ("line", "answers"),
     [
         ("peft-lab eval", ["evaluate"]),
-        ("peft-lab train --method svf", ["svfit"]),
-        ("peft-lab train --learning_r", ["--learning_rate"]),
+        ("peft-lab train --method svf", ["svfit", "svft"]),
+        ("peft-lab train --learning_r", ["--learning_rates", "--learning_rate"]),
         ("peft-lab train --js", ["--json"]),
         ("peft-lab incremental --ste", ["--steps"]),
         ("peft-lab incremental --layer_d", ["--layer_decay"]),

@@ -54,6 +54,10 @@ ANSWERS = {
         *CLASSES,
         {"accuracy": 0.5, "f1": 2 / 9, "matthews_correlation": 0.0},
     ),
+    ("point_cloud_classification", "single_label_classification"): (
+        *CLASSES,
+        {"accuracy": 0.5, "f1": 2 / 9, "matthews_correlation": 0.0},
+    ),
     # class 1 has most pixels of train; of the scored ones it has two of five that count, and two classes are missed
     ("image_segmentation", "single_label_classification"): (
         [[[1, 1], [0, 255]], [[2, 1], [1, 1]]],
