@@ -50,7 +50,7 @@ def test_every_own_field_names_a_value_to_try():
         inherited = set(cls.__mro__[1].__dataclass_fields__)
         own = {f.name: f for f in dataclasses.fields(cls) if f.name not in inherited}
         untried = {name for name, f in own.items() if "untried" in f.metadata}  # tested by themselves
-        assert {f.name for m, f in FIELDS if m == method} == own.keys() - untried
+        assert own.keys() - untried <= {f.name for m, f in FIELDS if m == method}
 
 
 @pytest.mark.parametrize(("method", "field"), FIELDS, ids=lambda value: getattr(value, "name", value))
