@@ -6,6 +6,19 @@ from typing import Any
 
 import pytest
 from support.backbones import MODELS
+from support.properties import FITTED
+
+#: Estimators that stand for all of them daily, because they share one layer.
+DAILY = FITTED[:: len(FITTED) // 2]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the properties of the other estimators as `full`."""
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "properties" in item.path.parts and {*map(str, values)} & ({*FITTED} - {*DAILY}):
+            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(scope="module")
