@@ -118,6 +118,19 @@ def _leave_out_steps(flags: dict[str, Any], config: RunConfig, info: MethodInfo)
     flags |= {"learning_rate": 0.0, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
 
 
+def check_fitted_by_class(info: MethodInfo, task: Task) -> None:
+    """Refuse a method without gradient steps on a task whose answers are no single classes.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if not info.takes_steps and task.problem_type != "single_label_classification":
+        raise ConfigError(
+            f'Method "{info.name}" is fitted by class, and an answer of task "{task.name}" is no single class '
+            f"(problem_type {task.problem_type}); take a method that is trained in steps."
+        )
+
+
 def shows_bars() -> bool:
     """Test whether Trainer's progress bars have a terminal or a notebook to be drawn on, and are wanted."""
     # a notebook draws them itself, though its standard error is no terminal

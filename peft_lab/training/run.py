@@ -39,7 +39,7 @@ from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import own_tasks, run_folder
 from peft_lab.runs.run_config import RunConfig
-from peft_lab.training.arguments import as_run_config, check_best_metric, training_arguments
+from peft_lab.training.arguments import as_run_config, check_best_metric, check_fitted_by_class, training_arguments
 from peft_lab.training.baseline_scores import of_untouched_base, split_of_base, without_input
 from peft_lab.training.cached_features import CachedFeatures
 from peft_lab.training.checkpoints import checkpoint_to_resume, last_whole_checkpoint, remove_checkpoints
@@ -254,6 +254,7 @@ class _Run:
             self.config.quantization,
         )
         self.kind.check_processor(self.processor, self.task, base)
+        check_fitted_by_class(self.info, self.task)
         # found before the adapter is on it, because peft wraps the head and its paths change
         self.head_modules = [] if keeps_head else module_roles.head_modules(base)
         facts = head_features(base) if self.config.features else None

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from support.properties import DRAWS, HEADS, IMAGE_LOGITS, IMAGES, KEEPS_HEAD, SEQUENCE, TEXTS
+from support.properties import DRAWS, FITTED, HEADS, IMAGE_LOGITS, IMAGES, KEEPS_HEAD, SEQUENCE, TEXTS
 from support.tiny_runs import (
     FILLERS,
     WORDS,
@@ -30,6 +30,8 @@ Row = dict[str, Any]
 WITHOUT_HEAD = (*IMAGES, *KEEPS_HEAD, *DRAWS, *HEADS, "head", "bayes_prompt")
 #: Methods that a head over the tokens of a text, the choices of a question or sounds refuses.
 OF_OTHER_PARTS = (*IMAGES, *KEEPS_HEAD, *DRAWS, *HEADS)
+#: Methods that texts with answers that are no single class refuse.
+NOT_BY_CLASS = (*IMAGES, *KEEPS_HEAD, *DRAWS, *FITTED)
 
 #: Rows of each split.
 SPLITS = {"train": 16, "validation": 8, "test": 12}
@@ -379,6 +381,7 @@ KINDS = {
     "text_classification of numbers": KindRows(
         {"columns": {"text": "sentence", "label": "score"}, "problem_type": "regression"},
         *(regression, "score", ("sentence",), make_backbone),
+        refuses=NOT_BY_CLASS,
     ),
     "image_classification": KindRows(
         {"columns": {"image": "image", "label": "shade"}},
@@ -449,11 +452,12 @@ KINDS = {
     "multi_label": KindRows(
         {"columns": {"text": "sentence", "labels": "topics"}, "thresholds": "tune"},
         *(multi_label, "topics", ("sentence",), make_backbone),
+        refuses=NOT_BY_CLASS,
     ),
     "multi_label of images": KindRows(
         {"columns": {"image": "image", "labels": "traits"}, "thresholds": {"bright": 0.4}, "label_separator": ","},
         *(image_multi_label, "traits", ("image",), make_image_backbone, image_multi_label_features),
-        refuses=(*KEEPS_HEAD, *DRAWS, *TEXTS),
+        refuses=(*KEEPS_HEAD, *DRAWS, *TEXTS, *FITTED),
     ),
     "multiple_choice": KindRows(
         {"columns": {"question": "question", "choices": "endings", "answer": "right"}},
@@ -468,11 +472,12 @@ KINDS = {
     "regression": KindRows(
         {"columns": {"text": "sentence", "label": "score"}},
         *(regression, "score", ("sentence",), make_backbone),
+        refuses=NOT_BY_CLASS,
     ),
     "regression of images": KindRows(
         {"columns": {"image": "image", "label": "brightness"}},
         *(image_regression, "brightness", ("image",), make_image_backbone, image_regression_features),
-        refuses=(*KEEPS_HEAD, *DRAWS, *TEXTS),
+        refuses=(*KEEPS_HEAD, *DRAWS, *TEXTS, *FITTED),
     ),
     "token_classification": KindRows(
         {"columns": {"tokens": "words", "tags": "ner_tags"}},

@@ -31,7 +31,8 @@ from peft_lab.loading.load_adapter import load_adapter
 from peft_lab.loading.load_run import adapt, load
 from peft_lab.training.run import train
 
-WITH_HEAD = [name for name in MODELS if head_modules(tiny(name))]
+#: Those whose output is that of the head; models of retrieval give hidden states beside it.
+WITH_HEAD = [name for name in MODELS if head_modules(tiny(name)) and "Retrieval" not in type(tiny(name)).__name__]
 
 
 def probe(base: nn.Module, task_type: str | None = None) -> PeftModel:

@@ -163,7 +163,13 @@ def test_places_name_each_module_once(name: str) -> None:
 @pytest.mark.parametrize(
     ("method", "name"),
     cover(
-        ((m, n) for m in ALL if m not in IMAGE_LOGITS for n in ("bert", "vit") if m not in IMAGES or n == "vit"),
+        (
+            (m, n)
+            for m in ALL
+            if m not in IMAGE_LOGITS
+            for n in ("bert", "vit")
+            if m not in (*IMAGES, *DRAWS) or n == "vit"
+        ),
         each_place,
     ),
 )
