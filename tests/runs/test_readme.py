@@ -73,7 +73,7 @@ def test_blocks_run_as_printed(tmp_path):
             run(tmp_path, kind, code)
             ran.append(kind)
     assert ran.count("bash") == 4
-    assert ran.count("python") == 3
+    assert ran.count("python") == 4
     assert (tmp_path / "runs" / "snips-merged" / "model.safetensors").is_file()
     assert (tmp_path / "runs" / "reviews" / "adapter_model.safetensors").is_file()
 
