@@ -8,6 +8,9 @@ import pytest
 
 # Two workers with two threads each on two cores would spend their time waiting for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Many tests ask for equal bits, and on some processors the bits of a product by MKL depend on where its matrices lie in
+# memory, unless it is told otherwise.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -20,9 +20,8 @@ from sklearn.svm import LinearSVC
 from peft_lab.tuners import MethodInfo
 from peft_lab.tuners.estimators import (
     Array,
-    ClassSums,
     EstimatorConfig,
-    LinearClassifier,
+    IncrementalClassifier,
     LinearEstimatorHead,
     linear_arrays,
     register_head,
@@ -44,11 +43,11 @@ METHOD = MethodInfo(
 )
 
 
-class FeTrIL(LinearClassifier):
+class FeTrIL(IncrementalClassifier):
     """Linear support vector machine with translated features of past classes.
 
-    A past class p has the pseudo-features x - mean_n + mean_p, with the rows x of the new class n whose mean is nearest
-    to its own. All rows are then divided by their norms.
+    Classes without rows in a call are past ones. A past class p has the pseudo-features x - mean_n + mean_p, with the
+    rows x of the new class n whose mean is nearest to its own. All rows are then divided by their norms.
 
     Args:
         C: inverse weight of the regulariser.
@@ -63,27 +62,12 @@ class FeTrIL(LinearClassifier):
         self.tol = tol
         self.max_iter = max_iter
 
-    def fit(self, X: Array, y: Array) -> FeTrIL:
-        """Fit to features (rows, width) of the first classes."""
-        X, y = self._labelled(X, y)
-        self.sums_ = ClassSums(X.shape[1])
-        return self._add(X, y)
-
-    def partial_fit(self, X: Array, y: Array, classes: Array | None = None) -> FeTrIL:
-        """Add the rows of further classes; classes without rows in this call are past ones."""
-        if not hasattr(self, "sums_"):
-            return self.fit(X, y)
-        return self._add(*self._labelled(X, y, reset=False))
-
-    def _add(self, X: Array, y: Array) -> FeTrIL:
-        self.sums_.add(X, y)
-        self.classes_ = self.sums_.classes
+    def _set_scores(self, X: Array, y: Array) -> None:
         rows, labels = self.pseudo_features(X, y)
         solver = LinearSVC(C=self.C, tol=self.tol, dual=False, max_iter=self.max_iter)
         solver.fit(unit_rows(rows), labels)
         self.n_iter_ = solver.n_iter_
         self._set_linear(solver.coef_, solver.intercept_)
-        return self
 
     def pseudo_features(self, X: Array, y: Array) -> tuple[Array, Array]:
         """Rows of the new classes, and translated ones of the past classes, with their labels."""
@@ -119,12 +103,12 @@ class FeTrILLayer(LinearEstimatorHead):
 
     other_param_names = linear_arrays("fetril")
 
-    def fit(self, config: Any, rows: Any, labels: Any, unlabelled: Any) -> Any:
+    def fit(self, adapter: str, rows: Any, labels: Any, unlabelled: Any) -> Any:
         logger.warning(
             "All classes of this task come at once, so FeTrIL equals a linear support vector machine on unit features "
             "here; it differs where classes come one after the other."
         )
-        return super().fit(config, rows, labels, unlabelled)
+        return super().fit(adapter, rows, labels, unlabelled)
 
 
 register_head(METHOD, FeTrILConfig, FeTrILLayer)

@@ -170,14 +170,16 @@ class GaussianAnomalyLayer(EstimatorHead):
             "threshold": (1,),
         }
 
-    def fit(self, config: GaussianAnomalyConfig, rows: Any, labels: Any, unlabelled: Any) -> GaussianAnomaly:
+    def fit(self, adapter: str, rows: Any, labels: Any, unlabelled: Any) -> GaussianAnomaly:
+        config = self.configs[adapter]
         normal = rows[labels == config.normal_class]
         if len(normal) < 2:
             raise ConfigError(
                 f"{len(normal)} training rows are of class {config.normal_class}, which normal_class names; at least 2 "
                 "are needed."
             )
-        return config.estimator().fit(normal)
+        estimator: GaussianAnomaly = config.estimator()
+        return estimator.fit(normal)
 
     def arrays(self, estimator: GaussianAnomaly, config: GaussianAnomalyConfig) -> dict[str, Any]:
         return {

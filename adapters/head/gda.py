@@ -8,24 +8,34 @@ rows without labels enter by expectation maximisation from the labelled rows, or
 a label. Where no class has two different rows the covariance is that of the identity. With more rows than features the
 shrunk inverse is about width / rows times the inverse covariance: unequal priors are scaled alike, and the expectation
 step divides by that factor.
+
+An adapter with `text_templates` reads the projected class token of an image, and its text weights are the features of
+class texts by the text tower of the same checkpoint (CLIP). A class without training rows is never its answer, though
+it has a text; `alpha` is best chosen on validation rows, as the authors do for most tasks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.special import softmax
+from torch import Tensor
 
+from peft_lab.errors import ConfigError
 from peft_lab.tuners import MethodInfo
 from peft_lab.tuners.estimators import (
     Array,
     EstimatorConfig,
+    HeadInput,
     LinearClassifier,
     LinearEstimatorHead,
     linear_arrays,
     register_head,
+    shared_width,
+    text_classifier,
     unit_rows,
 )
 
@@ -154,7 +164,12 @@ class GDA(LinearClassifier):
 class GDAConfig(EstimatorConfig):
     """Configuration of GDA. No gradient steps; saved: K (d + 2) + 2 d numbers.
 
-    Training rows with a negative label are rows without a label. Text weights are for the array estimator alone.
+    Training rows with a negative label are rows without a label. With `text_templates` d is the width p of the space
+    that images and texts share, and the text weights, K p numbers, and the projection, p times the width of a token,
+    are saved too.
+
+    Raises:
+        ConfigError: a template without one place for the name, `alpha` without templates, or templates with `pooling`.
     """
 
     covariance: Literal["pooled", "class_mean"] = field(
@@ -176,15 +191,92 @@ class GDAConfig(EstimatorConfig):
             "untried": True,
         },
     )
+    text_templates: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Texts of a class, with {} for its name, whose text classifier is added; for image classifiers "
+            "from a checkpoint with two towers (CLIP).",
+            "untried": "needs a checkpoint",
+        },
+    )
+    alpha: float = field(
+        default=1.0,
+        metadata={
+            "range": (0, 1e6),
+            "help": "Factor of the Gaussian scores beside the text classifier's, 100 times the cosines.",
+            "untried": "needs a checkpoint",
+        },
+    )
 
     estimator_class = GDA
     unlabelled_rows = "X_unlabelled"
 
+    def check(self) -> None:
+        super().check()
+        if self.text_templates is None:
+            if self.alpha != 1.0:
+                raise ConfigError(f"alpha={self.alpha} has no effect without text_templates; give both.")
+            return
+        for template in self.text_templates:
+            if template.count("{}") != 1:
+                raise ConfigError(f'text_templates: "{template}" must have one {{}}, where the name of a class goes.')
+        if not self.text_templates:
+            raise ConfigError("text_templates=[] names no text; leave it out for a classifier without texts.")
+        if self.pooling != "auto":
+            raise ConfigError(
+                f'pooling="{self.pooling}" has no effect with text_templates, which read projected class tokens; leave '
+                "it out."
+            )
+
 
 class GDALayer(LinearEstimatorHead):
-    """Head with the arrays of `GDA`."""
+    """Head with the arrays of `GDA`.
 
-    other_param_names = linear_arrays("gda")
+    With class texts it holds their unit features (classes, shared width) and the projection (shared width, token
+    width).
+    """
+
+    other_param_names = (*linear_arrays("gda"), "gda_text", "gda_projection")
+
+    def shapes(self, config: GDAConfig) -> dict[str, tuple[int, ...]]:
+        found = super().shapes(config)
+        if config.text_templates is not None:
+            width = self.feature_width(config)
+            found |= {"text": (self.facts.classes, width), "projection": (width, self.facts.token_width)}
+        return found
+
+    def feature_width(self, config: GDAConfig) -> int:
+        if config.text_templates is None:
+            return super().feature_width(config)
+        width = shared_width(self.whole[0], self.facts)
+        if width is None:
+            raise ConfigError(
+                f"text_templates need an image classifier from a checkpoint with two towers, such as CLIP, and "
+                f"{type(self.whole[0]).__name__} has no text tower; leave them out."
+            )
+        return width
+
+    def pool(self, adapter: str, features: HeadInput) -> Tensor:
+        if self.configs[adapter].text_templates is None:
+            return super().pool(adapter, features)
+        projection, token = self.value(adapter, "projection"), features.class_token
+        assert token is not None, "models without a class token have no shared width"
+        return token.to(projection.dtype) @ projection.T
+
+    def read_rows(self, adapter: str, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Any]]:
+        templates = self.configs[adapter].text_templates
+        if templates is not None:
+            texts = text_classifier(self.whole[0], self.facts, templates)
+            self.value(adapter, "text").copy_(texts.weights)
+            self.value(adapter, "projection").copy_(texts.projection)
+        yield from super().read_rows(adapter, batches)
+
+    def fit(self, adapter: str, rows: Any, labels: Any, unlabelled: Any) -> GDA:
+        config = self.configs[adapter]
+        estimator: GDA = config.estimator()
+        if config.text_templates is not None:
+            estimator.text_weights = self.value(adapter, "text").cpu().double().numpy()[np.unique(labels)]
+        return estimator.fit(rows, labels, unlabelled)
 
 
 register_head(METHOD, GDAConfig, GDALayer)

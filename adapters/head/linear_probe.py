@@ -8,14 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from peft_lab.tuners import MethodInfo
 from peft_lab.tuners.estimators import (
-    Array,
     EstimatorConfig,
-    LinearClassifier,
     LinearEstimatorHead,
+    StandardisedClassifier,
     linear_arrays,
     register_head,
 )
@@ -33,7 +31,7 @@ METHOD = MethodInfo(
 )
 
 
-class LinearProbe(LinearClassifier):
+class LinearProbe(StandardisedClassifier):
     """scikit-learn's LogisticRegression on standardised features.
 
     Args:
@@ -43,18 +41,10 @@ class LinearProbe(LinearClassifier):
     """
 
     def __init__(self, C: float = 0.1, tol: float = 1e-4, max_iter: int = 1000) -> None:
-        self.C = C
-        self.tol = tol
-        self.max_iter = max_iter
+        super().__init__(C, tol, max_iter)
 
-    def fit(self, X: Array, y: Array) -> LinearProbe:
-        """Fit to features (rows, width)."""
-        X, y = self._labelled(X, y)
-        scaler = StandardScaler().fit(X)
-        solver = LogisticRegression(C=self.C, tol=self.tol, max_iter=self.max_iter).fit(scaler.transform(X), y)
-        self.classes_, self.n_iter_ = solver.classes_, solver.n_iter_
-        self._set_linear(solver.coef_, solver.intercept_, scaler.mean_, 1 / scaler.scale_)
-        return self
+    def _solver(self) -> LogisticRegression:
+        return LogisticRegression(C=self.C, tol=self.tol, max_iter=self.max_iter)
 
 
 @dataclass

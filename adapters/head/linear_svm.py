@@ -12,16 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from peft_lab.tuners import MethodInfo
 from peft_lab.tuners.estimators import (
-    Array,
     EstimatorConfig,
-    LinearClassifier,
     LinearEstimatorHead,
+    StandardisedClassifier,
     linear_arrays,
     register_head,
 )
@@ -39,7 +37,7 @@ METHOD = MethodInfo(
 )
 
 
-class LinearSVM(LinearClassifier):
+class LinearSVM(StandardisedClassifier):
     """scikit-learn's LinearSVC on standardised features.
 
     Args:
@@ -49,18 +47,10 @@ class LinearSVM(LinearClassifier):
     """
 
     def __init__(self, C: float = 0.01, tol: float = 1e-4, max_iter: int = 1000) -> None:
-        self.C = C
-        self.tol = tol
-        self.max_iter = max_iter
+        super().__init__(C, tol, max_iter)
 
-    def fit(self, X: Array, y: Array) -> LinearSVM:
-        """Fit to features (rows, width)."""
-        X, y = self._labelled(X, y)
-        scaler = StandardScaler().fit(X)
-        solver = LinearSVC(C=self.C, tol=self.tol, dual=False, max_iter=self.max_iter).fit(scaler.transform(X), y)
-        self.classes_, self.n_iter_ = solver.classes_, solver.n_iter_
-        self._set_linear(solver.coef_, solver.intercept_, scaler.mean_, 1 / scaler.scale_)
-        return self
+    def _solver(self) -> LinearSVC:
+        return LinearSVC(C=self.C, tol=self.tol, dual=False, max_iter=self.max_iter)
 
 
 @dataclass
@@ -94,6 +84,9 @@ class LinearSVMLayer(LinearEstimatorHead):
     """Head with the arrays of `LinearSVM`."""
 
     other_param_names = linear_arrays("linear_svm")
+
+    def runs_backbone(self, config: LinearSVMConfig) -> bool:
+        return config.views > 1
 
     def read_rows(self, adapter: str, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Any]]:
         config = self.configs[adapter]

@@ -13,9 +13,8 @@ import numpy as np
 from peft_lab.tuners import MethodInfo
 from peft_lab.tuners.estimators import (
     Array,
-    ClassSums,
     EstimatorConfig,
-    LinearClassifier,
+    IncrementalClassifier,
     LinearEstimatorHead,
     linear_arrays,
     register_head,
@@ -34,11 +33,11 @@ METHOD = MethodInfo(
 )
 
 
-class NaiveBayes(LinearClassifier):
+class NaiveBayes(IncrementalClassifier):
     """Class means, priors and one shared diagonal variance, updated exactly.
 
     The score of a class is log prior - sum((x - mean)² / var) / 2. The variance is the mean squared distance of all
-    rows to the means of their classes.
+    rows to the means of their classes. Rows in several calls give the scores of one `fit` on all of them.
 
     Args:
         var_smoothing: share of the largest variance that is added to all, as in GaussianNB.
@@ -49,22 +48,9 @@ class NaiveBayes(LinearClassifier):
     def __init__(self, var_smoothing: float = 1e-9) -> None:
         self.var_smoothing = var_smoothing
 
-    def fit(self, X: Array, y: Array) -> NaiveBayes:
-        """Estimate means, priors and variance from features (rows, width)."""
-        X, y = self._labelled(X, y)
-        self.sums_ = ClassSums(X.shape[1])
-        return self._add(X, y)
-
-    def partial_fit(self, X: Array, y: Array, classes: Array | None = None) -> NaiveBayes:
-        """Add rows, of known classes or new ones; the result is that of `fit` on all rows."""
-        if not hasattr(self, "sums_"):
-            return self.fit(X, y)
-        return self._add(*self._labelled(X, y, reset=False))
-
-    def _add(self, X: Array, y: Array) -> NaiveBayes:
+    def _set_scores(self, X: Array, y: Array) -> None:
         sums = self.sums_
-        sums.add(X, y)
-        self.classes_, self.counts_, self.means_ = sums.classes, sums.counts, sums.means
+        self.counts_, self.means_ = sums.counts, sums.means
         var = sums.scatter / sums.counts.sum()
         var = var + self.var_smoothing * var.max()
         # Rows that do not vary at all leave the distances as they are.
@@ -72,7 +58,6 @@ class NaiveBayes(LinearClassifier):
         center, scale = sums.means.mean(0), self.var_**-0.5
         coef = (sums.means - center) * scale
         self._set_linear(coef, np.log(sums.counts / sums.counts.sum()) - (coef**2).sum(1) / 2, center, scale)
-        return self
 
 
 @dataclass

@@ -14,9 +14,8 @@ import numpy as np
 from peft_lab.tuners import MethodInfo
 from peft_lab.tuners.estimators import (
     Array,
-    ClassSums,
     EstimatorConfig,
-    LinearClassifier,
+    IncrementalClassifier,
     LinearEstimatorHead,
     linear_arrays,
     register_head,
@@ -36,7 +35,7 @@ METHOD = MethodInfo(
 )
 
 
-class NearestMean(LinearClassifier):
+class NearestMean(IncrementalClassifier):
     """Nearest class mean, with running means.
 
     Args:
@@ -60,32 +59,18 @@ class NearestMean(LinearClassifier):
     def squared_distance(self) -> bool:
         return self.metric == "euclidean"
 
-    def fit(self, X: Array, y: Array) -> NearestMean:
-        """Average the features (rows, width) of each class."""
-        X, y = self._labelled(X, y)
-        self.sums_ = ClassSums(X.shape[1])
-        return self._add(X, y)
-
-    def partial_fit(self, X: Array, y: Array, classes: Array | None = None) -> NearestMean:
-        """Add rows, of known classes or new ones, which need not be announced in `classes`."""
-        if not hasattr(self, "sums_"):
-            return self.fit(X, y)
-        return self._add(*self._labelled(X, y, reset=False))
-
-    def _add(self, X: Array, y: Array) -> NearestMean:
+    def _set_scores(self, X: Array, y: Array) -> None:
         if self.metric not in ("euclidean", "cosine"):
             raise ValueError(f'metric="{self.metric}" must be euclidean or cosine.')
-        self.sums_.add(X, y)
-        self.classes_, self.counts_ = self.sums_.classes, self.sums_.counts
+        self.counts_ = self.sums_.counts
         means = self.sums_.means
         if self.metric == "cosine":
             self._set_linear(self.temperature * unit_rows(means), np.zeros(len(means)))
-            return self
-        # Around their centre the means are small, so that float32 holds their distances.
-        center = means.mean(0)
-        coef = means - center
-        self._set_linear(coef, -(coef**2).sum(1) / 2, center)
-        return self
+        else:
+            # Around their centre the means are small, so that float32 holds their distances.
+            center = means.mean(0)
+            coef = means - center
+            self._set_linear(coef, -(coef**2).sum(1) / 2, center)
 
 
 @dataclass

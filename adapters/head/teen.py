@@ -19,9 +19,8 @@ from scipy.special import softmax
 from peft_lab.tuners import MethodInfo
 from peft_lab.tuners.estimators import (
     Array,
-    ClassSums,
     EstimatorConfig,
-    LinearClassifier,
+    IncrementalClassifier,
     LinearEstimatorHead,
     linear_arrays,
     register_head,
@@ -43,7 +42,7 @@ METHOD = MethodInfo(
 )
 
 
-class TEEN(LinearClassifier):
+class TEEN(IncrementalClassifier):
     """Cosine classifier with calibrated prototypes of new classes.
 
     The classes of the first call are the base classes, those that come later are new. With unit vectors c of the class
@@ -62,31 +61,15 @@ class TEEN(LinearClassifier):
         self.temperature = temperature
         self.base_classes = base_classes
 
-    def fit(self, X: Array, y: Array) -> TEEN:
-        """Average the features (rows, width) of the base classes."""
-        X, y = self._labelled(X, y)
-        self.sums_ = ClassSums(X.shape[1])
-        self.base_ = np.unique(y)[: self.base_classes]
-        return self._add(X, y)
-
-    def partial_fit(self, X: Array, y: Array, classes: Array | None = None) -> TEEN:
-        """Add rows; classes that the first call did not have are new ones, and are calibrated."""
-        if not hasattr(self, "sums_"):
-            return self.fit(X, y)
-        return self._add(*self._labelled(X, y, reset=False))
-
-    def _add(self, X: Array, y: Array) -> TEEN:
-        self.sums_.add(X, y)
-        self.classes_ = self.sums_.classes
+    def _set_scores(self, X: Array, y: Array) -> None:
         prototypes = unit_rows(self.sums_.means)
-        is_base = np.isin(self.classes_, self.base_)
+        is_base = np.isin(self.classes_, self.first_classes_[: self.base_classes])
         base, new = prototypes[is_base], prototypes[~is_base]
         similar = unit_rows(softmax(self.temperature * new @ base.T, axis=1) @ base)
         prototypes[~is_base] = (1 - self.alpha) * new + self.alpha * similar
         # A cosine classifier divides each prototype by its norm.
         coef = self.temperature * unit_rows(prototypes)
         self._set_linear(coef, np.zeros(len(coef)))
-        return self
 
 
 @dataclass
@@ -125,13 +108,14 @@ class TEENLayer(LinearEstimatorHead):
 
     other_param_names = linear_arrays("teen")
 
-    def fit(self, config: Any, rows: Any, labels: Any, unlabelled: Any) -> Any:
+    def fit(self, adapter: str, rows: Any, labels: Any, unlabelled: Any) -> Any:
+        config = self.configs[adapter]
         if config.base_classes is None or config.base_classes >= len(np.unique(labels)):
             logger.warning(
                 "All classes of this task come at once, so TEEN equals the nearest mean by cosine here; it differs "
                 "where classes come one after the other."
             )
-        return super().fit(config, rows, labels, unlabelled)
+        return super().fit(adapter, rows, labels, unlabelled)
 
 
 register_head(METHOD, TEENConfig, TEENLayer)

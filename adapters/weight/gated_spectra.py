@@ -10,7 +10,8 @@ it is no reproduction, because neither the paper's code nor its gate was at hand
   decomposition are where the vectors of the N trained components start, and their values start at zero:
   y = W x + U (g * sigma * (V x)), so that the model begins bit-exactly as the base;
 - `gate="column"`: g is a mask; component i is on for the rows of group floor(i * groups / N) alone, and the row input
-  `component_group` names the group of each row (the class or task of KIND);
+  `component_group`, a column of the task, holds the group of each row as a whole number from 0 (the class or task of
+  KIND; the column of the label is refused, because a classifier would be told the answer);
 - `gate="learned"`: g = softmax(G x) for each token, with a small matrix G for each weight, zero at the start.
 """
 
@@ -37,6 +38,7 @@ METHOD = MethodInfo(
     capabilities=("linear", "conv1d", "mixed_batch", "identity_start"),
     learning_rate=3e-2,
     budget=(1.0, 1.12),
+    row_columns=("component_group",),
 )
 
 #: Row input that names the group of components of each row.
@@ -58,7 +60,8 @@ class GatedSpectraConfig(AdapterConfig):
     gate: Literal["learned", "column"] = field(
         default="learned",
         metadata={
-            "help": "Gate of the components: a softmax of the input, or the row input component_group.",
+            "help": "Gate of the components: a softmax of the input, or the `column` called component_group (an "
+            "argument of the forward).",
             "untried": "the row input has tests of its own",
         },
     )

@@ -44,7 +44,7 @@ METHOD = MethodInfo(
         "mixed_batch",
         "identity_start",
     ),
-    learning_rate=1e-1,
+    learning_rate=3e-2,
     budget=(2.2, 2.7),
 )
 

@@ -10,19 +10,25 @@ model begins bit-exactly as the base also where a smaller `rank` keeps M to the 
 The released code differs from the paper: M = s * sigmoid(g) with one trained gate g per weight, which `author_gate`
 gives (s and g start at zero; there s starts at random by accident, so that the model does not begin as the base).
 Readings: random entries are drawn without replacement, and `top_k` compares vectors up to their sign, which is free.
+
+`peft_lab.load_many` serves the diagonal and bands, whose diagonals are rows of one bank. Entries at random or of
+`top_k` have places of their own in each adapter; a bank would hold r * r numbers for each, so they are left to peft's
+`adapter_names`, which takes one adapter after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft_lab.errors import ConfigError
-from peft_lab.tuners import MethodInfo, register
+from peft_lab.tuners import MethodInfo, RowAdapters, register
 from peft_lab.tuners.spectral import Bases, SpectralConfig, SpectralLayer, parse_rank
 
 METHOD = MethodInfo(
@@ -33,7 +39,7 @@ METHOD = MethodInfo(
     config="SVFTConfig",
     roles=("attn.q", "attn.v"),
     capabilities=("linear", "conv1d", "conv2d", "embedding", "merge", "mixed_batch", "identity_start"),
-    learning_rate=1e-1,
+    learning_rate=3e-2,
     budget=(1.22, 1.25),
 )
 
@@ -104,6 +110,8 @@ class SVFTLayer(SpectralLayer):
 
     adapter_layer_names = ("svft_m", "svft_gate")
     other_param_names = ("svft_u", "svft_s", "svft_vh", "svft_entries")
+    #: The diagonals of M (diagonals, r), in the order 0, 1, -1, 2, -2, ..., each by the rows of M and zero outside.
+    row_fields = MappingProxyType({"svft_m": 0.0})
     decayed_vectors = ("svft_m",)
 
     def initial_values(self, adapter: str, config: SVFTConfig) -> dict[str, Tensor]:
@@ -158,6 +166,66 @@ class SVFTLayer(SpectralLayer):
             out = self.diagonal_output(x, self.bases(name), self.values(name))
         return super().adapted(x, adapters, *args, **kwargs) if out is None else out
 
+    # Rows with adapters of their own ------------------------------------------------------------------------------
+
+    def row_shapes(self, config: SVFTConfig) -> dict[str, tuple[int, ...]]:
+        if config.pattern in ("random", "top_k"):
+            raise ConfigError(
+                f'Adapters of SVFT with pattern="{config.pattern}" have entries at places of their own, which rows of '
+                "one batch cannot share; load them with PeftModel.load_adapter and pass adapter_names."
+            )
+        return super().row_shapes(config)
+
+    def row_values(self, values: Mapping[str, Tensor], config: SVFTConfig) -> dict[str, Tensor]:
+        m, gate = values["svft_m"], values.get("svft_gate")
+        m = m if gate is None else m * torch.sigmoid(gate)
+        width = 0 if config.pattern == "plain" else config.off_diagonals
+        # A share of energy gives the side with the weight alone, so it is read off the number of entries.
+        side = next(side for side in range(1, self.shared_bases.rank + 1) if _count(config, side) == len(m))
+        width, start = min(width, side - 1), 0
+        diagonals = m.new_zeros(2 * width + 1, side)
+        for offset in range(-width, width + 1):
+            length, first = side - abs(offset), max(-offset, 0)
+            diagonals[_slot(offset), first : first + length] = m[start : start + length]
+            start += length
+        return {"svft_m": diagonals}
+
+    def rows_output(
+        self, x: Tensor, values: Mapping[str, Tensor], out: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        diagonals = values["svft_m"]
+        if diagonals.shape[1] > 1:
+            return super().rows_output(x, values, out, *args, **kwargs)
+        bases = self.shared_bases.select(diagonals.shape[-1], "principal")
+        return self.rows_diagonal(x, bases, diagonals[:, 0], out, *args, **kwargs)
+
+    def rows_delta(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        diagonals = values["svft_m"]
+        bases = self.shared_bases.select(diagonals.shape[-1], "principal")
+        if self.is_grouped:
+            return self.project_core(x, bases, _core_of(diagonals))
+        hidden = self.down(x, bases, diagonals.dtype)
+        mixed = torch.zeros_like(hidden)
+        for offset in _offsets(diagonals.shape[1]):
+            diagonal = diagonals[:, _slot(offset)].reshape(len(diagonals), *(1,) * (hidden.dim() - 2), -1)
+            # The coordinates of tokens are those of the other side, so M acts transposed on them.
+            if self.op.op_type == "embedding":
+                mixed = mixed + _shifted(hidden * diagonal, offset)
+            else:
+                mixed = mixed + diagonal * _shifted(hidden, -offset)
+        return self.up(mixed, bases)
+
+    def _values_by_row(self, x: Tensor, rows: RowAdapters) -> dict[str, Tensor] | None:
+        configs = [self.configs[name] for name in rows.names if name in self.configs]
+        shapes = {(config.pattern, config.off_diagonals, config.rank) for config in configs}
+        # One adapter after the other where their entries are at different places.
+        if len(shapes) != 1 or configs[0].pattern in ("random", "top_k"):
+            return None
+        return super()._values_by_row(x, rows)
+
+    def _parameters_of(self, adapter: str) -> dict[str, Tensor]:
+        return {"svft_m": self.values(adapter)}
+
     def check_values(self, adapter: str, values: Mapping[str, Tensor]) -> None:
         places, side = values.get("svft_entries"), self.ranks[adapter]
         if places is not None and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < side * side:
@@ -199,6 +267,32 @@ def _band(side: int, width: int, device: torch.device) -> Tensor:
         first = offset if offset > 0 else -offset * side
         diagonals.append(first + torch.arange(side - abs(offset), device=device) * (side + 1))
     return torch.cat(diagonals)
+
+
+def _slot(offset: int) -> int:
+    """Place of a diagonal among the row fields."""
+    return 2 * abs(offset) - (offset > 0)
+
+
+def _offsets(diagonals: int) -> range:
+    """Offsets of so many diagonals."""
+    return range(-(diagonals // 2), diagonals // 2 + 1)
+
+
+def _shifted(values: Tensor, offset: int) -> Tensor:
+    """Values moved by `offset` places to the right along the last axis, with zeros behind them."""
+    if offset > 0:
+        return F.pad(values[..., :-offset], (offset, 0))
+    return F.pad(values[..., -offset:], (0, -offset))
+
+
+def _core_of(diagonals: Tensor) -> Tensor:
+    """M of each row (rows, r, r) by its diagonals."""
+    core = diagonals.new_zeros(len(diagonals), diagonals.shape[-1], diagonals.shape[-1])
+    for offset in _offsets(diagonals.shape[1]):
+        length, first = diagonals.shape[-1] - abs(offset), max(-offset, 0)
+        core.diagonal(offset, 1, 2).copy_(diagonals[:, _slot(offset), first : first + length])
+    return core
 
 
 register(METHOD, SVFTConfig, SVFTLayer)

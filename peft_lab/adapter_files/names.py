@@ -16,6 +16,10 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
 #: Fingerprint of the base weights of an adapter of peft's own tuners; ours hold it in their config.
 BASE_RECORD = "base_fingerprint.json"
+#: How the base of an adapter is pruned, and, where that is not all there is to know, the masks of its weights.
+PRUNING, PRUNING_MASKS = "pruning.json", "pruning.safetensors"
+#: Entry of adapter_config.json of peft's own tuners that says so to those who load it without this package.
+PRUNED_BASE = "pruned_base"
 #: Entry of peft's wrapper of an embedding whose rows are trained, behind the path of the embedding.
 TRAINED_TOKENS = "token_adapter.trainable_tokens_delta"
 

@@ -28,8 +28,8 @@ def load_checkpoint(
 
     Code that the checkpoint brings is never run, and no more is built than its weights account for. A new task head is
     what every fine-tuning starts with, so the reports that transformers prints of it are left out. Weights of the
-    backbone that start at random, which no adapter would mend, are warned of. `quantization` is one of
-    `peft_lab.backbones.quantized_loading.FORMS`.
+    backbone that start at random, which no adapter would mend, are warned of; those of the head are named in the
+    model's attribute `new_head_weights`. `quantization` is one of `peft_lab.backbones.quantized_loading.FORMS`.
 
     Raises:
         ConfigError: its config asks for a model far larger than its weights, or for code from the Hub, or it cannot be
@@ -49,7 +49,11 @@ def load_checkpoint(
         model, info = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
     keep_layout(model)
     # A new head is missing too.
-    absent = backbone_weights(model, info.get("missing_keys", ()))
+    missing = [str(key) for key in info.get("missing_keys", ())]
+    absent = backbone_weights(model, missing)
+    # transformers lists a key, or a key with its two shapes
+    wrong = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get("mismatched_keys", ())]
+    model.new_head_weights = tuple(sorted({*missing, *wrong} - {*backbone_weights(model, [*missing, *wrong])}))
     if absent:
         more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
         logger.warning(

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_lab.cli.completion import complete_backbone, complete_task
-from peft_lab.cli.options import Json
-from peft_lab.cli.output import print_json
+from peft_lab.cli.output import Json, print_json
 from peft_lab.errors import ConfigError
 from peft_lab.utils.interruption import Stopped
 from peft_lab.utils.terminal import SafeConsole, shown
@@ -230,10 +229,11 @@ def _summarise(done: Comparison) -> None:
 
 def show_study(values: dict[str, Any], file: str) -> str:
     """Describe a study file in one line, for `peft-lab validate`."""
-    from peft_lab.comparison.run.plan import count_beyond, count_runs
+    from peft_lab.comparison.run.plan import check_first_runs, count_beyond, count_runs
     from peft_lab.comparison.study.schema import from_mapping
 
     study = from_mapping(values, f'"{file}"', Path(file).expanduser().absolute().parent)
+    check_first_runs(study)
     line = (
         f'study "{study.name}": {len(study.arms)} arms, {len(study.cells)} tasks on backbones, '
         f"{len(study.seeds)} seeds, {count_runs(study)} runs"

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_lab.cli.options import Json
-from peft_lab.cli.output import new_table, print_json, print_out
+from peft_lab.cli.output import Json, new_table, print_json, print_out
 from peft_lab.errors import ConfigError
 from peft_lab.utils.mappings import attributes
 from peft_lab.utils.terminal import shown

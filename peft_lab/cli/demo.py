@@ -25,8 +25,7 @@ from rich.table import Table
 from peft_lab import registry
 from peft_lab.backbones.pypi_weights import missing_packages
 from peft_lab.cli.completion import complete_method
-from peft_lab.cli.options import Json
-from peft_lab.cli.output import print_json
+from peft_lab.cli.output import Json, print_json
 from peft_lab.errors import ConfigError, PeftLabError, check_keys
 from peft_lab.metrics.baselines import shortfall
 from peft_lab.utils.atomic_files import check_can_be_made, write_errors

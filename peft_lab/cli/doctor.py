@@ -18,8 +18,7 @@ from typing import Literal
 import typer
 
 from peft_lab import registry
-from peft_lab.cli.options import Json
-from peft_lab.cli.output import print_json, print_out
+from peft_lab.cli.output import Json, print_json, print_out
 from peft_lab.utils.cache import cache_dir
 from peft_lab.utils.data_root import DATA_VARIABLE
 from peft_lab.utils.terminal import shown

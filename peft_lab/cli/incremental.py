@@ -8,8 +8,7 @@ from typing import Any
 import typer
 
 from peft_lab.cli.completion import IncrementalCommand
-from peft_lab.cli.options import Json
-from peft_lab.cli.output import new_table, print_json, print_out
+from peft_lab.cli.output import Json, new_table, print_json, print_out
 from peft_lab.errors import ConfigError
 from peft_lab.utils.terminal import shown
 

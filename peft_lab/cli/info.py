@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peft_lab.cli.options import Json
-from peft_lab.cli.output import format_metric, new_table, print_json, print_out
+from peft_lab.cli.output import Json, format_metric, new_table, print_json, print_out
 from peft_lab.utils.terminal import shown
 from peft_lab.utils.text import visible
 
@@ -50,7 +49,7 @@ def info(
 def _lines(found: Mapping[str, Any]) -> dict[str, str]:
     """Rows of the table."""
     base, task, parameters = found["base_model"], found["task"], found["parameters"]
-    details = [f"{key} {base[key]}" for key in ("revision", "dtype", "quantization") if base[key]]
+    details = [f"{key} {base[key]}" for key in ("revision", "dtype", "quantization", "pruned") if base[key]]
     fingerprint, versions = found["fingerprint"], found["versions"]
     digest = f"{fingerprint['sha256'][:12]} of {fingerprint['weights']} weights" if fingerprint else _UNKNOWN
     trained = f"{parameters['trained']:,} of {parameters['total']:,}" if parameters["trained"] else _UNKNOWN

@@ -9,8 +9,7 @@ import typer
 from peft_lab import registry
 from peft_lab.cli.completion import complete_method
 from peft_lab.cli.data import is_task, report_on_data
-from peft_lab.cli.options import Json
-from peft_lab.cli.output import new_table, print_json, print_out
+from peft_lab.cli.output import Json, new_table, print_json, print_out
 from peft_lab.errors import ConfigError
 from peft_lab.utils.mappings import attributes
 from peft_lab.utils.terminal import shown
@@ -100,7 +99,9 @@ def tasks(as_json: Json = False) -> None:
 
 
 def validate(
-    file: Annotated[str, typer.Argument(help="A task, run or study YAML.", show_default=False)],
+    file: Annotated[
+        str, typer.Argument(help="YAML of a task, run, study or incremental protocol.", show_default=False)
+    ],
     data: Annotated[bool, typer.Option("--data", help="Read all rows of the task too, and report on them.")] = False,
     model_name_or_path: Annotated[
         str | None,
@@ -108,7 +109,7 @@ def validate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check a task, run or study file without loading a model.
+    """Check the file of a task, a run or a comparison without loading a model.
 
     With --data the rows are read too: the exit status is 2 if a run would refuse them.
     """
@@ -128,6 +129,7 @@ def _checked(file: str) -> tuple[dict[str, Any], str]:
     """Check a file; return a document about it, and a line."""
     from peft_lab.comparison.study.schema import is_study
     from peft_lab.data.task_registry import validate_task
+    from peft_lab.protocols.incremental_options import IncrementalOptions, is_protocol
     from peft_lab.runs import run_config, run_folder
 
     # the keys tell a study from a task and a run
@@ -137,6 +139,11 @@ def _checked(file: str) -> tuple[dict[str, Any], str]:
 
         line = show_study(values, file)
         return {"file": file, "is": "study", "says": line}, line
+    if is_protocol(values):
+        # the folder may be named on the command line
+        own = IncrementalOptions.from_mapping({"output_dir": "incremental", **values}, f'"{file}"').own
+        line = f'protocol of {own.steps} sessions: {", ".join(own.method)} on task "{own.task}"'
+        return {"file": file, "is": "protocol", **own.model_dump(exclude={"output_dir"})}, line
     if is_task(values):
         task = validate_task(file)
         line = f'task "{task.name}" ({task.kind}), metrics: {", ".join(task.metrics)}'

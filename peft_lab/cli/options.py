@@ -10,17 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from peft_lab.cli.completion import complete_backbone
-from peft_lab.cli.output import json_alone
 from peft_lab.errors import ConfigError
 from peft_lab.runs.command_line import OUTPUT
 from peft_lab.utils.verbosity import at_level
-
-
-def _begin_json(context: typer.Context, wanted: bool) -> bool:
-    if wanted and not context.resilient_parsing:
-        context.with_resource(json_alone())
-    return wanted
-
 
 Adapter = Annotated[str, typer.Argument(help="Folder that `peft-lab train` wrote, or a Hub id.", show_default=False)]
 Base = Annotated[
@@ -35,10 +27,6 @@ OtherBase = Annotated[
     bool, typer.Option("--allow_other_base", help="Warn instead of refusing if the base has other weights.")
 ]
 BatchSize = Annotated[int, typer.Option("--per_device_eval_batch_size", help="Rows in one batch.")]
-Json = Annotated[
-    bool,
-    typer.Option("--json", callback=_begin_json, help=OUTPUT["json"]),
-]
 Quiet = Annotated[bool, typer.Option("--quiet", help=OUTPUT["quiet"])]
 Verbose = Annotated[bool, typer.Option("--verbose", help=OUTPUT["verbose"])]
 

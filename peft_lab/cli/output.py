@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.table import Table
 
+from peft_lab.runs.command_line import OUTPUT
 from peft_lab.utils import strict_json
 from peft_lab.utils.terminal import PlainTable, SafeConsole
 from peft_lab.utils.text import json_line
@@ -50,6 +51,16 @@ def json_alone() -> Iterator[None]:
             yield
     finally:
         _KEPT.pop()
+
+
+def _begin_json(context: typer.Context, wanted: bool) -> bool:
+    if wanted and not context.resilient_parsing:
+        context.with_resource(json_alone())
+    return wanted
+
+
+#: Option `--json` of a command.
+Json = Annotated[bool, typer.Option("--json", callback=_begin_json, help=OUTPUT["json"])]
 
 
 def print_json(document: Any) -> None:

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from peft_lab.cli.completion import TrainCommand, complete_task
-from peft_lab.cli.options import Adapter, Base, BatchSize, Json, OtherBase
-from peft_lab.cli.output import format_metric, new_table, print_json, print_out
+from peft_lab.cli.options import Adapter, Base, BatchSize, OtherBase
+from peft_lab.cli.output import Json, format_metric, new_table, print_json, print_out
 from peft_lab.metrics.baselines import beside_baselines, shortfall
+from peft_lab.runs.pruning import pruned_words
 from peft_lab.utils.terminal import shown
 from peft_lab.utils.verbosity import bars
 
@@ -146,6 +147,8 @@ def _show_metrics(metrics: dict[str, Any], folder: Path) -> None:
         f"{shown(folder)}, {_times(metrics)}, "
         f"peak memory {metrics['peak_memory_bytes'] / 2**20:,.0f} MB"
     )
+    if metrics.get("pruning"):
+        print_out(f"Pruned of the base: {pruned_words(metrics['pruning'])}")
     sentence = beside_baselines(metrics)
     if sentence:
         print_out(f"[bold red]{shown(sentence)}[/]" if shortfall(metrics) else shown(sentence))

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from peft_lab.cli.options import Adapter, Base, Json, OtherBase
-from peft_lab.cli.output import print_json
+from peft_lab.cli.options import Adapter, Base, OtherBase
+from peft_lab.cli.output import Json, print_json
 from peft_lab.errors import ConfigError
 from peft_lab.utils.text import visible
 

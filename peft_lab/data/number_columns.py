@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from peft_lab.data.row_checks import numbered, source_rows
+from peft_lab.data.row_checks import keep_source_rows, numbered, source_rows
 from peft_lab.data.task_schema import Task
 from peft_lab.errors import ConfigError, TaskError
 
@@ -55,11 +55,11 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def declared(model: Any) -> set[str]:
-    """Names of the columns that the active adapter of a model reads."""
+def declared(model: Any) -> dict[str, Any]:
+    """Row inputs of the active adapter of a model by the columns that they read."""
     config: Any = getattr(model, "active_peft_config", None)
     inputs = config.row_inputs() if hasattr(config, "row_inputs") else ()
-    return {spec.column for spec in inputs if spec.column is not None}
+    return {spec.column: spec for spec in inputs if spec.column is not None}
 
 
 def unread(dataset: Dataset, model: Any, task: Task) -> list[str]:
@@ -69,7 +69,7 @@ def unread(dataset: Dataset, model: Any, task: Task) -> list[str]:
         ConfigError: the adapter reads a column that the task does not name.
     """
     wanted = declared(model)
-    missing = sorted(wanted - {*dataset.column_names})
+    missing = sorted(wanted.keys() - {*dataset.column_names})
     if missing:
         raise ConfigError(
             f'The adapter reads the column "{missing[0]}", which task "{task.name}" does not name: add '
@@ -78,24 +78,51 @@ def unread(dataset: Dataset, model: Any, task: Task) -> list[str]:
     return [name for name in task.number_columns if name in dataset.column_names and name not in wanted]
 
 
+def as_declared(dataset: Dataset, model: Any, task: Task) -> Dataset:
+    """Data set whose numbers are integers where the active adapter reads integers.
+
+    Raises:
+        ConfigError: a row has a fraction there.
+    """
+    for name, spec in declared(model).items():
+        if not spec.dtype.startswith("int"):
+            continue
+        values = dataset[name][:]
+        broken = [row for row, value in enumerate(values) if not float(value).is_integer()]
+        if broken:
+            raise ConfigError(
+                f'Task "{task.name}": {len(broken)} rows have a fraction in column "{task.columns[name]}", and the '
+                f"{name} that the adapter reads is a whole number ({numbered(source_rows(dataset, broken))} of "
+                f"{len(values)})."
+            )
+        plain = dataset.remove_columns(name)
+        dataset = keep_source_rows(plain.add_column(name, [int(value) for value in values]), plain)
+    return dataset
+
+
 def numbers_of_inputs(inputs: Sequence[Any], model: Any, task: Task) -> dict[str, list[float]]:
     """Numbers of raw inputs to `predict`, by column; {} if the adapter reads none.
 
     Raises:
-        ConfigError: an input is no mapping with a number under the column's name, or the task's.
+        ConfigError: an input is no mapping with a number, whole where the adapter reads integers, under the column's
+            name or the task's.
     """
     found: dict[str, list[float]] = {}
-    for name in sorted(declared(model)):
+    for name, spec in sorted(declared(model).items()):
+        whole = spec.dtype.startswith("int")
         found[name] = []
         for row, value in enumerate(inputs):
             names = [key for key in (name, task.columns.get(name)) if isinstance(value, Mapping) and key in value]
             try:
-                found[name].append(float(value[names[0]]))
+                number = float(value[names[0]])
+                if whole and not number.is_integer():
+                    raise ValueError
             except (IndexError, TypeError, ValueError):
                 raise ConfigError(
-                    f'Input {row + 1} has no number "{name}", which the adapter reads: give each input as a mapping '
-                    "with its columns."
+                    f'Input {row + 1} has no {"whole " if whole else ""}number "{name}", which the adapter reads: give '
+                    "each input as a mapping with its columns."
                 ) from None
+            found[name].append(int(number) if whole else number)
     return found
 
 

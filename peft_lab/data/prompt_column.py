@@ -96,14 +96,15 @@ def for_model(dataset: Dataset, model: Any, task: Task) -> Dataset:
     """Data set with `prompt_ids` as numbers, as the adapter maps them.
 
     The column is left out if the adapter chooses no prompts by row, and so is each column of numbers that it does not
-    read.
+    read; numbers are integers where it reads integers.
 
     Raises:
         ConfigError: a value that the adapter does not know, and it has no default, or a column of numbers that it
-            reads is not there.
+            reads is not there, or has a fraction where it reads integers.
     """
     left_out = number_columns.unread(dataset, model, task)
     dataset = dataset.remove_columns(left_out) if left_out else dataset
+    dataset = number_columns.as_declared(dataset, model, task)
     ids_of = _mapping(model)
     if PROMPT_IDS not in dataset.column_names:
         if ids_of is not None:

@@ -27,7 +27,14 @@ from torch import Tensor, nn
 
 from peft_lab import registry
 from peft_lab.adapter_files import safe_files
-from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, write_json
+from peft_lab.adapter_files.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_RECORD,
+    PRUNING,
+    PRUNING_MASKS,
+    write_json,
+)
 from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.backbones.pypi_weights import resolve_model
@@ -38,6 +45,7 @@ from peft_lab.hub.usage import head_outputs
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.load_adapter import load_folder
 from peft_lab.loading.load_run import load
+from peft_lab.loading.pruned_base import read_pruning, tell_peft
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
 from peft_lab.runs.metrics_schema import check_complete
@@ -357,9 +365,12 @@ def _write(done: Converted, folder: Path, out: Path, title: str) -> None:
     """Write the converted adapter; metrics and card tell of the conversion."""
     done.config.save_pretrained(str(out))
     save_file(done.state, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    for pattern in (*PROCESSOR_FILES, run_folder.LABELS, run_folder.TASK, BASE_RECORD):
+    for pattern in (*PROCESSOR_FILES, run_folder.LABELS, run_folder.TASK, BASE_RECORD, PRUNING, PRUNING_MASKS):
         for path in folder.glob(pattern):
             shutil.copyfile(path, out / path.name)
+    pruning = read_pruning(out)
+    if pruning is not None:
+        tell_peft(out, pruning.record)
     metrics = run_folder.read_metrics(folder)
     if not metrics.get("run"):
         return

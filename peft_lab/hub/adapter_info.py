@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from peft_lab import registry
-from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_CONFIG, is_head_alone
+from peft_lab.adapter_files.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_RECORD,
+    MODEL_CONFIG,
+    PRUNED_BASE,
+    PRUNING,
+    is_head_alone,
+)
 from peft_lab.backbones.pypi_weights import BACKBONES
 from peft_lab.errors import ConfigError, PeftLabError
 from peft_lab.hub import usage
 from peft_lab.metrics.baselines import baselines_of, beside_baselines
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import run_folder
+from peft_lab.runs.pruning import read_record
 from peft_lab.runs.trained_task import trained_task
 from peft_lab.utils import source_reader
 from peft_lab.utils.bounded_files import read_json
@@ -28,7 +37,7 @@ from peft_lab.utils.safetensors_header import read_header
 _NOT_ARGUMENTS = frozenset(
     (
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "fingerprints", "requires", "megatron_core", "runtime_config"),
+        *("inference_mode", PRUNED_BASE, "fingerprints", "requires", "megatron_core", "runtime_config"),
     )
 )
 
@@ -46,13 +55,13 @@ def adapter_info(name: str | Path, revision: str | None = None) -> dict[str, Any
     folder = run_folder.find_adapter(name, revision)
     metrics, config = run_folder.read_metrics(folder), read_json(folder / ADAPTER_CONFIG)
     method = _method(folder, config, metrics)
-    origin = run_folder.read_origin(folder)
+    origin, pruning = run_folder.read_origin(folder), read_record(folder)
     return {
         "adapter": str(name),
         "folder": str(folder),
         "trained_by_peft_lab": bool(metrics),
         "method": _of_method(method, config, metrics),
-        "base_model": _base(config, origin, metrics),
+        "base_model": {**_base(config, origin, metrics), "pruned": None if pruning is None else pruning.in_words()},
         "fingerprint": _fingerprint(folder, config),
         "size_bytes": run_folder.weights_bytes(folder),
         "parameters": _parameters(folder, metrics),
@@ -200,8 +209,8 @@ def _usage(
     if not metrics or info is None:
         return usage.of_foreign_adapter(source, info, task_type, usage.head_outputs(folder))
     base = str(config.get("base_model_name_or_path") or "")
-    # peft would load a quantised base unquantised, and knows no short name
-    if origin.get("quantization") or base in BACKBONES:
+    # peft would load a quantised base unquantised and a pruned one dense, and knows no short name
+    if origin.get("quantization") or (folder / PRUNING).is_file() or base in BACKBONES:
         return usage.by_peft_lab(source)
     keeps_head = info.path is not None and source_reader.sets_attribute(info.path, "uses_source_head")
     return usage.of_adapter(source, info, task_type, metrics.get("data", {}).get("labels"), keeps_head)

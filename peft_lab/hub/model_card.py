@@ -24,6 +24,7 @@ from peft_lab.hub.usage import Usage
 from peft_lab.metrics.baselines import beside_baselines, shortfall
 from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
+from peft_lab.runs.pruning import pruned_words
 from peft_lab.tuners.registration import has_trait
 from peft_lab.utils.atomic_files import write_text
 from peft_lab.utils.text import markdown_code, markdown_text, visible
@@ -134,8 +135,9 @@ def card_text(
     )
     # peft finds the base by the name in adapter_config.json: a path in a local folder, a Hub id in a repository
     form = metrics["run"].get("quantization")
-    # peft would load the base unquantised, too
-    peft_finds_base = (repo == "" or base.on_hub) and not form
+    # peft would load the base unquantised and dense, too
+    pruning = metrics.get("pruning")
+    peft_finds_base = (repo == "" or base.on_hub) and not form and not pruning
     return _template().render(
         head=head,
         title=name,
@@ -154,6 +156,8 @@ def card_text(
         classes=class_tables(items, labels),
         standing=_standing(standing, metrics["seed"]) if standing else "",
         options=_options(metrics["run"], task, base),
+        pruned=pruned_words(pruning) if pruning else "",
+        is_adapter=is_adapter,
     )
 
 

@@ -18,7 +18,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from peft_lab import registry
-from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, write_json
+from peft_lab.adapter_files.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_RECORD,
+    PRUNING,
+    PRUNING_MASKS,
+    write_json,
+)
 from peft_lab.backbones.pypi_weights import BACKBONES, is_local, public_name
 from peft_lab.errors import ConfigError
 from peft_lab.hub.evaluation_results import eval_entries
@@ -42,7 +49,7 @@ PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
 )
 _WEIGHTS = (ADAPTER_WEIGHTS, "model*.safetensors", "model.safetensors.index.json")
-_AS_THEY_ARE = (*PROCESSOR_FILES, *_WEIGHTS, run_folder.LABELS, BASE_RECORD)
+_AS_THEY_ARE = (*PROCESSOR_FILES, *_WEIGHTS, run_folder.LABELS, BASE_RECORD, PRUNING, PRUNING_MASKS)
 #: Files whose values may name a path, which is taken out of them.
 _SETTINGS = (
     *("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "config.json"),

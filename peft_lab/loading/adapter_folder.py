@@ -21,6 +21,7 @@ from peft_lab.adapter_files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from peft_lab.backbones.pypi_weights import BACKBONES, reachable_name
 from peft_lab.errors import ConfigError
 from peft_lab.loading.config_files import parse_config, plain_values
+from peft_lab.loading.pruned_base import SavedPruning, read_pruning
 from peft_lab.runs import run_folder
 from peft_lab.tuners.registration import has_trait
 
@@ -93,6 +94,11 @@ class AdapterFolder:
         {} without one.
         """
         return base_fingerprint.read_record(self.path)
+
+    @cached_property
+    def pruning(self) -> SavedPruning | None:
+        """How the base of the adapter is pruned; None for a dense one."""
+        return read_pruning(self.path)
 
     @cached_property
     def plain_values(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from peft_lab.adapter_files.name_patterns import without_patterns
+from peft_lab.adapter_files.names import PRUNED_BASE
 from peft_lab.backbones import module_roles
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners.config import AdapterConfig, check_patterns, fits, known_values, shorten, type_hints
@@ -123,6 +124,8 @@ def _checked(values: dict[str, Any], cls: Any, path: str) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for name, value in values.items():
         # peft writes some of these keys, empty, into each LoRA file, so the key alone is no offence.
+        if name == PRUNED_BASE:  # said in full in a file of its own
+            continue
         if name in _REFUSED:
             if value:
                 raise ConfigError(f'"{path}" sets {name}, which is not taken from a file; remove it.')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from safetensors import SafetensorError
 
 from peft_lab.adapter_files import base_fingerprint
 from peft_lab.adapter_files.completeness import check_complete
+from peft_lab.adapter_files.names import PRUNED_BASE
 from peft_lab.backbones.quantized_weight import count_values, keep_layout
 from peft_lab.errors import AdapterMismatchError, ConfigError, PeftLabError
 from peft_lab.loading.adapter_folder import AdapterFolder
 from peft_lab.loading.config_files import check_sizes
 from peft_lab.loading.foreign_adapters import adapt_folder, check_record
+from peft_lab.loading.pruned_base import prune_for
 from peft_lab.tuners.adapter_names import check_adapter_name
 from peft_lab.tuners.config import AdapterConfig
 from peft_lab.utils.atomic_files import write_errors
@@ -46,7 +49,7 @@ def load_adapter(
 
     Does all that `PeftModel.from_pretrained` does, and more: every file is checked before it is read, modules are found
     under the names of other versions and with or without a head, the base is compared with the one trained on, and
-    the file must hold exactly the adapter.
+    the file must hold exactly the adapter. A base that was pruned for the training is pruned in the same way, in place.
 
     Args:
         model: the base, or a `PeftModel` that gets one more adapter.
@@ -86,9 +89,11 @@ def load_folder(
             check_adapter_name(adapter_name, base, getattr(tuner, "prefix", ""), layer)
             if isinstance(folder.config, AdapterConfig):
                 _check_sizes(folder, base)
+                prune_for(model, folder.pruning, str(folder.path), allow_other_base=allow_other_base)
                 return _inject(model, folder, adapter_name, is_trainable=is_trainable)
             # before the errors below, because a full disk is no fault of the adapter
             with write_errors(scratch):
+                prune_for(model, folder.pruning, str(folder.path), allow_other_base=allow_other_base)
                 return _load_foreign(model, base, folder, Path(scratch), adapter_name, is_trainable)
         # These are ValueErrors too, but say already what is wrong.
         except PeftLabError:
@@ -129,7 +134,10 @@ def _load_foreign(
 
 def _inject(model: Any, folder: AdapterFolder, adapter_name: str, **options: Any) -> PeftModel:
     if isinstance(model, PeftModel):
-        model.load_adapter(str(folder.path), adapter_name, **options)
+        with warnings.catch_warnings():
+            # said to those who load without this package, which has pruned the base
+            warnings.filterwarnings("ignore", rf"Unexpected keyword arguments \['{PRUNED_BASE}'\]", UserWarning)
+            model.load_adapter(str(folder.path), adapter_name, **options)
         return model
     # With the checked config given, peft does not read the one in the folder again.
     with without_deprecations_of_peft():

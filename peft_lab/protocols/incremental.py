@@ -133,6 +133,7 @@ class _Protocol:
         self.train, self.test = self._parts(splits)
         self._frozen: Loaded | None = None
         self._reader: FeatureReader | None = None
+        self._adapted: tuple[str, AdapterLearner, FeatureReader] | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -169,16 +170,26 @@ class _Protocol:
         places = {name: place for place, name in enumerate(self.names)}
         return np.asarray([places[value] for value in values])
 
-    def learner(self, method: str) -> Learner:
-        """Fresh learner of a method."""
+    def learner(self, method: str, order: str) -> Learner:
+        """Fresh learner of a method.
+
+        An adapter that is trained on the first session alone is the same for all estimators of an order, so they share
+        it: the first of them trains it.
+        """
         own = self.options.own
         if not (registry.method(method).place == "head" and is_estimator(method)):
             return AdapterLearner(self.options.run_config(method), self.frozen)
         estimator = make_estimator(method, own.method_args)
         if own.adapter is None:
             return EstimatorLearner(estimator, self.reader)
-        adapter = AdapterLearner(self.options.run_config(own.adapter), self.frozen)
-        return EstimatorLearner(estimator, adapter=adapter, each=own.adapt == "each")
+        if own.adapt == "each":
+            adapter = AdapterLearner(self.options.run_config(own.adapter), self.frozen)
+            return EstimatorLearner(estimator, adapter=adapter, each=True)
+        if self._adapted is None or self._adapted[0] != order:
+            adapter = AdapterLearner(self.options.run_config(own.adapter), self.frozen)
+            self._adapted = order, adapter, FeatureReader(adapter.loaded, adapter.batch_size)
+        _, adapter, reader = self._adapted
+        return EstimatorLearner(estimator, reader, adapter)
 
     @property
     def frozen(self) -> Loaded:
@@ -202,7 +213,7 @@ class _Protocol:
         what = "domains" if own.domain_column else "classes"
         sessions = sessions_of(order_of(len(self.names), order), own.steps, own.base_classes, what)
         started = time.perf_counter()
-        learner = self.learner(method)
+        learner = self.learner(method, order)
         steps = run_sessions(learner, self.train, self.test, sessions, own.shots, _seed(order))
         seconds = time.perf_counter() - started
         groups = [list(session.groups) for session in sessions]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,9 +13,9 @@ from peft_lab import registry
 from peft_lab.data.task_registry import kind as task_kind
 from peft_lab.data.task_registry import validate_task
 from peft_lab.data.task_schema import Task
-from peft_lab.errors import ConfigError
+from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.protocols.sessions import NATURAL, order_of
-from peft_lab.runs.run_config import RunConfig, convert, read_pairs
+from peft_lab.runs.run_config import RunConfig, convert, read_pairs, training_argument_fields
 from peft_lab.utils.schema import Schema, check
 
 #: Class orders of SLCA, the usual ones.
@@ -47,12 +47,19 @@ _REFUSED = {
     "do_predict": "sessions are scored on the test rows",
     "early_stopping_patience": "a session has no validation rows",
     "packing": "classes are not packed",
+    "prune": "sessions are learned on the dense base",
     "alternating_every": "no rows are held out",
     "row_weight_column": "rows are not weighted",
     "reference_model": "rows are not weighted",
+    "unsupervised": "sessions train on the labels of their rows",
     "resume_from_checkpoint": "the protocol goes on by itself",
     "push_to_hub": "there is no adapter to push",
 }
+
+
+def is_protocol(values: Mapping[str, Any]) -> bool:
+    """Test whether the mapping of a YAML file is an incremental protocol."""
+    return "steps" in values
 
 
 class _Protocol(Schema):
@@ -110,6 +117,10 @@ class IncrementalOptions:
             if name in given:
                 given[name] = convert(name, kind, given[name])
         training = {name: value for name, value in values.items() if name not in HELP}
+        of_runs = (*(spec.name for spec in fields(RunConfig)), *training_argument_fields())
+        unknown = next((name for name in training if name not in of_runs), None)
+        if unknown is not None:
+            raise ConfigError(f'Unknown option "{unknown}" in {where}.{did_you_mean(unknown, [*HELP, *of_runs])}')
         for name, reason in _REFUSED.items():
             if training.get(name) not in (None, False):
                 raise ConfigError(f"{name} has no meaning in {where}: {reason}; leave it out.")

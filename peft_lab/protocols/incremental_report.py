@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def _markdown(
     for row in rows:
         cells = [interval(row[name]) for name in SUMMARIES]
         lines.append(_line([row["method"], *cells, str(row["orders"]), f"{row['seconds']:.1f}"]))
+    lines += ["", "What methods share, features or an adapter, is in the seconds of the first of them that needs it."]
     found = curves(records)
     if found:
         points = next(iter(found.values()))
@@ -140,24 +142,29 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _draw(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]], total: int) -> None:
-    """Draw the accuracies after each session, with bands over orders."""
+    """Draw the accuracies after each session, with intervals over orders as bars side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.0, 3.0), layout="constrained")
+    figure = Figure(figsize=(5.5, 3.2), layout="constrained")
     axes = figure.subplots()
     markers = "os^DvPX<>p"
+    sessions = [point["seen"] for point in next(iter(found.values()))]
+    step = 0.35 * min(after - before for before, after in pairwise(sessions)) / len(found)
     for number, (method, points) in enumerate(found.items()):
-        seen = [point["seen"] for point in points]
+        at = [point["seen"] + step * (number - (len(found) - 1) / 2) for point in points]
         values = [point["value"] for point in points]
-        (line,) = axes.plot(seen, values, marker=markers[number % len(markers)], markersize=4, label=method)
+        lengths = None
         if points[0]["low"] is not None:
-            low, high = [point["low"] for point in points], [point["high"] for point in points]
-            axes.fill_between(seen, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set_xlabel(f"seen of {total}", fontsize=9)
+            below = [point["value"] - point["low"] for point in points]
+            lengths = [below, [point["high"] - point["value"] for point in points]]
+        marker = markers[number % len(markers)]
+        axes.errorbar(at, values, lengths, marker=marker, markersize=4, elinewidth=0.8, capsize=2, label=method)
+    axes.set_xlabel(f"classes or domains seen, of {total}", fontsize=9)
     axes.set_ylabel("accuracy over all seen", fontsize=9)
+    axes.set_xticks(sessions)
     axes.set_ylim(0, 1)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     with new_file(path) as partial:
         figure.savefig(partial, dpi=170, format="png")

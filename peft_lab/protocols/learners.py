@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,7 @@ from peft_lab.training.arguments import build_or_refuse, training_arguments
 from peft_lab.training.head_outputs import head_outputs
 from peft_lab.training.run_trainer import check_acts
 from peft_lab.training.trainer import LabTrainer
+from peft_lab.tuners.estimators import EstimatorConfig
 from peft_lab.tuners.registration import config_class, make_config
 
 if TYPE_CHECKING:
@@ -81,9 +83,13 @@ class AdapterLearner:
     Args:
         config: options of a run of the method; its training is repeated for each session.
         loaded: task, kind and labels; its model is not used.
+
+    Attributes:
+        sessions: number of sessions that it has been trained on.
     """
 
     def __init__(self, config: RunConfig, loaded: Loaded) -> None:
+        self.sessions = 0
         info = config.check()
         self.config, self.batch_size = config, int(config.training_arguments.get("per_device_eval_batch_size", 32))
         seed = int(config.training_arguments.get("seed", 42))
@@ -127,6 +133,7 @@ class AdapterLearner:
             )
             trainer.remove_callback(PrinterCallback)  # the protocol says itself what comes out
             trainer.train()
+        self.sessions += 1
 
     def predict(self, rows: Dataset, places: Array, seen: Sequence[int]) -> Array:
         """Seen class with the highest logit."""
@@ -157,8 +164,9 @@ class EstimatorLearner:
 
     Args:
         estimator: the estimator; labels are numbers of classes.
-        reader: features of the frozen backbone; None with an adapter.
-        adapter: adapter whose features are read; trained on the first session, or on each.
+        reader: features of the frozen backbone, or those with the adapter where other learners share both; None for a
+            reader of its own for the adapter.
+        adapter: adapter whose features are read; trained on the first session unless it has been, or on each.
         each: train the adapter on each session. What the estimator knows of earlier sessions stays as it is in the
             features that the backbone had then, because their rows are gone.
 
@@ -178,7 +186,7 @@ class EstimatorLearner:
                 f'The estimator "{type(estimator).__name__}" does not tell classes apart, which sessions bring; leave '
                 "it out."
             )
-        self.estimator, self.adapter, self.each, self._learned = estimator, adapter, each, False
+        self.estimator, self.adapter, self.each = estimator, adapter, each
         self._kept: list[tuple[Array, Array]] = []
         if reader is None:
             assert adapter is not None, "features come from one of the two"
@@ -196,10 +204,9 @@ class EstimatorLearner:
         Raises:
             ConfigError: the estimator refuses the rows, as some do with those of a single class.
         """
-        if self.adapter is not None and (self.each or not self._learned):
+        if self.adapter is not None and (self.each or not self.adapter.sessions):
             self.adapter.learn(rows, places, seen)
         features, labels = self.reader.features(rows, places), np.asarray(rows["label"][:])[places]
-        self._learned = True
         try:
             if not self.keeps_features:
                 self.estimator.partial_fit(features, labels, classes=np.asarray(sorted(seen)))
@@ -230,9 +237,18 @@ def make_estimator(name: str, args: Any) -> Any:
     """Array estimator of a method, by its config.
 
     Raises:
-        ConfigError: it reads other features than the inputs of the head, or has a value that none can have.
+        ConfigError: it reads other features than the inputs of the head, a field acts on the head of a model alone, or
+            it has a value that none can have.
     """
-    config = make_config(name, args)
+    config, usual = make_config(name, args), make_config(name, {})
+    shared = {f.name for f in fields(EstimatorConfig)}
+    known = {*config.estimator_class._get_param_names()}
+    for f in fields(config):
+        if f.name not in shared | known and getattr(config, f.name) != getattr(usual, f.name):
+            raise ConfigError(
+                f'{f.name} of method "{name}" acts on the head of a model, and a protocol fits the array estimator; '
+                "leave it out."
+            )
     # by default a protocol reads what the head reads, also of texts
     if getattr(config, "pooling", "head") not in ("auto", "head"):
         raise ConfigError(

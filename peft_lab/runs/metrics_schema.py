@@ -34,6 +34,14 @@ class _Parameters(_Part):
     adapter: int | None = None
 
 
+class _Pruning(_Part):
+    by: str = ""
+    share: float = 0.0
+    structured: bool = False
+    pruned: int = 0
+    weights: int = 0
+
+
 class _Data(_Part):
     task: str = ""
     version: str = ""
@@ -58,6 +66,7 @@ class _Metrics(_Part):
     global_step: int = 0
     base_revision: str | None = None
     parameters: _Parameters = _Parameters()
+    pruning: _Pruning | None = None
     adapter_bytes: int = 0
     peak_memory_bytes: float = 0
     train_seconds: float = 0.0

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft_lab import registry
 from peft_lab.errors import ConfigError, did_you_mean
+from peft_lab.runs.pruning import check_prune
 from peft_lab.utils.patterns import may_take_for_ever
 
 #: Options of bi-level training.
 ALTERNATING = ("alternating_every", "alternating_learning_rate", "alternating_fraction")
+
+#: Ways to train without labels, and the options of such a training.
+WITHOUT_LABELS = ("ufm",)
+UNSUPERVISED = ("unsupervised", "trusted_per_class")
 
 #: Phases of a schedule -> the factor of the learning rate that they end at. Those of cool-down and annealing are the
 #: ratios of Ibrahim et al. (arXiv 2403.08763): 1.65e-4 and 3e-5 below a maximum of 3e-4.
@@ -36,7 +41,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationOptions:
-    """Options of a run that change its loss, its gradient, or the size of its steps."""
+    """Options of a run that change its loss, its gradient, the size of its steps, or which weights are zero."""
 
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the task head, if it differs from --learning_rate."}
@@ -70,6 +75,14 @@ class OptimizationOptions:
             "highest nearby, which costs a second pass (0.05 in the paper)."
         },
     )
+    prune: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Set weights of the base to zero: --prune by=magnitude share=0.5 takes the smallest half before "
+            "the training, structured=true whole filters; by=bip those that bi-level steps choose; by=l1 the smallest "
+            "after a full fine-tuning with an L1 penalty."
+        },
+    )
     row_weight_column: str | None = field(
         default=None,
         metadata={"help": "Column of the training rows that holds the weight of each row in the loss; its mean is 1."},
@@ -84,6 +97,20 @@ class OptimizationOptions:
     reference_share: float | None = field(
         default=None,
         metadata={"help": "Share of the tokens that are trained on, by --reference_model (0.6 by default)."},
+    )
+    unsupervised: str | None = field(
+        default=None,
+        metadata={
+            "help": "`ufm`: train a classifier without the labels of the training rows, on what the head of the "
+            "checkpoint answers: unsupervised FixMatch with trusted rows."
+        },
+    )
+    trusted_per_class: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of each class whose first answers stay their labels, by --unsupervised (rows / classes by "
+            "default, at most 100)."
+        },
     )
     alternating_every: int | None = field(
         default=None,
@@ -109,7 +136,9 @@ class OptimizationOptions:
 #: Options that choose the rates of groups of parameters.
 RATES = ("head_learning_rate", "learning_rates", "layer_decay")
 #: Options that act on the trained parameters, and so on methods that have some.
-ON_GRADIENTS = (*RATES, "lr_phases", "sam_rho", "row_weight_column", "reference_model")
+ON_GRADIENTS = (*RATES, "lr_phases", "sam_rho", "row_weight_column", "reference_model", "unsupervised")
+#: Options that belong to the recipe of a method, so that the arms of a comparison may differ in them.
+OF_A_RECIPE = (*ALTERNATING, *UNSUPERVISED, "features", "learning_rates", "layer_decay", "lr_phases", "sam_rho")
 #: Names of these options.
 NAMES = tuple(spec.name for spec in fields(OptimizationOptions))
 
@@ -134,6 +163,8 @@ def check_optimization(
     if options.sam_rho is not None and not 0 < options.sam_rho < float("inf"):
         raise ConfigError(f"sam_rho must be positive, got {options.sam_rho}; leave it out for none.")
     _check_weights(options, arguments, run)
+    check_prune(options.prune, info, run)
+    _check_unsupervised(options, arguments, info, run)
 
 
 def _check_rates(options: OptimizationOptions) -> None:
@@ -224,12 +255,48 @@ def _check_weights(options: OptimizationOptions, arguments: Mapping[str, Any], r
     if not options.weighs_losses:
         return
     name = "row_weight_column" if options.row_weight_column is not None else "reference_model"
-    for other in ("label_smoothing_factor", "use_liger_kernel", "remove_unused_columns"):
-        if arguments.get(other):
+    _refuse_beside(name, arguments, _OTHER_LOSSES)
+    _refuse_beside(name, run, ("loss_chunk_size", "packing"))
+
+
+#: Flags of a training whose loss is computed elsewhere, or whose rows lose what is no argument of the model.
+_OTHER_LOSSES = ("label_smoothing_factor", "use_liger_kernel", "remove_unused_columns")
+
+
+def _refuse_beside(name: str, given: Mapping[str, Any], others: Iterable[str]) -> None:
+    for other in others:
+        if given.get(other):
             raise ConfigError(f"{name} has no place for {other}; leave one of them out.")
-    for other in ("loss_chunk_size", "packing"):
-        if run.get(other):
-            raise ConfigError(f"{name} has no place for {other}; leave one of them out.")
+
+
+def _check_unsupervised(
+    options: OptimizationOptions, arguments: Mapping[str, Any], info: registry.MethodInfo, run: Mapping[str, Any]
+) -> None:
+    name, count = options.unsupervised, options.trusted_per_class
+    if count is not None and name is None:
+        raise ConfigError(f"trusted_per_class={count} has no effect without unsupervised; give both.")
+    if name is None:
+        return
+    if name not in WITHOUT_LABELS:
+        raise ConfigError(
+            f'unsupervised="{name}" must be {", ".join(WITHOUT_LABELS)}.{did_you_mean(name, WITHOUT_LABELS)}'
+        )
+    if count is not None and count < 1:
+        raise ConfigError(f"trusted_per_class must be at least 1, got {count}.")
+    if info.place == "head":
+        raise ConfigError(
+            f'unsupervised="{name}" takes its first labels from the head of the checkpoint, and method "{info.name}" '
+            "replaces it; take a method that keeps the head."
+        )
+    _refuse_beside("unsupervised", arguments, _OTHER_LOSSES)
+    _refuse_beside("unsupervised", run, _WITH_LABELS)
+
+
+#: Options that read the labels of the training rows, weigh them, or leave no views or steps to see.
+_WITH_LABELS = (
+    *("examples_per_class", "row_weight_column", "reference_model", "alternating_every"),
+    *("features", "packing", "loss_chunk_size", "max_seconds"),
+)
 
 
 def _check_alternating(options: OptimizationOptions, info: registry.MethodInfo) -> None:

@@ -237,7 +237,7 @@ class RunConfig(OptimizationOptions):
 
 
 #: Options that are mappings, given as `key=value` on the command line -> an example.
-PAIRS = {"method_args": "rank=8", "learning_rates": "attn.q=1e-3"}
+PAIRS = {"method_args": "rank=8", "learning_rates": "attn.q=1e-3", "prune": "share=0.5"}
 
 _COUNTS = (
     *("max_train_samples", "max_eval_samples", "max_test_samples", "examples_per_class"),

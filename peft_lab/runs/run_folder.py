@@ -6,6 +6,7 @@ tokenizer or image processor files               as transformers writes them
 labels.json    class index -> name               run.yaml     the options; `peft-lab train run.yaml` repeats the run
 metrics.json   what was measured, and on what    README.md    the model card
 base_fingerprint.json   which base weights an adapter of peft's own tuners belongs to
+pruning.json, pruning.safetensors   how the base of an adapter is pruned, and the masks
 task.yaml      a copy of your own task file      checkpoint-*  Trainer's checkpoints
 items.csv      what was found for each test row  trainer_state.json  Trainer's log of losses and evaluations
 """
@@ -25,6 +26,8 @@ from peft_lab.adapter_files.names import (
     BASE_RECORD,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
+    PRUNING,
+    PRUNING_MASKS,
     write_json,
 )
 from peft_lab.backbones.pypi_weights import check_name, public_name
@@ -47,6 +50,7 @@ HISTORY = "trainer_state.json"
 _OF_A_RUN = (
     *(RUN, METRICS, LABELS, TASK, CARD, PREDICTIONS, HISTORY),
     *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_CONFIG, "model*.safetensors*", "ood_scores.safetensors"),
+    *(PRUNING, PRUNING_MASKS),
 )
 
 
@@ -195,11 +199,11 @@ def write_labels(folder: Path, labels: list[str], tuned: Mapping[str, Any] | Non
 def weights_bytes(folder: Path) -> int:
     """Size of the weights that a run saved, in bytes.
 
-    That is the adapter file, or the whole model of full fine-tuning.
+    That is the adapter file, with the masks of a pruned base if there are some, or the whole model of full fine-tuning.
     """
     adapter = folder / ADAPTER_WEIGHTS
     # transformers splits a large model over several files
-    files = [adapter] if adapter.is_file() else list(folder.glob("model*.safetensors"))
+    files = [adapter, *folder.glob(PRUNING_MASKS)] if adapter.is_file() else list(folder.glob("model*.safetensors"))
     return sum(file.stat().st_size for file in files)
 
 

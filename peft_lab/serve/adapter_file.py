@@ -20,6 +20,7 @@ from peft_lab.adapter_files.completeness import check_complete
 from peft_lab.backbones.names import PEFT_PREFIX
 from peft_lab.errors import ConfigError
 from peft_lab.loading.adapter_folder import AdapterFolder
+from peft_lab.loading.pruned_base import SavedPruning
 from peft_lab.registry import MethodInfo
 from peft_lab.tuners.mixed_batch import RowLayer
 
@@ -35,6 +36,7 @@ class AdapterFile:
         info: card of the method.
         config: its peft config.
         values: module path -> parameter -> tensor, by the names in the file.
+        pruning: how the base is pruned; None for a dense one.
         others: entries that are no parameters of the method: `modules_to_save`, and copies of embeddings.
     """
 
@@ -42,6 +44,7 @@ class AdapterFile:
     config: Any
     values: dict[str, dict[str, Tensor]]
     others: dict[str, Tensor]
+    pruning: SavedPruning | None = None
 
     def shape_key(self) -> str:
         """Key that is equal for adapters with equal shapes at equal modules."""
@@ -75,7 +78,8 @@ def read_adapter(adapter: str | Path, most: int = 2**36) -> AdapterFile:
     folder.check_weights(most)
     config: Any = folder.config
     info = registry.method(str(config.peft_type.value).lower())
-    row_layer_class(info.name)
+    # Frozen values, such as places of entries, may be integers; the layer refuses those that rows cannot share.
+    frozen = tuple(getattr(row_layer_class(info.name), "other_param_names", ()))
     if getattr(config, "trainable_token_indices", None) is not None:
         raise ConfigError(
             f'The adapter "{adapter}" trains rows of the token embeddings (trainable_token_indices), which load_many '
@@ -94,7 +98,8 @@ def read_adapter(adapter: str | Path, most: int = 2**36) -> AdapterFile:
     values: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, value in state.items():
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
+        integers = not value.is_floating_point() and not key.endswith(frozen)
+        if integers or not bool(value.isfinite().all()):
             raise ConfigError(f'Entry "{key}" of the adapter "{adapter}" holds values that are not finite numbers.')
         path, mark, parameter = key.removeprefix(PEFT_PREFIX).rpartition(f".{prefix}")
         if mark:
@@ -103,7 +108,7 @@ def read_adapter(adapter: str | Path, most: int = 2**36) -> AdapterFile:
             others[key.removeprefix(PEFT_PREFIX)] = value
     if not values:
         raise ConfigError(f'The adapter "{adapter}" holds no parameters of its method.')
-    return AdapterFile(info, config, values, others)
+    return AdapterFile(info, config, values, others, folder.pruning)
 
 
 def row_layer_class(method: str) -> type[RowLayer]:

@@ -22,6 +22,7 @@ from peft_lab.adapter_files import base_fingerprint, module_matching
 from peft_lab.backbones.quantized_weight import keep_layout, stored_weight
 from peft_lab.errors import AdapterMismatchError, ConfigError, did_you_mean
 from peft_lab.loading.load_adapter import most_bytes
+from peft_lab.loading.pruned_base import prune_for
 from peft_lab.serve.adapter_file import AdapterFile, check_shapes, read_adapter, row_layer_class
 from peft_lab.serve.parameter_banks import ParameterBank, RowLayout, Values
 from peft_lab.serve.request import HEADS, MethodAtModule, PerRowHead, Request, ServedModule, Snapshot
@@ -37,7 +38,8 @@ def load_many(model: nn.Module, adapters: Mapping[str, str | Path] | None = None
     logits = tenants(**batch, adapter_names=["alice", "bob", "__base__"]).logits
     ```
 
-    The model itself stays what it was: called without names it is the base.
+    The model itself stays what it was: called without names it is the base. Adapters that were trained on a pruned base
+    prune it, in place and for good, and all of them must have the same one.
 
     Args:
         model: the base, without adapters, in evaluation mode, on the device and in the dtype to serve in.
@@ -186,6 +188,7 @@ class Tenants:
         file = read_adapter(adapter, most_bytes(self.model))
         with self._lock, torch.no_grad():
             self._check_free(name)  # again, because another thread may have taken the name meanwhile
+            prune_for(self.model, file.pruning, str(adapter), occupied=bool(self._snapshot.layouts))
             parts = {file.info.name: self._checked_rows(file), HEADS: self._checked_heads(file)}
             snapshot = self._snapshot
             banks = dict(snapshot.banks)

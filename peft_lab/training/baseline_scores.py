@@ -26,20 +26,21 @@ SCORED = ("validation", "test")
 
 
 def without_input(
-    kind: Kind, task: Task, labels: Sequence[str] | None, rows: Mapping[str, Any]
+    kind: Kind, task: Task, labels: Sequence[str] | None, rows: Mapping[str, Any], answered: bool = True
 ) -> dict[str, list[Baseline]]:
     """Baselines that see no input, by scored split.
 
     Args:
         kind, task, labels: of the run.
         rows: split -> preprocessed rows.
+        answered: False if the run does not read the answers of its training rows.
     """
     found: dict[str, list[Baseline]] = {}
     for split in SCORED:
         if split not in rows:
             continue
         # a predictor that knows all training answers has none to know in a stream
-        known = None if task.streaming else kind.baseline(task, labels, rows["train"], rows[split])
+        known = None if task.streaming or not answered else kind.baseline(task, labels, rows["train"], rows[split])
         guessed = kind.chance(task, labels, rows[split])
         found[split] = [each for each in (known, guessed) if each is not None]
     return found

@@ -182,5 +182,5 @@ def _reason(model: Any, facts: HeadFeatures | None) -> str:
         if isinstance(module, BaseTunerLayer) and not isinstance(module, HeadLayer):
             return "something acts in front of the head"
         if isinstance(module, HeadLayer) and any(map(module.runs_backbone, module.configs.values())):
-            return "the backbone runs twice"
+            return "the backbone also runs on further views of a row"
     return ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from peft_lab.backbones import module_roles
@@ -51,12 +51,8 @@ def head_outputs(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: in
     Args:
         loaded, model, task, rows, size: as for `batches`.
     """
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # peft keeps the head it trains beside the original, below a wrapper in the head's place
-    path = re.split(r"\.(?:original_module|modules_to_save)\b", module_roles.head_modules(unwrapped)[0])[0]
-    head = unwrapped.get_submodule(path)
     seen: list[Any] = []
-    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handle = called_head(model).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     features, labels, logits = [], [], []
     try:
         for batch in batches(loaded, model, task, rows, size):
@@ -79,6 +75,15 @@ def head_outputs(loaded: Loaded, model: Any, task: Task, rows: Dataset, size: in
         handle.remove()
     whole = torch.cat(logits).numpy() if logits and logits[0].ndim == 2 else None
     return HeadOutputs(torch.cat(features).numpy(), whole, torch.cat(labels).numpy())
+
+
+def called_head(model: Any) -> nn.Module:
+    """Module that a model calls as its task head, with what an adapter has put around the head."""
+    unwrapped: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # peft keeps the head it trains beside the original, below a wrapper in the head's place; an adapter's layer stands
+    # there too, and one that gives the logits itself never calls the head inside of it
+    path = re.split(r"\.(?:original_module|modules_to_save|base_layer)\b", module_roles.head_modules(unwrapped)[0])[0]
+    return unwrapped.get_submodule(path)
 
 
 def pooled(features: Tensor, mask: Tensor | None) -> Tensor:

@@ -67,6 +67,8 @@ def check_streaming(config: RunConfig, task: Task) -> None:
     drawing = next((name for name in _DRAWING if getattr(config, name) is not None), None)
     if drawing is not None:
         raise ConfigError(f"{what}, and {drawing} draws from all training rows; leave it out, max_steps limits them.")
+    if config.prune.get("by") == "bip":
+        raise ConfigError(f"{what}, and prune: by=bip draws from all training rows; take by=magnitude.")
     if config.preprocessing_num_workers is not None or config.overwrite_cache:
         raise ConfigError(f"{what}: its rows are tokenised while they are read; dataloader_num_workers does it faster.")
     if flags.get("num_train_epochs") is not None:

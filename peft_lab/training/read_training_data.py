@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from peft_lab.backbones.sharded_weights import is_partitioned
 from peft_lab.errors import ConfigError
+from peft_lab.training.process_arrays import share_arrays
 
 
 def read_training_data(model: nn.Module, batches: Iterable[Mapping[str, Any]], epoch: int = 0) -> None:
@@ -40,6 +41,7 @@ def read_training_data(model: nn.Module, batches: Iterable[Mapping[str, Any]], e
     try:
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
             _in_forward(model, lambda: _read(model, batches, epoch))
+        share_arrays(model)
     finally:
         model.train(training)
 
@@ -71,9 +73,10 @@ class ReadTrainingData(TrainerCallback):
 
     An adapter that wants it has a tuner or a layer with `read_data(batches, epoch)`: `batches` are as the model takes
     them and on its device, made anew as they are drawn, so a reader that needs none draws none; `epoch` counts from 0,
-    the model is in eval mode. `peft_lab.train` adds this callback by itself; a script with a `Trainer` of its own adds
-    it by `trainer.add_callback`, and a loop without one calls `read_training_data`. All processes read all rows, so
-    they find the same. A training resumed within an epoch does not read again: what was found is in the checkpoint.
+    the model is in eval mode. With `wants_data()` beside it, it reads only while that is true. `peft_lab.train` adds
+    this callback by itself; a script with a `Trainer` of its own adds it by `trainer.add_callback`, and a loop without
+    one calls `read_training_data`. All processes read all rows, so they find the same. A training resumed within an
+    epoch does not read again: what was found is in the checkpoint.
 
     Raises:
         ConfigError: an adapter draws training data that have no length.
@@ -121,7 +124,8 @@ class _InOrder:
 
 def _readers(model: nn.Module) -> list[Any]:
     # by class: peft's wrappers answer for the modules inside them, which would then read twice
-    return [module for module in model.modules() if hasattr(type(module), "read_data")]
+    able: list[Any] = [module for module in model.modules() if hasattr(type(module), "read_data")]
+    return [module for module in able if not hasattr(type(module), "wants_data") or module.wants_data()]
 
 
 def _on_device(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -38,6 +38,7 @@ from peft_lab.metrics.per_row import written_metrics
 from peft_lab.metrics.predictions import Predictions, write_predictions
 from peft_lab.registry import MethodInfo
 from peft_lab.runs import own_tasks, run_folder
+from peft_lab.runs.pruning import read_prune
 from peft_lab.runs.run_config import RunConfig
 from peft_lab.training.arguments import as_run_config, check_best_metric, check_fitted_by_class, training_arguments
 from peft_lab.training.baseline_scores import of_untouched_base, split_of_base, without_input
@@ -49,10 +50,13 @@ from peft_lab.training.learning_rates import rate_record
 from peft_lab.training.model_rows import check_options, chosen_rows, hold_out, model_rows
 from peft_lab.training.packing import packed_length
 from peft_lab.training.peak_memory import PeakMemory
+from peft_lab.training.pruning import RunPruning
+from peft_lab.training.pruning_batches import PruningBatches
 from peft_lab.training.run_inputs import base_hash, check_finished, check_inputs, inputs_of, load_finished
 from peft_lab.training.run_metrics import class_name, data_record, parameter_counts
 from peft_lab.training.run_trainer import build_trainer
 from peft_lab.training.trainer import LabTrainer, scores
+from peft_lab.training.unsupervised import check_start
 from peft_lab.training.weighted_loss import read_row_weights, weights_digest
 from peft_lab.tuners.registration import has_trait
 from peft_lab.utils import strict_json
@@ -160,6 +164,8 @@ class _Run:
         self.claimed, self.was_empty = False, False
         #: True if checkpoints are written or read, which record what is trained on; hashing it takes time.
         self.keeps_record, self.base = False, ""
+        self.pruning = RunPruning(read_prune(config.prune))
+        self.checkpoint: str | None = None
         self.inputs: dict[str, Any] = {}
         #: Split that is evaluated, and predictions for its rows; test comes last, if there is one.
         self.scored = "validation"
@@ -178,7 +184,7 @@ class _Run:
             self.process.num_processes,
             overwrite=self.config.overwrite_output_dir,
         )
-        self.keeps_record = checkpoint is not None or self.arguments.save_strategy != "no"
+        self.checkpoint, self.keeps_record = checkpoint, checkpoint is not None or self.arguments.save_strategy != "no"
         self._load()
         if self.keeps_record:
             self.inputs = inputs_of(self.config, self.rows, self.base, self.splits, self.raw["train"], self.reads)
@@ -188,7 +194,8 @@ class _Run:
             check_inputs(checkpoint, self.inputs, own=Path(checkpoint).parent.resolve() == self.folder.resolve())
         self._build_trainer()
         rows = self.raw if self.kind.raw_baseline else {**self.rows, "train": known_rows(self.rows["train"])}
-        self.baselines = without_input(self.kind, self.task, self.labels, rows)
+        known = self.config.unsupervised is None
+        self.baselines = without_input(self.kind, self.task, self.labels, rows, known)
         self._claim_folder(checkpoint)
         # memory and time are those of the training steps, without loading and evaluation at the end
         lookup = self.features.used() if self.features else nullcontext()
@@ -201,9 +208,11 @@ class _Run:
                 else:
                     self.trainer.fit_features()
                 seconds = time.perf_counter() - started
+            self.pruning.finish(self.model)
             scores = self._evaluate()
         # without `_internal_call` Trainer would push now, before the metrics and the card are written
         self.trainer.save_model(str(self.folder), _internal_call=True)
+        self.pruning.write(self.folder, writes=self.process.is_main_process)
         self.metrics = self._measured(scores, memory, seconds, checkpoint)
         write_record(self.model, self.folder, writes=self.process.is_main_process)
         if self.process.is_main_process:
@@ -242,22 +251,17 @@ class _Run:
 
     def _load_model(self, seed: int) -> None:
         """Load processor and backbone, and put the method on it."""
-        keeps_head = has_trait(self.info, "uses_source_head")
-        self.processor, base = load_base(
-            self.kind,
-            self.task,
-            self.labels,
-            self.config.model_name_or_path,
-            self.config.model_revision,
-            self.config.dtype,
-            keeps_head,
-            self.config.quantization,
-        )
+        keeps_head, config = has_trait(self.info, "uses_source_head"), self.config
+        source = (config.model_name_or_path, config.model_revision, config.dtype)
+        self.processor, base = load_base(self.kind, self.task, self.labels, *source, keeps_head, config.quantization)
         self.kind.check_processor(self.processor, self.task, base)
         check_fitted_by_class(self.info, self.task)
+        check_start(self.config, self.info, self.kind, self.task, base, self.labels)
         # found before the adapter is on it, because peft wraps the head and its paths change
         self.head_modules = [] if keeps_head else module_roles.head_modules(base)
         facts = head_features(base) if self.config.features else None
+        batches = PruningBatches(config, self.arguments, self.kind, self.task, self.processor, self.splits)
+        self.pruning.begin(base, self.checkpoint, batches)  # before the base is hashed
         if self.keeps_record:
             self.base = base_hash(base, self.head_modules)
         set_seed(seed)  # the backbone's own random draws must not shift the adapter's
@@ -277,7 +281,8 @@ class _Run:
         if self.config.packing:
             packed = packed_length(self.info, self.kind, self.processor, self.task, self.model)
         with self.process.main_process_first(), self._maps():
-            whole = packed is not None or self.features is not None
+            asks_all = self.features is not None or self.config.unsupervised is not None
+            whole = packed is not None or asks_all
             few = draws_few(self.arguments, self.model, self.raw["train"], whole)
             with recorded_reads() as self.reads:
                 self.raw, self.rows = model_rows(
@@ -311,6 +316,7 @@ class _Run:
             self.model,
             self.rows,
             self.row_weights,
+            self.pruning,
             compute_metrics=self._scores_of_rows,
             head_modules=self.head_modules,
             inputs=self.inputs,
@@ -405,6 +411,7 @@ class _Run:
             "best_checkpoint": Path(self.trainer.state.best_model_checkpoint or "").name or None,
             "base_revision": cached_commit(self.config.model_name_or_path, self.config.model_revision),
             "parameters": parameter_counts(self.trainer),
+            "pruning": self.pruning.summary(),
             "adapter_bytes": run_folder.weights_bytes(self.folder),
             "peak_memory_bytes": memory.peak,
             "memory_before_training_bytes": memory.before,

@@ -18,8 +18,11 @@ from peft_lab.training.arguments import build_or_refuse
 from peft_lab.training.cached_features import CachedFeatures
 from peft_lab.training.callbacks.bilevel import LEARNING_RATE, AlternatingActivation
 from peft_lab.training.model_rows import HELD_OUT
+from peft_lab.training.own_loss import check_own_loss
 from peft_lab.training.packing import packed_collator
+from peft_lab.training.pruning import RunPruning
 from peft_lab.training.trainer import LabTrainer
+from peft_lab.training.unsupervised import UnsupervisedFixMatch, check_readers, with_trusted_labels
 from peft_lab.training.weighted_loss import REFERENCE_SHARE, WeightedCollator, WeightedLoss, WeightedRows
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ def build_trainer(
     model: Any,
     rows: Mapping[str, Any],
     row_weights: Sequence[float] | None,
+    pruning: RunPruning,
     **values: Any,
 ) -> LabTrainer:
     """Build the Trainer of a run.
@@ -47,12 +51,14 @@ def build_trainer(
         kind, task, labels, processor, model: what is trained, and on what.
         rows: split -> preprocessed rows.
         row_weights: weights of the training rows; None without any.
+        pruning: pruning of the base.
         values: further arguments of `LabTrainer`.
 
     Raises:
         ConfigError: an option that cannot act here.
     """
     check_acts(config, model)
+    pruning.check_alone(model, config.method)
     chunked = config.loss_chunk_size is not None
     if chunked and not kind.scores_tokens:
         raise ConfigError(f'loss_chunk_size is for decoders that write; kind "{kind.name}" has no such loss.')
@@ -64,7 +70,19 @@ def build_trainer(
         collator = packed_collator(collator, processor, model, train)
     if row_weights is not None:
         train, collator = WeightedRows(train, row_weights), WeightedCollator(collator)
-    return build_or_refuse(
+    loss = _training_loss(config, kind, task, labels, processor)
+    check_own_loss(model, loss is not None or bool(arguments.label_smoothing_factor))
+    if config.unsupervised is not None:
+        _check_alone(arguments)
+        check_readers(model)
+        if config.quantization is None:  # a quantised model is where it has to be
+            model.to(arguments.device)
+        train, collator = with_trusted_labels(config, model, train, collator, arguments.eval_batch_size)
+    callbacks = [*_callbacks(config, rows), *pruning.callbacks()]
+    if isinstance(loss, UnsupervisedFixMatch):
+        callbacks.append(loss)
+    # Trainer itself makes the output folder
+    trainer = build_or_refuse(
         LabTrainer,
         model=model,
         args=arguments,
@@ -75,12 +93,14 @@ def build_trainer(
         # a loss in chunks makes no logits
         preprocess_logits_for_metrics=None if chunked else kind.preprocess_logits_for_metrics,
         keeps_labels=kind.keeps_labels,
-        callbacks=_callbacks(config, rows),
+        callbacks=callbacks,
         optimization=config,
-        weighted_loss=_weighted_loss(config, kind, task, labels, processor),
+        training_loss=loss,
         max_seconds=config.max_seconds,
         **values,
     )
+    pruning.check_sharding(trainer)
+    return trainer
 
 
 def check_acts(config: RunConfig, model: Any) -> None:
@@ -108,10 +128,22 @@ def _callbacks(config: RunConfig, rows: Mapping[str, Any]) -> list[TrainerCallba
     return found
 
 
-def _weighted_loss(
+def _check_alone(arguments: TrainingArguments) -> None:
+    """Refuse several processes, each of which would have views and thresholds of its own.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    if arguments.world_size > 1:
+        raise ConfigError("unsupervised trains in one process; start the run without accelerate, or leave it out.")
+
+
+def _training_loss(
     config: RunConfig, kind: Kind, task: Task, labels: Sequence[str] | None, processor: Any
-) -> WeightedLoss | None:
-    """Loss with the weights that the options ask for; None without any."""
+) -> WeightedLoss | UnsupervisedFixMatch | None:
+    """Loss that the options ask for in place of the model's own; None without any."""
+    if config.unsupervised is not None:
+        return UnsupervisedFixMatch()
     if not config.weighs_losses:
         return None
     if config.reference_model is None:

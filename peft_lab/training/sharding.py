@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from peft_lab.backbones.sharded_weights import whole_shape
 from peft_lab.errors import ConfigError
+from peft_lab.tuners.layer import AdapterLayer
 
 #: Key of DeepSpeed's config for the size below which a parameter is not partitioned, and its default.
 _THRESHOLD, _DEFAULT_THRESHOLD = "stage3_param_persistence_threshold", 100_000
@@ -36,7 +38,8 @@ def prepare_sharding(trainer: Any) -> None:
     """Make a Trainer's plugin of FSDP or DeepSpeed ready for a model with an adapter.
 
     Raises:
-        ConfigError: the processes would not train as the launch asks for, or it asks for FSDP1 or efficient loading.
+        ConfigError: the processes would not train as the launch asks for, it asks for FSDP1 or efficient loading, or an
+            adapter reads parameters where FSDP2 has not gathered them.
     """
     check_processes(trainer.args.world_size)
     if trainer.is_deepspeed_enabled:
@@ -56,10 +59,21 @@ def prepare_sharding(trainer: Any) -> None:
             "fsdp_cpu_ram_efficient_loading leaves all processes but the first without weights, from which adapters "
             "are built; set it to false."
         )
+    _check_layers(trainer.model)
     # an adapter is small, and its parts are no file that peft loads
     plugin.set_state_dict_type("FULL_STATE_DICT")
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = _units(trainer.model)
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Raise `ConfigError` for adapters whose parameters are read before FSDP2 gathers them."""
+    for layer in model.modules():
+        if isinstance(layer, AdapterLayer) and layer.reads_before_forward:
+            raise ConfigError(
+                f'Method "{layer.info.name}" makes the model\'s inputs by parameters that FSDP2 gathers later; use '
+                "DeepSpeed ZeRO-2 or plain data parallel processes."
+            )
 
 
 def _keep_adapter_whole(config: dict[str, Any], model: nn.Module) -> None:
@@ -81,6 +95,26 @@ def gather_adapter(model: nn.Module) -> None:
     kept: list[Any] = [p for p in model.parameters() if p.requires_grad and getattr(p, "ds_persist", False)]
     if kept:
         kept[0].all_gather(kept)
+
+
+def keep_shared_whole(model: nn.Module) -> None:
+    """Keep the units of FSDP2 gathered from forward to backward whose adapter parameters other units read too.
+
+    A unit that is sharded again behind its own forward would leave the others a part of them.
+    """
+    unit_of: dict[int, FSDPModule] = {}
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            # a nested unit comes behind the one around it, and takes its layers over
+            unit_of |= {id(module): unit for module in cast(nn.Module, unit).modules()}
+    for layer in model.modules():
+        if not isinstance(layer, AdapterLayer):
+            continue
+        for adapter, config in layer.configs.items():
+            for key in layer.shared_groups(adapter, config):
+                owner = unit_of.get(id(layer.owners.get((adapter, key))))
+                if owner is not None and owner is not unit_of.get(id(layer)):
+                    owner.set_reshard_after_forward(False, recurse=False)
 
 
 def _units(model: nn.Module) -> list[str]:

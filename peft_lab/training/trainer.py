@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_lab.backbones.frozen_norms import set_frozen_norms
 from peft_lab.data.row_stream import RowStream
-from peft_lab.errors import ConfigError
 from peft_lab.hub.push import create_repository, push
 from peft_lab.runs.optimization import OptimizationOptions, read_phases
 from peft_lab.training.callbacks.notebook import name_splits
@@ -25,14 +24,19 @@ from peft_lab.training.checkpoints import order_times
 from peft_lab.training.learning_rates import phase_schedule, rates_of_parameters, split_groups
 from peft_lab.training.model_rows import plain_errors_of_workers
 from peft_lab.training.non_finite import NonFiniteGuard, check_evaluation, check_weights
+from peft_lab.training.own_loss import check_own_loss
+from peft_lab.training.process_arrays import share_arrays
 from peft_lab.training.read_training_data import ReadTrainingData
-from peft_lab.training.sharding import gather_adapter, prepare_sharding
+from peft_lab.training.repeated_rows import RepeatedRows
+from peft_lab.training.sharding import gather_adapter, keep_shared_whole, prepare_sharding
 from peft_lab.training.sharpness import SharpnessAware, check_sharpness
 from peft_lab.training.step_timer import StepTimer, factor
-from peft_lab.training.weighted_loss import WeightedLoss
 from peft_lab.tuners.layer import AdapterLayer
 from peft_lab.tuners.operations import ExpertWeight
 from peft_lab.utils import strict_json, verbosity
+
+#: Loss in place of the model's own, from the model, a batch, and the number of answers of the step.
+TrainingLoss = Callable[[nn.Module, dict[str, Any], Any], tuple[torch.Tensor, Any]]
 
 #: Trainer's own measurements of an evaluation; they are no property of the model.
 _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
@@ -51,13 +55,15 @@ class LabTrainer(Trainer):
       many heads that take `num_items_in_batch` and ignore it.
     - A checkpoint of a finished training is recognised, so that resuming from it trains no further step.
     - A checkpoint has a manifest, by which `checkpoints.checkpoint_to_resume` finds every later damage.
+    - An evaluation in several processes is that of the adapter that is saved, and its loss counts each row once.
     - The first loss, gradient or weight that is not finite ends the training by a `DivergedError`, and none of them is
       saved.
     - No pickle is written beside the weights. A push uploads what `peft-lab push` does, when the run is over.
 
     Args:
         optimization: options of the run for its learning rates, schedule, sharpness and weights.
-        weighted_loss: loss in place of the model's own, for rows or tokens with weights.
+        training_loss: loss in place of the model's own in training steps: from the model, a batch, and the number of
+            answers of all batches of the step or None, the loss and the model's outputs.
         head_modules: module paths of the task head, as they were before the adapter was put on.
         max_seconds: end training after this time of steps; the learning rate then falls to 0 over time, not steps.
         inputs: what is trained on, for the manifest of each checkpoint (`run_inputs.inputs_of`).
@@ -72,7 +78,7 @@ class LabTrainer(Trainer):
         self,
         *args: Any,
         optimization: OptimizationOptions | None = None,
-        weighted_loss: WeightedLoss | None = None,
+        training_loss: TrainingLoss | None = None,
         head_modules: Sequence[str] = (),
         max_seconds: float | None = None,
         inputs: Mapping[str, Any] | None = None,
@@ -80,7 +86,9 @@ class LabTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._check_own_loss()
+        self._training_loss = training_loss
+        others = (self.label_smoother, self.compute_loss_func, training_loss)
+        check_own_loss(self.model, any(other is not None for other in others))
         # Trainer would call it behind `prediction_step`, and keep all labels
         self._reduce = None if keeps_labels else self.preprocess_logits_for_metrics
         if self._reduce is not None:
@@ -96,7 +104,6 @@ class LabTrainer(Trainer):
         self._reader = ReadTrainingData()
         self.add_callback(self._reader)
         self.optimization = optimization or OptimizationOptions()
-        self._weighted_loss = weighted_loss
         self._sharpness: SharpnessAware | None = None
         if self.optimization.sam_rho is not None:
             check_sharpness(self)
@@ -104,19 +111,17 @@ class LabTrainer(Trainer):
         self.head_modules = tuple(head_modules)
         self._loss_divides: bool | None = None
         self._guard = NonFiniteGuard()
+        self._repeated = RepeatedRows(self.accelerator)
 
-    def _check_own_loss(self) -> None:
-        """Refuse a loss computed outside of the model for adapters that add terms to the model's own."""
-        adding = [m for m in self.model.modules() if isinstance(m, AdapterLayer) and m.adds_loss]
-        if adding and (self.label_smoother is not None or self.compute_loss_func is not None):
-            raise ConfigError(
-                f'Method "{adding[0].info.name}" adds terms to the loss of the model, and label_smoothing_factor or '
-                "compute_loss_func takes another loss in its place; leave that out."
-            )
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """Loss, logits and labels of a batch; without its labels if they are not to be kept.
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        """Loss, logits and labels of a batch; without its labels if they are not to be kept."""
-        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        Rows that several processes repeat are left out of the loss.
+        """
+        found = super().prediction_step(model, self._repeated.leave_out(inputs), *args, **kwargs)
+        loss, logits, labels = self._repeated.put_back(found)
         if self._reduce is not None and logits is not None and labels is not None:
             return loss, self._reduce(logits, labels), labels.flatten(1)[:, :0]
         return loss, logits, labels
@@ -230,17 +235,17 @@ class LabTrainer(Trainer):
         Trainer has just called `model.train()`, which switches them on.
         """
         set_frozen_norms(self.model)  # of baselines and peft's own tuners; ours see to it themselves
-        if self._weighted_loss is not None and model.training:
-            return self._compute_weighted_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._training_loss is not None and model.training:
+            return self._compute_training_loss(model, inputs, return_outputs, num_items_in_batch)
         # an evaluation does not pass through `get_batch_samples`, so the divisor is mended here as well
-        items = self._divisor(num_items_in_batch, inputs)
+        items = None if self._repeated.are_there else self._divisor(num_items_in_batch, inputs)
         return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
 
-    def _compute_weighted_loss(self, model: nn.Module, inputs: Any, return_outputs: bool, items: Any) -> Any:
-        assert self._weighted_loss is not None, "asked before"
+    def _compute_training_loss(self, model: nn.Module, inputs: Any, return_outputs: bool, items: Any) -> Any:
+        assert self._training_loss is not None, "asked before"
         # without a count of items the loss is a mean, which Trainer divides by the number of accumulation steps
         self.loss_is_scaled_for_ga = items is not None
-        loss, outputs = self._weighted_loss(model, inputs, items)
+        loss, outputs = self._training_loss(model, inputs, items)
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
@@ -249,7 +254,7 @@ class LabTrainer(Trainer):
         """Batches of one step, and the divisor of their loss."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         # with None from here, Trainer's step itself divides the loss by the number of accumulation steps
-        if batches and self._weighted_loss is None:
+        if batches and self._training_loss is None:
             items = self._divisor(items, batches[0])
         if self._sharpness is not None:
             self._sharpness.begin(batches, items)
@@ -303,7 +308,8 @@ class LabTrainer(Trainer):
         return norm
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate, and refuse a loss that is not finite."""
+        """Evaluate the adapter that is saved, that of the first process, and refuse a loss that is not finite."""
+        share_arrays(self.model)
         output = super().evaluation_loop(*args, **kwargs)
         rows = kwargs.get("metric_key_prefix", "eval")
         check_evaluation((output.metrics or {}).get(f"{rows}_loss"), rows, self.state.global_step)
@@ -374,6 +380,7 @@ class LabTrainer(Trainer):
             self._reader.before_sharding(self.model, train_dataloader, self.args.eval_batch_size)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         gather_adapter(self.model)
+        keep_shared_whole(self.model)
         return prepared
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset as TorchDataset
 
 from peft_lab.data.further_columns import column_values
 from peft_lab.data.row_checks import numbered
 from peft_lab.data.row_stream import RowStream
 from peft_lab.errors import ConfigError, TaskError
+from peft_lab.training.row_values import RowValueCollator, RowValues
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,47 +72,18 @@ def _number(cell: Any) -> float:
         return math.nan
 
 
-class WeightedRows(TorchDataset):
+class WeightedRows(RowValues):
     """Preprocessed rows with the weight of each."""
 
     def __init__(self, rows: Any, weights: Sequence[float]) -> None:
-        if len(rows) != len(weights):
-            raise ConfigError(
-                f"row_weight_column gives {len(weights)} weights, but the kind of task makes {len(rows)} rows of them; "
-                "leave it out."
-            )
-        self.rows, self.weights = rows, weights
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return self.__getitems__([position])[0]
-
-    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows at these positions; a loader asks for a batch by this name."""
-        rows = self.rows.__getitems__(list(positions))
-        weighted = zip(rows, positions, strict=True)
-        return [{**row, ROW_WEIGHT: self.weights[position]} for row, position in weighted]
+        super().__init__(rows, ROW_WEIGHT, weights, "row_weight_column")
 
 
-class WeightedCollator:
-    """Collator that leaves the weights of the rows out of the inner one, and adds them as float32 (n,)."""
+class WeightedCollator(RowValueCollator):
+    """Collator that adds the weights of the rows as float32 (n,)."""
 
     def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self.collator = collator
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        weights = [row[ROW_WEIGHT] for row in rows if ROW_WEIGHT in row]
-        plain = [{name: value for name, value in row.items() if name != ROW_WEIGHT} for row in rows]
-        batch = dict(self.collator(plain))
-        # rows of an evaluation have no weights
-        return batch | ({ROW_WEIGHT: torch.tensor(weights, dtype=torch.float32)} if weights else {})
-
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the inner collator which epoch begins, if it draws at random."""
-        if hasattr(self.collator, "set_epoch"):
-            self.collator.set_epoch(epoch)
+        super().__init__(collator, ROW_WEIGHT, torch.float32)
 
 
 class WeightedLoss:

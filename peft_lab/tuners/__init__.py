@@ -12,6 +12,7 @@ from peft_lab.tuners.config import AdapterConfig, shorten
 from peft_lab.tuners.dtypes import WIDE_DTYPES, sum_dtype
 from peft_lab.tuners.forward_context import ForwardContext, before_forward, wrap_forward
 from peft_lab.tuners.head_layer import HeadConfig, HeadInput, HeadLayer, HeadTuner, register_head
+from peft_lab.tuners.image_views import shifted
 from peft_lab.tuners.layer import AdapterLayer, FeatureLayer, WeightLayer
 from peft_lab.tuners.lora_settings import changed_base, lora_rank, lora_scaling, lora_variant
 from peft_lab.tuners.loss_terms import LossTerm
@@ -83,6 +84,7 @@ __all__ = [
     "register",
     "register_head",
     "register_residual",
+    "shifted",
     "shorten",
     "split",
     "sum_dtype",

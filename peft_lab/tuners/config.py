@@ -113,7 +113,10 @@ class AdapterConfig(PeftConfig):
     def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
         # peft drops unknown keys of a file with a warning; a knob that is ignored must be an error instead. A newer
         # peft writes its new fields into each file, and an empty one has no effect: that one is left to peft.
-        given = (key for key, value in kwargs.items() if value is not None or "peft_type" not in kwargs)
+        given = [key for key, value in kwargs.items() if value is not None or "peft_type" not in kwargs]
+        if "preset" in given and cls.info.presets:
+            known = ", ".join(cls.info.presets)
+            raise ConfigError(f"A preset is not a field; use {cls.__name__}.from_preset(NAME). Presets: {known}.")
         check_keys(given, (f.name for f in fields(cls)), f'the config of method "{cls.info.name}"')
         return super().__new__(cls)
 

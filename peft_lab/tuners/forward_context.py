@@ -255,7 +255,7 @@ class WrappedForward:
         try:
             if self.prepare is not None:
                 self.prepare(context)
-            return with_loss_terms(self._run(args, kwargs), context.loss_terms, arguments)
+            return with_loss_terms(self.module, self._run(args, kwargs), context.loss_terms, arguments)
         finally:
             _CURRENT.reset(token)
             if self.module.training != training:

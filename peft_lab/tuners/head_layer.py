@@ -48,20 +48,25 @@ class HeadInput:
         tokens: last hidden states behind the final norm, (rows, tokens, token width): patches without class and
             register tokens, cells of a feature map, or all tokens of a text; None if the backbone gives none.
         mask: bool (rows, tokens), False at padding; None if every token counts.
+        class_token: first of the tokens in front of the patches, behind the final norm, (rows, token width); None
+            without such tokens.
     """
 
     pooled: Tensor
     tokens: Tensor | None = None
     mask: Tensor | None = None
+    class_token: Tensor | None = None
 
     def rows(self, index: Tensor) -> HeadInput:
         """Choose rows by their numbers, int64."""
-        parts = (self.pooled, self.tokens, self.mask)
+        parts = (self.pooled, self.tokens, self.mask, self.class_token)
         return HeadInput(*(None if part is None else part[index] for part in parts))  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype) -> HeadInput:
         """Cast the features to a dtype."""
-        return HeadInput(self.pooled.to(dtype), None if self.tokens is None else self.tokens.to(dtype), self.mask)
+        tokens = None if self.tokens is None else self.tokens.to(dtype)
+        class_token = None if self.class_token is None else self.class_token.to(dtype)
+        return HeadInput(self.pooled.to(dtype), tokens, self.mask, class_token)
 
 
 @dataclass
@@ -139,7 +144,7 @@ class HeadLayer(AdapterLayer):
         raise NotImplementedError
 
     def runs_backbone(self, config: Any) -> bool:
-        """Test whether an adapter runs the backbone a second time, as views of a row do."""
+        """Test whether an adapter runs the backbone again for a row, as further views of it do."""
         return False
 
     # What is the same for all -----------------------------------------------------------------------------------
@@ -251,23 +256,24 @@ class HeadLayer(AdapterLayer):
         positions = torch.arange(ids.shape[1], device=ids.device)
         return (positions * (ids != pad)).argmax(-1).to(x.device)
 
-    def _tokens(self, context: ForwardContext) -> tuple[Tensor | None, Tensor | None]:
-        """Tokens of the running call, and their mask."""
+    def _tokens(self, context: ForwardContext) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Tokens of the running call, their mask, and the class token."""
         output = context.shared.get(_OUTPUT) if self.reads_tokens else None
         tokens = output if output is None else getattr(output, "last_hidden_state", None)
         if tokens is None and isinstance(output, tuple):
             tokens = output[0]
         if tokens is None:
-            return None, None
+            return None, None, None
         if tokens.ndim == 4:  # (rows, channels, height, width) of a convolutional net
-            return tokens.flatten(2).mT, None
+            return tokens.flatten(2).mT, None, None
         for norm in self.norm:
             tokens = norm(tokens)
-        mask = context.arguments.get("attention_mask")
-        tokens, count = tokens[:, self.facts.prefix_tokens :], tokens.shape[1]
+        mask, prefix = context.arguments.get("attention_mask"), self.facts.prefix_tokens
+        class_token = tokens[:, 0] if prefix else None
+        tokens, count = tokens[:, prefix:], tokens.shape[1]
         if mask is None or mask.ndim != 2 or mask.shape[1] != count:
-            return tokens, None
-        return tokens, mask.bool()
+            return tokens, None, class_token
+        return tokens, mask.bool(), class_token
 
     def _like_base(self, logits: Tensor, x: Tensor) -> Tensor:
         """Logits in the shape of the base head's output, which decoders read at one token of each row."""

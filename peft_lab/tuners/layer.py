@@ -48,8 +48,12 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
     #: Parameters of one dimension that weight decay takes back to the base, because that is their value zero. Other
     #: vectors (scales, whose neutral value is one, and biases) get none.
     decayed_vectors: ClassVar[tuple[str, ...]] = ()
-    #: True if it adds terms to the loss of a training step (`peft_lab.tuners.loss_terms`).
-    adds_loss: ClassVar[bool] = False
+    #: Arrays of `other_param_names` that come from training rows: running statistics, choices, fitted values. Where
+    #: there are several processes, those of the first count.
+    data_param_names: tuple[str, ...] = ()
+    #: True if the call of the whole model reads its parameters before the layer itself runs. FSDP2 has gathered them
+    #: only for the layer.
+    reads_before_forward: ClassVar[bool] = False
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
@@ -82,6 +86,11 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
     def initial_values(self, adapter: str, config: Any) -> dict[str, Tensor]:
         """Start values of an adapter's parameters by name, stored as float32."""
         raise NotImplementedError
+
+    @property
+    def adds_loss(self) -> bool:
+        """True if it adds terms to the loss of a training step (`peft_lab.tuners.loss_terms`)."""
+        return False
 
     def shared_values(self, adapter: str, config: Any) -> dict[str, Tensor]:
         """Start values of the parameters shared under one `share_key`, by name.
@@ -159,10 +168,15 @@ class AdapterLayer(MergeableLayer, LayerAdapters):
         values = self.initial_values(adapter, config)
         # The first layer of a share key stores the shared parameters, so that they are saved and trained once.
         for key, make in self.shared_groups(adapter, config).items():
-            if self.owners.setdefault((adapter, key), self) is self:
-                values = {**values, **make()}
+            if self.owners.get((adapter, key), self) is self:
+                made = make()
+                if made:
+                    self.owners[adapter, key] = self
+                values = {**values, **made}
         for name, value in values.items():
-            getattr(self, name)[adapter] = nn.Parameter(value.to(device=device, dtype=torch.float32))
+            # contiguous, as FSDP2 asks for
+            value = value.to(device=device, dtype=torch.float32).contiguous()
+            getattr(self, name)[adapter] = nn.Parameter(value)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def parameter(self, adapter: str, name: str) -> nn.Parameter | None:

@@ -176,6 +176,8 @@ class ResidualLayer(ResidualBranches):
     def read_base(self, name: str) -> None:
         """Accept any block; its residual connections are read when it is hooked."""
 
+    # torch.compile takes the hooks of one block for those of all blocks of its class, and branches would be lost.
+    @torch.compiler.disable
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """Run the block, whose hooks add the branches."""
         # Without a context the hooks would add none in silence.

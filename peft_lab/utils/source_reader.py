@@ -80,7 +80,9 @@ def class_fields(node: ast.ClassDef) -> dict[str, Field]:
         default, help_text = _literal(line.value), ""
         if isinstance(line.value, ast.Call):
             options = {k.arg: k.value for k in line.value.keywords}
-            default = _literal(options.get("default"))
+            factory = options.get("default_factory")
+            # lists are made anew for each instance
+            default = _literal(factory.body if isinstance(factory, ast.Lambda) else options.get("default"))
             metadata = options.get("metadata")
             if isinstance(metadata, ast.Dict):
                 pairs = {_literal(k): v for k, v in zip(metadata.keys, metadata.values, strict=True)}

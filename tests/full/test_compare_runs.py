@@ -164,6 +164,21 @@ def test_an_arm_that_diverges_fails_with_its_reason_and_the_study_goes_on(place:
         json.loads(line, parse_constant=refuse)
 
 
+def test_heads_that_are_fitted_are_compared_with_one_that_is_trained(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFT_LAB_CACHE", str(place / "cache"))
+    out = place / "fitted"
+    cached = {"training": {"features": "cached"}}
+    methods = [{"method": "head", **cached}, {"method": "gda", **cached}, "linear_svm"]
+    done = compare(tiny_study(place, methods=methods, seeds=1), out, workers=1)
+    assert [record.arm for record in done.records if record.ok] == ["head", "gda", "linear_svm"]
+    costs = {record.arm: record.measures.get("step_flops") for record in done.records}
+    assert costs["head"]
+    assert costs["gda"] is None
+    assert "gda" in (out / "report.md").read_text()
+
+
 def test_a_worker_ended_from_outside_is_a_failed_run(place: Path) -> None:
     out = place / "ended"
     study = tiny_study(place, methods=["lora"], seeds=1, limits={"max_steps": 100000})

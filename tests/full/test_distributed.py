@@ -8,10 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from support.method_runs import TRAINABLE, options_for
+from support.process_runs import SGD as SGD_OF_RUNS
+from support.properties import FITTED, IMAGES, equal_states
 from support.tiny_runs import (
     diverge_as_rank,
     environment,
@@ -31,6 +36,10 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 #: Plain SGD without clipping: Adam would hide a gradient that is too large by a factor.
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.5, "max_steps": 5}
+TESTS = Path(__file__).parents[1]
+#: accelerate starts several processes on one CPU machine by its --multi_gpu launcher; `use_cpu` makes them gloo.
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +84,7 @@ def test_accelerate_launch_with_two_processes_gives_the_weights_of_one(place, tm
     run = tmp_path / "run.yaml"
     values = options(place["task"], place["backbone"], tmp_path / "two", **SGD, per_device_train_batch_size=4)
     run.write_text(yaml.safe_dump(values))
-    # accelerate starts several processes on one CPU machine by its --multi_gpu launcher; `use_cpu` makes them gloo
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(free_port())]
+    launch = [sys.executable, *LAUNCH, "--main_process_port", str(free_port())]
     done = subprocess.run(
         [*launch, "-m", "peft_lab", "train", str(run), "--max_steps", "5"],
         capture_output=True,
@@ -98,13 +104,77 @@ def test_accelerate_launch_with_two_processes_gives_the_weights_of_one(place, tm
     assert metrics["metrics"]["test"]["loss"] == pytest.approx(one.metrics["metrics"]["test"]["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["svfit", "ssf", "head"])
-def test_other_methods_give_the_weights_of_one_process(method, server, place, tmp_path):
-    sgd = {**SGD, "method": method, "learning_rate": 0.05}
-    values = options(place["task"], place["backbone"], tmp_path / "two", **sgd, per_device_train_batch_size=4)
-    assert two(server, values) == [0, 0]
-    train(options(place["task"], place["backbone"], tmp_path / "one", **sgd, per_device_train_batch_size=8))
-    assert same_weights(tmp_path / "one", tmp_path / "two", tolerance=2e-6)
+#: Runs beside each method's own, as fields of its run: training data that is read by gradients, views that are drawn,
+#: and stored features.
+FURTHER: dict[str, dict[str, Any]] = {
+    "atlas with blocks": {"method": "atlas", "method_args": {"blocks": 3}},
+    "linear_svm on images": {"method": "linear_svm", "max_steps": -1},
+    "head on stored features": {"method": "head", "features": "cached"},
+    "nearest_mean on stored features": {"method": "nearest_mean", "features": "cached", "max_steps": -1},
+    "moment_probing on stored features": {"method": "moment_probing", "features": "cached"},
+}
+RUNS = {method: {"method": method} for method in TRAINABLE} | {m: {"method": m, "max_steps": -1} for m in FITTED}
+#: Runs whose two processes are no one process: bayes_prompt draws particles for the rows of each, p2p draws views of
+#: them, and nmtune takes statistics over them.
+APART = ("bayes_prompt", "p2p", "nmtune")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what a single process and the two of one `accelerate launch` end with, for each run."""
+    folder = tmp_path_factory.mktemp("launched")
+    # made before `options_for` makes one with dropout, which processes would draw apart
+    make_task(folder / "texts")
+    make_backbone(folder / "bert")
+    for ways, launcher, batch in (("one", [], 8), ("two", LAUNCH, 4)):
+        runs = {}
+        for name, fields in (RUNS | FURTHER).items():
+            like = IMAGES[0] if name.endswith("on images") else fields["method"]
+            values = {**SGD_OF_RUNS, **fields, "per_device_train_batch_size": batch, "save_strategy": "no"}
+            runs[name] = options_for(like, folder, folder / ways / "out" / name) | values
+        (folder / ways).mkdir(exist_ok=True)
+        (folder / ways / "runs.json").write_text(json.dumps(runs))
+        port = ["--main_process_port", str(free_port())] if launcher else []
+        done = subprocess.run(
+            [sys.executable, *launcher, *port, "-m", "support.process_runs", str(folder / ways)],
+            capture_output=True,
+            text=True,
+            env=environment({"PYTHONPATH": str(TESTS), "PEFT_LAB_CACHE": str(folder / ways / "cache")}),
+            timeout=1800,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
+def ends(launched: Path, name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What one process ends with, and each of two."""
+    files = [launched / "one" / f"{name}-0.pt", *(launched / "two" / f"{name}-{rank}.pt" for rank in (0, 1))]
+    one, first, second = (torch.load(file, weights_only=True) for file in files)
+    assert "refused" not in one, one["refused"]
+    assert (one["processes"], first["processes"]) == (1, 2)
+    return one, first, second
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS | FURTHER if name not in APART])
+def test_two_processes_give_the_values_and_scores_of_one(name, launched):
+    one, first, _ = ends(launched, name)
+    for tensor, value in one["values"].items():
+        torch.testing.assert_close(first["values"][tensor], value, atol=2e-6, rtol=0)
+    assert {s: m["loss"] for s, m in first["metrics"].items()} == pytest.approx(
+        {s: m["loss"] for s, m in one["metrics"].items()}, abs=1e-5
+    )
+    # and the runs are such that a wrong gradient would show
+    method = (RUNS | FURTHER)[name]["method"]
+    own = [moved for tensor, moved in one["moved"].items() if method in tensor or method in ("full", "head")]
+    assert method in FITTED or max(own) > 1e-3
+
+
+@pytest.mark.parametrize("name", RUNS | FURTHER)
+def test_both_processes_end_with_the_same_values(name, launched):
+    """Those of the second answer its part of the rows of an evaluation, and those of the first are saved."""
+    _, first, second = ends(launched, name)
+    assert equal_states(first["values"], second["values"])
 
 
 def test_tokens_count_alike_in_whichever_process_they_are(server, place, tmp_path):

@@ -16,11 +16,15 @@ from support.method_runs import interrupt
 from support.properties import (
     DRAWS,
     EVERY,
+    HEADS,
     IMAGES,
     KEEPS_HEAD,
     METHODS,
+    ON_OPS,
+    RESIDUAL,
     UNTRAINED,
     adapter_parameters,
+    as_read,
     assert_close,
     config,
     fill,
@@ -114,10 +118,10 @@ def put(method: str, model: Any, **fields: Any) -> Any:
     return adapted
 
 
-def train(model: Any, steps: int = 6) -> list[float]:
+def train(model: Any, rate: float = 3e-2, steps: int = 6) -> list[float]:
     """Losses of a few steps on one batch."""
-    inputs = tiny_inputs(model.get_base_model(), labels=True)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 3e-2)
+    inputs = as_read(model, tiny_inputs(model.get_base_model(), labels=True))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
     losses = []
     for _ in range(steps):
         loss = model.train()(**inputs).loss
@@ -139,7 +143,8 @@ def test_adapter_is_trained_saved_and_reloaded(method: str, form: str, load: Loa
     before = output(base, inputs)
     model = put(method, base)
     if method not in UNTRAINED:
-        losses = train(model)
+        # heads of several layers are trained at their own, lower rates
+        losses = train(model, peft_lab.registry.method(method).learning_rate if method in HEADS else 3e-2)
         assert losses[-1] < losses[0]
     trained = output(model, inputs)
     assert not torch.allclose(trained, before)
@@ -177,7 +182,7 @@ def test_singular_bases_are_those_of_the_dequantised_weight(form: str, rank: Any
 
 
 @pytest.mark.parametrize("form", LIBRARIES)
-@pytest.mark.parametrize("method", ["svfit", "ssf", "lora"])
+@pytest.mark.parametrize("method", ["lora", *ON_OPS, *RESIDUAL])
 def test_gradients_pass_the_base_and_checkpointing_keeps_them(method: str, form: str, load: Load) -> None:
     found = []
     for checkpointing in (False, True):
@@ -202,6 +207,12 @@ def test_gradients_pass_the_base_and_checkpointing_keeps_them(method: str, form:
     for name, parameter in adapter_parameters(model).items():
         gradient = found[0][name.replace("..", ".")]
         assert (parameter.grad - gradient).norm() <= 2e-2 * gradient.norm(), name
+
+
+def test_differences_of_a_checkpoint_to_quantised_weights_are_refused(load: Load, tmp_path: Path) -> None:
+    model_of("bert").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is quantised \(nf4\)"):
+        put("atlas", load("bert", "nf4"), vectors=[str(tmp_path)])
 
 
 @pytest.mark.parametrize("method", ["svfit", "ssf"])

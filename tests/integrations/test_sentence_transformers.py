@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.properties import IMAGES, KEEPS_HEAD, METHODS, SEQUENCE, UNTRAINED, config
+from support.properties import DRAWS, HEADS, IMAGES, KEEPS_HEAD, METHODS, SEQUENCE, UNTRAINED, config
+from support.properties import TEXTS as FOR_TEXTS
 from support.tiny_runs import make_backbone
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -65,7 +66,7 @@ def pairs() -> Dataset:
 @pytest.mark.integration(
     library="sentence-transformers", use="`SentenceTransformer.add_adapter`: steps of its trainer, save, reload"
 )
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *FOR_TEXTS])
 def test_an_embedder_is_trained_saved_and_loaded(method: str, base: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = embedder(base)
@@ -106,7 +107,7 @@ def move_all(model: SentenceTransformer) -> None:
 
 
 @pytest.mark.integration(library="sentence-transformers", use="`CrossEncoder` with an adapter: steps, save, reload")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *FOR_TEXTS])
 def test_a_cross_encoder_is_trained_saved_and_loaded(method: str, classifier: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = CrossEncoder(str(classifier), num_labels=1, device="cpu")
@@ -154,10 +155,22 @@ def test_pooling_sees_the_tokens_alone(method: str, pooling: str, base: Path) ->
 
 
 @pytest.mark.integration(library="sentence-transformers", use="`SentenceTransformer.add_adapter` of methods for images")
-@pytest.mark.parametrize("method", [*IMAGES, *KEEPS_HEAD])
+@pytest.mark.parametrize("method", [*IMAGES, *KEEPS_HEAD, *DRAWS])
 def test_methods_for_images_refuse_a_text_encoder(method: str, base: Path, refused: Callable[[str], None]) -> None:
     model = embedder(base)
     with pytest.raises(ConfigError, match=r"images|image classifier"):
         model.add_adapter(config(method))
     refused("is for images alone")
+    assert model.encode(TEXTS).shape == (4, 32)
+
+
+@pytest.mark.integration(library="sentence-transformers", use="`SentenceTransformer.add_adapter` of methods for heads")
+@pytest.mark.parametrize("method", HEADS)
+def test_methods_for_heads_refuse_an_encoder_without_one(
+    method: str, base: Path, refused: Callable[[str], None]
+) -> None:
+    model = embedder(base)
+    with pytest.raises(ConfigError, match="replaces the head of a classifier"):
+        model.add_adapter(config(method))
+    refused("replaces the head of a classifier")
     assert model.encode(TEXTS).shape == (4, 32)

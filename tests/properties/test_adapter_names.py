@@ -87,6 +87,7 @@ def test_a_name_that_cannot_be_is_refused_at_every_door(method, tmp_path):
     (FIRST["get_peft_model"] if newer_peft_needed() else _native_add)(method, base, tmp_path, "good-name")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "name"), cover([(m, n) for m in EVERY_OWN for n in GOOD if n not in f"{m}_"]))
 def test_a_good_name_works_for_the_whole_life_of_an_adapter(method, name, tmp_path):
     base = TINY[text_or_image(method)]()

@@ -60,6 +60,7 @@ def _floor_flops(model: nn.Module, shape: tuple[int, ...]) -> int:
         return _flops(model, shape)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", [*METHODS, *IMAGES, *KEEPS_HEAD, *DRAWS, *HEADS])
 def test_default_configuration_stays_within_its_budget(method, small, floor):
     model = adapt(method, small).train()

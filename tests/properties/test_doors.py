@@ -139,6 +139,7 @@ def _each_at_its_reader(case: tuple[Any, ...]) -> set[Any]:
 AT_DOORS = [(h, d) for h, d in itertools.product(FOLDER, DOORS) if d != "PeftModel" or h not in WITHOUT_TYPE]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("hostile", "door"), cover(AT_DOORS, _each_at_its_reader))
 def test_a_folder_is_read_or_refused(
     hostile: str, door: str, place: Path, run_of: Callable[[str], Path], tmp_path: Path

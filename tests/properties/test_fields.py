@@ -133,6 +133,13 @@ def test_layers_to_transform_chooses_blocks(base, method, family):
     assert {module_roles.layer_index(base, name) for name in listed.targeted_module_names} == {1}
 
 
+@pytest.mark.parametrize("method", [name for name in registry.list_methods() if registry.method(name).presets])
+def test_a_preset_among_the_fields_names_the_call_that_makes_its_config(method):
+    cls, presets = config_class(method), registry.method(method).presets
+    with pytest.raises(ConfigError, match=rf"use {cls.__name__}\.from_preset\(NAME\)\. Presets: {', '.join(presets)}"):
+        cls(preset=next(iter(presets)))
+
+
 @pytest.mark.parametrize("method", [*EVERY_OWN, *KEEPS_HEAD])
 def test_no_layers_at_all_are_refused(method):
     with pytest.raises(ConfigError, match=r"layers_to_transform=\[\] names no block"):

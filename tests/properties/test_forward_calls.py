@@ -12,6 +12,18 @@ from support.properties import DRAWS, HEADS, KEEPS_HEAD, METHODS, adapt, as_read
 
 from peft_lab.errors import ConfigError
 from peft_lab.serve.tenants import load_many
+from peft_lab.training.head_outputs import called_head
+
+
+@pairs([*METHODS, *DRAWS, *HEADS], ("vit", "bert"), each_place)
+def test_the_head_that_is_called_is_found(method: str, family: str, base: Any) -> None:
+    """Also where an adapter stands in the head's place and gives the logits itself."""
+    model = move(adapt(method, base)).eval()
+    read: list[Any] = []
+    with called_head(model).register_forward_pre_hook(lambda _, args: read.append(args[0])), torch.no_grad():
+        model(**as_read(model, tiny_inputs(base)))
+    assert len(read) == 1
+    assert read[0].shape[-1] == base.config.hidden_size
 
 
 @pairs([*METHODS, *KEEPS_HEAD, *DRAWS, *HEADS], MAIN, each_place)

@@ -137,10 +137,10 @@ def test_transformers_own_adapter_methods(method, tmp_path):
     assert torch.equal(output(base, inputs), plain)
     base.enable_adapters()
     base.delete_adapter("second")
-    assert torch.equal(output(base, inputs), first)
+    torch.testing.assert_close(output(base, inputs), first)
     again = TINY["vit"]()
     again.load_adapter(tmp_path)
-    assert torch.equal(output(again, inputs), first)
+    torch.testing.assert_close(output(again, inputs), first)
 
 
 @pairs([*OWN, *KEEPS_HEAD, *DRAWS, *HEADS], ["bert", "vit"])

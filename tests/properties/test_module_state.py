@@ -32,7 +32,9 @@ from support.properties import (
 )
 from torch import Tensor, nn
 
+import peft_lab
 from peft_lab import registry
+from peft_lab.tuners import AdapterLayer
 
 MERGED = [name for name in OWN if registry.method(name).can("merge")]
 #: Fields by which a method keeps more state than by its defaults.
@@ -233,3 +235,31 @@ def test_processes_do_not_send_each_other_what_they_derive_from_the_base(method)
         assert {name.replace(".base_layer", "") for name in derived} <= known
     assert not hasattr(model.unload(), "_ddp_params_and_buffers_to_ignore")
     assert get_peft_model(base, config(method))
+
+
+def frozen_arrays(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the arrays that adapters save and do not train, by path."""
+    found = {}
+    for path, layer in model.named_modules():
+        for name in layer.other_param_names if isinstance(layer, AdapterLayer) else ():
+            found |= {f"{path}.{name}.{adapter}": value.clone() for adapter, value in getattr(layer, name).items()}
+    return found
+
+
+@pytest.mark.parametrize("method", [*EVERY_OWN, *KEEPS_HEAD])
+def test_arrays_that_training_rows_change_are_among_those_that_processes_share(method):
+    base = base_of(method)
+    fields = {"blocks": 1} if "blocks" in registry.config_fields(method) else {}
+    torch.manual_seed(0)
+    model = get_peft_model(base, config(method, base, **fields))
+    inputs = as_read(model, tiny_inputs(base, batch=12, labels=True))
+    before = frozen_arrays(model)
+    peft_lab.read_training_data(model, [inputs])
+    train_step(model, tiny_inputs(base, batch=12, labels=True))
+    after = frozen_arrays(model)
+    changed = {name for name, value in after.items() if name in before and not torch.equal(value, before[name])}
+    shared = set()
+    for path, layer in model.named_modules():
+        for name in layer.data_param_names if isinstance(layer, AdapterLayer) else ():
+            shared |= {f"{path}.{name}.{adapter}" for adapter in getattr(layer, name)}
+    assert changed <= shared

@@ -160,6 +160,7 @@ COMPILED = [(m, f) for m in ON_OPS for f in ("bert", "vit", "llama")]
 COMPILED += [(m, "llama") for m in SEQUENCE] + [(m, "vit") for m in (*IMAGES, *KEEPS_HEAD, *DRAWS, *HEADS)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "family"), cover(COMPILED, lambda case: set() if case[0] in SEQUENCE else {"ops"}))
 def test_compiled_equals_eager(base, method, family):
     inputs = tiny_inputs(base)

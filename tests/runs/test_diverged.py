@@ -80,6 +80,7 @@ def needs(case):
     return {registry.method(case[0]).place, case[1]}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "what"), cover(CASES, needs))
 def test_a_run_of_any_method_stops_before_anything_is_lost(method, what, place, tmp_path, monkeypatch):
     poison(what, 3, monkeypatch)

@@ -109,6 +109,7 @@ def test_the_method_of_the_guide_is_found_trained_saved_loaded_and_merged(backbo
     assert difference < 1e-5
 
 
+@pytest.mark.full
 def test_the_task_of_the_guide_is_checked_and_trained_on(backbone, tmp_path):
     import peft_lab
 
@@ -143,6 +144,7 @@ def test_the_kind_of_the_guide_is_found_trained_and_asked(backbone, tmp_path):
     assert '"god" is not one of poor, good, great' in refused.stderr
 
 
+@pytest.mark.full
 def test_the_backbone_of_the_guide_gets_its_defaults(tmp_path, monkeypatch):
     from peft import get_peft_model
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM

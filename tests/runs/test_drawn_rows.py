@@ -70,6 +70,7 @@ def preprocessed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tiny", TINY, indirect=True)
 def test_losses_and_weights_are_those_of_all_rows(
     tiny: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,6 +53,7 @@ def foreign(text: str) -> list[str]:
     return [line for line in found if not any(re.match(pattern, line) for pattern in ALLOWED)]
 
 
+@pytest.mark.full
 def test_a_training_says_nothing_but_its_own_and_warns_of_the_users_flag(place, tmp_path):
     done = train(place, tmp_path / "out", "--gradient_checkpointing")
     assert done.returncode == 0, done.stderr

@@ -49,7 +49,7 @@ def token_rows(count: int = 8) -> list[dict[str, torch.Tensor]]:
 
 def trainer(model: nn.Module, folder, rows=None, optimization=None, **values) -> LabTrainer:
     flags = {"max_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": 0.1}
-    kept = {name: values.pop(name) for name in ("weighted_loss", "data_collator") if name in values}
+    kept = {name: values.pop(name) for name in ("training_loss", "data_collator") if name in values}
     flags |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "constant", "optim": "sgd", **values}
     arguments = TrainingArguments(
         output_dir=str(folder), save_strategy="no", remove_unused_columns=False, weight_decay=0.0, **flags
@@ -248,6 +248,7 @@ def test_sam_puts_the_weights_back_exactly(tmp_path):
 # Weights of rows and tokens -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_row_of_weight_two_counts_as_two_rows(accumulated, tmp_path):
     rows, counts = token_rows(4), [2, 0, 1, 1]
@@ -262,7 +263,7 @@ def test_a_row_of_weight_two_counts_as_two_rows(accumulated, tmp_path):
     listed = _Listed(rows)
     weighted = moved(
         WeightedRows(listed, counts),
-        weighted_loss=WeightedLoss(shifts=False),
+        training_loss=WeightedLoss(shifts=False),
         data_collator=WeightedCollator(default_data_collator),
         gradient_accumulation_steps=accumulated,
         per_device_train_batch_size=4 // accumulated,
@@ -364,6 +365,7 @@ def test_all_options_work_in_a_run_and_are_recorded(place, tmp_path):
     assert all(answer["label"] != "food" for answer in answers)
 
 
+@pytest.mark.full
 def test_row_weights_decide_the_result_and_a_resume_knows_them(place, tmp_path):
     def run(name, **changes):
         train(options(place["task"], place["backbone"], tmp_path / name, max_steps=4, **changes))
@@ -386,6 +388,7 @@ def test_weights_that_are_none_are_refused(place, tmp_path):
         assert not (tmp_path / column).exists()
 
 
+@pytest.mark.full
 def test_a_run_learns_the_tokens_that_a_reference_model_chooses(tmp_path):
     task, decoder = make_writing_task(tmp_path / "data"), make_decoder(tmp_path / "llama")
 

@@ -86,6 +86,7 @@ def test_every_epoch_reads_all_rows_in_order(tmp_path: Path) -> None:
     assert reader.modes == {False}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_training_is_the_same_with_a_reader(accumulation: int, tmp_path: Path) -> None:
     """Shuffling and dropout draw the same numbers, although a reader draws some of its own."""

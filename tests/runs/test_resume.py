@@ -22,6 +22,7 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("resume")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", cover(TRAINABLE, lambda case: {registry.method(case[0]).place == "sequence"}))
 def test_a_run_of_any_method_goes_on_from_its_last_whole_checkpoint_bit_for_bit(method, place, tmp_path, caplog):
     alone = train(options_for(method, place, tmp_path / "alone", **SCHEDULE)).output_dir
@@ -113,6 +114,7 @@ def check_refusal(words, values, checkpoint):
     assert sorted(checkpoint.parent.rglob("*")) == before
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", cover(FILES, lambda case: {FILES[case[0]][1]} & {"the weights of the base", ""}))
 def test_a_checkpoint_goes_on_with_the_data_and_the_base_it_was_trained_on(name, folder, tmp_path):
     change, words = FILES[name]

@@ -45,6 +45,7 @@ def test_a_run_of_a_decoder(method, tmp_path):
     assert together == [answer for row in rows for answer in predict(run.output_dir, [row])]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "family"), cover([*((name, "vit") for name in IMAGES), ("vpt", "swin")], each_place)
 )

@@ -376,6 +376,7 @@ def test_the_best_model_at_the_end_is_the_best_with_its_head(interrupted, tmp_pa
     assert result.metrics["metrics"]["validation"]["loss"] == pytest.approx(min(history)[0], abs=1e-6)
 
 
+@pytest.mark.full
 def test_another_run_does_not_continue_an_unfinished_one(server, interrupted, tmp_path):
     run_killed(server, interrupted(tmp_path / "out"), "compute_loss", 8)
     with pytest.raises(ConfigError, match="an unfinished run with other options"):
@@ -385,6 +386,7 @@ def test_another_run_does_not_continue_an_unfinished_one(server, interrupted, tm
         train(interrupted(tmp_path / "out", resume_from_checkpoint="false"))
 
 
+@pytest.mark.full
 def test_a_checkpoint_can_be_continued_for_longer_in_another_folder(interrupted, alone, tmp_path):
     longer = interrupted(tmp_path / "out", max_steps=11, resume_from_checkpoint=str(alone / "checkpoint-9"))
     result = train(longer)
@@ -411,6 +413,7 @@ def test_gradient_checkpointing_gives_the_same_weights(place, tmp_path):
     assert same_weights(tmp_path / "plain", tmp_path / "saving", tolerance=1e-6)
 
 
+@pytest.mark.full
 def test_accumulating_gradients_equals_larger_batches(place, tmp_path):
     small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     train(options(place["task"], place["backbone"], tmp_path / "small", **small, do_predict=False))

@@ -104,6 +104,7 @@ def test_a_full_disk_leaves_nothing_and_room_is_all_that_is_missing(place: Path,
         assert not [path for path in disk.rglob("*") if ".partial-" in path.name]
 
 
+@pytest.mark.full
 def test_a_run_goes_on_from_its_last_whole_checkpoint(place: Path, tmp_path: Path) -> None:
     with disks.tiny_disk(tmp_path / "disk", "size=100m") as disk:
         train(_options(place, disk / "all"))

@@ -105,8 +105,10 @@ def _full(cases: list[tuple[Any, ...]]) -> set[int]:
     groups = [_groups(column) for column in columns]
     seen: set[Hashable] = set()
     chosen = set()
-    # the first of equals would always be the same family, so each method begins at another place
-    order = sorted(range(len(cases)), key=lambda index: zlib.crc32(repr(cases[index]).encode()))
+    # the first of equals would always be the same family, so each method begins at another place; by name, because the
+    # text of an object may hold its address, and all processes must collect the same cases
+    names = [repr([getattr(value, "name", value) for value in case]) for case in cases]
+    order = sorted(range(len(cases)), key=lambda index: zlib.crc32(names[index].encode()))
     for index in order:
         method = str(cases[index][position])
         needs: set[Hashable] = set()

@@ -37,6 +37,14 @@ WAYS: dict[str, dict[str, str]] = {
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 0.05}
 
 
+#: Name -> method and fields of its config, tried beside each method's defaults: gradients on the training data that are
+#: read before the first step, and parameters that several blocks share.
+FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "atlas with blocks": ("atlas", {"blocks": 3}),
+    "vpt with projection": ("vpt", {"projection": 4}),
+}
+
+
 def shard_on_the_cpu() -> None:
     """Let accelerate shard on the CPU, which torch can: accelerate itself takes FSDP on a CPU for plain DDP."""
     from accelerate import state
@@ -103,14 +111,14 @@ def train_run(values: dict[str, Any], way: str, environment: dict[str, str], ran
         os._exit(2)
 
 
-def train_methods(methods: list[str], way: str, out: Path, dtype: str, rank: int = 0, port: int = 0) -> None:
-    """Train each method for a few steps; write its losses, trained parameters and saved adapter below `out`."""
+def train_methods(cases: list[str], way: str, out: Path, dtype: str, rank: int = 0, port: int = 0) -> None:
+    """Train each method, or case of `FIELDS`, for a few steps; write its losses and saved adapter below `out`."""
     flags = as_rank(way, rank, port)
-    for method in methods:
-        folder = out / way / method
+    for case in cases:
+        folder = out / way / case
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            found = _train_method(method, way, folder, getattr(torch, dtype), flags)
+            found = _train_method(case, way, folder, getattr(torch, dtype), flags)
         except Exception as error:
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}"}
@@ -195,7 +203,7 @@ def _split_method(
     }
 
 
-def _train_method(method: str, way: str, folder: Path, dtype: torch.dtype, flags: dict[str, Any]) -> dict[str, Any]:
+def _train_method(case: str, way: str, folder: Path, dtype: torch.dtype, flags: dict[str, Any]) -> dict[str, Any]:
     from peft import get_peft_model
     from transformers import TrainingArguments, set_seed
 
@@ -203,6 +211,7 @@ def _train_method(method: str, way: str, folder: Path, dtype: torch.dtype, flags
     from support.backbones import TINY, tiny_inputs
     from support.properties import KEEPS_HEAD, as_read, config, text_or_image
 
+    method, fields = FIELDS.get(case, (case, {}))
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4 if way == "one" else 2,
@@ -221,7 +230,7 @@ def _train_method(method: str, way: str, folder: Path, dtype: torch.dtype, flags
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     set_seed(0)
-    model = get_peft_model(base, config(method, base))
+    model = get_peft_model(base, config(method, base, **fields))
     inputs = as_read(model, inputs)
     rows = [{name: values[index] for name, values in inputs.items()} for index in range(12)]
     trainer = LabTrainer(model=model, args=arguments, train_dataset=rows)

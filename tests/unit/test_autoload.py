@@ -72,6 +72,7 @@ def test_a_broken_package_is_told_in_one_line(tmp_path: Path) -> None:
     assert "(ValueError: first line second line)" in errors
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("first", ["", f"{CALL}; "], ids=["within the import of peft", "before it"])
 def test_an_error_of_the_registration_does_not_reach_the_import_of_peft(first: str, tmp_path: Path) -> None:
     # this peft has none of the modules that the registration needs

@@ -53,6 +53,10 @@ def test_own_methods_are_native_peft_types(name):
     assert config_class(name)().peft_type is member
 
 
+def test_defaults_that_are_made_for_each_instance_are_read_from_source_too():
+    assert registry.config_fields("p2p")["elevation"].default == config_class("p2p")().elevation
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_every_field_has_a_help_text(name):
     for key, entry in registry.config_fields(name).items():
@@ -72,9 +76,10 @@ def test_importing_and_listing_do_not_import_torch():
 
 @pytest.mark.parametrize(
     "order",
-    ["import peft_lab, peft", "import peft, peft_lab",
+    ["import peft, peft_lab",
      *(pytest.param(order, marks=pytest.mark.full) for order in (
-         "from peft import PeftModel; import peft_lab", "from peft_lab.adapters import SVFitConfig; import peft",
+         "import peft_lab, peft", "from peft import PeftModel; import peft_lab",
+         "from peft_lab.adapters import SVFitConfig; import peft",
          "import peft_lab.tuners.layer", "import peft_lab.tuners.sequence.stored_prompts"))],
 )  # fmt: skip
 def test_methods_are_registered_whatever_is_imported_first(order):
@@ -139,6 +144,7 @@ def _plugin(folder, body: str) -> None:
     (info / "entry_points.txt").write_text("[peft_lab.methods]\nmine = my_plugin:METHOD\n")
 
 
+@pytest.mark.full
 def test_broken_plugin_is_left_out_with_a_warning(tmp_path):
     _plugin(
         tmp_path,

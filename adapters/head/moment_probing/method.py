@@ -17,9 +17,9 @@ Readings that were built where paper and code differ, or leave something open:
 - Texts: all tokens but the padding count, the first among them, and N is their number.
 - Linear maps start at N(0, 0.02^2) with zero bias, as timm's do; convolutions at torch's own start.
 
-After 60 steps of 16 rows (one seed, validation rows) it has an accuracy of 0.93 on snips with MiniLM, where the linear
-probe has 0.86, but 0.29 on sign-digits with a small ViT, where the linear probe has 0.37: it is the probe of longer
-trainings.
+Test accuracy after 60 steps of 16 rows at the default rate, seeds 0, 1, 2: on snips with MiniLM 0.969, 0.954, 0.964
+(the linear head alone 0.843, 0.844, 0.840), but on sign-digits with a small ViT 0.297, 0.315, 0.340 (head 0.338, 0.335,
+0.335): there it needs longer trainings.
 """
 
 from __future__ import annotations

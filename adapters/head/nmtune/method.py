@@ -18,6 +18,10 @@ Readings that were built where paper and code differ, or leave something open:
 - The feature is what the base's head reads, not a pooled output that the checkpoint may lack.
 - Layers start as torch's own do, the head by Kaiming's uniform with a zero bias, s at one.
 
+Test accuracy after 60 steps of 16 rows at the default rate, seeds 0, 1, 2: on sign-digits with a small ViT 0.383,
+0.415, 0.372 (the linear head alone 0.338, 0.335, 0.335), but on snips with MiniLM 0.847, 0.841, 0.817 (head 0.843,
+0.844, 0.840).
+
 The terms are added where the model computes its loss (`peft_lab.tuners.loss_terms` says what holds where).
 """
 
@@ -33,7 +37,16 @@ from torch import Tensor
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from peft_lab.errors import ConfigError, did_you_mean
-from peft_lab.tuners import ForwardContext, HeadConfig, HeadInput, HeadLayer, LossTerm, MethodInfo, register_head
+from peft_lab.tuners import (
+    ForwardContext,
+    HeadConfig,
+    HeadInput,
+    HeadLayer,
+    LossTerm,
+    MethodInfo,
+    register_head,
+    shifted,
+)
 
 METHOD = MethodInfo(
     name="nmtune",
@@ -52,8 +65,6 @@ METHOD = MethodInfo(
 VIEWS = ("none", "dropout", "shift")
 #: Width of the hidden layer in that of the feature, momentum of the batch norm, singular values that count.
 _EXPANSION, _MOMENTUM, _DOMINANT = 4, 0.1, 5
-#: Part of an image's side by which it is shifted at most.
-_SHIFT = 1 / 8
 
 
 @dataclass
@@ -116,8 +127,11 @@ class NMTuneLayer(HeadLayer):
         *("nmtune_up", "nmtune_up_bias", "nmtune_norm", "nmtune_norm_bias", "nmtune_down", "nmtune_down_bias"),
         *("nmtune_scale", "nmtune_head", "nmtune_head_bias"),
     )
-    other_param_names = ("nmtune_mean", "nmtune_variance")
-    adds_loss = True
+    other_param_names = data_param_names = ("nmtune_mean", "nmtune_variance")
+
+    @property
+    def adds_loss(self) -> bool:
+        return True
 
     def initial_values(self, adapter: str, config: NMTuneConfig) -> dict[str, Tensor]:
         width, hidden = self.facts.width, _EXPANSION * self.facts.width
@@ -202,18 +216,6 @@ class NMTuneLayer(HeadLayer):
             + config.covariance_weight * off_diagonal / width
             - config.singular_value_weight * dominant
         )
-
-
-def shifted(images: Tensor) -> Tensor:
-    """Shift each image (batch, channels, height, width) at random, its border reflected."""
-    height, width = images.shape[-2:]
-    down, right = max(int(height * _SHIFT), 1), max(int(width * _SHIFT), 1)
-    padded = F.pad(images, (right, right, down, down), mode="reflect")
-    found = []
-    for image in padded:
-        top, left = int(torch.randint(2 * down + 1, ())), int(torch.randint(2 * right + 1, ()))
-        found.append(image[:, top : top + height, left : left + width])
-    return torch.stack(found)
 
 
 def _uniform(fan_in: int, *shape: int) -> Tensor:

@@ -18,10 +18,10 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from peft_lab.adapters.input.pixel_prompt.pruning import Pruning
 from peft_lab.backbones import module_roles
 from peft_lab.errors import ConfigError, did_you_mean
 from peft_lab.tuners import AdapterConfig, AdapterLayer, AdapterTuner, MethodInfo, before_forward, register
+from peft_lab.tuners.pruning import ReversiblePruning
 
 #: Ways to choose source classes, and whether they read the training data.
 MAPPINGS = {"random": False, "first": False, "frequency": True, "iterative": True}
@@ -77,6 +77,11 @@ class MappedHeadConfig(AdapterConfig):
         },
     )
 
+    @property
+    def prunes_base(self) -> bool:
+        """True if the base is pruned while the adapter is on it."""
+        return self.sparsity > 0
+
     def check(self) -> None:
         if self.mapping not in MAPPINGS:
             raise ConfigError(
@@ -109,7 +114,7 @@ class MappedHead(AdapterLayer):
     first: list[MappedHead]  # a list, so that torch does not take it for a part of this module
     whole: list[nn.Module]
     settings: Any
-    pruning: Pruning
+    pruning: ReversiblePruning
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
@@ -141,7 +146,7 @@ class MappedHead(AdapterLayer):
         # What the base was before the first adapter, for `leave` to give back.
         if not heads:
             self.own_labels = (dict(model.config.id2label), dict(model.config.label2id))
-            self.pruning = Pruning(model, [model.get_submodule(path) for path in class_heads(model)])
+            self.pruning = ReversiblePruning(model, [model.get_submodule(path) for path in class_heads(model)])
 
     @property
     def source_classes(self) -> int:

@@ -191,7 +191,7 @@ class PixelPromptLayer(MappedHead):
     """Head of an image classifier with trainable pixels (channels, pixels)."""
 
     adapter_layer_names = ("pixel_prompt_program",)
-    other_param_names = ("pixel_prompt_mapping",)
+    other_param_names = data_param_names = ("pixel_prompt_mapping",)
 
     def start(self, adapter: str, config: PixelPromptConfig) -> dict[str, Tensor]:
         canvas = self.canvas(config)

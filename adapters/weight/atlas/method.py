@@ -11,7 +11,8 @@ side by side. Of a fine-tuned checkpoint the differences are kept as they are.
 Readings: a block is the weight of one module (biases and norms of a checkpoint are not composed, as in the authors'
 partitions). A partition is a run of neighbouring output rows, where the authors draw single entries at random, which
 has no factors. The penalty is `l1` or `l2` times the norm over the vectors, averaged over the blocks (theirs is 0.5).
-The vectors are stored in the adapter's file, so that it loads without their folders.
+The vectors are stored in the adapter's file, so that it loads without their folders. Training without labels, as at
+test time in the paper, is an option of a run: `unsupervised`.
 
 In 60 steps on snips with MiniLM and LoRA vectors (rank 4, 60 steps) of banking77 and SST-2 it has 0.914, 0.902 and
 0.894 validation accuracy (seeds 0 to 2), the head alone 0.856, 0.836 and 0.832, the most frequent class 0.154.
@@ -190,14 +191,24 @@ class ATLASLayer(WeightLayer):
 
     adapter_layer_names = ("atlas_lambda",)
     other_param_names = ("atlas_A", "atlas_B", "atlas_dense", "atlas_chosen")
+    data_param_names = ("atlas_chosen",)
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
         self.path = name
         for part in self.other_param_names:
             setattr(self, part, BufferDict({}, persistent=True))
+        #: Adapters whose vectors are zeros until their state is loaded.
+        self.unloaded: set[str] = set()
+
+    @property
+    def adds_loss(self) -> bool:
+        return any(config.l1 or config.l2 or config.negate for config in self.configs.values())
 
     def initial_values(self, adapter: str, config: ATLASConfig) -> dict[str, Tensor]:
+        self.unloaded.discard(adapter)
+        if config.vectors is not None and config.read is None:
+            self.unloaded.add(adapter)
         rows, columns = matrix_shape(self.base_layer, self.op)
         ranks, device = config.ranks, self.base_weight.device
         up, down = torch.zeros(rows, sum(ranks)), torch.zeros(sum(ranks), columns)
@@ -222,14 +233,38 @@ class ATLASLayer(WeightLayer):
             self.atlas_chosen[adapter] = torch.full((len(ranks),), UNREAD, device=device)
         return {"atlas_lambda": torch.zeros(len(ranks), config.partitions)}
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for adapter in tuple(self.unloaded):
+            if any(f"{prefix}{part}.{adapter}" in state_dict for part in ("atlas_A", "atlas_dense")):
+                self.unloaded.discard(adapter)
+
+    def check_loaded(self, adapter: str) -> None:
+        """Refuse an adapter whose vectors were neither read nor loaded.
+
+        Raises:
+            ConfigError: its config came from a file, and its state was not loaded.
+        """
+        if adapter not in self.unloaded:
+            return
+        kept = [getattr(self, part)[adapter] for part in ("atlas_B", "atlas_dense") if adapter in getattr(self, part)]
+        if not any(value.any() for value in kept):
+            raise ConfigError(
+                f'Adapter "{adapter}" of atlas has no vectors: its config came from a file, whose folders are not '
+                "opened, and its weights were not loaded; load the adapter whole (PeftModel.from_pretrained, "
+                "load_adapter), or name the folders in ATLASConfig(vectors=[...])."
+            )
+        self.unloaded.discard(adapter)
+
     # Coefficients -----------------------------------------------------------------------------------------------
 
     def coefficients(self, adapter: str) -> Tensor:
         """Coefficients (vectors, partitions), zero for the pairs that are not trained.
 
         Raises:
-            ConfigError: a training begins before the blocks are chosen.
+            ConfigError: a training begins before the blocks are chosen, or the vectors were not loaded.
         """
+        self.check_loaded(adapter)
         values: Tensor = self.atlas_lambda[adapter]
         if adapter not in self.atlas_chosen:
             return values
@@ -316,9 +351,11 @@ class ATLASTuner(AdapterTuner):
             wrap_forward(model, opens=True).around = run_with_objective
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        # no folder that a file names is opened, and a config that has fingerprints was read from a file
         if peft_config.vectors is not None and not peft_config.fingerprints:
             peft_config.read = read_vectors(peft_config.vectors, self.model)
             peft_config.check_checkpoints()
+            _check_unchanged(peft_config)
             if peft_config.target_modules is None:
                 modules: set[str] = set().union(*(vector.modules for vector in peft_config.read))
                 peft_config.target_modules = sorted(modules)
@@ -336,6 +373,15 @@ class ATLASTuner(AdapterTuner):
 
     def _layers(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, ATLASLayer)]
+
+
+def _check_unchanged(config: Any) -> None:
+    """Raise `ConfigError` if the vectors are others than those of an earlier adapter with this config."""
+    for name, vector, known in zip(config.vectors, config.read, config.vector_hashes or (), strict=False):
+        if vector.sha256 != known:
+            raise ConfigError(
+                f'The task vector "{name}" has changed since an adapter was made with this config; make a new one.'
+            )
 
 
 register(METHOD, ATLASConfig, ATLASLayer, ATLASTuner)

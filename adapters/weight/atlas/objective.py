@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_lab.errors import ConfigError
-from peft_lab.tuners import ForwardContext
+from peft_lab.tuners import ForwardContext, LossTerm
 
 #: Row input, and column of the task, that marks the rows whose answers are to be kept: 1 for these, 0 for the others.
 CONTROL = "control"
@@ -21,7 +21,7 @@ _NO_LOSS = "The model returned no loss, so l1, l2 and negate of atlas have no ef
 
 
 def run_with_objective(model: nn.Module, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Run a model's forward, and change the loss that it returns in training as its adapters say.
+    """Run a model's forward, and add terms to the loss that it returns in training as its adapters say.
 
     Raises:
         ConfigError: a negation of another loss than that of one label for each row.
@@ -36,11 +36,14 @@ def run_with_objective(model: nn.Module, forward: Callable[..., Any], arguments:
     if getattr(out, "loss", None) is None:
         warnings.warn(_NO_LOSS, stacklevel=2)
         return out
+    context = ForwardContext.current()
+    assert context is not None, "this runs in the call of a whole model"
+    # as terms, which count by the rows of this batch where a step has several batches or processes
     if any(config.negate for config in configs.values()):
-        out.loss = _negated(out.logits, arguments.get("labels"))
+        context.loss_terms.append(LossTerm(_negated(context, out.logits, arguments.get("labels")), own=0.0))
     for name, config in configs.items():
         own = [layer.atlas_lambda[name] for layer, of_layer in layers if of_layer == name]
-        out.loss = out.loss + penalty(own, config.l1, config.l2).to(out.loss)
+        context.loss_terms.append(LossTerm(penalty(own, config.l1, config.l2)))
     return out
 
 
@@ -56,12 +59,11 @@ def penalty(coefficients: Sequence[Tensor], l1: float, l2: float) -> Tensor:
     return torch.stack(norms).mean()
 
 
-def _negated(logits: Tensor, labels: Tensor | None) -> Tensor:
+def _negated(context: ForwardContext, logits: Tensor, labels: Tensor | None) -> Tensor:
     """Mean loss of the control rows minus that of the others; a part without rows counts zero."""
     if labels is None or logits.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
         raise ConfigError("negate needs a classification with one label for each row; leave it out for other tasks.")
-    context = ForwardContext.current()
-    control = None if context is None else context.row_input(CONTROL, len(labels))
+    control = context.row_input(CONTROL, len(labels))
     assert control is not None, "the config declares it with a column"
     losses = F.cross_entropy(logits.float(), labels, reduction="none")
     keep = control.to(losses)

@@ -188,7 +188,7 @@ def _read_checkpoint(name: str, folder: Path, model: nn.Module) -> TaskVector:
     """Differences of the weight matrices of a checkpoint, without those of the task head.
 
     Raises:
-        ConfigError: the model is none of transformers, or the checkpoint has other modules.
+        ConfigError: the model is none of transformers, it is quantised, or the checkpoint has other modules.
         AdapterMismatchError: a weight of the backbone has another shape.
     """
     if not isinstance(model, PreTrainedModel):
@@ -216,6 +216,11 @@ def _read_checkpoint(name: str, folder: Path, model: nn.Module) -> TaskVector:
             continue
         if op.op_type == "norm":
             continue
+        if op.quantization:
+            raise ConfigError(
+                f"the weight of {path} is quantised ({op.quantization}), so that a difference to it holds its rounding "
+                "too; load the base unquantised, or give LoRA adapters."
+            )
         delta = op.matrix(module.weight.detach().float() - base.weight.detach().float())
         if delta.any():
             vector.dense[path] = delta.clone()

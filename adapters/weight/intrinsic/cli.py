@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_lab.cli.options import Json
-from peft_lab.cli.output import format_metric, new_table, print_json, print_out
+from peft_lab.cli.output import Json, format_metric, new_table, print_json, print_out
 from peft_lab.errors import ConfigError
 from peft_lab.utils.atomic_files import check_can_be_made, new_file, write_errors, write_text
 from peft_lab.utils.interruption import going_on

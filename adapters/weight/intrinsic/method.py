@@ -18,7 +18,8 @@ the code crops theta_d without a word.
 A training step costs the gradient of the whole weight, as full fine-tuning does; the d numbers save optimiser states
 and the size of the file, not time. The projections take 8 bytes for each entry of a padded weight while the model runs.
 
-Measured with one seed alone (snips, MiniLM, 60 steps of 16 rows): validation accuracy 0.942, the head alone 0.856.
+Test accuracy after 60 steps of 16 rows at the default rate, seeds 0, 1, 2, on snips with MiniLM: 0.916, 0.904, 0.906;
+the head alone has 0.843, 0.844, 0.840.
 """
 
 from __future__ import annotations

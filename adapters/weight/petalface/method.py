@@ -12,8 +12,8 @@ draws B anew, so that their adapter does not start at the base); dropout acts on
 off by default here); the projection behind the backbone, which the paper gives one LoRA, belongs to the task head here
 and is trained whole.
 
-In 60 steps on sign-digits with the small ViT at its default rate it has 0.416, 0.373 and 0.361 validation accuracy
-(seeds 0 to 2), the head alone 0.367, 0.349 and 0.289, the most frequent class 0.102.
+Test accuracy after 60 steps of 16 rows at the default rate, seeds 0, 1, 2, on sign-digits with a small ViT: 0.430,
+0.352, 0.383; the head alone has 0.338, 0.335, 0.335, the most frequent class 0.085.
 """
 
 from __future__ import annotations

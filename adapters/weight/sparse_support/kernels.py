@@ -21,12 +21,14 @@ _GATHER_COST = 256
 
 
 def with_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    """Copy of a matrix (out, in) with values (K,) added at flat indices (K,); all other bits stay."""
-    flat = weight.reshape(-1)
-    flat = flat.clone() if flat.data_ptr() == weight.data_ptr() else flat
-    at = indices.long()
-    flat[at] += values.to(flat.dtype)
-    return flat.view(weight.shape)
+    """Copy of a matrix (out, in) with values (K,) added at flat indices (K,); all other bits stay.
+
+    It lies in memory as the matrix does, so that a product with it rounds alike.
+    """
+    found, at = weight.clone(), indices.long()
+    rows, columns = at // weight.shape[1], at % weight.shape[1]
+    found[rows, columns] += values.to(found.dtype)
+    return found
 
 
 def entries_gradient(x: Tensor, grad: Tensor, indices: Tensor) -> Tensor:

@@ -58,7 +58,12 @@ MEASURES: dict[str, Measure] = {
     "peak_memory_bytes": Measure("peak memory in training", "peak memory MB", 2**20),
     "train_seconds": Measure("training time"),
     "step_seconds": Measure("time of a training step (median)", "step ms", 1e-3, 1),
-    "step_flops": Measure("FLOPs of a training step", "step GFLOPs", 1e9, 2),
+    "step_flops": Measure(
+        "FLOPs of a training step, its pass through the backbone included where features are computed once",
+        "step GFLOPs",
+        1e9,
+        2,
+    ),
     "saved_bytes": Measure("activations kept for backward", "saved MB", 2**20, 1),
     "ece": Measure("expected calibration error", "calibration error", decimals=3),
     "shifted_score": Measure("main metric on the shifted test rows", "shifted score", decimals=3),

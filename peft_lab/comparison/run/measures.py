@@ -8,7 +8,8 @@ allocator's peak on CUDA, else the largest resident set of the run's process whi
 Of a final run, all outside the timed part:
 
 - step_flops, saved_bytes: FLOPs of forward and backward on one training batch, and the activations that autograd keeps
-  in between (`peft_lab.training.step_cost`), once for each arm on a cell; not for runs that `accelerate launch` starts;
+  in between (`peft_lab.training.step_cost`), once for each arm on a cell, and with the pass through the backbone where
+  a run computes its features once; not for runs that `accelerate launch` starts;
 - ece: expected calibration error of a classifier on the test rows: rows are put into 15 bins of equal width by the
   probability of the predicted class; the sum over bins of share of rows x |accuracy - mean probability|;
 - shifted_score, shifted_drop: the main metric on the test rows of the task named as `shifted`, and by how much it is
@@ -29,13 +30,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_lab import registry
 from peft_lab.comparison.records.run import Run
 from peft_lab.comparison.run.out_of_distribution import ood_measures
 from peft_lab.metrics import greater_is_better
 from peft_lab.metrics.calibration import BINS, expected_calibration_error
 from peft_lab.metrics.predictions import PREDICTIONS, Predictions, read_predictions
 from peft_lab.runs import run_folder
-from peft_lab.runs.optimization import ALTERNATING
+from peft_lab.runs.optimization import ALTERNATING, UNSUPERVISED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +70,8 @@ def measure(run: Run, place: Path, metrics: Mapping[str, Any]) -> dict[str, floa
         found |= _control(place, run.control, batch_size)
     if run.ood:
         found |= ood_measures(run, place, batch_size)
-    if run.cost and not run.launcher:
+    # a head that is fitted has no training step
+    if run.cost and not run.launcher and registry.method(str(run.options["method"])).takes_steps:
         found |= cost_of_step(run.options)
     return found
 
@@ -157,11 +160,12 @@ def _control(place: Path, control: str, batch_size: int) -> dict[str, float]:
 def _base_of(loaded: Loaded) -> Iterator[Any]:
     """Base model of a run.
 
-    Its adapter is switched off; of full fine-tuning, the base is loaded again.
+    Its adapter is switched off; of full fine-tuning, the base is loaded again, and pruned if it was so before.
     """
     from peft import PeftModel
 
     from peft_lab.loading.load_run import load_base
+    from peft_lab.loading.pruned_base import prune_for, read_pruning
 
     if isinstance(loaded.model, PeftModel):
         with loaded.model.disable_adapter():
@@ -171,6 +175,7 @@ def _base_of(loaded: Loaded) -> Iterator[Any]:
     _, model = load_base(
         loaded.kind, loaded.task, loaded.labels, run["model_name_or_path"], run.get("model_revision"), run.get("dtype")
     )
+    prune_for(model, read_pruning(loaded.folder), str(loaded.folder))
     yield model.eval()
 
 
@@ -212,13 +217,14 @@ def cost_of_step(options: Mapping[str, Any]) -> dict[str, float]:
     from peft_lab.backbones.frozen_norms import set_frozen_norms
     from peft_lab.data.task_registry import load_task
     from peft_lab.training.chunked_loss import chunked_loss
+    from peft_lab.training.pruning import quick_prune
     from peft_lab.training.run import prepare
     from peft_lab.training.step_cost import count_flops, kept_activations, training_step
 
     # no rows to hold out of so few, and weights change no size
-    left_out = (*ALTERNATING, "row_weight_column", "reference_model", "reference_share")
+    left_out = (*ALTERNATING, *UNSUPERVISED, "row_weight_column", "reference_model", "reference_share")
     few = {name: value for name, value in options.items() if name not in left_out}
-    few |= {"max_eval_samples": 1, "do_predict": False}
+    few |= {"max_eval_samples": 1, "do_predict": False, "prune": quick_prune(options.get("prune") or {})}
     streaming = load_task(options["task"]).streaming
     if options.get("examples_per_class") is None and not streaming:  # nothing but the one batch is looked at
         rows = COST_BATCHES * int(options.get("per_device_train_batch_size", 8))

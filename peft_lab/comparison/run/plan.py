@@ -386,6 +386,22 @@ def _task_content(source: str) -> str:
     return json.dumps([values, str(task.folder) if task.where == "files" else ""], sort_keys=True, default=str)
 
 
+def check_first_runs(study: Study) -> None:
+    """Check before anything is run that no two arms begin with the same run.
+
+    Arms whose size is still to be found, by `limits: {trainable_parameters: ...}`, are checked when they are run.
+
+    Raises:
+        ConfigError: two arms have the same run.
+    """
+    if study.limits.trainable_parameters is not None:
+        return
+    seen: dict[str, Run] = {}
+    for cell in study.cells:
+        for arm in study.arms:
+            check_distinct(next(arm_runs(study, cell, arm)), seen)
+
+
 def check_distinct(runs: Iterable[Run], seen: dict[str, Run]) -> None:
     """Check that no two arms have the same run.
 

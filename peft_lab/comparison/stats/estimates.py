@@ -140,7 +140,9 @@ def half_width(components: Sequence[VarianceComponent], level: float = LEVEL) ->
     # with one component or equal ones there is no bracket to search in
     if max(quantiles) - min(quantiles) < 1e-12 * max(quantiles):
         return float(quantiles[0])
-    return float(optimize.brentq(lambda x: p_value(x, components) - level, min(quantiles), max(quantiles)))
+    # a little wider, because a component of next to no weight leaves the root at an end, on either side by rounding
+    low, high = (1 - 1e-9) * min(quantiles), (1 + 1e-9) * max(quantiles)
+    return float(optimize.brentq(lambda x: p_value(x, components) - level, low, high))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

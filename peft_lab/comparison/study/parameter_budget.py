@@ -135,6 +135,7 @@ def _counter(run: Run, name: str) -> Callable[[int], int]:
     from peft_lab.data.splits import load_splits
     from peft_lab.data.task_registry import kind, load_task
     from peft_lab.loading.load_run import adapt, count_parameters, load_base
+    from peft_lab.training.pruning import prune_alike
     from peft_lab.tuners.registration import has_trait
 
     task, options = load_task(str(run.options["task"])), run.options
@@ -144,6 +145,7 @@ def _counter(run: Run, name: str) -> Callable[[int], int]:
     revision, dtype = options.get("model_revision"), options.get("dtype")
     keeps_head, form = has_trait(info, "uses_source_head"), options.get("quantization")
     processor, base = load_base(rule, task, labels, run.backbone, revision, dtype, keeps_head, form)
+    prune_alike(base, options.get("prune") or {})  # zeros may be what an adapter trains
     settings = rule.adapter_settings(processor, task, labels) | prompt_column.settings(splits.prompt_values)
 
     def count(value: int) -> int:

@@ -11,7 +11,9 @@ methods:              # a name, or a mapping; a list of values in `args` makes o
   - {method: svfit, args: {rank: [8, 64, full]}}
   - {method: lora, args: {use_dora: true}, name: dora, learning_rates: [1e-3, 3e-3, 1e-2]}
   - {method: ssf, tune: {init_std: [0.0, 0.02]}}   # searched along with the learning rate, in the same budget
-  - {method: iapt, training: {alternating_every: 1}}   # options of bi-level training, for methods that can
+  - {method: iapt, training: {alternating_every: 1}}   # options of the method's recipe, such as bi-level training
+  - {method: head, training: {features: cached}}       # or the features of the backbone computed once
+  - {method: lora, training: {prune: {by: magnitude, share: [0.5, 0.9]}}}   # pruning; a list of shares makes arms
 seeds: 3              # a number or a list
 search: {strategy: grid, trials: 3, seeds: 1}      # or halving, or none
 limits: {max_steps: 60}             # or seconds; and trainable_parameters (set by the argument an arm names as `size`)
@@ -37,7 +39,7 @@ from peft_lab.comparison.study.study import FURTHER, Arm, Cell, Limits, Search, 
 from peft_lab.data.task_registry import load_task, validate_task
 from peft_lab.data.task_schema import check_classes
 from peft_lab.errors import ConfigError, check_keys, did_you_mean
-from peft_lab.runs.optimization import ALTERNATING
+from peft_lab.runs.optimization import OF_A_RECIPE
 from peft_lab.runs.run_config import RunConfig, method_args, read_run_file
 from peft_lab.training.launch import find_config
 from peft_lab.utils.schema import S, Schema, check
@@ -58,6 +60,9 @@ _SET_ELSEWHERE = {
     "push_to_hub": "push the adapter that you choose",
     "max_seconds": 'give "seconds" under "limits"',
 }
+
+#: Options of runs that an arm may have alone: all others must be the same, or the comparison would not be fair.
+_OF_ARM = (*OF_A_RECIPE, "prune")
 
 #: The arms of a comparison that names no methods: a baseline, two methods of this package, three tuners of peft.
 DEFAULT_METHODS: tuple[Any, ...] = (
@@ -274,9 +279,7 @@ def _arms(entry: Any) -> list[Arm]:
     info = registry.method(values["method"])
     what = f'the arm of method "{info.name}"'
     given = _checked(_ArmEntry, values, what)
-    # all other options must be the same for every arm, or the comparison would not be fair
-    check_keys(given.training, ALTERNATING, f"training of {what}")
-    training = _run_options(given.training, f"training of {what}")
+    check_keys(given.training, _OF_ARM, f"training of {what}")
     args = method_args(given.args)
     tune = {name: tuple(_list(value)) for name, value in method_args(given.tune).items()}
     for arguments, key in ((args, "args"), (tune, "tune")):
@@ -296,8 +299,23 @@ def _arms(entry: Any) -> list[Arm]:
         chosen = dict(zip(grids, combination, strict=True))
         # a study that was written back may hold lists of one value, whose arms are named already
         parts = [given.name or info.name, *(f"{k}={v}" for k, v in chosen.items() if len(grids[k]) > 1)]
-        arms.append(Arm(" ".join(parts), info.name, {**args, **chosen}, tune, rates, size, training))
+        for share, options in _by_share(given.training):
+            training = _run_options(options, f"training of {what}")
+            arms.append(Arm(" ".join([*parts, *share]), info.name, {**args, **chosen}, tune, rates, size, training))
     return arms
+
+
+def _by_share(training: Mapping[str, Any]) -> Iterable[tuple[list[str], dict[str, Any]]]:
+    """Options of an arm for each share of its `prune`, with what the arm's label says of it."""
+    prune = training.get("prune")
+    shares = prune.get("share") if isinstance(prune, Mapping) else None
+    if not isinstance(shares, list) or not shares:
+        return [([], dict(training))]
+    found = []
+    for share in shares:
+        label = [f"share={share}"] if len(shares) > 1 else []
+        found.append((label, {**training, "prune": {**dict(prune or {}), "share": share}}))
+    return found
 
 
 def _rates(value: Any, what: str) -> tuple[float, ...]:

@@ -39,7 +39,7 @@ class Arm:
         tune: argument -> values that are searched along with the learning rate, the first one being the default.
         learning_rates: the ones to try; empty for a grid around the method's own.
         size: the argument that sets its number of parameters, for `limits: {trainable_parameters: ...}`.
-        training: run options that only its method has, those of bi-level training.
+        training: run options of its own, which belong to the recipe of its method.
     """
 
     label: str

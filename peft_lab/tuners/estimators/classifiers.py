@@ -1,18 +1,23 @@
 """Array estimators of features, in scikit-learn's manner.
 
 `ArrayClassifier` turns scores of classes into predictions; `LinearClassifier` has the scores that most of these methods
-share, and whose arrays a model's head can hold.
+share, and whose arrays a model's head can hold. `IncrementalClassifier` is a linear one that takes further rows and
+classes, `StandardisedClassifier` one that a solver of scikit-learn fits to standardised features.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: An array of numpy.
 Array = Any
@@ -145,3 +150,66 @@ class ClassSums:
         counts, means = np.zeros(len(classes)), np.zeros((len(classes), self.means.shape[1]))
         counts[places], means[places] = self.counts, self.means
         self.classes, self.counts, self.means = classes, counts, means
+
+
+class IncrementalClassifier(LinearClassifier):
+    """Linear classifier that takes further rows, of known classes or new ones.
+
+    A subclass supplies `_set_scores`.
+
+    Attributes:
+        sums_: counts, means and scatter of the classes.
+        first_classes_: sorted labels of the first call.
+    """
+
+    def fit(self, X: Array, y: Array) -> Self:
+        """Fit to features (rows, width) of the first classes."""
+        X, y = self._labelled(X, y)
+        self.sums_, self.first_classes_ = ClassSums(X.shape[1]), np.unique(y)
+        return self._add(X, y)
+
+    def partial_fit(self, X: Array, y: Array, classes: Array | None = None) -> Self:
+        """Add rows (rows, width); new classes need not be announced in `classes`."""
+        if not hasattr(self, "sums_"):
+            return self.fit(X, y)
+        return self._add(*self._labelled(X, y, reset=False))
+
+    def _add(self, X: Array, y: Array) -> Self:
+        self.sums_.add(X, y)
+        self.classes_ = self.sums_.classes
+        self._set_scores(X, y)
+        return self
+
+    def _set_scores(self, X: Array, y: Array) -> None:
+        """Set the linear arrays by `sums_` and the rows of this call."""
+        raise NotImplementedError
+
+
+class StandardisedClassifier(LinearClassifier):
+    """Linear classifier that a solver of scikit-learn fits to standardised features.
+
+    A subclass supplies `_solver`.
+
+    Args:
+        C: inverse weight of the regulariser.
+        tol: tolerance of the solver.
+        max_iter: most iterations of the solver.
+    """
+
+    def __init__(self, C: float = 1.0, tol: float = 1e-4, max_iter: int = 1000) -> None:
+        self.C = C
+        self.tol = tol
+        self.max_iter = max_iter
+
+    def fit(self, X: Array, y: Array) -> Self:
+        """Fit to features (rows, width)."""
+        X, y = self._labelled(X, y)
+        scaler = StandardScaler().fit(X)
+        solver = self._solver().fit(scaler.transform(X), y)
+        self.classes_, self.n_iter_ = solver.classes_, solver.n_iter_
+        self._set_linear(solver.coef_, solver.intercept_, scaler.mean_, 1 / scaler.scale_)
+        return self
+
+    def _solver(self) -> Any:
+        """Classifier of scikit-learn that has not been fitted."""
+        raise NotImplementedError

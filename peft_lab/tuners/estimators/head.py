@@ -34,6 +34,7 @@ class EstimatorHead(HeadLayer):
 
     def __init__(self, base_layer: Any, name: str) -> None:
         super().__init__(base_layer, name)
+        self.data_param_names = self.other_param_names
         #: Adapters whose arrays say nothing yet.
         self.unfitted: set[str] = set()
         #: Estimator of each adapter as its config makes it, for facts that hold before it is fitted.
@@ -53,11 +54,12 @@ class EstimatorHead(HeadLayer):
         """Scores (rows, classes) of features (rows, width)."""
         raise NotImplementedError
 
-    def fit(self, config: Any, rows: Any, labels: Any, unlabelled: Any) -> Any:
-        """Fit the array estimator to features (rows, width) and labels (rows,).
+    def fit(self, adapter: str, rows: Any, labels: Any, unlabelled: Any) -> Any:
+        """Fit the array estimator of an adapter to features (rows, width) and labels (rows,).
 
         `unlabelled` are the features of rows without a label; None if there are none.
         """
+        config = self.configs[adapter]
         more = {} if unlabelled is None else {config.unlabelled_rows: unlabelled}
         return config.estimator().fit(rows, labels, **more)
 
@@ -165,7 +167,7 @@ class EstimatorHead(HeadLayer):
             )
         unlabelled = None if known.all() else rows[~known]
         try:
-            estimator = self.fit(config, rows[known], labels[known], unlabelled)
+            estimator = self.fit(adapter, rows[known], labels[known], unlabelled)
         except ConfigError:
             raise
         except ValueError as error:

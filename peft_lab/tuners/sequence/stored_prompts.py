@@ -220,9 +220,8 @@ class StoredPrompts(SequenceLayer):
         super().update_layer(adapter, config)
         if not self.initialises_from_data(adapter):
             return
-        # A loaded adapter brings its values along.
-        if config.fingerprints is None:
-            self.awaiting_data.add(adapter)
+        # A loaded adapter brings its values along, and they end the wait.
+        self.awaiting_data.add(adapter)
         # Particles take the place of the trained values; frozen ones are named to peft, or it would train them.
         if config.domain_draws is not None:
             shape = self.stored_values[adapter].shape

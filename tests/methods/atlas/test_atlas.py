@@ -16,6 +16,7 @@ from support.backbones import TINY, tiny_inputs
 from support.properties import assert_close, move, output
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import TrainingArguments
 
 import peft_lab
 from peft_lab.adapters import ATLASConfig
@@ -23,6 +24,7 @@ from peft_lab.errors import AdapterMismatchError, ConfigError
 from peft_lab.export.to_lora import convert
 from peft_lab.loading.foreign_adapters import write_record
 from peft_lab.loading.load_adapter import load_adapter
+from peft_lab.training.trainer import LabTrainer
 
 #: Settings of the LoRA vectors: other ranks, scalings and modules.
 SETTINGS: list[dict[str, Any]] = [
@@ -290,6 +292,55 @@ def test_penalties_are_norms_over_vectors_averaged_over_blocks(place):
     start = _model(_vectors(place), l2=1.0).train()
     start(**_batch()).loss.backward()
     assert all(value.grad.isfinite().all() for value in _coefficients(start).values())
+
+
+def test_a_loss_outside_of_the_model_is_refused(place, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=0.1)
+    with pytest.raises(ConfigError, match="adds terms to the loss"):
+        LabTrainer(_model(_vectors(place), l1=0.1), arguments)
+    LabTrainer(_model(_vectors(place)), arguments)
+
+
+def test_one_config_serves_several_adapters(place, tmp_path):
+    config = ATLASConfig(vectors=_vectors(place))
+    model = get_peft_model(TINY["bert"](), config)
+    model.add_adapter("second", config)
+    layer = next(module for module in model.modules() if hasattr(module, "atlas_lambda"))
+    assert torch.equal(layer.atlas_B["default"], layer.atlas_B["second"])
+    assert layer.atlas_B["second"].any()
+
+
+def test_a_config_of_a_file_without_its_weights_is_no_adapter(place, tmp_path):
+    """Its vectors lie in the adapter's file; zeros in their place would train nothing in silence."""
+    model = move(_model(_vectors(place)))
+    model.save_pretrained(tmp_path)
+    saved = ATLASConfig.from_pretrained(tmp_path)
+    empty = get_peft_model(TINY["bert"](), saved).eval()
+    with pytest.raises(ConfigError, match='Adapter "default" of atlas has no vectors'):
+        empty(**_batch())
+    with pytest.raises(ConfigError, match="has no vectors"):
+        empty.merge_and_unload()
+    with empty.disable_adapter():
+        empty(**_batch())
+    # its weights make it one
+    empty.load_adapter(tmp_path, "loaded")
+    empty.set_adapter("loaded")
+    assert_close(empty(**_batch()).logits, model(**_batch()).logits)
+
+
+@pytest.mark.parametrize("family", ["vit", "llama"])
+def test_a_penalty_counts_once_however_a_step_is_divided(family):
+    base = TINY[family]()
+    model = move(get_peft_model(base, ATLASConfig(l1=0.3, l2=0.7))).train()
+    inputs = tiny_inputs(base, batch=4, labels=True)
+    # as Trainer counts them: a decoder predicts no first token
+    items = inputs["labels"][..., 1:].numel() if family == "llama" else len(inputs["labels"])
+    parts = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        part = {name: value[rows] for name, value in inputs.items()}
+        parts.append(model(**part, num_items_in_batch=torch.tensor(items)).loss)
+    assert_close(sum(parts), model(**inputs).loss)
+    assert {layer.adds_loss for layer in model.modules() if hasattr(layer, "atlas_lambda")} == {True}
 
 
 def test_negation_forgets_the_task_and_keeps_the_control_rows(place):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from support.backbones import TINY, VARIANTS, tiny_inputs
 from support.properties import adapt, adapter_parameters, config, move, needs_add_adapter, output
 from support.tiny_runs import make_backbone, make_task, options, same_weights
@@ -263,6 +263,16 @@ def test_an_adapter_that_is_trained_on_keeps_its_values(recorded, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model(**tiny_inputs(base))
+
+
+def test_a_config_of_a_file_without_its_values_reads_the_data(tmp_path):
+    base = TINY["bert"]()
+    adapt("soft_prompt", base, domain_components=2).save_pretrained(tmp_path)
+    model = get_peft_model(TINY["bert"](), PeftConfig.from_pretrained(tmp_path))
+    (value,) = adapter_parameters(model).values()
+    start = value.detach().clone()
+    model.base_model.read_data([tiny_inputs(base, batch=6)], 0)
+    assert not torch.equal(value, start)
 
 
 @pytest.mark.parametrize("method", ["soft_prompt", "metadata_prompt"])

@@ -40,6 +40,7 @@ def test_the_capability_is_true(method):
     assert bool(activation_parameters(model)) == registry.learns_activation(registry.method(method))
 
 
+@pytest.mark.full
 def test_held_out_rows_train_the_activation_alone(place, tmp_path):
     """Until its own first step the activation stands still, bit for bit, while all else moves."""
     still = train(_run(place, tmp_path / "still"), alternating_every=9)
@@ -57,6 +58,7 @@ def test_held_out_rows_train_the_activation_alone(place, tmp_path):
     assert plain.metrics["data"]["rows"]["train"] == 96
 
 
+@pytest.mark.full
 def test_an_interrupted_run_goes_on_to_the_same_weights(place, tmp_path, monkeypatch, caplog):
     """The moments of the activations and the order of the held-out batches lie in the checkpoint."""
     run = _run(place, tmp_path / "out", alternating_every=1, alternating_learning_rate=1e-2, save_steps=2)

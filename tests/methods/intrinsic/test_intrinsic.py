@@ -80,6 +80,7 @@ def test_draws_depend_on_the_seed_alone():
     assert not torch.equal(first.bits, Fastfood.draw(10, 50, 8).bits)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "fields"),
     [

@@ -14,9 +14,9 @@ from support.properties import adapt, adapter_parameters, assert_close, config, 
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from peft_lab.adapters.head.nmtune.method import shifted
 from peft_lab.errors import ConfigError
 from peft_lab.training.trainer import LabTrainer
+from peft_lab.tuners import shifted
 
 LABELS = torch.tensor([0, 2, 1, 2])
 

@@ -90,6 +90,17 @@ def test_the_upper_side_is_drawn_above_and_tilts_towards_the_viewer() -> None:
     assert_close(torch.rad2deg(found), torch.tensor([[90.0, 45.0], [270.0, 45.0]]))
 
 
+def test_default_elevations_are_the_tilts_of_the_authors() -> None:
+    # their picture lies on x (downwards) and y; clouds whose z is up are tilted about y by -.4 to -.2 pi from the top
+    cloud, config = clouds(1), P2PConfig()
+    x, _, z = cloud.unbind(2)
+    for elevation, tilt in zip(config.elevation, (0.4 * math.pi, 0.2 * math.pi), strict=True):
+        down = math.cos(tilt) * x - math.sin(tilt) * z
+        found = turned(cloud, "z", torch.zeros(1), torch.deg2rad(torch.tensor([elevation])))
+        assert_close(found[..., 1], -down)
+        assert_close(found[..., 0], cloud[..., 1])
+
+
 # The encoder ----------------------------------------------------------------------------------------------------------
 
 
@@ -155,12 +166,13 @@ def test_norms_and_class_token_are_those_of_a_changed_base(family: str) -> None:
 @torch.no_grad()
 def test_logits_are_the_mean_over_the_views() -> None:
     base = TINY["vit"]()
-    several = move(adapt("p2p", base, num_azimuths=3, num_elevations=2, azimuth=[0.0, 180.0]))
+    fields = {"azimuth": [0.0, 180.0], "elevation": [18.0, 54.0], "num_azimuths": 3, "num_elevations": 2}
+    several = move(adapt("p2p", base, **fields))
     found = several(point_clouds=clouds(), labels=torch.tensor([0, 1]), output_hidden_states=True)
     single = []
     for low in (0.0, 60.0, 120.0):
-        for tilt in (36.0, 54.0):
-            one = adapt("p2p", base, azimuth=[low, low + 60.0], elevation=[tilt, tilt + 18.0])
+        for tilt in (18.0, 36.0):
+            one = adapt("p2p", base, azimuth=[low, low + 60.0], elevation=[tilt, tilt + 18.0], num_azimuths=1)
             one.load_state_dict(several.state_dict())
             single.append(one(point_clouds=clouds()).logits)
     assert_close(found.logits, torch.stack(single).mean(0))
@@ -212,8 +224,8 @@ def test_calls_that_do_not_go_together_are_refused() -> None:
         ({"object_size": 3}, "object_size=3 must be from 4"),
         ({"up_axis": "w"}, 'up_axis="w" must be x, y or z'),
         ({"azimuth": [90.0, 0.0]}, "azimuth=.* two angles"),
-        ({"image_mean": [0.5]}, "image_mean=.* three channels"),
-        ({"image_std": [0.0, 1.0, 1.0]}, "image_std=.* positive one"),
+        ({"image_mean": [0.5]}, "image_mean=.* three numbers"),
+        ({"image_std": [0.0, 1.0, 1.0]}, "image_std=.* of std positive"),
         ({"object_size": 4000}, "object_size=4000 must be from"),
         ({"exclude_modules": ["layernorm"]}, "takes no exclude_modules"),
     ],

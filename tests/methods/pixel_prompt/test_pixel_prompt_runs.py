@@ -113,6 +113,7 @@ def test_a_run_from_training_to_pipeline(task, backbone, tmp_path):
         merge(folder, tmp_path / "merged")
 
 
+@pytest.mark.full
 def test_resuming_gives_the_same_bits(task, backbone, tmp_path):
     """Also within an epoch, where the mapping is that of the checkpoint."""
     options = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}

@@ -197,6 +197,7 @@ class TestGuardOfDevices:
         assert guard.amplification(idle, torch.zeros(4)) == float("inf")
 
 
+@pytest.mark.full
 def test_compiled_results_are_the_same() -> None:
     norm = nn.LayerNorm(16).requires_grad_(False)
     x, weight = torch.randn(40, 16, requires_grad=True), torch.randn(16, 16)

@@ -444,6 +444,7 @@ def test_an_encoder_without_the_pretrained_head_is_refused(tmp_path: Path) -> No
         masked_task(mlm_probability=1.5)
 
 
+@pytest.mark.full
 def test_a_resumed_run_of_masks_ends_as_one_that_was_not_broken_off(tmp_path: Path) -> None:
     backbone = make_masked_lm(tmp_path / "base")
     (tmp_path / "x.txt").write_text("\n".join(f"the rain and {word} now" for word in ("song", "sun", "soup") * 8))

@@ -98,6 +98,28 @@ def test_columns_without_numbers_are_refused(
         load_splits(load_task(str(_rated(tmp_path, columns, grades))))
 
 
+GATED = {"method": "gated_spectra", "method_args": {"gate": "column", "components": 4, "groups": 2}}
+
+
+def test_whole_numbers_reach_a_method_that_reads_integers(place: dict[str, Path], tmp_path: Path) -> None:
+    columns = {"text": "sentence", "label": "verdict", "component_group": "grade"}
+    task = make_rated(tmp_path / "data", columns, [0, 1.0])
+    done = train(options(task, place["bert"], tmp_path / "out", **GATED, max_steps=60))
+    batch = done.trainer.data_collator([done.trainer.train_dataset[i] for i in range(4)])
+    assert (batch["component_group"].dtype, batch["component_group"].tolist()) == (torch.int64, [0, 1, 0, 1])
+    assert evaluate(done.output_dir, split="test")["accuracy"] == done.metrics["metrics"]["test"]["accuracy"]
+    scores = []
+    for grade in ("0", 1):
+        (answer,) = predict(done.output_dir, [{"sentence": "the song", "grade": grade}], top_k=2)
+        scores.append(next(each["score"] for each in answer["top_k"] if each["label"] == "yes"))
+    assert scores[0] < scores[1]
+    with pytest.raises(ConfigError, match='Input 1 has no whole number "component_group"'):
+        predict(done.output_dir, [{"sentence": "the song", "grade": 0.5}])
+    broken = make_rated(tmp_path / "broken", columns, [0, 0.5])
+    with pytest.raises(ConfigError, match=r'24 rows have a fraction in column "grade".*rows 2, 4'):
+        train(options(broken, place["bert"], tmp_path / "broken_out", **GATED))
+
+
 def _rated(folder: Path, columns: dict[str, str], grades: list[Any] | None) -> Path:
     return make_rated(folder, {"text": "sentence", "label": "verdict", **columns}, grades)
 

@@ -112,12 +112,9 @@ def test_the_fingerprint_of_shipped_data_is_the_same_on_every_machine() -> None:
     assert test == "5c1d9553c5298d9cf67ea0a60b0b73bb"
 
 
-#: Sixty thousand images, whose headers are all read.
-LARGE = "local-cifar10"
-
-
+@pytest.mark.full
 @needs_data
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full if n == LARGE else ()) for n in LOCAL])
+@pytest.mark.parametrize("name", LOCAL)
 def test_a_local_task_loads(name: str) -> None:
     task = validate_task(name)
     splits = load_splits(task, test=True)

@@ -77,6 +77,7 @@ def test_the_card_states_mean_and_interval_of_the_arm(study: Path, tmp_path: Pat
         assert str(study).encode() not in path.read_bytes(), path
 
 
+@pytest.mark.full
 def test_a_run_elsewhere_needs_its_comparison_named(study: Path, tmp_path: Path) -> None:
     """A folder with the runs, or a copy of the comparison that was made to be shared."""
     copy = tmp_path / "renamed"

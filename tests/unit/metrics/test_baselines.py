@@ -244,6 +244,7 @@ def test_the_base_is_scored_for_every_kind_that_predicts_tokens_by_its_head():
         assert info.source_head == isinstance(kind(name), TokenKind), name
 
 
+@pytest.mark.full
 def test_the_base_without_an_adapter_is_scored_once_and_changes_nothing(tmp_path):
     """Its scores are those of the base evaluated by itself, and the training is the same as without."""
     task, base = make_writing_task(tmp_path / "texts"), make_decoder(tmp_path / "llama")

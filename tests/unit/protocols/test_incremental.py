@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from sklearn.naive_bayes import GaussianNB
 from sklearn.svm import OneClassSVM
 from support.incremental import CentroidEstimator, FeatureLearner, blobs
 from support.tiny_runs import make_backbone, make_task
+from typer.testing import CliRunner
 
 from peft_lab import registry
+from peft_lab.cli.app import app
 from peft_lab.errors import ConfigError, TaskError
 from peft_lab.protocols import incremental as protocol
 from peft_lab.protocols.incremental import Part, incremental, read_records, run_sessions
@@ -25,7 +28,21 @@ from peft_lab.protocols.incremental_report import summary_rows, write_report
 from peft_lab.protocols.learners import EstimatorLearner, FeatureReader, is_estimator, keeps_features, make_estimator
 from peft_lab.protocols.sessions import Session, order_of, sessions_of
 
+PROTOCOLS = sorted((Path(__file__).parents[3] / "benchmarks" / "studies" / "incremental").glob("*.yaml"))
 BASE = {"task": "snips", "model_name_or_path": "minilm", "method": "lora", "steps": 3, "output_dir": "-"}
+
+
+@pytest.mark.parametrize("file", PROTOCOLS, ids=lambda file: file.stem)
+def test_a_shipped_protocol_is_validated_without_the_data(file, monkeypatch):
+    monkeypatch.delenv("PEFT_LAB_DATA", raising=False)
+    found = CliRunner().invoke(app, ["validate", "--json", str(file)])
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["is"] == "protocol"
+
+
+def test_a_name_that_no_option_has_is_refused_with_a_near_one():
+    with pytest.raises(ConfigError, match='Did you mean "base_classes"'):
+        IncrementalOptions.from_mapping({**BASE, "base_clases": 2})
 
 
 # Sessions -----------------------------------------------------------------------------------------------------------
@@ -266,6 +283,7 @@ def values(place, out, **changes):
     }
 
 
+@pytest.mark.full
 def test_a_protocol_that_was_stopped_goes_on(place, tmp_path, monkeypatch):
     def short(name, **changes):
         return values(place, tmp_path / name, **{"steps": 2, "max_steps": 1, "method": ["head"], **changes})
@@ -298,6 +316,7 @@ def test_a_protocol_that_was_stopped_goes_on(place, tmp_path, monkeypatch):
     assert len(incremental(short("out", steps=3, overwrite_output_dir=True)).records) == 2
 
 
+@pytest.mark.full
 def test_a_trained_head_forgets_and_the_adapter_of_the_first_session_stays(place, tmp_path):
     found = incremental(values(place, tmp_path / "out", max_steps=15, orders=["natural"]))
     (record,) = found.records
@@ -320,6 +339,12 @@ def test_estimators_are_found_by_their_cards():
     assert not {"gaussian_anomaly", "moment_probing", "lora"} & set(estimators())
 
 
+@pytest.mark.parametrize(("method", "args"), [("linear_svm", {"views": 2}), ("gda", {"text_templates": ["a {}."]})])
+def test_fields_of_a_models_head_are_refused(method, args):
+    with pytest.raises(ConfigError, match=f"{next(iter(args))} of method .* acts on the head of a model"):
+        make_estimator(method, args)
+
+
 @pytest.mark.full
 def test_every_estimator_learns_session_by_session(place, tmp_path):
     changes = {"steps": 2, "base_classes": 2, "orders": ["natural"], "method": estimators()}
@@ -336,6 +361,18 @@ def test_an_estimator_reads_the_features_of_an_adapter(place, tmp_path):
         incremental(values(place, tmp_path / str(adapter), adapter=adapter, **changes)) for adapter in (None, "ssf")
     )
     assert adapted.records[0]["steps"] != frozen.records[0]["steps"]
+
+
+def test_estimators_of_an_order_share_the_adapter_of_the_first_session(place, tmp_path):
+    """It is trained once for them, and each has the results that it has alone."""
+    changes = {"steps": 2, "base_classes": 2, "orders": ["natural"], "adapter": "ssf"}
+    both = incremental(values(place, tmp_path / "both", method=["nearest_mean", "gda"], **changes))
+    alone = incremental(values(place, tmp_path / "alone", method=["gda"], **changes))
+    assert both.records[1]["steps"] == alone.records[0]["steps"]
+    made = protocol._Protocol(IncrementalOptions.from_mapping(values(place, tmp_path, **changes)))
+    first, second, other = (made.learner("nearest_mean", order) for order in ("1", "1", "2"))
+    assert first.adapter is second.adapter
+    assert first.adapter is not other.adapter
 
 
 def test_domain_sessions_of_a_column(place, tmp_path):
@@ -355,7 +392,7 @@ def test_features_are_those_of_the_head_and_read_once(place, tmp_path):
     before = reader.features(made.test.rows, np.arange(4))
     assert reader.features(made.test.rows, np.arange(2)) == pytest.approx(before[:2])
     assert len(reader._kept) == 1
-    adapter = made.learner("lora")
+    adapter = made.learner("lora", "natural")
     learner = EstimatorLearner(CentroidEstimator(), adapter=adapter)
     untouched = FeatureReader(adapter.loaded, 8).features(made.test.rows, np.arange(4))
     assert untouched == pytest.approx(before, abs=1e-5)

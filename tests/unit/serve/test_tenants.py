@@ -92,6 +92,7 @@ def test_every_op_answers_as_alone(method, op, tmp_path):
     assert torch.equal(tenants.model(x), single["__base__"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "vit", "gpt2", "swin", "t5", "resnet"])
 def test_methods_ranks_and_modules_side_by_side(family, tmp_path):
     base = TINY[family]()
@@ -130,6 +131,7 @@ def test_methods_that_mix_batches_are_served_or_say_so(tmp_path):
     assert {"lora", "ssf", "svfit"} <= {*SERVED}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", SERVED)
 @pytest.mark.parametrize("family", ["llama", "t5"])
 @pytest.mark.parametrize("beams", [1, 3])

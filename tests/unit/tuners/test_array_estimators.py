@@ -36,6 +36,7 @@ def clusters(classes: int = 4, rows: int = 30, width: int = 6, seed: int = 0) ->
     return means[y] + random.standard_normal((len(y), width)), y
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FITTED)
 def test_the_checks_of_scikit_learn_pass(name):

@@ -173,6 +173,7 @@ def test_a_copy_has_a_context_of_its_own(way: Any) -> None:
     assert torch.equal(output(other, inputs, prompt_ids=ids), expected)
 
 
+@pytest.mark.full
 def test_compiled() -> None:
     model, inputs = twin("bert"), tiny_inputs(TINY["bert"](), batch=3)
     expected = output(model, inputs, row_weight=WEIGHTS)

@@ -155,6 +155,15 @@ def test_quantile_of_the_mixture() -> None:
     assert half_width([]) == 0.0
 
 
+@pytest.mark.parametrize("share", [10.0**-power for power in range(12, 40)])
+def test_a_component_of_next_to_no_variance_does_not_hinder_the_interval(share: float) -> None:
+    """Seeds with the same score vary by rounding alone."""
+    for rows, seeds in ((999, 2), (346, 1), (68, 2)):
+        components = [VarianceComponent(share * 3e-4, seeds, "seeds"), VarianceComponent(3e-4, rows, "rows")]
+        expected = math.sqrt(3e-4) * stats.t.isf(0.025, rows)
+        assert half_width(components) == pytest.approx(expected, rel=1e-6)
+
+
 def test_holm() -> None:
     assert holm([0.01, None, 0.04, 0.03]) == [pytest.approx(0.03), None, pytest.approx(0.06), pytest.approx(0.06)]
     assert holm([0.9, 0.8]) == [1.0, 1.0]

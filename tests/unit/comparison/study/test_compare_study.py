@@ -13,7 +13,15 @@ import yaml
 
 from peft_lab.cli.compare import show_study
 from peft_lab.comparison import default_study, load_study
-from peft_lab.comparison.run.plan import arm_runs, candidates, count_runs, rate_grid, rounds, shortened
+from peft_lab.comparison.run.plan import (
+    arm_runs,
+    candidates,
+    check_first_runs,
+    count_runs,
+    rate_grid,
+    rounds,
+    shortened,
+)
 from peft_lab.comparison.study.study import Search
 from peft_lab.errors import PeftLabError
 from peft_lab.registry import method
@@ -55,13 +63,32 @@ def test_a_shipped_study_is_valid_without_the_data(file: Path, monkeypatch: pyte
     monkeypatch.delenv("PEFT_LAB_DATA", raising=False)
     found = load_study(file)
     assert found.name
-    assert all(len(arm.learning_rates) == found.search.trials for arm in found.arms)
+    check_first_runs(found)
+    trained = [arm for arm in found.arms if method(arm.method).takes_steps]
+    if found.search.strategy == "none":  # the default rate, or the one that is given
+        assert all(len(arm.learning_rates) <= 1 for arm in trained)
+    else:
+        assert all(len(arm.learning_rates) == found.search.trials for arm in trained)
 
 
 def test_a_list_of_values_makes_an_arm_of_each() -> None:
     found = load_study(study())
     assert [arm.label for arm in found.arms] == ["lora", "svfit rank=8", "svfit rank=full"]
     assert [arm.args for arm in found.arms] == [{}, {"rank": 8}, {"rank": "full"}]
+
+
+def test_a_list_of_shares_makes_an_arm_of_each() -> None:
+    prune = {"by": "magnitude", "share": [0.5, "9e-1"]}
+    arms = [
+        "head",
+        {"method": "lora", "training": {"prune": prune}},
+        {"method": "full", "training": {"prune": {"share": [0.5]}}},
+    ]
+    found = load_study(study(methods=arms))
+    assert [arm.label for arm in found.arms] == ["head", "lora share=0.5", "lora share=9e-1", "full"]
+    pruned = [found.options(found.cells[0], arm).get("prune") for arm in found.arms]
+    assert pruned == [None, {"by": "magnitude", "share": 0.5}, {"by": "magnitude", "share": 0.9}, {"share": 0.5}]
+    assert load_study(found.to_dict()) == found
 
 
 def test_an_argument_that_is_a_list_is_one_value() -> None:
@@ -93,9 +120,18 @@ def test_options_go_from_the_study_over_its_limits_to_the_task() -> None:
     assert plain.options(plain.cells[0], plain.arms[0])["max_steps"] == 60
 
 
+def test_an_arm_has_the_recipe_of_its_method() -> None:
+    arms = ["ssf", {"method": "ssf", "name": "cached", "training": {"features": "cached", "layer_decay": 0.5}}]
+    found = load_study(study(methods=arms, training={"layer_decay": 0.9}))
+    plain, other = (found.options(found.cells[0], arm) for arm in found.arms)
+    assert (plain["layer_decay"], other["layer_decay"], other["features"]) == (0.9, 0.5, "cached")
+    assert "features" not in plain
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"methods": [{"method": "lora", "training": {"weight_decay": 1}}]}, 'Unknown key "weight_decay"'),
         ({"task": 1}, 'Unknown key "task"'),
         ({"seed": 3}, 'Did you mean "seeds"'),
         ({"methods": ["loraa"]}, 'Did you mean "lora"'),
@@ -115,6 +151,10 @@ def test_options_go_from_the_study_over_its_limits_to_the_task() -> None:
         ({"tasks": 2 * STUDY["tasks"]}, "twice"),
         ({"training": {"seed": 3}}, "seeds"),
         ({"training": {"weight_decy": 3}}, 'Did you mean "weight_decay"'),
+        ({"methods": [{"method": "lora", "training": {"prune": {"share": [0.5, 1.5]}}}]}, "below 1, got 1.5"),
+        ({"methods": [{"method": "lora", "training": {"prune": {"share": []}}}]}, "must be a number, not a list"),
+        ({"methods": [{"method": "lora", "training": {"prun": {"share": 0.5}}}]}, 'Did you mean "prune"'),
+        ({"training": {"prune": {"by": "l1", "share": 0.5}}}, 'method "lora" keeps them frozen'),
         ({"search": {"strategy": "gird"}}, 'Did you mean "grid"'),
         ({"search": {"strategy": "none", "trials": 3}}, "no effect"),
         ({"search": {"strategy": "halving", "trials": 3}}, "at least 4 trials"),
@@ -294,6 +334,13 @@ def test_the_command_line_refuses_in_one_sentence(tmp_path: Path, arguments: lis
     done = CliRunner().invoke(app, [*arguments, "--output_dir", str(tmp_path / "out")])
     assert isinstance(done.exception, PeftLabError)
     assert words in str(done.exception)
+
+
+def test_arms_with_the_same_run_are_refused_beforehand(tmp_path: Path) -> None:
+    twin = {"task": "snips", "name": "again", "model_name_or_path": "minilm"}
+    values = study(tasks=[{**twin, "name": "snips"}, twin])
+    with pytest.raises(PeftLabError, match='on task "again" is the same run as'):
+        show_study(values, str(tmp_path / "study.yaml"))
 
 
 def test_the_runs_of_a_study_are_said_beforehand(tmp_path: Path) -> None:
