@@ -3,7 +3,7 @@
 The last section has the aims for SVFit.
 
     python benchmarks/cost.py --output benchmarks/results/cost.md
-    python benchmarks/cost.py --sections prompts --workloads vit-b     # a part of it
+    python benchmarks/cost.py --sections counted --workloads weights-vit-b    # a part of it
 
 The step is forward, loss, backward and AdamW, in training mode, fp32. Methods are timed in turns, so that a machine
 that slows down slows all of them.
@@ -45,6 +45,8 @@ from peft_lab.tuners.registration import has_trait, make_config
 
 QUERY_VALUE = ("attn.q", "attn.v")
 MIB = 2**20
+#: Points of a cloud.
+CLOUD = 1024
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,46 @@ METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "SSF": ("ssf", {}),
 }
 
-#: Workloads of the methods that act on the input or the sequence, and those methods; they are counted and not timed.
-PROMPTED: dict[str, tuple[Workload, dict[str, tuple[str, dict[str, Any]]]]] = {
-    "vit-b": (
+Methods = dict[str, tuple[str, dict[str, Any]]]
+
+#: Methods that are put on query and value here, as LoRA is; others choose their modules themselves.
+SAME_MODULES = (
+    "lora",
+    "svfit",
+    "svft",
+    "lora_xs",
+    "petalface",
+    "atlas",
+    "intrinsic",
+    "sparse_support",
+    "gated_spectra",
+)
+WEIGHTS: Methods = {
+    "SVFT plain": ("svft", {}),
+    "SVFT banded 2": ("svft", {"pattern": "banded", "off_diagonals": 2}),
+    "LoRA-XS r=16": ("lora_xs", {}),
+    "SVDiff, all weights": ("svdiff", {}),
+    "aTLAS, 4 vectors of rank 4": ("atlas", {}),
+    "intrinsic dimension, d = 1,000": ("intrinsic", {}),
+    "gated spectra (experimental)": ("gated_spectra", {}),
+    "sparse support": ("sparse_support", {}),
+    "bottleneck, houlsby": ("bottleneck", {"placement": "houlsby"}),
+    "bottleneck, pfeiffer": ("bottleneck", {"placement": "pfeiffer"}),
+    "bottleneck, parallel": ("bottleneck", {"placement": "parallel"}),
+}
+HEADS: Methods = {
+    "NMTune": ("nmtune", {}),
+    "moment probing": ("moment_probing", {}),
+    "moment probing, MP+": ("mp_plus", {}),
+}
+
+#: Workloads of the methods that are counted and not timed, and those methods, by name of the section.
+COUNTED: dict[str, tuple[str, Workload, Methods]] = {
+    "weights-vit-b": ("Weights, features and heads", vit(4), {**WEIGHTS, "PETALface r=8": ("petalface", {}), **HEADS}),
+    "weights-bert-base": ("Weights, features and heads", bert(8, 128), {**WEIGHTS, "WiCLP": ("wiclp", {}), **HEADS}),
+    "points-vit-b": ("Point clouds as images", vit(4), {"P2P, one view": ("p2p", {})}),
+    "prompts-vit-b": (
+        "Prompts",
         vit(4),
         {
             "VPT shallow, 10 prompts": ("vpt", {"num_prompts": 10, "deep": False}),
@@ -146,7 +185,8 @@ PROMPTED: dict[str, tuple[Workload, dict[str, tuple[str, dict[str, Any]]]]] = {
             "pixel prompts, a frame of 48 pixels": ("pixel_prompt", {}),
         },
     ),
-    "smollm2-135m-size": (
+    "prompts-smollm2-135m-size": (
+        "Prompts",
         llama(4, 128, **SMOLLM2),
         {
             "IAPT, 4 prompts, bottleneck 13": ("iapt", {"num_prompts": 4, "bottleneck": 13}),
@@ -162,9 +202,9 @@ FLOOR, LORA = "frozen floor", "LoRA r=8 (peft)"
 def adapted(model: nn.Module, name: str, arguments: dict[str, Any]) -> nn.Module:
     """Put a method on a model.
 
-    LoRA and SVFit get the same modules; a head is trained only where nothing else is.
+    Methods on single weights get the same modules; a head is trained only where nothing else is.
     """
-    if card_of(name).place == "weight":
+    if name in SAME_MODULES:
         arguments = {**arguments, "target_modules": target_regex(model, QUERY_VALUE)}
     config: PeftConfig = make_config(name, arguments, model)
     if not has_trait(card_of(name), "values_from_data"):
@@ -254,12 +294,12 @@ def seconds(entry: Entry) -> float:
     return min(entry.times)
 
 
-def prompts(name: str) -> str:
-    """Report FLOPs and kept activations of the prompt methods.
+def counted_table(name: str) -> str:
+    """Report FLOPs and kept activations of methods that are not timed.
 
     They stand against the frozen floor and LoRA.
     """
-    workload, methods = PROMPTED[name]
+    title, workload, methods = COUNTED[name]
     found = {method: counts(workload, how) for method, how in {FLOOR: None, LORA: METHODS[LORA], **methods}.items()}
     rows = []
     for method, (trainable, flops, saved) in found.items():
@@ -267,7 +307,7 @@ def prompts(name: str) -> str:
         row += [f"{flops / found[other][1]:.3f}" for other in (FLOOR, LORA)]
         rows.append([*row, f"{saved / MIB:.1f}", *(f"{saved / found[other][2]:.3f}" for other in (FLOOR, LORA))])
     header = ["method", "trainable", "GFLOPs", "/ floor", "/ LoRA", "kept MiB", "/ floor", "/ LoRA"]
-    return f"## Prompts: {workload.title}\n\nCounted only.\n\n{report.table(header, rows)}"
+    return f"## {title}: {workload.title}\n\nCounted only.\n\n{report.table(header, rows)}"
 
 
 def counts(workload: Workload, method: tuple[str, dict[str, Any]] | None) -> tuple[int, int, int]:
@@ -276,6 +316,9 @@ def counts(workload: Workload, method: tuple[str, dict[str, Any]] | None) -> tup
     Without a method they are those of the frozen floor.
     """
     model, batch = prepare(workload, method), workload.batch()
+    source = getattr(getattr(model, "active_peft_config", None), "image_source", "")
+    if source:
+        batch[source] = torch.randn(len(batch.pop("pixel_values")), CLOUD, 3)
     with frozen_floor(model) if method is None else nullcontext():
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         flops = count_flops(training_step(model, batch))
@@ -314,22 +357,23 @@ def aims() -> str:
 ABOUT = """\
 One step: forward, loss, backward, AdamW; fp32, training mode with the dropout of each model's configuration. *Frozen
 floor*: nothing is trained, and gradient flows through all layers down to the first embedding, as it must for an adapter
-on that; adapters that start later can be below it. LoRA and SVFit adapt query and value (in EfficientNet the pointwise
-convolutions), SSF every op; heads are frozen, except in full fine-tuning and with BayesPrompt, which trains nothing
-else and sends no gradient through the backbone. *FLOPs* are those of products, convolutions and attention. *Kept* is
+on that; adapters that start later can be below it. Methods on single weights adapt query and value (in EfficientNet the
+pointwise convolutions), SSF every op; heads are frozen, except in full fine-tuning, with BayesPrompt, which trains
+nothing else and sends no gradient through the backbone, and with the methods that replace the head. Heads that are
+fitted without steps have no row. *FLOPs* are those of products, convolutions and attention. *Kept* is
 what autograd holds between forward and backward, each storage once, without parameters, buffers, frozen bases and the
 batch. With dropout inside the attention torch has no fused attention on CPUs: it then keeps probabilities and copies of
 query, key and value. *Peak* is weights, buffers, optimiser state and the most that tensors held at one time during the
 step. *ms* is the best of {repeats} steps, the methods in turns: CPU time of one thread, or wall time on a GPU."""
 
 
-SECTIONS = ("steps", "prompts", "aims")
+SECTIONS = ("steps", "counted", "aims")
 
 
 def main() -> None:
     """Measure the sections that are asked for, and publish the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = list(dict.fromkeys([*WORKLOADS, *PROMPTED]))
+    known = list(dict.fromkeys([*WORKLOADS, *COUNTED]))
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
     parser.add_argument("--workloads", nargs="+", default=known, choices=known)
     parser.add_argument("--repeats", type=int, default=5)
@@ -344,8 +388,8 @@ def main() -> None:
         if "steps" in arguments.sections:
             names = [name for name in arguments.workloads if name in WORKLOADS]
             found += [pool.submit(compare, name, arguments.repeats, arguments.device) for name in names]
-        if "prompts" in arguments.sections:
-            found += [pool.submit(prompts, name) for name in arguments.workloads if name in PROMPTED]
+        if "counted" in arguments.sections:
+            found += [pool.submit(counted_table, name) for name in arguments.workloads if name in COUNTED]
         if "aims" in arguments.sections:
             found.append(pool.submit(aims))
         parts += [future.result() for future in found]

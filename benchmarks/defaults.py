@@ -31,10 +31,10 @@ RESULTS, RUNS, PAGE = HERE / "results", HERE / "results" / "defaults.csv", HERE 
 STEPS, BATCH, WARMUP, SEED = 60, 16, 0.1, 0
 #: Batch sizes and warm-ups that are compared, at the same number of training rows.
 BATCHES, WARMUPS = (8, 16, 32), (0.0, 0.1)
-#: Its runs of 12 steps are too short, and CoLA was learned by no method.
-LEFT_OUT = {"study": ["coffee"], "task": ["local-glue-cola"]}
+#: Runs of 12 steps are too short, the head has a rate of its own beside aTLAS, and CoLA was learned by no method.
+LEFT_OUT = {"study": ["coffee", "atlas"], "task": ["local-glue-cola"]}
 #: Rates that differ from the rule; the page says why.
-EXCEPTIONS = {"full": 3e-4, "iapt": 3e-4, "bayes_prompt": 1e-1}
+EXCEPTIONS = {"full": 3e-4, "lora": 3e-3, "iapt": 3e-4, "bayes_prompt": 1e-1}
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ SEARCHES: list[tuple[str, Workload, tuple[float, ...]]] = [
         Workload("sign-digits, parallel", "sign-digits", "${PEFT_LAB_DATA}/vit-mini-cifar10", preset="parallel"),
         (1e-3, 3e-3, 1e-2, 3e-2),
     ),
+    ("bottleneck", Workload("snips, pfeiffer", "snips", "minilm", preset="pfeiffer"), (1e-3, 3e-3, 1e-2, 3e-2)),
     ("wiclp", SNIPS, (3e-4, 1e-3, 3e-3, 1e-2)),
     ("intrinsic", SNIPS, (1e-2, 3e-2, 1e-1, 3e-1)),
     ("lora_xs", SNIPS, (1e-2, 3e-2, 1e-1)),
@@ -106,10 +107,11 @@ at least {share:.0%} of the cells. Most cells are one seed: means that differ by
 apart. Longer runs and larger backbones often want a lower rate; `peft-lab compare` searches for it.
 
 Exceptions: `full` has 3e-4 in place of 1e-3, because every backbone here is small (135 million parameters at most), and
-larger ones are known to diverge at 1e-3. `iapt` keeps 3e-4, which is near the best of the decoder, for which the method
-was made; the encoder of the intents wants 1e-2, where the decoder diverges. `bayes_prompt` has 1e-1 as fixed prompts
-have, because one task alone does not tell 3e-1 from it. Not measured, and taken from their papers: `metadata_prompt`
-and the tuners of peft that are not listed below."""
+larger ones are known to diverge at 1e-3. `lora` has 3e-3, because at 1e-2, whose mean is 0.006 higher, it failed in
+some cells. `iapt` keeps 3e-4, which is near the best of the decoder, for which the method was made; the encoder of the
+intents wants 1e-2, where the decoder diverges. `bayes_prompt` has 1e-1 as fixed prompts have, because one task alone
+does not tell 3e-1 from it. Not measured, and taken from their papers: `metadata_prompt` and the tuners of peft that are
+not listed below."""
 SHARE = 0.75
 
 BATCH_HEAD = """\
