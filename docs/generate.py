@@ -24,7 +24,8 @@ sys.path.insert(0, str(DOCS))
 import diagrams  # noqa: E402
 import integration_results  # noqa: E402
 import peft_suite_results  # noqa: E402
-import study_results  # noqa: E402
+import study_sections  # noqa: E402
+from markdown_table import table  # noqa: E402
 
 from peft_lab import registry  # noqa: E402
 from peft_lab.backbones.family import ROLES  # noqa: E402
@@ -48,14 +49,6 @@ _OPS = ("linear", "conv1d", "conv2d", "embedding", "norm", "experts")
 _SERVED, _SUMS = "load_many", "weighted_sums"
 #: Where the default learning rates were measured, seen from the page of a method.
 _DEFAULTS = "../../benchmarks/defaults.md"
-#: Columns of cost.md that a method's page shows, and their headings there.
-_COSTS = {
-    "trainable": "trainable",
-    "GFLOPs / floor": "FLOPs / frozen floor",
-    "kept MiB / floor": "saved activations / floor",
-    "GFLOPs / LoRA": "FLOPs / LoRA",
-    "kept MiB / LoRA": "saved activations / LoRA",
-}
 
 
 def pages() -> dict[str, str]:
@@ -126,7 +119,7 @@ def _index() -> str:
             cells = (f"[`{info.name}`]({info.name}.md)", info.title, trains, _roles(info), _rate(info))
             rows.append((*cells, _marks(info), _paper(info.paper)))
         head = ("name", "title", "trains", "adapts by default", "learning rate", "can", "paper")
-        parts += [f"## {PLACES[place]}", _table(head, rows)]
+        parts += [f"## {PLACES[place]}", table(head, rows)]
     names = sorted(info.name for info in registry.list_methods().values() if info.place == "peft")
     parts += [
         "## Tuners of peft",
@@ -159,7 +152,12 @@ def _method_page(info: registry.MethodInfo) -> str:
         meanings = [f"- `{role}`: {ROLES[role]}" for role in info.roles]
         parts += ["## Default targets", "\n".join(meanings)]
     parts += ["## What it can do", _abilities(info)]
-    parts += ["## In our studies", *_studies(info), "## Cost of a training step", *_cost(info)]
+    parts += [
+        "## In our studies",
+        *study_sections.results(info),
+        "## Cost of a training step",
+        *study_sections.cost(info),
+    ]
     return _page(part for part in parts if part)
 
 
@@ -226,16 +224,16 @@ def _arguments(info: registry.MethodInfo) -> list[str]:
     own = [field for field in fields.values() if field.name not in shared]
     others = [field for field in fields.values() if field.name in shared]
     head = ("argument", "type", "default", "meaning")
-    parts = [_table(head, [_argument(field) for field in own])] if own else []
+    parts = [table(head, [_argument(field) for field in own])] if own else []
     if own and others:
         parts.append("Shared by all methods:")
     if others:
-        parts.append(_table(head, [_argument(field) for field in others]))
+        parts.append(table(head, [_argument(field) for field in others]))
     if info.presets:
         rows = []
         for name, values in info.presets.items():
             rows.append((f"`{name}`", ", ".join(_preset_value(key, value) for key, value in values.items())))
-        parts += ["`preset=NAME` among the arguments stands for these:", _table(("preset", "stands for"), rows)]
+        parts += ["`preset=NAME` among the arguments stands for these:", table(("preset", "stands for"), rows)]
     return parts
 
 
@@ -264,74 +262,6 @@ def _abilities(info: registry.MethodInfo) -> str:
     return "\n".join(lines) or "Its card declares nothing."
 
 
-def _studies(info: registry.MethodInfo) -> list[str]:
-    scores = study_results.scores_of(info.name)
-    if not scores:
-        return ["No study of ours has compared it yet, so nothing is said here of when it wins or loses."]
-    parts = [_summary(scores)]
-    for study in sorted({score.study for score in scores}):
-        mine = [score for score in scores if score.study == study]
-        link = f"../../benchmarks/results/{study}/report.md"
-        parts.append(f"[{study}]({link}), {study_results.seeds_of(study)} seeds, {mine[0].arms} arms:")
-        rows = []
-        for score in mine:
-            rank = f"{score.rank} of {score.arms}"
-            rows.append((score.arm, score.task, score.metric, score.value, rank, _verdict(score)))
-        parts.append(_table(("arm", "task", "metric", "mean and 95 % interval", "rank", "against the best"), rows))
-        sentence = study_results.overall_sentence(study)
-        if sentence:
-            parts.append(f"Over all tasks of the study: {sentence}")
-    parts.append("A rank alone says little: where the test cannot tell an arm from the best, either may be better.")
-    return parts
-
-
-def _summary(scores: Sequence[study_results.Score]) -> str:
-    tested = [score for score in scores if score.task != study_results.OVERALL]
-    wins = [score for score in tested if score.rank == 1]
-    losses = [score for score in tested if score.separated]
-    undecided = len(tested) - len(wins) - len(losses)
-    lines = [
-        f"- It has the best mean, alone or in a tie, in {len(wins)} of {len(tested)} tables{_places(wins)}.",
-        f"- It is worse than the best arm by Holm's test at the 5 % level in {len(losses)}{_places(losses)}.",
-        f"- It cannot be told from the best arm in {undecided}.",
-    ]
-    return "\n".join(lines)
-
-
-def _places(scores: Sequence[study_results.Score]) -> str:
-    """Where some scores come from, as the end of a sentence."""
-    names = []
-    for score in scores:
-        names.append(f"{score.task.split(',')[0]} ({score.arm}, study {score.study})")
-    return f": {'; '.join(names)}" if names else ""
-
-
-def _verdict(score: study_results.Score) -> str:
-    if score.rank == 1:
-        return "best mean" if score.best == score.arm else f"tie for the best: {score.best}"
-    if score.separated is None:
-        return f"best: {score.best}"
-    return f"worse than {score.best}" if score.separated else f"cannot be told from {score.best}"
-
-
-def _cost(info: registry.MethodInfo) -> list[str]:
-    rows = []
-    for heading, row in study_results.cost_rows(info.title):
-        cells = [
-            row.get(name, "-")
-            for name in ("trainable", "GFLOPs / floor", "kept MiB / floor", "GFLOPs / LoRA", "kept MiB / LoRA")
-        ]
-        rows.append((heading, row["method"], *cells))
-    if not rows:
-        return ["Not measured."]
-    head = ("model and batch", "setting", *_COSTS.values())
-    source = "[benchmarks/results/cost.md](../../benchmarks/results/cost.md)"
-    return [f"Counted, from {source}, which says how:", _table(head, rows)]
-
-
-# Kinds and compatibility --------------------------------------------------------------------------------------------
-
-
 def _gallery() -> str:
     """Table of the gallery's pages: kind, and what its page does."""
     kinds, rows = registry.list_kinds(), []
@@ -339,7 +269,7 @@ def _gallery() -> str:
         if page.stem != "index":
             title = page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
             rows.append((f"[{title}]({page.name})", f"`{page.stem}`", kinds[page.stem].title))
-    return _table(("page", "kind", "what it is"), rows)
+    return table(("page", "kind", "what it is"), rows)
 
 
 def _kinds() -> str:
@@ -356,9 +286,9 @@ def _kinds() -> str:
     tasks = []
     for task in list_tasks().values():
         tasks.append((f"`{task.name}`", f"`{task.kind}`", ", ".join(task.metrics), task.licence, task.where))
-    parts = ["# Kinds of task", MADE, _table(head, rows)]
+    parts = ["# Kinds of task", MADE, table(head, rows)]
     parts += ["[Your own data](own_data.md) needs a task file, [a new kind](add_a_kind.md) one Python file."]
-    parts += ["## Built-in tasks", _table(("task", "kind", "metrics", "licence", "data from"), tasks)]
+    parts += ["## Built-in tasks", table(("task", "kind", "metrics", "licence", "data from"), tasks)]
     parts.append("Tasks whose data come from `$PEFT_LAB_DATA` read what lies in that folder.")
     return _page(parts)
 
@@ -393,7 +323,7 @@ def _compatibility() -> str:
         "blocks, with a message. [A new family](add_a_backbone.md) is one entry of a table.",
         ", ".join(f"`{name}`" for name in sorted(FAMILIES)),
         "## Roles",
-        _table(("role", "meaning"), [(f"`{role}`", meaning) for role, meaning in ROLES.items()]),
+        table(("role", "meaning"), [(f"`{role}`", meaning) for role, meaning in ROLES.items()]),
     ]
     return _page(parts)
 
@@ -407,7 +337,7 @@ def _integrations(infos: Sequence[registry.MethodInfo]) -> list[str]:
         "## With other libraries",
         "Written by the tests of `tests/integrations` (`make test-integrations`), at the versions of the extra "
         "`integrations`, on CPU and with tiny models.",
-        _table(integration_results.HEAD, rows),
+        table(integration_results.HEAD, rows),
     ]
 
 
@@ -428,8 +358,8 @@ def _peft_suite() -> list[str]:
         f"{counts['refused']} fail for a reason of `tests/peft_suite/expected.yaml`, {counts['skipped']} are left out "
         f"by the test itself, and {counts['environment']} fail for LoRA too, because they need the Hub. A case that "
         "fails without a reason, or passes in spite of one, fails the run.",
-        _table(peft_suite_results.HEAD, peft_suite_results.rows(found)),
-        _table(peft_suite_results.REASONS, peft_suite_results.reasons(found)),
+        table(peft_suite_results.HEAD, peft_suite_results.rows(found)),
+        table(peft_suite_results.REASONS, peft_suite_results.reasons(found)),
     ]
 
 
@@ -439,7 +369,7 @@ def _marked(infos: Sequence[registry.MethodInfo], names: Sequence[str]) -> str:
     for info in infos:
         marks = ["yes" if name in _able(info) else "" for name in names]
         rows.append((f"[`{info.name}`](methods/{info.name}.md)", *marks))
-    return _table(("method", *map(_spaced, names)), rows)
+    return table(("method", *map(_spaced, names)), rows)
 
 
 def _able(info: registry.MethodInfo) -> list[str]:
@@ -573,12 +503,6 @@ def _paper(paper: str) -> str:
 def _prose(text: str) -> str:
     """A docstring as Markdown: the paragraphs stay, an indented example becomes a code block by itself."""
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text.strip())
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{' - |' * len(head)}"]
-    lines += [f"| {' | '.join(' '.join(cell.split()).replace('|', 'or') for cell in row)} |" for row in rows]
-    return "\n".join(lines)
 
 
 def _page(parts: Iterable[str]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,6 +18,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 LEVEL = 0.05
 #: Heading of the table over all tasks of a study.
 OVERALL = "All tasks"
+#: What the names of the studies at default rates begin with.
+DEFAULT_RATES = "default-rates"
 
 Row = dict[str, str]
 
@@ -46,6 +50,27 @@ class Score:
     separated: bool | None
 
 
+@dataclass(frozen=True)
+class SeedCount:
+    """Seeds in which an arm at its default rate beats others on the test rows of a task; a failed run beats nothing.
+
+    Attributes:
+        study: name of the study, and of its folder.
+        arm: name of the arm.
+        task: the task.
+        seeds: seeds that were run.
+        head: those with a higher score than the head alone with the same seed.
+        baseline: those with a higher score than the best baseline, such as the most frequent class.
+    """
+
+    study: str
+    arm: str
+    task: str
+    seeds: int
+    head: int
+    baseline: int
+
+
 def scores_of(method: str) -> list[Score]:
     """Every score of the arms of a method, study by study."""
     return [score for study in studies() for score in _scores(study) if _methods(study).get(score.arm) == method]
@@ -60,6 +85,30 @@ def seeds_of(study: str) -> int:
     """Number of seeds of a study's final runs."""
     listed = re.search(r"^- seeds of the final runs: (.*)$", _report(study), re.MULTILINE)
     return len(listed[1].split(",")) if listed else 0
+
+
+def seed_counts(method: str) -> list[SeedCount]:
+    """Seeds in which the arms of a method at its default rate beat the head alone and the baselines, task by task."""
+    return [count for study in studies() if study.startswith(DEFAULT_RATES) for count in _counts(study, method)]
+
+
+def _counts(study: str, method: str) -> Iterator[SeedCount]:
+    lines = (RESULTS / study / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    runs = [run for run in map(json.loads, lines) if run["stage"] == "final"]
+    heads = {(run["task"], run["seed"]): _test_score(run) for run in runs if run["method"] == "head"}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["method"] == method != "head":
+            groups.setdefault((run["arm"], run["task"]), []).append(run)
+    for (arm, task), made in groups.items():
+        ok = [run for run in made if run["status"] == "ok"]
+        head = sum(_test_score(run) > heads[task, run["seed"]] for run in ok)
+        baseline = sum(bool(run["metrics"]["beats_baseline"]) for run in ok)
+        yield SeedCount(study, arm, task, len(made), head, baseline)
+
+
+def _test_score(run: dict[str, Any]) -> float:
+    return float(run["metrics"]["metrics"]["test"][run["metrics"]["main_metric"]])
 
 
 def overall_sentence(study: str) -> str:
