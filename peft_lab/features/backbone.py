@@ -31,6 +31,9 @@ class LookedUpOutput(BaseModelOutputWithPooling):
 def looked_up(model: nn.Module, facts: HeadFeatures, tables: Sequence[Mapping[str, np.ndarray]]) -> Iterator[None]:
     """Let the backbone of a model answer from stored features inside the block.
 
+    Its modules are out of the model meanwhile, because a step of training walks over all modules and parameters several
+    times, which takes longer than a head does.
+
     Args:
         model: the model.
         facts: facts of its head.
@@ -49,10 +52,13 @@ def looked_up(model: nn.Module, facts: HeadFeatures, tables: Sequence[Mapping[st
         hidden = _hidden(pooled, facts) if hidden is None else hidden.to(parameter.device, parameter.dtype)
         return LookedUpOutput(last_hidden_state=hidden, pooler_output=pooled)
 
+    modules, backbone._modules = backbone._modules, {}
     backbone.forward = forward
     try:
         yield
     finally:
+        backbone._modules = modules
+        backbone.train(backbone.training)  # of the modules that were out
         if before is None:
             del backbone.forward
         else:

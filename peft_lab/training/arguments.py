@@ -87,6 +87,10 @@ def training_arguments(config: RunConfig, info: MethodInfo) -> TrainingArguments
         flags["max_steps"] = _WITHOUT_END
     if config.early_stopping_patience is not None:
         _set_early_stopping(flags)
+    if config.features is not None:
+        # the backbone does not run, so there is nothing to compute a second time
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            flags.pop(name, None)
     _set_device_flags(flags)
     if not shows_bars():
         flags.setdefault("disable_tqdm", True)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from support.backbones import MODELS, tiny_inputs
-from support.method_runs import options_for
+from support.method_runs import interrupt, options_for
 from support.properties import adapt, move
+from support.tiny_runs import same_weights
 
 from peft_lab.backbones.head_features import head_features
 from peft_lab.errors import ConfigError
@@ -122,6 +123,7 @@ def test_two_processes_store_one_entry(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache" / "features").iterdir()] == ["shared"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["head", "moment_probing", "gda"])
 def test_a_run_on_stored_features_ends_as_one_without(method: str, tmp_path: Path) -> None:
     """The tiny ViT has no dropout, so that evaluation mode changes nothing."""
@@ -143,8 +145,23 @@ def test_a_run_on_stored_features_ends_as_one_without(method: str, tmp_path: Pat
     assert len(list((tmp_path / "cache" / "features").iterdir())) == 3, "one entry a split"
 
 
-@pytest.mark.parametrize("method", ["lora", "mp_plus", "full"])
-def test_methods_that_act_in_the_backbone_are_refused(method: str, tmp_path: Path) -> None:
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["head", "moment_probing", "nmtune"])
+def test_a_run_on_stored_features_goes_on_and_leaves_the_model_whole(method: str, tmp_path: Path) -> None:
+    schedule = {"max_steps": 5, "save_steps": 2, "features": "cached", "gradient_checkpointing": True}
+    alone = train(options_for(method, tmp_path, tmp_path / "alone", **schedule))
+    interrupt(alone.output_dir, tmp_path / "out", 4)
+    found = train(options_for(method, tmp_path, tmp_path / "out", **schedule))
+    assert found.metrics["resumed_from"] == "checkpoint-4"
+    assert same_weights(tmp_path / "out", alone.output_dir)
+    plain = train(options_for(method, tmp_path, tmp_path / "plain", max_steps=1))
+    assert found.metrics["parameters"] == plain.metrics["parameters"]
+    assert found.model.state_dict().keys() == plain.model.state_dict().keys()
+    assert not any(module.training for module in found.model.modules())
+
+
+@pytest.mark.parametrize("method", ["lora", "mp_plus", "full", "linear_svm"])
+def test_methods_that_run_the_backbone_themselves_are_refused(method: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="leave it out") as raised:
         train(**options_for(method, tmp_path, tmp_path / "out", max_steps=2, features="cached"))
     assert "\n" not in str(raised.value)
@@ -154,5 +171,5 @@ def test_other_values_and_heads_over_tokens_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='must be "cached"'):
         train(**options_for("head", tmp_path, tmp_path / "out", features="kept"))
     model = adapt("nmtune", MODELS["vit"](), second_view="shift")
-    with pytest.raises(ConfigError, match="runs twice"):
+    with pytest.raises(ConfigError, match="further views"):
         CachedFeatures(model, head_features(MODELS["vit"]()), "nmtune")
