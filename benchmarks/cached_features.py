@@ -23,7 +23,8 @@ import report  # first: it sets the environment
 from peft_lab.comparison import compare
 from peft_lab.utils.cache import cache_dir
 
-METHODS = ("head", "moment_probing", "nmtune", "gda", "knn")
+#: First the one that reads tokens, because what is stored for it serves the others.
+METHODS = ("moment_probing", "head", "nmtune", "gda", "knn")
 CACHED = {"features": "cached"}
 
 

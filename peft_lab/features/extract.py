@@ -27,7 +27,7 @@ from peft_lab.utils.versions import versions
 POOLED, TOKENS, MASK = "pooled", "tokens", "mask"
 
 
-def features_key(model: nn.Module, facts: HeadFeatures, rows: str, processor: str, with_tokens: bool) -> str:
+def features_key(model: nn.Module, facts: HeadFeatures, rows: str, processor: str) -> str:
     """Content hash of the features of some rows.
 
     Args:
@@ -35,7 +35,6 @@ def features_key(model: nn.Module, facts: HeadFeatures, rows: str, processor: st
         facts: facts of its head.
         rows: fingerprint of the rows.
         processor: identity of the image processor or tokenizer.
-        with_tokens: whether the tokens are stored too.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.get_submodule(facts.backbone).state_dict().items()):
@@ -43,7 +42,7 @@ def features_key(model: nn.Module, facts: HeadFeatures, rows: str, processor: st
     device = next(model.parameters()).device.type
     # Facts of the head's classes are of no account, because the features end before it.
     known = {name: value for name, value in asdict(facts).items() if name not in ("classes", "heads")}
-    rest = [type(model).__name__, known, rows, processor, with_tokens, device, versions()]
+    rest = [type(model).__name__, known, rows, processor, device, versions()]
     digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -53,14 +52,19 @@ def features_of(
 ) -> dict[str, np.ndarray]:
     """Features of some rows by name, from the store or computed.
 
+    What is stored with the tokens of the rows serves methods that read the pooled features alone as well.
+
     Args:
         key: `features_key` of them.
         model: the model; its head may carry an adapter, its backbone may not.
         facts: facts of its head.
         batches: makes the batches of the rows, in order.
-        tokens: store the tokens too.
+        tokens: give the tokens too.
     """
-    return store.stored(key, lambda: _computed(model, facts, batches(), tokens))
+    with_tokens = f"{key}-{TOKENS}"
+    whole = tokens or store.is_stored(with_tokens)
+    found = store.stored(with_tokens if whole else key, lambda: _computed(model, facts, batches(), whole))
+    return found if tokens else {POOLED: found[POOLED]}
 
 
 @torch.no_grad()

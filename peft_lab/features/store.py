@@ -53,6 +53,11 @@ def check_size(size: int) -> None:
         )
 
 
+def is_stored(key: str) -> bool:
+    """Test whether there is an entry."""
+    return cache_dir("features", key).is_dir()
+
+
 def stored(key: str, compute: Callable[[], Arrays]) -> dict[str, np.ndarray]:
     """Arrays of an entry by name, memory-mapped and read-only; computed and stored if there is none.
 
@@ -61,7 +66,7 @@ def stored(key: str, compute: Callable[[], Arrays]) -> dict[str, np.ndarray]:
         compute: makes them.
     """
     folder = cache_dir("features", key)
-    if not folder.is_dir():
+    if not is_stored(key):
         _write(folder, compute())
     with contextlib.suppress(OSError):  # the time of use is of no account where the cache cannot be written
         os.utime(folder)

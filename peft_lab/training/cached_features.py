@@ -107,7 +107,7 @@ class CachedFeatures:
                 with torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
                     yield from DataLoader(part, batch, collate_fn=collator)
 
-            key = features_key(self.model, self.facts, fingerprint(part), identity, self.with_tokens)
+            key = features_key(self.model, self.facts, fingerprint(part), identity)
             self.tables.append(features_of(key, self.model, self.facts, batches, self.with_tokens))
             if self.tables[-1][POOLED].ndim != 2:
                 raise ConfigError(

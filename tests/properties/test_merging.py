@@ -137,7 +137,7 @@ def test_the_merged_model_answers_as_the_unmerged_one(base, method, way, family,
     if way == "in_bfloat16":
         # Merged and unmerged round apart from each other, in a deep net each by more than the usual tolerance.
         rounding = (unmerged - exact).abs().max() / exact.abs().max()
-        tolerance = max(5e-2, 2 * rounding.item())
+        tolerance = max(5e-2, 3 * rounding.item())
     try:
         merged = merge(model)
     except ConfigError as error:

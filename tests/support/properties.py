@@ -85,6 +85,8 @@ PRE_NORM = (*IMAGE_CLASSIFIERS, "dinov3_vit", "clip", "siglip")
 
 def config(method: str, model: nn.Module | None = None, **fields: Any) -> Any:
     """A method's config; text and list fields are taken as they are."""
+    if method in DRAWS and model is not None and not hasattr(getattr(model, "config", None), "image_size"):
+        fields.setdefault("image_size", 32)  # 224 is the default, and takes seconds
     return make_config(method, fields, model=model)
 
 

@@ -206,9 +206,10 @@ class NMTuneLayer(HeadLayer):
         z, f = z.float(), f.float()
         consistency = F.mse_loss(F.normalize(z[-len(f) :], dim=-1), F.normalize(f, dim=-1))
         # One row has no covariance, and its one singular value is all there is.
-        centred = z - z.mean(0)
-        covariance = centred.T @ centred / max(n - 1, 1)
-        off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
+        centred = (z - z.mean(0)) / math.sqrt(max(n - 1, 1))
+        # Products of rows have the same sum of squares as those of channels, and a batch has fewer rows than channels.
+        products = centred @ centred.T if n < width else centred.T @ centred
+        off_diagonal = products.square().sum() - centred.square().sum(0).square().sum()
         values = torch.linalg.svdvals(z)
         dominant = (values[:_DOMINANT] / values.sum()).mean()
         return (

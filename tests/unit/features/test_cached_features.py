@@ -57,18 +57,37 @@ def test_the_key_follows_weights_statistics_rows_and_processor() -> None:
     base = MODELS["resnet"]()
     facts = head_features(base)
     assert facts is not None
-    keys = {features_key(base, facts, "rows", "processor", False)}
-    keys.add(features_key(base, facts, "other", "processor", False))
-    keys.add(features_key(base, facts, "rows", "other", False))
-    keys.add(features_key(base, facts, "rows", "processor", True))
+    keys = {features_key(base, facts, "rows", "processor")}
+    keys.add(features_key(base, facts, "other", "processor"))
+    keys.add(features_key(base, facts, "rows", "other"))
     with torch.no_grad():
         base.classifier[1].weight.add_(1.0)
-        assert features_key(base, facts, "rows", "processor", False) in keys, "the head is of no account"
+        assert features_key(base, facts, "rows", "processor") in keys, "the head is of no account"
         base.resnet.embedder.embedder.normalization.running_mean.add_(1.0)
-        keys.add(features_key(base, facts, "rows", "processor", False))
+        keys.add(features_key(base, facts, "rows", "processor"))
         base.resnet.embedder.embedder.convolution.weight.add_(1.0)
-        keys.add(features_key(base, facts, "rows", "processor", False))
-    assert len(keys) == 6
+        keys.add(features_key(base, facts, "rows", "processor"))
+    assert len(keys) == 5
+
+
+def test_features_with_tokens_serve_heads_without_them() -> None:
+    base: Any = MODELS["vit"]()
+    facts = head_features(base)
+    assert facts is not None
+    calls: list[bool] = []
+
+    def batches() -> Any:
+        calls.append(True)
+        return iter([tiny_inputs(base, batch=3)])
+
+    alone = features_of("a" * 64, base, facts, batches, False)
+    both = features_of("a" * 64, base, facts, batches, True)
+    assert len(calls) == 2
+    again = features_of("a" * 64, base, facts, batches, False)
+    assert len(calls) == 2
+    assert again.keys() == alone.keys() == {POOLED}
+    assert both.keys() == {POOLED, TOKENS}
+    np.testing.assert_array_equal(again[POOLED], alone[POOLED])
 
 
 def _arrays(value: float = 1.0) -> dict[str, np.ndarray]:
