@@ -293,6 +293,7 @@ def each_place(case: tuple[Any, ...]) -> set[Hashable]:
     return {registry.method(case[1]).place}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "method"),
     cover([(name, method) for name in KINDS for method in (*EVERY, *KEEPS_HEAD, *BASELINES)], each_place),

@@ -113,6 +113,7 @@ def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(save, pla
     assert not [*tmp_path.rglob("*.safetensors")]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("when", ["while it trains", "at its end"])
 def test_an_evaluation_alone_that_is_not_finite_ends_the_run_too(when, place, tmp_path, monkeypatch):
     compute = LabTrainer.prediction_step

@@ -103,7 +103,8 @@ def test_rows_that_are_preprocessed_are_those_that_are_drawn(
     assert sorted(preprocessed) == [24, 24, 96]  # more than the 96 rows
 
 
-@pytest.mark.parametrize("tiny", ["text", *(pytest.param(n, marks=pytest.mark.full) for n in OTHERS)], indirect=True)
+@pytest.mark.full
+@pytest.mark.parametrize("tiny", ["text", *OTHERS], indirect=True)
 def test_a_checkpoint_goes_on_beyond_the_first_epoch(tiny: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """What a checkpoint records of its rows is the same whether some or all of them were preprocessed."""
     batch = {"per_device_train_batch_size": 4, "do_predict": False}

@@ -198,6 +198,7 @@ def notebook(monkeypatch):
     sys.modules.pop("transformers.utils.notebook", None)
 
 
+@pytest.mark.full
 def test_a_notebook_gets_the_table_of_trainer(notebook, place, tmp_path):
     values = options(place["task"], place["backbone"], tmp_path / "out", eval_strategy="steps", eval_steps=2)
     del values["disable_tqdm"]
@@ -215,6 +216,7 @@ def test_a_notebook_gets_the_table_of_trainer(notebook, place, tmp_path):
     assert not any("Validation Loss" in page for page in notebook)
 
 
+@pytest.mark.full
 def test_a_quiet_notebook_gets_none(notebook, place, tmp_path, monkeypatch):
     monkeypatch.setenv("PEFT_LAB_VERBOSITY", "quiet")
     values = options(place["task"], place["backbone"], tmp_path / "out", max_steps=2)

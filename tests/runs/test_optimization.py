@@ -84,10 +84,11 @@ def test_rates_of_groups_act_by_role_and_by_pattern(tmp_path):
 def test_a_group_without_parameters_is_refused(tmp_path):
     for key, message in (("mlp.up", 'left for "mlp.up"'), ("lora_C", 'left for "lora_C"'), ("atn.q", "Did you mean")):
         with pytest.raises(ConfigError, match=message):
-            trainer(lora(bert()), tmp_path, token_rows(), {"learning_rates": {key: 1.0}}).train()
+            trainer(lora(bert()), tmp_path, token_rows(), {"learning_rates": {key: 1.0}}).create_optimizer()
     # the first key takes all that the second one would have
+    rates = {"lora": 1.0, "lora_B": 1.0}
     with pytest.raises(ConfigError, match="the first key that fits"):
-        trainer(lora(bert()), tmp_path, token_rows(), {"learning_rates": {"lora": 1.0, "lora_B": 1.0}}).train()
+        trainer(lora(bert()), tmp_path, token_rows(), {"learning_rates": rates}).create_optimizer()
 
 
 def scale(model, name, decay=0.5) -> float:

@@ -115,6 +115,7 @@ def test_the_smallest_weights_of_the_base_are_zero_and_nothing_else_is(place, ru
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.full
 def test_whole_filters_are_zero_where_they_are_asked_for(place, run):
     found = run("filters", prune={"share": 0.25, "structured": True}, method="ssf")
     base = found.model.get_base_model()
@@ -188,6 +189,7 @@ def test_masks_of_bip_are_found_on_training_rows_and_saved(structured, place, ru
         load(tmp_path / "out")
 
 
+@pytest.mark.full
 def test_a_base_of_other_weights_is_refused_and_so_are_mixtures(place, run, tmp_path, caplog):
     found = run("ssf", method="ssf", prune=HALF).output_dir
     other = AutoModelForSequenceClassification.from_pretrained(make_backbone(tmp_path / "other", seed=1), num_labels=3)
@@ -220,6 +222,7 @@ def test_a_record_that_was_changed_is_refused(place, run, tmp_path):
             load(tmp_path / "copy")
 
 
+@pytest.mark.full
 def test_merged_and_converted_adapters_answer_as_before(place, run, tmp_path):
     from peft_lab.export.merge import merge
     from peft_lab.export.to_lora import to_lora
@@ -235,6 +238,7 @@ def test_merged_and_converted_adapters_answer_as_before(place, run, tmp_path):
         PeftModel.from_pretrained(fresh(place), tmp_path / "lora")
 
 
+@pytest.mark.full
 def test_many_adapters_on_one_pruned_base(place, run):
     names = {"a": run("lora", prune=HALF), "b": run("longer", prune=HALF, max_steps=40, logging_steps=10)}
     tenants = peft_lab.load_many(fresh(place), {name: each.output_dir for name, each in names.items()})
@@ -253,6 +257,7 @@ def test_many_adapters_on_one_pruned_base(place, run):
 # Training on it -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("changes", [{"weight_decay": 0.1}, {"sam_rho": 0.05, "optim": "sgd", "learning_rate": 0.1}])
 def test_full_fine_tuning_keeps_the_zeros(changes, place, run, tmp_path):
     values = options(
@@ -269,6 +274,7 @@ def test_full_fine_tuning_keeps_the_zeros(changes, place, run, tmp_path):
     assert not any(parameter._backward_hooks for parameter in model.parameters())
 
 
+@pytest.mark.full
 def test_a_module_that_an_adapter_trains_in_full_keeps_the_zeros(place, tmp_path):
     values = options(
         place["task"],
@@ -297,6 +303,7 @@ def test_the_gradient_of_the_l1_penalty_is_that_of_the_loss(place):
         assert torch.allclose(parameter.grad, expected[name], atol=1e-6), name
 
 
+@pytest.mark.full
 def test_sparse_then_prune(place, run):
     def size(name, penalty):
         return run(

@@ -127,6 +127,7 @@ def test_a_checkpoint_goes_on_with_the_data_and_the_base_it_was_trained_on(name,
     assert (tmp_path / "other").exists() == (words == "")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", cover(OPTIONS, lambda case: {case[0]} & {"learning rate", "steps"}))
 def test_a_checkpoint_goes_on_with_the_options_that_decide_its_weights(name, finished, tmp_path):
     options, words = OPTIONS[name]
@@ -149,6 +150,7 @@ def test_a_finished_run_on_other_rows_or_another_base_is_not_taken_for_this_one(
         train(values)
 
 
+@pytest.mark.full
 def test_a_script_with_plain_trainer_is_continued_by_the_command(finished, tmp_path, caplog):
     """Its checkpoints have no manifest."""
     checkpoint = interrupt(finished / "run", tmp_path / "out", 4)

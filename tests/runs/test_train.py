@@ -66,6 +66,7 @@ def test_the_output_folder_holds_all_that_is_promised(finished):
     assert all("secret-token" not in path.read_text() for path in folder.glob("*.[jmy]*"))
 
 
+@pytest.mark.full
 def test_a_run_file_that_was_written_repeats_the_run_bit_for_bit(finished, tmp_path):
     again = train(finished.output_dir / "run.yaml", output_dir=str(tmp_path / "again"))
     assert same_weights(finished.output_dir, tmp_path / "again")
@@ -73,6 +74,7 @@ def test_a_run_file_that_was_written_repeats_the_run_bit_for_bit(finished, tmp_p
     assert again.metrics["data"]["fingerprint"] == finished.metrics["data"]["fingerprint"]
 
 
+@pytest.mark.full
 def test_another_seed_gives_other_weights_on_the_same_data(finished, tmp_path):
     other = train(finished.output_dir / "run.yaml", output_dir=str(tmp_path / "other"), seed=1)
     assert not same_weights(finished.output_dir, tmp_path / "other", tolerance=1e-4)
@@ -191,6 +193,7 @@ def test_do_predict_false_leaves_the_test_rows_alone(place, tmp_path, monkeypatc
     assert set(result.metrics["metrics"]) == {"validation"}
 
 
+@pytest.mark.full
 def test_limits_draw_from_all_classes_and_the_same_rows_each_time(place, tmp_path):
     limits = {"max_train_samples": 20, "max_eval_samples": 9, "max_test_samples": 6}
     result = train(options(place["task"], place["backbone"], tmp_path / "out", max_steps=1, **limits))
@@ -353,6 +356,7 @@ def test_resuming_counts_on_towards_early_stopping_and_keeps_the_best(server, in
         assert same_weights(tmp_path / where, tmp_path / "alone")
 
 
+@pytest.mark.full
 def test_the_best_model_at_the_end_is_the_best_with_its_head(interrupted, tmp_path):
     result = train(
         interrupted(
@@ -398,6 +402,7 @@ def test_a_checkpoint_can_be_continued_for_longer_in_another_folder(interrupted,
 # ---- precision and trackers -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_bf16_trains_on_a_cpu_and_keeps_the_adapter_in_float32(place, tmp_path):
     values = options(place["task"], place["backbone"], tmp_path / "out", bf16=True, dtype="bfloat16", max_steps=20)
     del values["use_cpu"]
@@ -407,6 +412,7 @@ def test_bf16_trains_on_a_cpu_and_keeps_the_adapter_in_float32(place, tmp_path):
     assert result.model.get_base_model().bert.embeddings.word_embeddings.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.full
 def test_gradient_checkpointing_gives_the_same_weights(place, tmp_path):
     for name, on in (("plain", False), ("saving", True)):
         train(options(place["task"], place["backbone"], tmp_path / name, activation_checkpointing=on, do_predict=False))

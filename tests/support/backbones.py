@@ -39,7 +39,10 @@ _TEXT = {
 _GROUPED = {**_TEXT, "num_key_value_heads": 1, "head_dim": 8}
 _SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _STAGES = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
-_CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "patch_size": 4, "layer_scale_init_value": 0.5}
+_CONVNEXT = {
+    **{"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "patch_size": 4, "image_size": 32},
+    "layer_scale_init_value": 0.5,
+}
 _T5 = {
     **{"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
     **_SPECIAL,

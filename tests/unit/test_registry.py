@@ -74,13 +74,12 @@ def test_importing_and_listing_do_not_import_torch():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "order",
-    ["import peft, peft_lab",
-     *(pytest.param(order, marks=pytest.mark.full) for order in (
-         "import peft_lab, peft", "from peft import PeftModel; import peft_lab",
-         "from peft_lab.adapters import SVFitConfig; import peft",
-         "import peft_lab.tuners.layer", "import peft_lab.tuners.sequence.stored_prompts"))],
+    ["import peft, peft_lab", "import peft_lab, peft", "from peft import PeftModel; import peft_lab",
+     "from peft_lab.adapters import SVFitConfig; import peft", "import peft_lab.tuners.layer",
+     "import peft_lab.tuners.sequence.stored_prompts"],
 )  # fmt: skip
 def test_methods_are_registered_whatever_is_imported_first(order):
     result = python(f"""

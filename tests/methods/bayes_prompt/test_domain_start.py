@@ -388,7 +388,8 @@ def test_a_trainer_with_the_callback(tmp_path):
         assert torch.equal(adapter_parameters(by_loop)[name], value)
 
 
-@pytest.mark.parametrize("method", [pytest.param("soft_prompt", marks=pytest.mark.full), "bayes_prompt"])
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["soft_prompt", "bayes_prompt"])
 def test_a_resumed_run_ends_with_the_same_weights(method, tmp_path):
     backbone, task = make_backbone(tmp_path / "bert", dropout=0.1), make_task(tmp_path / "data")
     values = {"method": method, "max_train_samples": 40, "save_steps": 2, "max_steps": 8}

@@ -273,6 +273,7 @@ class _Watch(TrainerCallback):
         self.seen.append({n: p.detach().clone() for n, p in adapter_parameters(model).items()})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("trainer_class", [Trainer, LabTrainer])
 def test_activation_trains_on_held_out_data_alone(trainer_class, tmp_path):
     model = adapt("iapt", TINY["llama"]())
@@ -294,6 +295,7 @@ def test_activation_trains_on_held_out_data_alone(trainer_class, tmp_path):
             assert torch.equal(trained[name], after[name]) != in_turn
 
 
+@pytest.mark.full
 def test_gradients_of_the_activation_count_in_no_norm(tmp_path):
     """Clipping sees what the training itself moves, and behind it the activations have their gradients again."""
     model, seen = move(adapt("iapt", TINY["llama"]())), []
@@ -311,6 +313,7 @@ def test_gradients_of_the_activation_count_in_no_norm(tmp_path):
     assert all(norm > 0 for norm in seen[-1])
 
 
+@pytest.mark.full
 def test_a_training_broken_off_leaves_nothing_to_the_next(tmp_path):
     model = move(adapt("iapt", TINY["llama"]()))
     arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True)

@@ -125,6 +125,7 @@ def test_resuming_gives_the_same_bits(task, backbone, tmp_path):
         assert same_weights(tmp_path / "whole", tmp_path / f"from-{step}")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mapping", ["random", "frequency"])
 def test_other_mappings_stay_as_they_began(mapping, task, backbone, tmp_path):
     arguments = {"image_size": 16, "inner_size": 8, "mapping": mapping}

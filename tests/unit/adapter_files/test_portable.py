@@ -401,6 +401,7 @@ def test_command_line_passes_the_word_on(command: str, tmp_path: Path, monkeypat
 # One call for every method --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_second_adapter_and_training_on(tmp_path: Path) -> None:
     for method in EVERY:
         base = tiny(text_or_image(method))

@@ -101,6 +101,7 @@ def test_columns_without_numbers_are_refused(
 GATED = {"method": "gated_spectra", "method_args": {"gate": "column", "components": 4, "groups": 2}}
 
 
+@pytest.mark.full
 def test_whole_numbers_reach_a_method_that_reads_integers(place: dict[str, Path], tmp_path: Path) -> None:
     columns = {"text": "sentence", "label": "verdict", "component_group": "grade"}
     task = make_rated(tmp_path / "data", columns, [0, 1.0])

@@ -355,6 +355,7 @@ def test_every_estimator_learns_session_by_session(place, tmp_path):
         assert record["steps"][1]["new"] is not None
 
 
+@pytest.mark.full
 def test_an_estimator_reads_the_features_of_an_adapter(place, tmp_path):
     changes = {"steps": 2, "base_classes": 2, "orders": ["natural"], "method": ["nearest_mean"]}
     frozen, adapted = (
@@ -375,6 +376,7 @@ def test_estimators_of_an_order_share_the_adapter_of_the_first_session(place, tm
     assert first.adapter is not other.adapter
 
 
+@pytest.mark.full
 def test_domain_sessions_of_a_column(place, tmp_path):
     found = incremental(values(place, tmp_path / "out", steps=2, domain_column="source", orders=["natural"]))
     assert found.records[0]["sessions"] == [[0], [1]]
@@ -384,6 +386,7 @@ def test_domain_sessions_of_a_column(place, tmp_path):
         incremental(values(place, tmp_path / "wrong", steps=2, domain_column="sauce"))
 
 
+@pytest.mark.full
 def test_features_are_those_of_the_head_and_read_once(place, tmp_path):
     """Of the frozen backbone all rows are read once; an adapter that is trained moves them."""
     options = IncrementalOptions.from_mapping(values(place, tmp_path))

@@ -72,6 +72,7 @@ def test_a_linear_probe_forgets_nothing(place: Path, tmp_path: Path) -> None:
     assert found["adapter_parameters"] == 0
 
 
+@pytest.mark.full
 def test_full_training_is_measured_against_the_base_that_it_started_from(place: Path, tmp_path: Path) -> None:
     task = str(place / "task" / "topics.yaml")
     changes = {"measures": {"control": task}, "limits": {"max_steps": 20}, "training": {"use_cpu": True}}
