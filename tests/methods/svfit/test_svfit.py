@@ -184,13 +184,13 @@ def test_a_selection_of_singular_values(toy, selection, parametrization, save_ba
         delta = delta * s[chosen] if parametrization == "relative" else delta
         changed = matrix + u[:, chosen] @ torch.diag(delta) @ vh[chosen]
         b, a = layer.lora_factors("default")
-        torch.testing.assert_close((b @ a).double(), changed - matrix, atol=5e-6, rtol=0)
+        torch.testing.assert_close((b @ a).double(), changed - matrix, atol=1e-5, rtol=0)
         op.weight.data = changed.T if kind == "conv1d" else changed.reshape(op.weight.shape)
     torch.testing.assert_close(model(ids).double(), reference(ids), atol=2e-6, rtol=2e-6)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
     assert torch.equal(loaded(ids), model(ids))
-    torch.testing.assert_close(model.merge_and_unload()(ids).double(), reference(ids), atol=5e-6, rtol=5e-6)
+    torch.testing.assert_close(model.merge_and_unload()(ids).double(), reference(ids), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -96,11 +96,11 @@ def test_equals_the_paper_formula(toy, tmp_path, fields, rows):
         for (i, j), value in zip(_pattern(fields, side), values.double(), strict=True):
             changed += gate * value * torch.outer(u[:, i], vh[j])
         op.weight.data = changed.T if kind == "conv1d" else changed.reshape(op.weight.shape)
-    torch.testing.assert_close(model(ids).double(), reference(ids), atol=5e-6, rtol=5e-6)
+    torch.testing.assert_close(model(ids).double(), reference(ids), atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(ids), model(ids))
     assert max(convert(model).errors.values()) < 1e-6
-    torch.testing.assert_close(model.merge_and_unload()(ids).double(), reference(ids), atol=5e-6, rtol=5e-6)
+    torch.testing.assert_close(model.merge_and_unload()(ids).double(), reference(ids), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
