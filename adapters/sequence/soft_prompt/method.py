@@ -271,15 +271,14 @@ class SoftPromptTuner(StaticTuner):
             config.__dict__.pop("starts", None)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        # A loaded adapter brings its prompts along, so no text is run for it.
-        fresh = peft_config.fingerprints is None and not peft_config.inference_mode
         # Before anything is injected, so that a refused adapter leaves the model as it was.
         path, blocks = chosen_stack(self.model, peft_config.stack)
         for block in blocks if peft_config.key_values else ():
             module = self.model.get_submodule(block)
             projections(getattr(module, "base_layer", module), self.model.get_submodule(path).config.model_type)
         prepared = super()._prepare_adapter_config(peft_config, model_config)
-        if fresh and peft_config.prompt_tuning_init != "RANDOM":
+        # An adapter for inference brings its prompts along; the config of a trained one may start another.
+        if not peft_config.inference_mode and peft_config.prompt_tuning_init != "RANDOM":
             prepared.starts = self._states(prepared)
         return prepared
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from support.backbones import TINY, tiny_inputs
-from support.properties import adapt, adapter_parameters, config, main_tensor, move, output
+from support.properties import adapt, adapter_parameters, config, fill, main_tensor, move, output
 
 from peft_lab.adapters.sequence.soft_prompt.method import SoftPromptConfig
 from peft_lab.errors import ConfigError
@@ -80,6 +80,24 @@ def test_text_start_is_what_the_backbone_makes_of_the_text(family, deep):
     for value, second in zip(values, adapter_parameters(model, "second").values(), strict=True):
         torch.testing.assert_close(value, second, atol=1e-6, rtol=1e-5)
     assert not hasattr(model.peft_config["default"], "starts")
+
+
+def test_the_config_of_a_saved_adapter_starts_another_at_its_text(tmp_path):
+    base = TINY["gpt2"]()
+    text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": [7, 8, 9]}
+    model = adapt("soft_prompt", copy.deepcopy(base), num_virtual_tokens=5, **text)
+    start = {name: value.clone() for name, value in adapter_parameters(model).items()}
+    fill(model)
+    model.save_pretrained(tmp_path)
+    read = PeftConfig.from_pretrained(tmp_path)
+    read.inference_mode = False
+    again = get_peft_model(copy.deepcopy(base), read)
+    for name, value in adapter_parameters(again).items():
+        torch.testing.assert_close(value, start[name], atol=1e-6, rtol=1e-5)
+    # and one that is loaded to be trained on has its own values
+    trained = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    for name, value in adapter_parameters(trained).items():
+        assert torch.equal(value, adapter_parameters(model)[name])
 
 
 @pytest.fixture
