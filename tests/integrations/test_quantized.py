@@ -47,6 +47,7 @@ from peft_lab.backbones.from_pretrained import load_checkpoint
 from peft_lab.backbones.quantized_loading import FORMS
 from peft_lab.backbones.quantized_weight import dense_weight, quantization
 from peft_lab.errors import AdapterMismatchError, ConfigError
+from peft_lab.training.read_training_data import read_training_data
 from peft_lab.tuners.registration import has_trait
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -112,9 +113,8 @@ def put(method: str, model: Any, **fields: Any) -> Any:
     """A fresh adapter on a model itself; one that reads data has read some."""
     torch.manual_seed(0)
     adapted = fill(get_peft_model(model, config(method, model, **fields)))
-    for module in adapted.modules() if method in KEEPS_HEAD else ():
-        if hasattr(type(module), "read_data"):
-            module.read_data([{**tiny_inputs(model), "labels": torch.arange(2)}], 0)
+    if method in KEEPS_HEAD:
+        read_training_data(adapted, [{**tiny_inputs(model), "labels": torch.arange(2)}])
     return adapted
 
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import peft_lab
 from peft_lab import registry
+from peft_lab.training.read_training_data import reads_training_data
 from peft_lab.tuners import AdapterLayer
 
 MERGED = [name for name in OWN if registry.method(name).can("merge")]
@@ -263,3 +264,30 @@ def test_arrays_that_training_rows_change_are_among_those_that_processes_share(m
         for name in layer.data_param_names if isinstance(layer, AdapterLayer) else ():
             shared |= {f"{path}.{name}.{adapter}" for adapter in getattr(layer, name)}
     assert changed <= shared
+
+
+class CountedRows(list):
+    """A list that counts how often it is read."""
+
+    reads = 0
+
+    def __iter__(self):
+        self.reads += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("method", [*EVERY_OWN, *KEEPS_HEAD])
+def test_training_rows_are_drawn_by_adapters_that_want_them_alone(method):
+    base = base_of(method)
+    reading = {"blocks": 1, "domain_components": 2, "mapping": "iterative", "support": "bip"}
+    chosen = [{name: value} for name, value in reading.items() if name in registry.config_fields(method)]
+    for fields in ({}, *chosen):
+        model = get_peft_model(copy.deepcopy(base), config(method, base, **fields))
+        rows = CountedRows([as_read(model, tiny_inputs(base, batch=12, labels=True))] * 2)
+        model.disable_adapter_layers()
+        assert not reads_training_data(model)
+        model.enable_adapter_layers()
+        wants = reads_training_data(model)
+        assert wants or not fields
+        peft_lab.read_training_data(model, rows)
+        assert bool(rows.reads) == wants

@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from peft_lab import registry
+from peft_lab import read_training_data, registry
 from peft_lab.tuners import AdapterLayer, HeadLayer
 from peft_lab.tuners.estimators import EstimatorHead
 from peft_lab.tuners.registration import has_trait, make_config, newer_peft_needed
@@ -118,9 +118,8 @@ def adapt(method: str, model: nn.Module, seed: int = 0, **fields: Any) -> Any:
     torch.manual_seed(seed)
     model = copy.deepcopy(model)
     adapted = fill(get_peft_model(model, config(method, model, **fields))).eval()
-    for module in adapted.modules() if method in KEEPS_HEAD else ():
-        if hasattr(type(module), "read_data"):
-            module.read_data([{**tiny_inputs(model), "labels": torch.arange(2)}], 0)
+    if method in KEEPS_HEAD:
+        read_training_data(adapted, [{**tiny_inputs(model), "labels": torch.arange(2)}])
     return adapted
 
 

@@ -270,16 +270,19 @@ class MappedHead(AdapterLayer):
 
     counting = False
 
+    def wants_data(self) -> bool:
+        """Test whether the active adapter chooses its source classes on training images."""
+        return self.current is not None and self.first[0] is self and MAPPINGS[self.configs[self.current].mapping]
+
     def read_data(self, batches: Iterable[Mapping[str, Tensor]], epoch: int) -> None:
         """Choose the source classes by the base's predictions on training images.
 
         `peft_lab.ReadTrainingData` calls this before each epoch.
         """
         adapter = self.current
-        if adapter is None or self.first[0] is not self:
-            return
+        assert adapter is not None, "only an active adapter wants data"
         way = self.configs[adapter].mapping
-        if not MAPPINGS[way] or (way == "frequency" and epoch > 0):
+        if way == "frequency" and epoch > 0:
             return
         parameters = [getattr(self, name)[adapter] for name in self.adapter_layer_names]
         kept = [parameter.data for parameter in parameters]

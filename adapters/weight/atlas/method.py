@@ -361,18 +361,25 @@ class ATLASTuner(AdapterTuner):
                 peft_config.target_modules = sorted(modules)
         return super()._prepare_adapter_config(peft_config, model_config)
 
+    def wants_data(self) -> bool:
+        """Test whether an active adapter has pairs to be chosen on the training data."""
+        return any(self._unread(adapter) for adapter in self.active_adapters)
+
     def read_data(self, batches: Iterable[Mapping[str, Any]], epoch: int) -> None:
         """Choose the pairs of a vector and a weight that are trained, by their gradients at the start.
 
         `peft_lab.ReadTrainingData` calls this before the first epoch.
         """
         for adapter in self.active_adapters:
-            layers = [layer for layer in self._layers() if adapter in layer.atlas_chosen]
-            if layers and all((layer.atlas_chosen[adapter] == UNREAD).all() for layer in layers):
+            layers = self._unread(adapter)
+            if layers:
                 choose_blocks(self.model, layers, adapter, batches)
 
-    def _layers(self) -> list[Any]:
-        return [module for module in self.model.modules() if isinstance(module, ATLASLayer)]
+    def _unread(self, adapter: str) -> list[Any]:
+        """Layers of an adapter whose pairs are to be chosen."""
+        layers = [module for module in self.model.modules() if isinstance(module, ATLASLayer)]
+        layers = [layer for layer in layers if adapter in layer.atlas_chosen and not layer.disable_adapters]
+        return layers if all((layer.atlas_chosen[adapter] == UNREAD).all() for layer in layers) else []
 
 
 def _check_unchanged(config: Any) -> None:

@@ -131,10 +131,14 @@ class EstimatorHead(HeadLayer):
 
     # Training data ----------------------------------------------------------------------------------------------
 
+    def wants_data(self) -> bool:
+        """Test whether an adapter is active, which is fitted to the training data."""
+        return self.first[0] is self and not self.disable_adapters and bool(self._active())
+
     def read_data(self, batches: Iterable[Mapping[str, Any]], epoch: int) -> None:
         """Fit the active adapter to the training data; `peft_lab.read_training_data` calls this."""
-        active = [name for name in self.active_adapters if name in self.configs]
-        if self.first[0] is not self or self.disable_adapters or not active or epoch > 0:
+        active = self._active()
+        if epoch > 0:
             return
         rows, labels = [], []
         for features, given in self.read_rows(active[0], batches):
@@ -143,6 +147,9 @@ class EstimatorHead(HeadLayer):
         if not rows:
             raise ConfigError(f'Method "{self.info.name}" is fitted to training data, and there are no rows.')
         self.fit_rows(active[0], np.concatenate(rows), np.concatenate(labels))
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.configs]
 
     def read_rows(self, adapter: str, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Any]]:
         """Yield features (rows, width) and labels of batches."""

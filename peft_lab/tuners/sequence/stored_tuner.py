@@ -18,18 +18,19 @@ class StaticTuner(SequenceTuner):
     It reads the training data for prompts that are initialised from them.
     """
 
+    def wants_data(self) -> bool:
+        """Test whether prompts of an active adapter wait for their start values."""
+        layers = [module for module in self.model.modules() if isinstance(module, StoredPrompts)]
+        layers = [layer for layer in layers if not layer.disable_adapters]
+        return any(not layer.awaiting_data.isdisjoint(layer.active_adapters) for layer in layers)
+
     def read_data(self, batches: Iterable[Mapping[str, Any]], epoch: int) -> None:
         """Initialise waiting prompts from the training data before the first epoch.
 
         `peft_lab.ReadTrainingData` calls this.
         """
-        if epoch > 0:
-            return
-        # A pass over the data is costly, so it is made for an active adapter alone.
-        for module in self.model.modules():
-            if isinstance(module, StoredPrompts) and not module.awaiting_data.isdisjoint(module.active_adapters):
-                domain_prompts(self.model, batches)
-                return
+        if epoch == 0:
+            domain_prompts(self.model, batches)
 
 
 def register_static(info: MethodInfo, config_cls: Any, layer_cls: Any) -> None:

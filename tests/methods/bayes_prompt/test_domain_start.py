@@ -100,7 +100,7 @@ def test_the_first_block_starts_at_means_of_particles(method, fields, count, eac
     model = adapt(method, base, **fields)
     before = copy.deepcopy(adapter_parameters(model))
     inputs = tiny_inputs(base, batch=12)
-    model.base_model.read_data(({k: v[i : i + 4] for k, v in inputs.items()} for i in range(0, 12, 4)), 0)
+    read_training_data(model, ({k: v[i : i + 4] for k, v in inputs.items()} for i in range(0, 12, 4)))
     changed = {n: p for n, p in adapter_parameters(model).items() if not torch.equal(p, before[n])}
     ((name, values),) = changed.items()
     assert ".0." in name, "the first block's alone"
@@ -236,14 +236,14 @@ def test_values_once_found_stay():
     model = adapt("soft_prompt", base, domain_components=2)
     (value,) = adapter_parameters(model).values()
     start = value.detach().clone()
-    model.base_model.read_data([inputs], 1)
+    read_training_data(model, [inputs], epoch=1)
     assert torch.equal(value, start)
-    model.base_model.read_data([inputs], 0)
+    read_training_data(model, [inputs])
     found = value.detach().clone()
     assert not torch.equal(found, start)
     move(model)
     moved = value.detach().clone()
-    model.base_model.read_data([inputs], 0)
+    read_training_data(model, [inputs])
     assert torch.equal(value, moved)
     domain_prompts(model, [inputs])
     assert torch.equal(value, found)
@@ -258,7 +258,7 @@ def test_an_adapter_that_is_trained_on_keeps_its_values(recorded, tmp_path):
         path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "fingerprints"}))
     model = PeftModel.from_pretrained(base, tmp_path, is_trainable=True).train()
     before = copy.deepcopy(adapter_parameters(model))
-    model.base_model.read_data([tiny_inputs(base, batch=6)], 0)
+    read_training_data(model, [tiny_inputs(base, batch=6)])
     assert all(torch.equal(p, before[n]) for n, p in adapter_parameters(model).items())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -271,7 +271,7 @@ def test_a_config_of_a_file_without_its_values_reads_the_data(tmp_path):
     model = get_peft_model(TINY["bert"](), PeftConfig.from_pretrained(tmp_path))
     (value,) = adapter_parameters(model).values()
     start = value.detach().clone()
-    model.base_model.read_data([tiny_inputs(base, batch=6)], 0)
+    read_training_data(model, [tiny_inputs(base, batch=6)])
     assert not torch.equal(value, start)
 
 
@@ -301,7 +301,7 @@ def test_the_active_adapter_gets_the_values():
     model.add_adapter("third", config("vpt"))
     model.set_adapter("other")
     before = {name: copy.deepcopy(adapter_parameters(model, name)) for name in ("default", "other")}
-    model.base_model.read_data([inputs], 0)
+    read_training_data(model, [inputs])
     changed = [
         name
         for name in ("default", "other")
