@@ -202,13 +202,15 @@ def list_methods() -> dict[str, MethodInfo]:
 def method(name: str) -> MethodInfo:
     """Card of one method.
 
-    Raises `ConfigError` with the nearest name if there is none.
+    Raises `ConfigError` if there is none, with the nearest name or the method that has a preset of this name.
     """
     known = list_methods()
     if name not in known:
         ours = ", ".join(n for n, info in known.items() if info.place != "peft")
+        owners = [n for n, info in known.items() if name in info.presets]
+        hint = f' It is a preset of "{owners[0]}": take that, with preset={name} among its arguments.' if owners else ""
         raise ConfigError(
-            f'Unknown method "{name}".{did_you_mean(name, known)} Methods: {ours}, and the tuners of peft.'
+            f'Unknown method "{name}".{hint or did_you_mean(name, known)} Methods: {ours}, and the tuners of peft.'
         )
     return known[name]
 

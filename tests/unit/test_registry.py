@@ -105,6 +105,14 @@ def test_unknown_method_answers_with_the_nearest():
         registry.method("svfitt")
 
 
+def test_a_preset_in_place_of_a_method_answers_with_its_method():
+    presets = [(preset, name) for name, info in registry.list_methods().items() for preset in info.presets]
+    assert presets
+    for preset, name in presets:
+        with pytest.raises(ConfigError, match=f'"{preset}".* preset of "{name}".* preset={preset}'):
+            registry.method(preset)
+
+
 def test_unknown_argument_answers_with_the_nearest():
     with pytest.raises(ConfigError, match='Did you mean "rank"'):
         registry.check_method_args("svfit", {"rnak": 4})
