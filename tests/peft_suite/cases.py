@@ -25,13 +25,14 @@ BLOCKS = {
     "test_token_classification_qa",
     "test_torch_compile",
 }
+#: Those of them whose models have no text encoder.
+DECODERS = {"test_decoder_models", "test_seq_classifier"}
 #: Values of LoRA that say how large or how strong an adapter is; a method without such a field does without.
 _SIZES = {"r", "lora_alpha", "lora_dropout", "init_lora_weights", "use_rslora"}
 #: Values of a LoRA config that change nothing.
 _NEUTRAL: dict[str, Any] = {"bias": "none", "fan_in_fan_out": False}
 #: Values with which a method that starts elsewhere by default starts at the base model, as LoRA does.
 AT_BASE: dict[str, dict[str, Any]] = {"ssf": {"init_std": 0.0}}
-_BLOCK_PLACES = ("sequence", "input")
 
 
 class _NoSuchCase(Exception):
@@ -42,11 +43,16 @@ def methods_of(module: str) -> list[str]:
     """LoRA, which is the control, and the methods that a test module of peft suits."""
     found = [CONTROL]
     for name, info in registry.list_methods().items():
-        on_ops = info.place not in (*_BLOCK_PLACES, "baseline", "head", "peft")
-        on_blocks = info.place in _BLOCK_PLACES and not info.can("images") and module in BLOCKS
-        if name != CONTROL and (on_ops or on_blocks):
+        if name == CONTROL or info.place in ("baseline", "head", "peft") or info.can("images"):
+            continue
+        if adapts_ops(name) or module in (BLOCKS - DECODERS if info.can("texts") else BLOCKS):
             found.append(name)
     return found
+
+
+def adapts_ops(method: str) -> bool:
+    """Whether a method adapts the ops that LoRA adapts; others act on blocks or on the end of an encoder."""
+    return registry.method(method).can("linear")
 
 
 def cases_of(values: Sequence[Any], methods: Sequence[str], arguments: int) -> list[Any]:
@@ -129,7 +135,7 @@ def _fields(values: dict[str, Any], method: str) -> dict[str, Any]:
     for name, value in values.items():
         if name in _SIZES or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue
-        if name == "target_modules" and registry.method(method).place in _BLOCK_PLACES:
+        if name == "target_modules" and not adapts_ops(method):
             continue
         if name not in known:
             raise _NoSuchCase(name)

@@ -46,6 +46,7 @@ class Expected:
         reason: a few words for the table.
         methods: names of methods; all by default.
         places: places where the methods act; all by default.
+        lacks: a capability that none of the methods has; any by default.
         but: patterns of cases that are no such ones although all else fits.
         may_pass: a case may pass as well, because it is a matter of rounding.
     """
@@ -55,13 +56,15 @@ class Expected:
     error: str
     methods: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
+    lacks: str = ""
     but: list[str] = field(default_factory=list)
     may_pass: bool = False
 
     def fits(self, case: str, method: str) -> bool:
         """Whether the entry is about a case."""
         named = not self.methods or method in self.methods
-        placed = not self.places or registry.method(method).place in self.places
+        info = registry.method(method)
+        placed = (not self.places or info.place in self.places) and not (self.lacks and info.can(self.lacks))
         return named and placed and _matches(case, self.tests) and not _matches(case, self.but)
 
 

@@ -36,6 +36,7 @@ def test_each_outcome_has_its_place():
         Expected(tests=["*::rounding*"], error="", reason="r", may_pass=True),
         Expected(tests=["*::other_error*"], error="something else", reason="r"),
         Expected(tests=["*"], error="", reason="r", places=["weight"]),
+        Expected(tests=["*"], error="", reason="r", lacks="merge", methods=["ssf"]),
         Expected(tests=["*::good*"], error="", reason="r", but=["*model]"]),
     ]
     verdict = judge(outcomes, expected)
