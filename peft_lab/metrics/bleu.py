@@ -7,8 +7,10 @@ kept: the metric of any choice of rows follows from them, which the jackknife ne
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 _ORDER = 4
 #: Columns of the counts: words of the text and of the reference, n-grams that are in both, n-grams of the text.
@@ -21,6 +23,7 @@ COLUMNS = (
 
 def counts(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """Counts of texts and their references, tokenised as mteval-v13a does, (n, columns)."""
+    import numpy as np
     from sacrebleu.metrics import BLEU
 
     # with this option sacrebleu does not warn of single texts; it does not change the counts
@@ -34,6 +37,7 @@ def counts(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
 
 def bleu_of_counts(sums: np.ndarray) -> np.ndarray:
     """BLEU from 0 to 100 of sums of counts, (m, columns) -> (m,)."""
+    import numpy as np
     from sacrebleu.metrics import BLEU
 
     values = []

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from peft_lab.errors import ConfigError
 
 #: Order of the classes as the task names them; other orders are seeds.
@@ -36,6 +34,8 @@ def order_of(count: int, name: str) -> list[int]:
         return list(range(count))
     if not name.isdecimal() or int(name) >= 2**32:
         raise ConfigError(f'orders: "{name}" must be {NATURAL} or a seed from 0 on, such as 1993.')
+    import numpy as np  # here, because options of a run are checked without it
+
     return [int(place) for place in np.random.RandomState(int(name)).permutation(count)]
 
 
@@ -73,4 +73,5 @@ def _sizes(count: int, parts: int) -> list[int]:
     size = -(-count // parts)
     if size * (parts - 1) < count:
         return [size] * (parts - 1) + [count - size * (parts - 1)]
-    return [len(part) for part in np.array_split(np.arange(count), parts)]
+    size, larger = divmod(count, parts)
+    return [size + 1] * larger + [size] * (parts - larger)

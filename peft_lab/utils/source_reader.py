@@ -6,6 +6,7 @@ Listing and validating need no torch that way.
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +44,7 @@ def module_call(path: Path, name: str) -> dict[str, Any] | None:
 
     None if there is no such line.
     """
-    for node in parse(path).body:
+    for node in _statements(path, name):
         if (
             isinstance(node, ast.Assign)
             and isinstance(node.value, ast.Call)
@@ -51,6 +52,22 @@ def module_call(path: Path, name: str) -> dict[str, Any] | None:
         ):
             return {k.arg: ast.literal_eval(k.value) for k in node.value.keywords if k.arg}
     return None
+
+
+def _statements(path: Path, name: str) -> list[ast.stmt]:
+    """Module-level statements among which the first assignment to a name is."""
+    text = path.read_text(encoding="utf-8")
+    if name not in text:
+        return []
+    # Files of methods and kinds are long and all of them are listed, so that the lines of the call alone are parsed.
+    start = re.search(rf"^{re.escape(name)} = ", text, re.MULTILINE)
+    end = re.compile(r"^\)$", re.MULTILINE).search(text, start.end()) if start else None
+    if start and end:
+        try:
+            return ast.parse(text[start.start() : end.end()]).body
+        except SyntaxError:  # it ends elsewhere
+            pass
+    return parse(path).body
 
 
 def classes(path: Path) -> dict[str, ast.ClassDef]:
