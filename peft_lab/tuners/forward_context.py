@@ -85,7 +85,7 @@ class ForwardContext:
         if found is None or rows is None:
             return found
         # A tensor that all rows share, such as DeBERTa's relative positions, can take a value that all rows have.
-        if rows % max(len(found), 1) and bool((found == found[:1]).all()):
+        if rows % max(found.shape[0], 1) and bool((found == found[:1]).all()):
             found = found[:1]
         # A layer that runs on some rows alone sees fewer than the batch has: expand to all, then choose.
         if self.chosen is not None:
@@ -139,11 +139,12 @@ def expand_rows(values: Tensor, rows: int, name: str = "adapter_names") -> Tenso
     Raises:
         ConfigError: `rows` is no multiple of the batch.
     """
-    if len(values) == rows:
+    batch = values.shape[0]  # len() would fix a size that torch.export leaves open
+    if batch == rows:
         return values
-    if not len(values) or rows % len(values):
-        raise ConfigError(f"{name} has {len(values)} rows, but the batch has {rows}; pass one per row of the batch.")
-    return values.repeat_interleave(rows // len(values), 0)
+    if not batch or rows % batch:
+        raise ConfigError(f"{name} has {batch} rows, but the batch has {rows}; pass one per row of the batch.")
+    return values.repeat_interleave(rows // batch, 0)
 
 
 @contextmanager

@@ -114,9 +114,10 @@ class ResidualBranches(AdapterLayer):
             context.shared[self, "ran"] = set()
         # A block that is recomputed has the adapters of its first run, whichever are active by then. OPT's MLP sees
         # the tokens of all rows in one dimension, so the rows of an adapter are found for each size anew.
-        key = (self, "adapters", stream.shape[0])
-        if key not in context.shared:
-            context.shared[key] = list(self.adapters_with_rows(stream.shape[0], stream.device))
+        found, size = context.shared.setdefault((self, "adapters"), []), stream.shape[0]
+        # By equality, because a size that torch.export leaves open has no hash.
+        if not any(known == size for known, _ in found):
+            found.append((size, list(self.adapters_with_rows(size, stream.device))))
 
     def add_branch(self, sub_layer: str, output: Tensor) -> Tensor:
         """Add the branches of the acting adapters to a sub-layer's output.
@@ -130,7 +131,8 @@ class ResidualBranches(AdapterLayer):
             return output
         context.shared[self, "ran"].add(sub_layer)
         total, beside = output, self._scaled(output, stream)
-        for name, rows in context.shared[self, "adapters", stream.shape[0]]:
+        found = context.shared[self, "adapters"]
+        for name, rows in next(adapters for size, adapters in found if size == stream.shape[0]):
             source = self.branch_source(name, sub_layer)
             if not source:
                 continue

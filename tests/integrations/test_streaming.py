@@ -40,8 +40,10 @@ def streamed(task: Path, files: int = 4) -> Path:
     values = yaml.safe_load(task.read_text())
     values |= {"streaming": True, "validation_rows": 8, "shuffle_buffer_size": 16}
     path = task.with_name(f"{task.stem}-stream.yaml")
-    if values["kind"] == "image_classification":
-        del values["data"]["files"]["validation"]
+    if values["kind"] in ("image_classification", "point_cloud_classification"):
+        values["data"]["files"].pop("validation", None)
+        if values["kind"] == "point_cloud_classification":
+            values["labels"] = ["ball", "bar", "plate"]
         path.write_text(yaml.safe_dump(values))
         return path
     header, *lines = (task.parent / "train.csv").read_text().splitlines()

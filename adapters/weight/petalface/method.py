@@ -160,7 +160,7 @@ class PETALfaceLayer(WeightLayer):
         weights = self.branch_weights(adapter, x).to(down.dtype)
         hidden = F.linear(x.to(down.dtype), down.flatten(0, 1)).unflatten(-1, (2, -1))
         # (rows, 2) over the tokens between, and over the rank
-        hidden = hidden * weights.reshape(len(weights), *(1,) * (x.ndim - 2), 2, 1)
+        hidden = hidden * weights.reshape(weights.shape[0], *(1,) * (x.ndim - 2), 2, 1)
         if not (dropout and self.training):
             return F.linear(hidden.flatten(-2), up.flatten(1))
         bad, good = (F.linear(hidden[..., branch, :], up[:, branch]) for branch in (0, 1))
