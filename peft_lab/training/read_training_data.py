@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import DataLoader
@@ -73,10 +74,10 @@ class ReadTrainingData(TrainerCallback):
 
     An adapter that wants it has a tuner or a layer with `read_data(batches, epoch)`: `batches` are as the model takes
     them and on its device, made anew as they are drawn, so a reader that needs none draws none; `epoch` counts from 0,
-    the model is in eval mode. With `wants_data()` beside it, it reads only while that is true. `peft_lab.train` adds
-    this callback by itself; a script with a `Trainer` of its own adds it by `trainer.add_callback`, and a loop without
-    one calls `read_training_data`. All processes read all rows, so they find the same. A training resumed within an
-    epoch does not read again: what was found is in the checkpoint.
+    the model is in eval mode. With `wants_data()` beside it, it reads only while that is true, and no adapter reads
+    while it is switched off. `peft_lab.train` adds this callback by itself; a script with a `Trainer` of its own adds
+    it by `trainer.add_callback`, and a loop without one calls `read_training_data`. All processes read all rows, so
+    they find the same. A training resumed within an epoch does not read again: what was found is in the checkpoint.
 
     Raises:
         ConfigError: an adapter draws training data that have no length.
@@ -125,7 +126,14 @@ class _InOrder:
 def _readers(model: nn.Module) -> list[Any]:
     # by class: peft's wrappers answer for the modules inside them, which would then read twice
     able: list[Any] = [module for module in model.modules() if hasattr(type(module), "read_data")]
+    able = [module for module in able if not _is_switched_off(module)]
     return [module for module in able if not hasattr(type(module), "wants_data") or module.wants_data()]
+
+
+def _is_switched_off(module: nn.Module) -> bool:
+    """Test whether a layer of adapters, or every layer of a tuner, is switched off."""
+    layers = [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+    return bool(layers) and all(layer.disable_adapters for layer in layers)
 
 
 def _on_device(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

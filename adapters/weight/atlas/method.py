@@ -378,7 +378,7 @@ class ATLASTuner(AdapterTuner):
     def _unread(self, adapter: str) -> list[Any]:
         """Layers of an adapter whose pairs are to be chosen."""
         layers = [module for module in self.model.modules() if isinstance(module, ATLASLayer)]
-        layers = [layer for layer in layers if adapter in layer.atlas_chosen and not layer.disable_adapters]
+        layers = [layer for layer in layers if adapter in layer.atlas_chosen]
         return layers if all((layer.atlas_chosen[adapter] == UNREAD).all() for layer in layers) else []
 
 

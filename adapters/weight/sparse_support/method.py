@@ -302,7 +302,7 @@ class SparseSupportTuner(AdapterTuner):
 
     def _unread(self, adapter: str) -> list[SparseSupportLayer]:
         layers = [module for module in self.model.modules() if isinstance(module, SparseSupportLayer)]
-        return [layer for layer in layers if layer.is_unread(adapter) and not layer.disable_adapters]
+        return [layer for layer in layers if layer.is_unread(adapter)]
 
 
 def _first(sizes: Tensor, count: int, largest: bool) -> Tensor:

@@ -133,7 +133,7 @@ class EstimatorHead(HeadLayer):
 
     def wants_data(self) -> bool:
         """Test whether an adapter is active, which is fitted to the training data."""
-        return self.first[0] is self and not self.disable_adapters and bool(self._active())
+        return self.first[0] is self and bool(self._active())
 
     def read_data(self, batches: Iterable[Mapping[str, Any]], epoch: int) -> None:
         """Fit the active adapter to the training data; `peft_lab.read_training_data` calls this."""

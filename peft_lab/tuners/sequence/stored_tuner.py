@@ -21,7 +21,6 @@ class StaticTuner(SequenceTuner):
     def wants_data(self) -> bool:
         """Test whether prompts of an active adapter wait for their start values."""
         layers = [module for module in self.model.modules() if isinstance(module, StoredPrompts)]
-        layers = [layer for layer in layers if not layer.disable_adapters]
         return any(not layer.awaiting_data.isdisjoint(layer.active_adapters) for layer in layers)
 
     def read_data(self, batches: Iterable[Mapping[str, Any]], epoch: int) -> None:
