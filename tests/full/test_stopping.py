@@ -38,7 +38,7 @@ def _start(*arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=environment(fast=True),
         start_new_session=True,
     )
 

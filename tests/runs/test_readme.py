@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer.main
 from support.code import missing_names
+from support.tiny_runs import environment
 
 from peft_lab.cli.app import app
 
@@ -41,7 +42,7 @@ def run(folder: Path, kind: str, code: str) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = [sys.executable, "-c", code] if kind == "python" else ["bash", "-euo", "pipefail", "-c", code]
     done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=600
+        command, cwd=folder, env=environment({"PATH": path}, fast=True), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"{code}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 

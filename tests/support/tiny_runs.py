@@ -17,6 +17,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from support.processor_time import cpu_seconds
+
 WORDS = {
     "weather": ["rain", "sun", "snow", "cloud"],
     "music": ["song", "band", "tune", "drum"],
@@ -148,23 +150,31 @@ def flags(values: dict[str, Any]) -> list[str]:
     return found
 
 
-def command(*arguments: str, env: dict[str, str] | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """Run `python -m peft_lab` with these arguments, offline and on one thread."""
+def command(
+    *arguments: str, env: dict[str, str] | None = None, fast: bool = False, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m peft_lab` with these arguments, in an `environment`."""
     return subprocess.run(
         [sys.executable, "-m", "peft_lab", *arguments],
         capture_output=True,
         text=True,
-        env=environment(env),
+        env=environment(env, fast),
         timeout=300,
         check=False,
         **kwargs,
     )
 
 
-def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment of a subprocess: no Hub, one thread."""
+def environment(extra: dict[str, str] | None = None, fast: bool = False) -> dict[str, str]:
+    """The environment of a subprocess: no Hub, one thread.
+
+    Args:
+        extra: further variables.
+        fast: use the processor's own products of matrices, as a user does. Those of the tests, whose bits can be
+            compared, take up to four times as long with a model of real size.
+    """
     return {
-        **os.environ,
+        **{key: value for key, value in os.environ.items() if not (fast and key == "MKL_CBWR")},
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -317,12 +327,6 @@ def same_weights(a: str | Path, b: str | Path, tolerance: float = 0.0) -> bool:
 
 #: Modules that a command must not import before it has checked what it was given.
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "pandas", "sklearn")
-
-
-def cpu_seconds(script: str) -> float:
-    """CPU seconds of a fresh interpreter that runs a script."""
-    script += "\nimport resource\nused = resource.getrusage(resource.RUSAGE_SELF)\nprint(used.ru_utime + used.ru_stime)"
-    return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
 
 
 def without_torch(arguments: list[str], folder: Path) -> tuple[list[str], float, str]:
