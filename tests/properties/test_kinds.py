@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.cover import cover
+from support.cover import cover, each_method
 from support.kind_rows import KINDS, inputs_of, kind_of, write_task
 from support.properties import EVERY, FITTED, KEEPS_HEAD, assert_close
 from support.tiny_runs import options
@@ -296,7 +296,7 @@ def each_place(case: tuple[Any, ...]) -> set[Hashable]:
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "method"),
-    cover([(name, method) for name in KINDS for method in (*EVERY, *KEEPS_HEAD, *BASELINES)], each_place),
+    cover([(name, method) for name in KINDS for method in (*EVERY, *KEEPS_HEAD, *BASELINES)], each_place, each_method),
 )
 def test_methods_train_or_are_refused(name: str, method: str, places: Any, tmp_path: Path) -> None:
     place = places(name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from support.backbones import TINY, tiny_inputs
-from support.cover import MAIN, cover
+from support.cover import MAIN, cover, each_method
 from support.properties import (
     CONV_NETS,
     DRAWS,
@@ -161,7 +161,10 @@ COMPILED += [(m, "llama") for m in SEQUENCE] + [(m, "vit") for m in (*IMAGES, *K
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("method", "family"), cover(COMPILED, lambda case: set() if case[0] in SEQUENCE else {"ops"}))
+@pytest.mark.parametrize(
+    ("method", "family"),
+    cover(COMPILED, lambda case: set() if case[0] in SEQUENCE else {"ops"}, full=each_method),
+)
 def test_compiled_equals_eager(base, method, family):
     inputs = tiny_inputs(base)
     model = move(adapt(method, base))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from safetensors.torch import load_file
-from support.cover import cover
+from support.cover import cover, each_method
 from support.method_runs import TRAINABLE, options_for
 from support.tiny_runs import command, flags
 from transformers import TrainerCallback
@@ -81,7 +81,7 @@ def needs(case):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("method", "what"), cover(CASES, needs))
+@pytest.mark.parametrize(("method", "what"), cover(CASES, needs, full=each_method))
 def test_a_run_of_any_method_stops_before_anything_is_lost(method, what, place, tmp_path, monkeypatch):
     poison(what, 3, monkeypatch)
     schedule = {"max_steps": 6, "save_steps": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}

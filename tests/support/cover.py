@@ -63,19 +63,30 @@ def places_and_families(case: tuple[Any, ...]) -> set[Hashable]:
     return needs
 
 
-def cover(cases: Iterable[Any], needs: Needs = each_value) -> list[Any]:
+def each_method(case: tuple[Any, ...]) -> set[Hashable]:
+    """Every method, and every value of another parameter with one method of each place: for slow tests."""
+    methods = registry.list_methods()
+    (method,) = [value for value in case if value in methods]
+    others = [(position, value) for position, value in enumerate(case) if value != method]
+    return {method, *((methods[method].place, *other) for other in others)}
+
+
+def cover(cases: Iterable[Any], needs: Needs = each_value, full: Needs | None = None) -> list[Any]:
     """Mark as `full` or `matrix` the cases that a cover can do without.
 
     Args:
         cases: values of one parameter, or tuples of several.
         needs: case -> what is tested once it has run. The daily cases together test all that all cases test.
+        full: the same for the full run; as the daily one takes it from `needs`. None: each method meets each
+        full: the same for the full run. None: each method meets each architecture, or several of the values of
+            another parameter.
     """
     tuples = [case if isinstance(case, tuple) else (case,) for case in cases]
     daily = _chosen(tuples, needs)
-    full = _full(tuples)
+    in_full = _full(tuples) if full is None else daily | _chosen(tuples, full)
     marked = []
     for index, case in enumerate(tuples):
-        rest = pytest.mark.full if index in full else pytest.mark.matrix
+        rest = pytest.mark.full if index in in_full else pytest.mark.matrix
         marked.append(pytest.param(*case, marks=() if index in daily else rest))
     return marked
 

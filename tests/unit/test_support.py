@@ -7,7 +7,7 @@ import itertools
 import pytest
 from support.backbones import TINY
 from support.code import missing_names
-from support.cover import MAIN, Needs, cover, each_family, each_place, each_value, places_and_families
+from support.cover import MAIN, Needs, cover, each_family, each_method, each_place, each_value, places_and_families
 from support.properties import METHODS
 
 
@@ -19,6 +19,16 @@ def test_a_cover_has_all_needs(needs: Needs) -> None:
     assert [case.values for case in marked] == cases
     assert set().union(*map(needs, daily)) == set().union(*map(needs, cases))
     assert len(daily) < len(cases) / 2
+
+
+def test_a_full_run_may_have_a_smaller_cover() -> None:
+    cases = list(itertools.product(METHODS, TINY))
+    marked = cover(cases, each_place, full=each_method)
+    chosen = [case.values for case in marked if not any(mark.name == "matrix" for mark in case.marks)]
+    assert {method for method, _ in chosen} == set(METHODS)
+    assert {family for _, family in chosen} == set(TINY)
+    assert set().union(*map(each_method, chosen)) == set().union(*map(each_method, cases))
+    assert len(chosen) < len([case for case in cover(cases, each_place) if case.marks != (pytest.mark.matrix,)])
 
 
 def test_a_cover_of_single_values_keeps_all() -> None:
