@@ -1,7 +1,7 @@
 """Cases of the daily and of the full run: covers of a matrix of methods and families.
 
-The daily run has the smallest cover. The full run has each method with each architecture and one method of each place
-with each family; the rest of the matrix is marked `matrix` and runs with `--matrix`.
+The daily run has the smallest cover. The full run has each method with each architecture (one family in slow tests)
+and one method of each place with each family; the rest of the matrix is marked `matrix` and runs with `--matrix`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ def cover(cases: Iterable[Any], needs: Needs = each_value, full: Needs | None = 
     Args:
         cases: values of one parameter, or tuples of several.
         needs: case -> what is tested once it has run. The daily cases together test all that all cases test.
-        full: the same for the full run; as the daily one takes it from `needs`. None: each method meets each
         full: the same for the full run. None: each method meets each architecture, or several of the values of
             another parameter.
     """
