@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from support import processor_time
 from support.backbones import TINY
 from support.code import missing_names
 from support.cover import MAIN, Needs, cover, each_family, each_method, each_place, each_value, places_and_families
@@ -33,6 +34,14 @@ def test_a_full_run_may_have_a_smaller_cover() -> None:
 
 def test_a_cover_of_single_values_keeps_all() -> None:
     assert not [case for case in cover(MAIN) if case.marks]
+
+
+@pytest.mark.parametrize(("slowness", "used", "kept"), [(1, 9, True), (1, 11, False), (2, 11, True), (2, 21, False)])
+def test_a_limit_grows_with_the_slowness_of_the_machine(
+    slowness: float, used: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor_time, "cpu_seconds", lambda _: slowness * processor_time._SECONDS_OF_WORK)
+    assert processor_time.keeps_limit(used, 10) is kept
 
 
 def test_names_that_do_not_exist_are_found() -> None:
