@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -29,6 +30,8 @@ def keeps_limit(used: float, limit: float) -> bool:
 
 
 def cpu_seconds(script: str) -> float:
-    """Seconds of processor time of a fresh interpreter that runs a script."""
+    """Seconds of processor time of a fresh interpreter that runs a script, with the processor's own products."""
     script += "\nimport resource\nused = resource.getrusage(resource.RUSAGE_SELF)\nprint(used.ru_utime + used.ru_stime)"
-    return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    env = {key: value for key, value in os.environ.items() if key != "MKL_CBWR"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
+    return float(done.stdout)
